@@ -1,0 +1,1 @@
+"""Texts to pieces to episodes, and the readers of the editing benchmarks."""

@@ -1,0 +1,75 @@
+"""CounterFact, in the original schema of ROME and in the flat one of the editing toolkits."""
+
+from pathlib import Path
+
+from larimar_jax.data import records
+from larimar_jax.data.records import EditRecord, Field, MalformedRecord
+
+__all__ = ["EditRecord", "MalformedRecord", "load"]
+
+
+def load(source: str | Path, limit: int | None = None) -> list[EditRecord]:
+    """CounterFact's records (metrics: edit, paraphrase and neighbourhood S and M).
+
+    The schema is told from each record: the original one has `requested_rewrite`, with several
+    paraphrases and neighbourhood prompts; the flat one has one of each.
+
+    Args:
+        source: a JSON or JSONL file, or a Hugging Face data set's id.
+        limit: read the first `limit` records only.
+    Returns:
+        Records in the file's order. `neighbourhood_targets` repeats `target_true` in the original
+        schema: its neighbours share the true object by construction.
+    Raises:
+        MalformedRecord: a record misses a field or holds a wrong type; names file, record, field.
+        FileNotFoundError: nothing is at `source`.
+    """
+    return records.load(source, _parse, limit)
+
+
+def _parse(field: Field, index: int) -> EditRecord:
+    return _original(field) if "requested_rewrite" in field.raw else _flat(field)
+
+
+def _original(field: Field) -> EditRecord:
+    rewrite = field.inside("requested_rewrite")
+    template, subject = rewrite.text("prompt"), rewrite.text("subject")
+    if "{}" not in template:
+        rewrite.fail("prompt", f"has no '{{}}' for the subject: {template!r}")
+    new = rewrite.inside("target_new").text("str")
+    true = rewrite.inside("target_true").text("str")
+    neighbourhood = field.texts("neighborhood_prompts")
+    return EditRecord(
+        case_id=field.integer("case_id"),
+        prompt=template.replace("{}", subject, 1),
+        subject=subject,
+        target_new=new,
+        target_true=true,
+        paraphrases=field.texts("paraphrase_prompts"),
+        neighbourhood=neighbourhood,
+        neighbourhood_targets=(true,) * len(neighbourhood),
+        answers=(new,),
+        generation=field.texts("generation_prompts") if "generation_prompts" in field.raw else (),
+    )
+
+
+def _flat(field: Field) -> EditRecord:
+    new = field.text("target_new")
+    neighbourhood = field.texts("locality_prompt")
+    targets = field.texts("locality_ground_truth")
+    if len(targets) != len(neighbourhood):
+        field.fail(
+            "locality_ground_truth",
+            f"has {len(targets)} answers for {len(neighbourhood)} locality prompts",
+        )
+    return EditRecord(
+        case_id=field.integer("case_id"),
+        prompt=field.text("prompt"),
+        subject=field.text("subject"),
+        target_new=new,
+        target_true=field.text("ground_truth"),
+        paraphrases=field.texts("rephrase_prompt"),
+        neighbourhood=neighbourhood,
+        neighbourhood_targets=targets,
+        answers=(new,),
+    )

@@ -1,0 +1,1 @@
+"""Training: where arrays live, what moves, what is kept, and the loop."""
