@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Field:
             self.fail("", f"must be an object, not {type(raw).__name__}")
         self.raw = raw
 
-    def fail(self, name: str, why: str):
+    def fail(self, name: str, why: str) -> NoReturn:
         """Raise MalformedRecord about the field `name` of this record."""
         path = ".".join(part for part in (self._trail, name) if part)
         field = f"field {path!r} " if path else ""
@@ -140,7 +140,8 @@ def read_raw(source: str | Path) -> Iterable[Any]:
                 f"({error.msg}). The file may be cut short; fetch it again."
             ) from error
     records = []
-    for index, line in enumerate(line for line in text.splitlines() if line.strip()):
+    # Not splitlines(): JSON text may hold U+2028 and its like unescaped.
+    for index, line in enumerate(line for line in text.split("\n") if line.strip()):
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
