@@ -158,14 +158,15 @@ def _read_hub(source: str) -> Iterable[Any]:
             f"no such file: {source}. Give the path of a JSON or JSONL file, or a Hugging Face "
             "data set's id such as owner/name."
         )
-    import datasets  # Only this branch needs it, and it takes a second to import.
-
     try:
+        import datasets  # Optional, and only this branch needs it.
+
         return datasets.load_dataset(source, split="train")
     except Exception as error:
         raise FileNotFoundError(
             f"{source} is neither a file nor a data set that could be loaded from the Hugging Face "
-            f"hub ({type(error).__name__}: {error}). Check the path, or the network."
+            f"hub ({type(error).__name__}: {error}). Check the path, the network, and that the package "
+            "datasets is installed."
         ) from error
 
 

@@ -1,0 +1,152 @@
+"""A trained model as one file: safetensors that hold what was trained and nothing else.
+
+Frozen towers come from their own source, so an export of a model over a frozen LM is small. The
+file carries what it was trained on (its config, in `meta`) and a digest of its content.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+
+_FORMAT = "larimar-jax/1"
+_DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "int32": np.dtype(np.int32),
+    "bool": np.dtype(np.bool_),
+}
+_CODES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I32": "int32", "BOOL": "bool"}
+
+
+class ExportError(ValueError):
+    """An exported file that is damaged, half written, or of another model."""
+
+
+def save_exported(
+    path: str | Path,
+    params: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    dtypes: Mapping[str, str] | None = None,
+) -> None:
+    """Writes arrays and meta to one file, whole or not at all.
+
+    Args:
+        path: the file to write; it is replaced only when the new one is on the disk.
+        params: float32, int32 or bool arrays by '/'-joined path.
+        meta: what JSON can hold.
+        dtypes: regex on paths → "float16" or "bfloat16" to store those arrays in; the first match
+            counts. They come back as float32.
+    Raises:
+        ValueError: a regex that matches nothing, or a value that float16 cannot hold.
+    """
+    path, dtypes = Path(path), dtypes or {}
+    idle = [pattern for pattern in dtypes if not any(re.search(pattern, name) for name in params)]
+    if idle:
+        raise ValueError(f"no parameter matches {', '.join(map(repr, idle))} in dtypes")
+    arrays, original = {}, {}
+    for name in sorted(params):
+        array = np.asarray(params[name])
+        original[name] = array.dtype.name
+        wanted = next((d for p, d in dtypes.items() if re.search(p, name)), array.dtype.name)
+        stored = np.ascontiguousarray(array.astype(_DTYPES[wanted])).reshape(array.shape)
+        if np.isfinite(array).all() and not np.isfinite(stored.astype(np.float32)).all():
+            raise ValueError(f"{name} holds values that {wanted} cannot; store it as bfloat16")
+        arrays[name] = stored
+    described = json.dumps({"meta": meta, "dtypes": original}, sort_keys=True, ensure_ascii=False)
+    header = {"format": _FORMAT, "larimar": described, "sha256": _digest(arrays, described)}
+    content = safetensors.numpy.save(arrays, metadata=header)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, since os.replace is atomic only within one file system.
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_exported(
+    path: str | Path, like: Mapping[str, Any] | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Reads what `save_exported` wrote: (arrays by path in their original dtype, meta).
+
+    Args:
+        path: the file.
+        like: the parameters of the model to be filled (anything with a shape, by path). The file
+            may hold fewer of them, but no other ones, and of no other shape.
+    Raises:
+        FileNotFoundError: no such file.
+        ExportError: damaged, half written, no export at all, or of another model (naming every
+            parameter that does not fit).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no exported model at {path}")
+    header, arrays = _read(path)
+    if header.get("format") != _FORMAT:
+        raise ExportError(
+            f"{path} is a safetensors file and not an export of {_FORMAT} (it says "
+            f"{header.get('format')!r}). Weights of a tower alone go through the config's `source`."
+        )
+    if _digest(arrays, header.get("larimar", "")) != header.get("sha256"):
+        raise ExportError(f"{path} is damaged: its content does not have the digest that it names.")
+    described = json.loads(header["larimar"])
+    arrays = {n: a.astype(_DTYPES[described["dtypes"][n]], copy=False) for n, a in arrays.items()}
+    if like is not None:
+        _fit(path, arrays, like)
+    return arrays, described["meta"]
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    content = path.read_bytes()
+    try:
+        size = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + size]).get("__metadata__", {})
+        arrays = {
+            name: np.frombuffer(view["data"], _DTYPES[_CODES[view["dtype"]]]).reshape(view["shape"])
+            for name, view in safetensors.deserialize(content)
+        }
+    except Exception as error:  # A cut or overwritten header fails in many ways, all of them this.
+        raise ExportError(
+            f"{path} cannot be read ({type(error).__name__}: {error}). It is damaged, half written "
+            "or no safetensors file; fetch or export it again."
+        ) from error
+    return header, arrays
+
+
+def _fit(path: Path, arrays: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> None:
+    problems = [f"{n}: the model has no such parameter" for n in arrays if n not in like]
+    problems += [
+        f"{n}: {arrays[n].shape} in the file, {tuple(like[n].shape)} in the model"
+        for n in arrays
+        if n in like and arrays[n].shape != tuple(like[n].shape)
+    ]
+    if problems:
+        raise ExportError(
+            f"{path} is of another model:\n  " + "\n  ".join(problems) + "\nUse the config that it "
+            "was trained with (it is in the file's meta), or another file."
+        )
+
+
+def _digest(arrays: Mapping[str, np.ndarray], described: str) -> str:
+    digest = hashlib.sha256(described.encode("utf-8"))
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(f"{name} {array.dtype.name} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

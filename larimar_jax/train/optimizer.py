@@ -1,0 +1,97 @@
+"""AdamW with warm-up, decay and clipping, over the parameters that are trained and no others."""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from larimar_jax.config import TrainConfig
+
+Leaf = TypeVar("Leaf")
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+class FreezeError(ValueError):
+    """A freezing pattern that matches no parameter, or patterns that leave nothing to train."""
+
+
+def partition(
+    parameters: Mapping[str, Leaf], frozen: Sequence[str]
+) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
+    """Splits parameters into (trained, frozen) by regexes found in their '/'-joined paths.
+
+    Frozen ones stay out of the differentiated arguments, so that they cost neither a gradient nor
+    optimiser state.
+
+    Raises:
+        FreezeError: naming every regex that matches nothing, or saying that all is frozen.
+    """
+    patterns = [re.compile(pattern) for pattern in frozen]
+    idle = [p.pattern for p in patterns if not any(map(p.search, parameters))]
+    if idle:
+        raise FreezeError(
+            f"train.frozen matches no parameter: {', '.join(map(repr, idle))}. The parameters are:"
+            "\n  " + "\n  ".join(sorted(parameters))
+        )
+    held = {name for name in parameters if any(p.search(name) for p in patterns)}
+    if len(held) == len(parameters):
+        raise FreezeError("train.frozen freezes every parameter; nothing is left to train.")
+    trained = {name: leaf for name, leaf in parameters.items() if name not in held}
+    return trained, {name: parameters[name] for name in parameters if name in held}
+
+
+def learning_rate(train: TrainConfig) -> Schedule:
+    """Linear warm-up from 0 to the peak, then "cosine" or "linear" decay to 0, or "constant".
+
+    The first step already has 1/warmup of the peak: a step at rate 0 would be spent for nothing.
+
+    Raises:
+        ValueError: an unknown decay, or a warm-up longer than the run.
+    """
+    shapes: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "cosine": lambda done: 0.5 * (1.0 + jnp.cos(math.pi * done)),
+        "linear": lambda done: 1.0 - done,
+        "constant": jnp.ones_like,
+    }
+    if train.decay not in shapes:
+        raise ValueError(f"train.decay is {train.decay!r}; known: {', '.join(shapes)}")
+    if train.warmup_steps > train.steps:
+        raise ValueError(
+            f"train.warmup_steps ({train.warmup_steps}) is more than train.steps ({train.steps})"
+        )
+    warmup, rest = train.warmup_steps, max(1, train.steps - train.warmup_steps)
+
+    def rate(step: jax.Array) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        rising = (step + 1.0) / max(1, warmup)
+        falling = shapes[train.decay](jnp.clip((step - warmup) / rest, 0.0, 1.0))
+        return train.learning_rate * jnp.where(step < warmup, rising, falling)
+
+    return rate
+
+
+# Decay pulls towards zero: right for matrices, wrong for gains, biases and a learned variance, and
+# wrong for M₀, whose scale the memory is free to choose (M₀ cancels in a read, §3).
+_UNDECAYED = re.compile(r"(^memory/|(^|/)(bias|scale|gain|centre|log_variance)$|norm)")
+
+
+def decayed(name: str) -> bool:
+    """Whether weight decay applies to the parameter of this '/'-joined path."""
+    return _UNDECAYED.search(name) is None
+
+
+def make(train: TrainConfig) -> optax.GradientTransformation:
+    """AdamW with global-norm clipping (clip_norm 0: none) for a dict of parameters by path."""
+    steps = [] if train.clip_norm == 0 else [optax.clip_by_global_norm(train.clip_norm)]
+    steps.append(
+        optax.adamw(
+            learning_rate(train),
+            weight_decay=train.weight_decay,
+            mask=lambda parameters: {name: decayed(name) for name in parameters},
+        )
+    )
+    return optax.chain(*steps)
