@@ -1,0 +1,181 @@
+"""BERT (§2): the encoder of Larimar, and of MiniLM for the scope detector (§6)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from larimar_jax import layers
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """Sizes, pooling, and how to compute.
+
+    pooling: 'cls' is the tanh pooler over [CLS] of the paper; 'mean' averages the real tokens.
+    normalize: scale the pooled vector to unit length, as MiniLM's cosine store wants.
+    """
+
+    vocab_size: int
+    width: int
+    depth: int
+    heads: int
+    mlp: int
+    max_length: int = 512
+    type_vocab: int = 2
+    norm_eps: float = 1e-12
+    pooling: Literal["mean", "cls"] = "cls"
+    normalize: bool = False
+    dtype: str = "float32"
+    remat: bool = False
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
+        if self.pooling not in ("mean", "cls"):
+            raise ValueError(f"unknown pooling {self.pooling!r}; known: mean, cls")
+
+
+class Block(nnx.Module):
+    """Attention, then a GELU MLP, each followed by its residual and a LayerNorm (post-norm)."""
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        c, dtype = config, jnp.dtype(config.dtype)
+        self.attention = layers.Attention(
+            c.width, c.heads, c.heads, c.width // c.heads, bias=True, dtype=dtype, rngs=rngs
+        )
+        self.attention_norm = layers.LayerNorm(c.width, c.norm_eps)
+        self.up = layers.linear(c.width, c.mlp, bias=True, dtype=dtype, rngs=rngs)
+        self.down = layers.linear(c.mlp, c.width, bias=True, dtype=dtype, rngs=rngs)
+        self.mlp_norm = layers.LayerNorm(c.width, c.norm_eps)
+
+    def __call__(
+        self, x: Float[Array, "B S D"], mask: Bool[Array, "B 1 S"]
+    ) -> Float[Array, "B S D"]:
+        mixed, _ = self.attention(x, mask)
+        x = self.attention_norm(x + mixed)
+        return self.mlp_norm(x + self.down(jax.nn.gelu(self.up(x), approximate=False)))
+
+
+class Bert(nnx.Module):
+    """Tokens to one vector per text."""
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        c, dtype = config, jnp.dtype(config.dtype)
+        self.config = config
+        table = nnx.initializers.normal(0.02)
+        self.word = nnx.Embed(c.vocab_size, c.width, embedding_init=table, rngs=rngs)
+        self.position = nnx.Embed(c.max_length, c.width, embedding_init=table, rngs=rngs)
+        self.kind = nnx.Embed(c.type_vocab, c.width, embedding_init=table, rngs=rngs)
+        self.norm = layers.LayerNorm(c.width, c.norm_eps)
+        self.layers = layers.stack(lambda rngs: Block(c, rngs=rngs), c.depth, rngs)
+        if c.pooling == "cls":
+            self.pooler = layers.linear(c.width, c.width, bias=True, dtype=dtype, rngs=rngs)
+
+    def hidden(
+        self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]
+    ) -> Float[Array, "B S D"]:
+        """The last layer's output for every token, in the compute dtype.
+
+        mask is True on real tokens; what stands at the others is meaningless.
+
+        Raises:
+          ValueError: S exceeds the positions that the model has.
+        """
+        length = tokens.shape[1]
+        if length > self.config.max_length:
+            raise ValueError(
+                f"{length} tokens, but this encoder has {self.config.max_length} positions;"
+                " split the text or encode it with truncate=True"
+            )
+        x = self.word.embedding[...][tokens] + self.position.embedding[...][:length]
+        x = self.norm(x + self.kind.embedding[...][0]).astype(jnp.dtype(self.config.dtype))
+
+        def call(block, x, _):
+            return block(x, mask[:, None, :]), None
+
+        return layers.scan_layers(self.layers, call, x, None, remat=self.config.remat)[0]
+
+    def __call__(
+        self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]
+    ) -> Float[Array, "B D"]:
+        """One float32 vector per text (§2); see `BertConfig` for pooling. Raises as `hidden`."""
+        x = self.hidden(tokens, mask)
+        if self.config.pooling == "cls":
+            pooled = jnp.tanh(self.pooler(x[:, 0])).astype(jnp.float32)
+        else:
+            weight = mask.astype(jnp.float32)[:, :, None]
+            total = jnp.sum(x.astype(jnp.float32) * weight, axis=1)
+            pooled = total / jnp.maximum(jnp.sum(weight, axis=1), 1.0)
+        if self.config.normalize:
+            square = jnp.sum(jnp.square(pooled), axis=1, keepdims=True)
+            pooled = pooled * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+        return pooled
+
+    @property
+    def embeddings(self) -> Float[Array, "V D"]:
+        """The word embedding table."""
+        return self.word.embedding[...]
+
+
+def from_huggingface(config: Mapping[str, Any]) -> BertConfig:
+    """The sizes in a Hugging Face config.json of this family, with the paper's [CLS] pooling.
+
+    Raises:
+      ValueError: a setting that this implementation does not compute.
+    """
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise ValueError(f"BERT with hidden_act {config['hidden_act']!r} is not supported: gelu is")
+    kind = config.get("position_embedding_type", "absolute")
+    if kind != "absolute":
+        raise ValueError(f"BERT with {kind} positions is not supported: absolute is")
+    return BertConfig(
+        vocab_size=config["vocab_size"],
+        width=config["hidden_size"],
+        depth=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        mlp=config["intermediate_size"],
+        max_length=config["max_position_embeddings"],
+        type_vocab=config["type_vocab_size"],
+        norm_eps=config["layer_norm_eps"],
+    )
+
+
+CONFIG = BertConfig
+MODEL = Bert
+
+_LAYER = r"(?:bert\.)?encoder\.layer\.(?P<layer>\d+)\."
+_MIXED = _LAYER + r"attention\.output\."
+
+# (source name, target parameter, transform): the format is explained in weights/fill.py.
+KEYS = (
+    (r"(?:bert\.)?embeddings\.word_embeddings\.weight", "word.embedding", "copy"),
+    (r"(?:bert\.)?embeddings\.position_embeddings\.weight", "position.embedding", "copy"),
+    (r"(?:bert\.)?embeddings\.token_type_embeddings\.weight", "kind.embedding", "copy"),
+    (r"(?:bert\.)?embeddings\.LayerNorm\.(?:weight|gamma)", "norm.scale", "copy"),
+    (r"(?:bert\.)?embeddings\.LayerNorm\.(?:bias|beta)", "norm.bias", "copy"),
+    (r"(?:bert\.)?embeddings\.(?:position|token_type)_ids", None, "copy"),  # 0, 1, 2, …
+    (_LAYER + r"attention\.self\.query\.weight", "layers.attention.query.kernel", "transpose"),
+    (_LAYER + r"attention\.self\.query\.bias", "layers.attention.query.bias", "copy"),
+    (_LAYER + r"attention\.self\.key\.weight", "layers.attention.key.kernel", "transpose"),
+    (_LAYER + r"attention\.self\.key\.bias", "layers.attention.key.bias", "copy"),
+    (_LAYER + r"attention\.self\.value\.weight", "layers.attention.value.kernel", "transpose"),
+    (_LAYER + r"attention\.self\.value\.bias", "layers.attention.value.bias", "copy"),
+    (_MIXED + r"dense\.weight", "layers.attention.output.kernel", "transpose"),
+    (_MIXED + r"dense\.bias", "layers.attention.output.bias", "copy"),
+    (_MIXED + r"LayerNorm\.(?:weight|gamma)", "layers.attention_norm.scale", "copy"),
+    (_MIXED + r"LayerNorm\.(?:bias|beta)", "layers.attention_norm.bias", "copy"),
+    (_LAYER + r"intermediate\.dense\.weight", "layers.up.kernel", "transpose"),
+    (_LAYER + r"intermediate\.dense\.bias", "layers.up.bias", "copy"),
+    (_LAYER + r"output\.dense\.weight", "layers.down.kernel", "transpose"),
+    (_LAYER + r"output\.dense\.bias", "layers.down.bias", "copy"),
+    (_LAYER + r"output\.LayerNorm\.(?:weight|gamma)", "layers.mlp_norm.scale", "copy"),
+    (_LAYER + r"output\.LayerNorm\.(?:bias|beta)", "layers.mlp_norm.bias", "copy"),
+    (r"(?:bert\.)?pooler\.dense\.weight", "pooler.kernel?", "transpose"),
+    (r"(?:bert\.)?pooler\.dense\.bias", "pooler.bias?", "copy"),
+    (r"cls\..*", None, "copy"),  # heads of BERT's own pre-training
+)
