@@ -27,6 +27,7 @@ setup(
         "jaxtyping>=0.3.11",
         "matplotlib>=3.10",
         "ml_collections>=1.1.0",
+        "ml_dtypes>=0.5.0",
         "numpy>=2.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
@@ -37,6 +38,7 @@ setup(
     ],
     extras_require={
         "test": ["beartype>=0.23", "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6"],
+        "hub": ["datasets>=4"],  # Benchmarks by their Hugging Face id instead of by file.
         "lint": ["ruff>=0.8"],
     },
     entry_points={"console_scripts": ["larimar = larimar_jax.cli:main"]},

@@ -1,0 +1,235 @@
+"""The runner under kills and cuts, and CounterFact's experiment on a model whose answers are known."""
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from larimar_jax import bench
+from larimar_jax.bench import counterfact, editor, metrics, runner
+from larimar_jax.data.records import EditRecord
+
+
+def fraction(*parts) -> float:
+    """A number in [0, 1) that depends on nothing but its arguments."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+class KnownEditor:
+    """An editor whose base LM scores by hash, whose memory halves the loss of what was written."""
+
+    settings = {"name": "known"}
+
+    def written(self, prompt, answer):
+        return f"{prompt} {answer}."
+
+    def recall(self, facts, queries):
+        scores = np.asarray([fraction("scope", q) for row in queries for q in row], np.float32)
+        flat = [fact for fact, row in zip(facts, queries, strict=True) for _ in row]
+        return editor.Recall(
+            scope_score=scores,
+            in_scope=scores > 0.4,
+            condition=lambda rows: [flat[row] for row in rows],
+        )
+
+    def zero(self, rows):
+        return [("", "")] * rows
+
+    def score(self, prompts, targets, condition):
+        losses = [fraction(p, t) for p, t in zip(prompts, targets, strict=True)]
+        if condition is not None:
+            halved = [answer == target for (_, answer), target in zip(condition, targets, strict=True)]
+            losses = [loss / 2 if half else loss for loss, half in zip(losses, halved, strict=True)]
+        return np.asarray(losses, np.float32)
+
+
+def cases(count):
+    """Cases with differing numbers of prompts."""
+    return [
+        EditRecord(
+            case_id=3 * n + 1,
+            prompt=f"Fact {n} is",
+            subject=f"Fact {n}",
+            target_new=f"new {n}",
+            target_true=f"true {n}",
+            paraphrases=tuple(f"Says {k} of fact {n}:" for k in range(n % 3)),
+            neighbourhood=tuple(f"Neighbour {k} of {n} is" for k in range(1 + n % 2)),
+            neighbourhood_targets=(f"true {n}",) * (1 + n % 2),
+        )
+        for n in range(count)
+    ]
+
+
+def experiment(count=11, chunk=4, **data):
+    return counterfact.CounterFact(KnownEditor(), cases(count), data=data, chunk=chunk)
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """An uninterrupted run."""
+    folder = tmp_path / "whole"
+    summary = runner.run(experiment(), folder, quiet=True)
+    return folder, summary
+
+
+def test_benchmarks_are_found_by_their_file_and_unknown_names_list_them():
+    assert "counterfact" in bench.benchmarks()
+    assert not {"runner", "metrics", "editor"} & set(bench.benchmarks())
+    with pytest.raises(ValueError, match=r"unknown benchmark 'contrafact'; known: .*counterfact"):
+        bench.benchmark("contrafact")
+    parser = argparse.ArgumentParser()
+    bench.benchmark("counterfact").arguments(parser)
+    assert parser.parse_args(["--data", "x", "--limit", "2"]).limit == 2
+
+
+def test_records_hold_all_that_the_summary_says(finished):
+    folder, summary = finished
+    records = runner.read_cases(folder)
+    assert [record["case_id"] for record in records] == [case.case_id for case in cases(11)]
+    assert json.loads((folder / runner.SUMMARY).read_text()) == summary
+    again = json.loads(json.dumps(counterfact.summarise(records)))
+    assert summary["results"] == again
+    assert set(again) == {*counterfact.SYSTEMS, "in_scope"}
+    assert summary["environment"]["versions"]["jax"]
+    assert summary["settings"]["mode"] == "rome" and summary["cases"] == 11
+
+
+def test_systems_are_what_their_names_say(finished):
+    known = KnownEditor()
+    for record in runner.read_cases(finished[0]):
+        loss = record["loss"]
+        for kind in metrics.KINDS:
+            for row, prompt in enumerate(record["prompts"][kind]):
+                pair = [record["target_new"], record["target_true"]]
+                base = known.score([prompt] * 2, pair, None).tolist()
+                fact = known.score([f"{record['written'][:-1]}. {prompt}"] * 2, pair, None).tolist()
+                inside = record["in_scope"][kind][row]
+                assert inside == (fraction("scope", prompt) > 0.4)
+                assert loss["base"][kind][row] == loss["zero"][kind][row] == base
+                assert loss["prompt"][kind][row] == fact
+                assert loss["lookup"][kind][row] == (fact if inside else base)
+                expected = [base[0] / 2, base[1]] if inside else base
+                assert loss["larimar"][kind][row] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 7, 0.31, 0.5, 0.77, 0.999])
+def test_a_cut_file_is_taken_up_and_gives_the_same_lines(finished, tmp_path, kept):
+    folder, summary = finished
+    whole = (folder / runner.CASES).read_bytes()
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / runner.SETTINGS).write_bytes((folder / runner.SETTINGS).read_bytes())
+    size = kept if isinstance(kept, int) else int(kept * len(whole))
+    (cut / runner.CASES).write_bytes(whole[:size])
+    resumed = runner.run(experiment(), cut, quiet=True)
+    assert (cut / runner.CASES).read_bytes() == whole
+    assert resumed["results"] == summary["results"]
+    assert resumed["run"]["resumed_at_case"] == whole[:size].count(b"\n")
+
+
+def test_finished_cases_are_not_computed_again(finished):
+    again = experiment()
+    again.run = lambda cases: pytest.fail("a finished case was computed again")
+    assert runner.run(again, finished[0], quiet=True)["results"] == finished[1]["results"]
+
+
+def test_a_killed_process_is_taken_up(finished, tmp_path):
+    folder = tmp_path / "killed"
+    script = textwrap.dedent(
+        f"""
+        import sys, time
+        sys.path[:0] = {[os.path.dirname(__file__), os.getcwd()]!r}
+        import test_bench
+        from larimar_jax.bench import runner
+        slow = test_bench.experiment()
+        run = slow.run
+        slow.run = lambda cases: (time.sleep(0.5), run(cases))[1]
+        runner.run(slow, {str(folder)!r}, quiet=True)
+        """
+    )
+    process = subprocess.Popen([sys.executable, "-c", script])
+    deadline = time.monotonic() + 60
+    path = folder / runner.CASES
+    while not (path.exists() and path.read_bytes().count(b"\n") >= 4):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    with pytest.raises(runner.FolderBusy, match="another process"):
+        runner.run(experiment(), folder, quiet=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 4 <= len(runner.read_cases(folder)) < 11
+    runner.run(experiment(), folder, quiet=True)
+    assert path.read_bytes() == (finished[0] / runner.CASES).read_bytes()
+
+
+def test_other_settings_are_refused_and_named(finished):
+    folder, _ = finished
+    before = (folder / runner.CASES).read_bytes()
+    with pytest.raises(runner.DifferentSettings) as caught:
+        runner.run(experiment(chunk=5, limit=3), folder, quiet=True)
+    assert "chunk: 4 there, 5 now" in str(caught.value)
+    assert "data.limit: 3 now but not there" in str(caught.value)
+    assert (folder / runner.CASES).read_bytes() == before
+
+
+def test_damage_that_no_kill_makes_is_an_error(finished):
+    folder, _ = finished
+    path = folder / runner.CASES
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], b"{broken}\n", *lines[2:]]))
+    with pytest.raises(runner.BrokenRun, match="line 2 is damaged"):
+        runner.run(experiment(), folder, quiet=True)
+    path.write_bytes(b"".join([lines[1], *lines[2:]]))
+    with pytest.raises(runner.BrokenRun, match="line 1: case 4 does not belong"):
+        runner.run(experiment(), folder, quiet=True)
+    path.write_bytes(b"".join(lines))
+    (folder / runner.SETTINGS).unlink()
+    with pytest.raises(runner.BrokenRun, match="no settings.json"):
+        runner.run(experiment(), folder, quiet=True)
+
+
+def test_a_broken_model_stops_the_run_and_writes_no_line(tmp_path):
+    broken = experiment()
+    broken.editor.score = lambda prompts, targets, condition: np.full(len(prompts), np.nan)
+    with pytest.raises(metrics.UnusableScore, match="case 1, edit"):
+        runner.run(broken, tmp_path, quiet=True)
+    assert (tmp_path / runner.CASES).read_bytes() == b""
+
+
+def test_chunks_of_one_equal_chunks_of_many(finished):
+    single = [record for case in cases(11) for record in experiment(chunk=1).run([case])]
+    assert json.loads(json.dumps(single)) == runner.read_cases(finished[0])
+
+
+def test_a_memory_that_does_not_beat_the_lookup_says_so_in_that_row(finished):
+    records = runner.read_cases(finished[0])
+    for record in records:
+        record["loss"]["larimar"]["edit"] = record["loss"]["lookup"]["edit"]
+        record["loss"]["larimar"]["paraphrase"] = [
+            [0.1, 1.0] for _ in record["loss"]["lookup"]["paraphrase"]
+        ]
+        record["loss"]["lookup"]["paraphrase"] = [
+            [1.0, 0.1] for _ in record["loss"]["lookup"]["paraphrase"]
+        ]
+    results = counterfact.summarise(records)
+    rows = results["larimar"]
+    assert rows["edit"]["note"] == "does not beat the lookup"
+    assert rows["edit"]["versus_lookup"]["mean"] == 0.0
+    assert "note" not in rows["paraphrase"]
+    assert rows["paraphrase"]["versus_lookup"]["mean"] == 100.0
+    assert "note" not in results["base"]["edit"]
+    console = Console(width=140, record=True, quiet=False, file=open(os.devnull, "w"))
+    console.print(counterfact.table(results, "title"))
+    text = console.export_text()
+    assert "does not beat the lookup" in text
+    assert all(label in text for label in counterfact.SYSTEMS.values())
