@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import layers
@@ -15,7 +16,7 @@ from larimar_jax.layers import Cache, Prefix
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
-    """Sizes, and how to compute. Parameters are float32 whatever `dtype` is."""
+    """Sizes of a model."""
 
     vocab_size: int
     width: int
@@ -24,8 +25,6 @@ class GPT2Config:
     mlp: int
     max_length: int = 1024
     norm_eps: float = 1e-5
-    dtype: str = "float32"
-    remat: bool = False
 
     def __post_init__(self):
         if self.width % self.heads:
@@ -45,8 +44,8 @@ class GPT2Config:
 class Block(nnx.Module):
     """Attention and a GELU MLP, each on a normalised copy of the residual stream."""
 
-    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
-        c, dtype = config, jnp.dtype(config.dtype)
+    def __init__(self, config: GPT2Config, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        c = config
         self.attention_norm = layers.LayerNorm(c.width, c.norm_eps)
         self.attention = layers.Attention(
             c.width, c.heads, c.heads, c.head_size, bias=True, dtype=dtype, rngs=rngs
@@ -71,13 +70,20 @@ class GPT2(nnx.Module):
     active row, whose positions start at 1, has room for max_length − 1 tokens.
     """
 
-    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
-        c = config
-        self.config = config
+    def __init__(
+        self,
+        config: GPT2Config,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        c, dtype = config, jnp.dtype(dtype)
+        self.config, self.dtype, self.remat = config, dtype, remat
         table = nnx.initializers.normal(0.02)
         self.word = nnx.Embed(c.vocab_size, c.width, embedding_init=table, rngs=rngs)
         self.position = nnx.Embed(c.max_length, c.width, embedding_init=table, rngs=rngs)
-        self.layers = layers.stack(lambda rngs: Block(c, rngs=rngs), c.depth, rngs)
+        self.layers = layers.stack(lambda rngs: Block(c, dtype=dtype, rngs=rngs), c.depth, rngs)
         self.norm = layers.LayerNorm(c.width, c.norm_eps)
 
     def hidden(
@@ -103,19 +109,18 @@ class GPT2(nnx.Module):
                 " (a memory slot takes one of them)"
             )
         span = layers.locate(tokens, prefix, cache, start)
-        x = layers.embed(self.embeddings, tokens, prefix, jnp.dtype(c.dtype))
+        x = layers.embed(self.embeddings, tokens, prefix, self.dtype)
         x = x + self.position.embedding[...][span.position].astype(x.dtype)
         x, cache = layers.run_decoder(
-            self.layers, x, span, prefix, cache, turn=None, remat=c.remat
+            self.layers, x, span, prefix, cache, turn=None, remat=self.remat
         )
         return self.norm(x), cache
 
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Next-token logits, float32. Gather the rows that are needed first: V is large."""
-        dtype = jnp.dtype(self.config.dtype)
         kernel = self.embeddings.T
         return jnp.matmul(
-            hidden.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32
+            hidden.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32
         )
 
     def empty_cache(self, batch: int, length: int) -> Cache:
@@ -128,7 +133,7 @@ class GPT2(nnx.Module):
         if length > c.max_length:
             raise ValueError(f"a cache of {length} exceeds this decoder's {c.max_length} tokens")
         return layers.empty_cache(
-            c.depth, batch, length, c.kv_heads, c.head_size, jnp.dtype(c.dtype)
+            c.depth, batch, length, c.kv_heads, c.head_size, self.dtype
         )
 
     @property

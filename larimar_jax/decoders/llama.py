@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import layers
@@ -15,7 +16,7 @@ from larimar_jax.layers import Cache, Prefix
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes, and how to compute. Parameters are float32 whatever `dtype` is."""
+    """Sizes of a model."""
 
     vocab_size: int
     width: int
@@ -28,8 +29,6 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tied_head: bool = True
-    dtype: str = "float32"
-    remat: bool = False
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
@@ -41,8 +40,8 @@ class LlamaConfig:
 class Block(nnx.Module):
     """Attention and a gated MLP, each on a normalised copy of the residual stream."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        c, dtype = config, jnp.dtype(config.dtype)
+    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        c = config
         self.attention_norm = layers.RMSNorm(c.width, c.norm_eps)
         self.attention = layers.Attention(
             c.width, c.heads, c.kv_heads, c.head_size, bias=False, dtype=dtype, rngs=rngs
@@ -63,16 +62,23 @@ class Block(nnx.Module):
 class Llama(nnx.Module):
     """A causal language model that a latent can condition through a `Prefix` (§2)."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        c = config
-        self.config = config
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        c, dtype = config, jnp.dtype(dtype)
+        self.config, self.dtype, self.remat = config, dtype, remat
         table = nnx.initializers.normal(0.02)
         self.word = nnx.Embed(c.vocab_size, c.width, embedding_init=table, rngs=rngs)
-        self.layers = layers.stack(lambda rngs: Block(c, rngs=rngs), c.depth, rngs)
+        self.layers = layers.stack(lambda rngs: Block(c, dtype=dtype, rngs=rngs), c.depth, rngs)
         self.norm = layers.RMSNorm(c.width, c.norm_eps)
         if not c.tied_head:
             self.head = layers.linear(
-                c.width, c.vocab_size, bias=False, dtype=jnp.dtype(c.dtype), rngs=rngs
+                c.width, c.vocab_size, bias=False, dtype=dtype, rngs=rngs
             )
 
     def hidden(
@@ -96,19 +102,18 @@ class Llama(nnx.Module):
         if tokens.shape[1] > c.max_length:
             raise ValueError(f"{tokens.shape[1]} tokens exceed this decoder's {c.max_length}")
         span = layers.locate(tokens, prefix, cache, start)
-        x = layers.embed(self.embeddings, tokens, prefix, jnp.dtype(c.dtype))
+        x = layers.embed(self.embeddings, tokens, prefix, self.dtype)
         turn = layers.rotation(span.position, c.head_size, c.rope_theta)
         x, cache = layers.run_decoder(
-            self.layers, x, span, prefix, cache, turn=turn, remat=c.remat
+            self.layers, x, span, prefix, cache, turn=turn, remat=self.remat
         )
         return self.norm(x), cache
 
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Next-token logits, float32. Gather the rows that are needed first: V is large."""
-        dtype = jnp.dtype(self.config.dtype)
         kernel = self.embeddings.T if self.config.tied_head else self.head.kernel[...]
         return jnp.matmul(
-            hidden.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32
+            hidden.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32
         )
 
     def empty_cache(self, batch: int, length: int) -> Cache:
@@ -121,7 +126,7 @@ class Llama(nnx.Module):
         if length > c.max_length:
             raise ValueError(f"a cache of {length} exceeds this decoder's {c.max_length} tokens")
         return layers.empty_cache(
-            c.depth, batch, length, c.kv_heads, c.head_size, jnp.dtype(c.dtype)
+            c.depth, batch, length, c.kv_heads, c.head_size, self.dtype
         )
 
     @property

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import layers
@@ -14,7 +15,7 @@ from larimar_jax import layers
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """Sizes, pooling, and how to compute.
+    """Sizes of a model, and how it pools.
 
     pooling: 'cls' is the tanh pooler over [CLS] of the paper; 'mean' averages the real tokens.
     normalize: scale the pooled vector to unit length, as MiniLM's cosine store wants.
@@ -30,8 +31,6 @@ class BertConfig:
     norm_eps: float = 1e-12
     pooling: Literal["mean", "cls"] = "cls"
     normalize: bool = False
-    dtype: str = "float32"
-    remat: bool = False
 
     def __post_init__(self):
         if self.width % self.heads:
@@ -43,8 +42,8 @@ class BertConfig:
 class Block(nnx.Module):
     """Attention, then a GELU MLP, each followed by its residual and a LayerNorm (post-norm)."""
 
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
-        c, dtype = config, jnp.dtype(config.dtype)
+    def __init__(self, config: BertConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        c = config
         self.attention = layers.Attention(
             c.width, c.heads, c.heads, c.width // c.heads, bias=True, dtype=dtype, rngs=rngs
         )
@@ -64,15 +63,22 @@ class Block(nnx.Module):
 class Bert(nnx.Module):
     """Tokens to one vector per text."""
 
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
-        c, dtype = config, jnp.dtype(config.dtype)
-        self.config = config
+    def __init__(
+        self,
+        config: BertConfig,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        c, dtype = config, jnp.dtype(dtype)
+        self.config, self.dtype, self.remat = config, dtype, remat
         table = nnx.initializers.normal(0.02)
         self.word = nnx.Embed(c.vocab_size, c.width, embedding_init=table, rngs=rngs)
         self.position = nnx.Embed(c.max_length, c.width, embedding_init=table, rngs=rngs)
         self.kind = nnx.Embed(c.type_vocab, c.width, embedding_init=table, rngs=rngs)
         self.norm = layers.LayerNorm(c.width, c.norm_eps)
-        self.layers = layers.stack(lambda rngs: Block(c, rngs=rngs), c.depth, rngs)
+        self.layers = layers.stack(lambda rngs: Block(c, dtype=dtype, rngs=rngs), c.depth, rngs)
         if c.pooling == "cls":
             self.pooler = layers.linear(c.width, c.width, bias=True, dtype=dtype, rngs=rngs)
 
@@ -93,12 +99,12 @@ class Bert(nnx.Module):
                 " split the text or encode it with truncate=True"
             )
         x = self.word.embedding[...][tokens] + self.position.embedding[...][:length]
-        x = self.norm(x + self.kind.embedding[...][0]).astype(jnp.dtype(self.config.dtype))
+        x = self.norm(x + self.kind.embedding[...][0]).astype(self.dtype)
 
         def call(block, x, _):
             return block(x, mask[:, None, :]), None
 
-        return layers.scan_layers(self.layers, call, x, None, remat=self.config.remat)[0]
+        return layers.scan_layers(self.layers, call, x, None, remat=self.remat)[0]
 
     def __call__(
         self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]
