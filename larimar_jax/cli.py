@@ -1,0 +1,297 @@
+"""The command line, and the only file that reads argv.
+
+Everything heavy is imported inside its command, so that `--help` answers at once.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+DEFAULT_SESSION = "larimar-session"
+DEFAULT_MODEL = "smol"
+
+EXAMPLES = """\
+examples:
+  larimar demo
+  larimar edit "The Eiffel Tower is in the city of" "Rome"
+  larimar ask "In which city is the Eiffel Tower? It is in"
+  larimar list
+  larimar forget 1
+  larimar train --config=configs/tiny.py --run runs/tiny
+  larimar bench counterfact --data counterfact.json --limit 200 --out runs/counterfact
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 2 for an error it explains, 130 when stopped."""
+    arguments = parser().parse_args(argv)
+    try:
+        arguments.command(arguments)
+    except KeyboardInterrupt:
+        print(f"\nlarimar: stopped. {arguments.resume}".rstrip(), file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe, such as `head`, has seen enough. What is still buffered goes nowhere,
+        # so that the interpreter does not fail again when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if getattr(arguments, "debug", False) or not explained(error):
+            raise
+        print(f"larimar: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def explained(error: Exception) -> bool:
+    """Whether `error` is this package's own word to a person, and no slip inside it.
+
+    Its exceptions are, and so is a ValueError or an OSError that its code raises itself; anything
+    that comes up from a library keeps its traceback, since its message was written for programmers.
+    """
+    if type(error).__module__.split(".")[0] == __package__:
+        return True
+    if not isinstance(error, (ValueError, OSError, ImportError)):
+        return False
+    frames = list(traceback.walk_tb(error.__traceback__))
+    origin = Path(frames[-1][0].f_code.co_filename).resolve()
+    # An OSError names its file and what was wrong with it, wherever it was raised.
+    return isinstance(error, OSError) or origin.is_relative_to(PACKAGE)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of every command."""
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        "--debug",
+        action="store_true",
+        # A default of a nested command would overwrite what stands before it on the line.
+        default=argparse.SUPPRESS,
+        help="show the traceback of an error instead of one message",
+    )
+    top = argparse.ArgumentParser(
+        prog="larimar",
+        description="A language model with a memory that facts are written into and forgotten from.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[shared],
+    )
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(
+        name: str, command: Callable, summary: str, example: str, resume: str = ""
+    ) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            parents=[shared],
+        )
+        made.set_defaults(command=command, resume=resume)
+        return made
+
+    made = add("demo", demo, "edit a real language model and see what changes", "larimar demo")
+    _model(made)
+    made.add_argument(
+        "--picture", default="demo.png", metavar="FILE", help="where the picture goes (%(default)s)"
+    )
+
+    made = add(
+        "edit",
+        edit,
+        "write a fact into a session's memory",
+        'larimar edit "The Eiffel Tower is in the city of" "Rome"',
+    )
+    made.add_argument("prompt", help="the fact up to its answer")
+    made.add_argument("answer", help="what the model shall say from now on")
+    _session(made)
+    _model(made)
+
+    made = add(
+        "ask",
+        ask,
+        "continue a prompt with what was written in mind",
+        'larimar ask "In which city is the Eiffel Tower? It is in"',
+    )
+    made.add_argument("prompt", help="the text to be continued")
+    made.add_argument(
+        "--tokens", type=_positive, default=12, metavar="N", help="length of the answer (%(default)s)"
+    )
+    _session(made)
+
+    made = add("forget", forget, "take a fact out of a session's memory", "larimar forget 1")
+    made.add_argument("fact", type=int, help="its number, as `larimar list` shows it")
+    _session(made)
+
+    made = add("list", show, "show what a session has in memory", "larimar list --history")
+    made.add_argument("--history", action="store_true", help="every write and forget, in order")
+    _session(made)
+
+    made = add(
+        "train",
+        train,
+        "train a model, or go on with a run that was stopped",
+        "larimar train --config=configs/tiny.py --run runs/tiny --set train.steps=200",
+        "The same command goes on from the last checkpoint.",
+    )
+    made.add_argument("--config", required=True, metavar="FILE", help="a file with get_config()")
+    made.add_argument("--run", required=True, metavar="DIR", help="folder of the run")
+    made.add_argument(
+        "--set",
+        dest="overrides",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings that differ from the file, such as train.steps=200",
+    )
+    _bench(
+        add(
+            "bench",
+            bench,
+            "run a benchmark, or go on with one that was stopped",
+            "larimar bench counterfact --data counterfact.json --limit 200 --out runs/counterfact",
+            "The same command goes on where the cases end.",
+        ),
+        shared,
+    )
+    return top
+
+
+def _bench(made: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
+    from larimar_jax.bench import benchmarks
+
+    names = made.add_subparsers(title="benchmarks", metavar="NAME", dest="name", required=True)
+    for name, module in benchmarks().items():
+        summary, _, rest = (module.__doc__ or name).partition("\n")
+        single = names.add_parser(
+            name,
+            help=summary,
+            description=f"{summary}\n{rest}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            parents=[shared],
+        )
+        module.arguments(single)
+        single.add_argument(
+            "--out", required=True, metavar="DIR", help="folder of the run; resumed if it exists"
+        )
+
+
+def _session(made: argparse.ArgumentParser) -> None:
+    made.add_argument(
+        "--session", default=DEFAULT_SESSION, metavar="DIR", help="its folder (%(default)s)"
+    )
+
+
+def _model(made: argparse.ArgumentParser) -> None:
+    made.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="NAME",
+        help="a checkpoint that ships, or the path of one (%(default)s)",
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+# Commands
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    """larimar demo"""
+    from larimar_jax import demo
+
+    demo.run(model=arguments.model, picture=arguments.picture)
+
+
+def edit(arguments: argparse.Namespace) -> None:
+    """larimar edit: starts the session where there is none."""
+    from larimar_jax.session import Session
+
+    folder = Path(arguments.session)
+    session = Session.load(folder) if folder.exists() else Session(arguments.model)
+    fact = session.write(arguments.prompt, arguments.answer)
+    session.save(folder)
+    print(f"{fact.id}: {fact.prompt} {fact.answer}")
+
+
+def ask(arguments: argparse.Namespace) -> None:
+    """larimar ask: the answer on the standard output, where it came from beside it."""
+    answer = _open(arguments.session).ask(arguments.prompt, max_tokens=arguments.tokens)
+    print(answer.text.strip())
+    source = f"from fact {answer.fact}" if answer.in_scope else "nothing written applies"
+    print(f"({source}; likeness {answer.score:.2f})", file=sys.stderr)
+
+
+def forget(arguments: argparse.Namespace) -> None:
+    """larimar forget"""
+    session = _open(arguments.session)
+    fact = session.forget(arguments.fact)
+    session.save(Path(arguments.session))
+    print(f"forgotten {fact.id}: {fact.prompt} {fact.answer}")
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """larimar list"""
+    session = _open(arguments.session)
+    if arguments.history:
+        for event in session.history():
+            print(event)
+        return
+    facts = session.list()
+    for fact in facts:
+        print(f"{fact.id}: {fact.prompt} {fact.answer}")
+    if not facts:
+        print("(nothing written)", file=sys.stderr)
+
+
+def _open(folder: str):
+    folder = Path(folder)
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"there is no session at {folder}. `larimar edit PROMPT ANSWER` starts one there; "
+            "--session names another folder."
+        )
+    from larimar_jax.session import Session
+
+    return Session.load(folder)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """larimar train"""
+    from larimar_jax import config
+    from larimar_jax.train import loop
+
+    values = config.override(config.load_dict(_config(arguments.config)), arguments.overrides)
+    loop.train(config.parse(values), arguments.run)
+
+
+def _config(name: str) -> Path:
+    """A config by its path from here, or from the clone that the package is installed from."""
+    path = Path(name)
+    beside = PACKAGE.parent / path
+    return beside if not path.exists() and beside.exists() else path
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    """larimar bench"""
+    from larimar_jax import bench
+    from larimar_jax.bench import runner
+
+    experiment = bench.benchmark(arguments.name).experiment(arguments)
+    runner.run(experiment, arguments.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
