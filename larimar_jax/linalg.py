@@ -1,0 +1,205 @@
+"""Least squares on one system: pseudo-inverses, ridge solves, and statistics that are added up.
+
+Everything here is float32 at the highest matmul precision, acts on one system (callers `vmap`), is
+differentiable, and has static shapes: a rank is never read out to choose a shape.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+# Memory algebra never runs in TF32 or bfloat16, whatever the model's dtype: pseudo-inverses square
+# or invert the rounding of their products.
+dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+def _thin_pinv(a: Float[Array, "m n"], cutoff: float) -> Float[Array, "n m"]:
+    """The pseudo-inverse of a tall matrix (m >= n): QR, then the SVD of the n x n factor only."""
+    q, r = jnp.linalg.qr(a)
+    u, s, vt = jnp.linalg.svd(r)
+    keep = s > cutoff * s[0]  # >, not >=: a zero matrix has s[0] = 0 and must keep nothing
+    inverse = jnp.where(keep, 1.0 / jnp.where(keep, s, 1.0), 0.0)
+    return dot(dot(vt.T * inverse, u.T), q.T)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _tall_pinv(a, cutoff):
+    return _thin_pinv(a, cutoff)
+
+
+@_tall_pinv.defjvp
+def _tall_pinv_jvp(cutoff, primals, tangents):
+    """Golub & Pereyra (1973), for perturbations that keep the rank.
+
+    d(A†) = -A† dA A† + A† A†ᵀ dAᵀ (I - A A†) + (I - A† A) dAᵀ A†ᵀ A†
+
+    The derivative of the SVD itself is not used: it divides by differences of singular values and is
+    infinite for repeated facts and for padding. Products are ordered so that nothing m x m arises.
+    """
+    (a,), (da,) = primals, tangents
+    p = _tall_pinv(a, cutoff)
+    pda = dot(p, da)
+    first = dot(pda, p)
+    second = dot(dot(p, p.T), da.T - dot(dot(da.T, a), p))
+    third = dot(pda.T, p)
+    third = third - dot(dot(p, a), third)
+    return p, second + third - first
+
+
+def pinv(a: Float[Array, "m n"], cutoff: float | None = None) -> Float[Array, "n m"]:
+    """The Moore-Penrose pseudo-inverse A† (§3), exact, at the cost of the thin side.
+
+    Singular values up to `cutoff` times the largest count as zero (default: the float32 epsilon times
+    the longer side), so zero rows, repeated rows and a zero matrix are all proper inputs. The
+    derivative is that of a perturbation that keeps the rank.
+    """
+    m, n = a.shape
+    if min(m, n) == 0:
+        return jnp.zeros((n, m), jnp.float32)
+    a = a.astype(jnp.float32)
+    if cutoff is None:
+        cutoff = float(jnp.finfo(jnp.float32).eps) * max(m, n)
+    return _tall_pinv(a, cutoff) if m >= n else _tall_pinv(a.T, cutoff).T
+
+
+def newton_schulz_pinv(
+    a: Float[Array, "m n"], steps: int = 15, log_start: float = -5.0
+) -> Float[Array, "n m"]:
+    """The released code's approximation of A† (§3): X ← 2X − XAX from X₀ = min(e^log_start, 5e-4)·Aᵀ.
+
+    It turns a singular value s into (1 − (1 − 5e-4·s²)^(2^steps)) / s: too small for small s, and
+    divergent for s > 63.2. Kept to reproduce the released model; `pinv` is the exact one.
+    """
+    a = a.astype(jnp.float32)
+    tall = a.shape[0] >= a.shape[1]
+    start = jnp.minimum(jnp.exp(jnp.float32(log_start)), jnp.float32(5e-4)) * a.T
+
+    def step(x, _):
+        # X A is n x n, A X is m x m: the product over the shorter side first.
+        xax = dot(dot(x, a), x) if tall else dot(x, dot(a, x))
+        return 2.0 * x - xax, None
+
+    return jax.lax.scan(step, start, None, length=steps)[0]
+
+
+class Sum(NamedTuple):
+    """A sum carried to about twice float32: `high` is the rounded total, `low` what rounding left."""
+
+    high: Float[Array, "K C"]
+    low: Float[Array, "K C"]
+
+    def total(self) -> Float[Array, "K C"]:
+        """The sum as one float32 matrix."""
+        return self.high + self.low
+
+
+def zero_sum(rows: int, columns: int) -> Sum:
+    """The empty sum."""
+    return Sum(jnp.zeros((rows, columns), jnp.float32), jnp.zeros((rows, columns), jnp.float32))
+
+
+def _two_sum(a, b):
+    """Knuth's error-free addition: a + b = total + error exactly, without comparing magnitudes."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
+
+
+def rank_update(
+    sums: tuple[Sum, Sum],
+    weights: Float[Array, "N K"],
+    errors: Float[Array, "N C"],
+    sign: Float[Array, "N"],
+    compensated: bool = True,
+) -> tuple[Sum, Sum]:
+    """Adds Σᵢ sᵢ wᵢᵀwᵢ and Σᵢ sᵢ wᵢᵀeᵢ to the statistics of a least-squares problem (Eq. 3, N facts).
+
+    `compensated` adds fact by fact without rounding errors in the sums, so that the order and the
+    grouping of facts do not matter and a fact that is taken out leaves nothing behind (every fact's
+    products are rounded once, the same way both times). Otherwise one matmul per statistic: faster,
+    and each write leaves about one float32 epsilon of its size.
+    """
+    gram, cross = sums
+    signed = weights * sign[:, None]
+    if not compensated:
+        return (
+            gram._replace(high=gram.high + dot(signed.T, weights)),
+            cross._replace(high=cross.high + dot(signed.T, errors)),
+        )
+
+    def add(total: Sum, term) -> Sum:
+        high, error = _two_sum(total.high, term)
+        return Sum(high, total.low + error)
+
+    def step(sums, fact):
+        w, s, e = fact
+        return (add(sums[0], s[:, None] * w), add(sums[1], s[:, None] * e)), None
+
+    if weights.shape[0] == 1:  # the common edit: no loop
+        return step((gram, cross), (weights[0], signed[0], errors[0]))[0]
+    return jax.lax.scan(step, (gram, cross), (weights, signed, errors))[0]
+
+
+def ridge_factor(gram: Float[Array, "K K"], ridge: float | Float[Array, ""]) -> Float[Array, "K K"]:
+    """The lower Cholesky factor of gram + ridge·I; NaN where that is not positive definite."""
+    diagonal = ridge * jnp.eye(gram.shape[0], dtype=jnp.float32)
+    return jax.lax.linalg.cholesky(gram + diagonal, symmetrize_input=False)
+
+
+def factor_solve(factor: Float[Array, "K K"], right: Float[Array, "K C"]) -> Float[Array, "K C"]:
+    """(L Lᵀ)⁻¹ right, by two triangular solves."""
+    half = lower_solve(factor, right)
+    return jax.lax.linalg.triangular_solve(
+        factor, half, left_side=True, lower=True, transpose_a=True
+    )
+
+
+def lower_solve(factor: Float[Array, "K K"], right: Float[Array, "K C"]) -> Float[Array, "K C"]:
+    """L⁻¹ right for a lower triangular L."""
+    return jax.lax.linalg.triangular_solve(factor, right, left_side=True, lower=True)
+
+
+def ridge_solve(
+    weights: Float[Array, "N K"],
+    values: Float[Array, "N C"],
+    ridge: float | Float[Array, ""],
+    prior: Float[Array, "K C"] | None = None,
+) -> Float[Array, "K C"]:
+    """argmin over M of ‖Z − W M‖² + ridge·‖M − M₀‖² (§4), by Cholesky; M₀ = 0 where not given.
+
+    It solves for M − M₀ and not for M: directions that no fact has touched then keep M₀ to the last
+    bit, where ridge·M₀/ridge would round it.
+    """
+    weights, values = weights.astype(jnp.float32), values.astype(jnp.float32)
+    errors = values if prior is None else values - dot(weights, prior)
+    factor = ridge_factor(dot(weights.T, weights), ridge)
+    change = factor_solve(factor, dot(weights.T, errors))
+    return change if prior is None else prior + change
+
+
+def is_positive_definite(factor: Float[Array, "K K"]) -> Bool[Array, ""]:
+    """Whether the Cholesky factorisation that gave `factor` went through."""
+    return jnp.all(jnp.isfinite(jnp.diagonal(factor)))
+
+
+def condition(factor: Float[Array, "K K"], steps: int = 12) -> Float[Array, ""]:
+    """An estimate (from below) of the 2-norm condition number of A = L Lᵀ from its factor L.
+
+    `steps` of power iteration on A and on A⁻¹, O(K²) each: usually within a factor of two, which is
+    what a warning needs.
+    """
+    start = jnp.cos(jnp.arange(factor.shape[0], dtype=jnp.float32) + 1.0)[:, None]
+
+    def largest(apply):
+        def step(vector, _):
+            vector = apply(vector / jnp.linalg.norm(vector))
+            return vector, jnp.linalg.norm(vector)
+
+        return jax.lax.scan(step, start, None, length=steps)[1][-1]
+
+    return largest(lambda v: dot(factor, dot(factor.T, v))) * largest(
+        lambda v: factor_solve(factor, v)
+    )

@@ -1,0 +1,214 @@
+"""What a memory is: the parameters, the reading, and the functions that every variant offers.
+
+A variant is a frozen dataclass of hyperparameters in a file of its own in this folder, registered as a
+pytree by `@pytree`: sizes and choices are `static()` fields, real numbers are leaves, so that a sweep
+over a ridge is one `vmap` and one compilation. All functions are pure and act on **one** memory.
+
+    memory = Streaming(slots=512, latent=768)
+    params = memory.init(key)                        # M₀ and log σ_W²: learned
+    prior = memory.prepare(params)                   # + M_ref†: once per batch, not once per episode
+    state = memory.write(prior, memory.empty(prior), keys, values)
+    reading = memory.read(prior, state, queries)
+
+`keys`, `values` and `queries` are encodings; addressing turns keys and queries into weights inside. In
+Algorithm 1 (§3) keys and values are the same encodings; for edits (§4) the key is the encoding of the
+prompt and the value that of prompt + answer. A fact whose key and value are zero is padding: it
+changes nothing.
+"""
+
+import abc
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from larimar_jax.linalg import dot, pinv
+
+Real = float | Float[Array, ""]
+Sign = int | Int[Array, ""] | Int[Array, "N"]
+State = Any  # each variant's own pytree
+
+
+def static(**options) -> Any:
+    """A dataclass field that is part of the compiled program: a size or a choice, never a real."""
+    return dataclasses.field(metadata={"static": True}, **options)
+
+
+def pytree(cls):
+    """Makes a class a frozen dataclass and a pytree whose `static()` fields are auxiliary data.
+
+    Unlike `jax.tree_util.register_dataclass` it rebuilds without calling the constructor: inside
+    `vmap`, `jit` and `in_axes` trees the fields hold batched arrays, axis numbers or placeholders,
+    which the constructor's annotations (checked in tests) rightly refuse from people.
+    """
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    fields = dataclasses.fields(cls)
+    data = tuple(f.name for f in fields if not f.metadata.get("static"))
+    meta = tuple(f.name for f in fields if f.metadata.get("static"))
+
+    def flatten(self):
+        return tuple(getattr(self, n) for n in data), tuple(getattr(self, n) for n in meta)
+
+    def flatten_with_keys(self):
+        leaves, aux = flatten(self)
+        return tuple(zip(map(jax.tree_util.GetAttrKey, data), leaves, strict=True)), aux
+
+    def unflatten(aux, leaves):
+        self = object.__new__(cls)
+        for name, value in (*zip(data, leaves, strict=True), *zip(meta, aux, strict=True)):
+            object.__setattr__(self, name, value)
+        return self
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
+
+
+@pytree
+class MemoryParams:
+    """What is learned: M₀, log σ_W² (§3), and M_ref (§4) where it is not M₀ itself."""
+
+    prior: Float[Array, "K C"]
+    log_variance: Float[Array, ""]
+    reference: Float[Array, "K C"] | None = None
+
+
+@pytree
+class Prior:
+    """Parameters and what every episode of a batch shares: M_ref and its pseudo-inverse."""
+
+    memory: Float[Array, "K C"]
+    log_variance: Float[Array, ""]
+    reference: Float[Array, "K C"]
+    inverse: Float[Array, "C K"] | None
+
+
+@pytree
+class Reading:
+    """What a read returns, one row per query.
+
+    latent: Z_read = W M. weights: the mean W̄ of q(W), whether or not W was sampled.
+    log_variance: that of q(W), for the KL of Eq. 1. confidence: in [0, 1], the share of the query's
+    squared addressing weights under M_ref that the written keys explain: 0 for a query orthogonal to
+    everything written (and for a memory that is still the prior), 1 for a key that was written.
+    """
+
+    latent: Float[Array, "Q C"]
+    weights: Float[Array, "Q K"]
+    log_variance: Float[Array, "Q K"]
+    confidence: Float[Array, "Q"]
+
+
+def sample(
+    mean: Float[Array, "Q K"], log_variance: Float[Array, ""], rng: PRNGKeyArray | None
+) -> Float[Array, "Q K"]:
+    """W ~ N(W̄, σ_W² I) (Algorithm 1); W̄ itself without a key."""
+    if rng is None:
+        return mean
+    return mean + jnp.exp(0.5 * log_variance) * jax.random.normal(rng, mean.shape, mean.dtype)
+
+
+def observe(
+    keys: Float[Array, "N C"],
+    values: Float[Array, "N C"],
+    noise: Real,
+    rng: PRNGKeyArray | None,
+) -> tuple[Float[Array, "N C"], Float[Array, "N C"]]:
+    """Z' = Z + ξ, ξ ~ N(0, noise² I) (Algorithm 1), without a key Z itself; float32.
+
+    One ξ for key and value, because in Algorithm 1 they are the same Z'. Padding stays zero.
+    """
+    keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
+    if rng is None:
+        return keys, values
+    xi = noise * jax.random.normal(rng, keys.shape, jnp.float32)
+    return tuple(jnp.where(jnp.any(z != 0, axis=1, keepdims=True), z + xi, z) for z in (keys, values))
+
+
+def share(part: Float[Array, "Q"], whole: Float[Array, "Q"]) -> Float[Array, "Q"]:
+    """part / whole within [0, 1], and 0 for an empty whole; both are squared norms."""
+    nothing = whole <= 0
+    return jnp.where(nothing, 0.0, jnp.clip(part / jnp.where(nothing, 1.0, whole), 0.0, 1.0))
+
+
+@pytree
+class Memory(abc.ABC):
+    """The contract; `slots` is K, `latent` is C.
+
+    initial: M₀ at the start, the K x C identity (released code) or i.i.d. N(0, 1) (Table 4).
+    noise: the standard deviation of ξ at writing, used only where a write is given a random key.
+    """
+
+    slots: int = static()
+    latent: int = static()
+    initial: Literal["identity", "normal"] = static(default="identity", kw_only=True)
+    noise: Real = dataclasses.field(default=1e-6, kw_only=True)
+
+    def init(self, key: PRNGKeyArray) -> MemoryParams:
+        """M₀ [K, C] and log σ_W² = 0, the variance of the prior over W."""
+        if self.initial == "identity":
+            prior = jnp.eye(self.slots, self.latent, dtype=jnp.float32)
+        else:
+            prior = jax.random.normal(key, (self.slots, self.latent), jnp.float32)
+        return MemoryParams(prior, jnp.zeros((), jnp.float32))
+
+    def prepare(self, params: MemoryParams) -> Prior:
+        """Everything that depends on the parameters alone, so that a batch of episodes shares it."""
+        memory = params.prior.astype(jnp.float32)
+        expected = (self.slots, self.latent)
+        if memory.shape != expected:
+            raise ValueError(
+                f"the prior memory has shape {memory.shape}, this memory expects {expected} (slots, "
+                "latent). Parameters of another model? Build the memory with the sizes of its file."
+            )
+        reference = memory if params.reference is None else params.reference.astype(jnp.float32)
+        return Prior(
+            memory, params.log_variance.astype(jnp.float32), reference, self.invert(reference)
+        )
+
+    def invert(self, reference: Float[Array, "K C"]) -> Float[Array, "C K"] | None:
+        """M_ref†, or None where the variant's addressing does not need it."""
+        return pinv(reference)
+
+    @abc.abstractmethod
+    def empty(self, prior: Prior) -> State:
+        """The state before anything is written; its memory is M₀."""
+
+    @abc.abstractmethod
+    def write(
+        self,
+        prior: Prior,
+        state: State,
+        keys: Float[Array, "N C"],
+        values: Float[Array, "N C"],
+        sign: Sign = 1,
+        rng: PRNGKeyArray | None = None,
+    ) -> State:
+        """Writes N facts (sign +1), forgets them (−1), or leaves them out (0).
+
+        A batch at once, one by one, or in any other order gives the same memory; a fact written
+        twice must be forgotten twice. `state.missing` counts the forgets that found nothing to
+        forget (each variant says how far it can tell) and left the memory as it was.
+        """
+
+    @abc.abstractmethod
+    def read(
+        self,
+        prior: Prior,
+        state: State,
+        queries: Float[Array, "Q C"],
+        rng: PRNGKeyArray | None = None,
+    ) -> Reading:
+        """Reads Q queries; with a random key W ~ N(W̄, σ_W² I), else deterministic."""
+
+    @abc.abstractmethod
+    def matrix(self, prior: Prior, state: State) -> Float[Array, "K C"]:
+        """The posterior memory M."""
+
+    def generate(
+        self, prior: Prior, state: State, n: int, rng: PRNGKeyArray
+    ) -> Float[Array, "n C"]:
+        """Z = W M with W ~ N(0, I) (Algorithm 1)."""
+        weights = jax.random.normal(rng, (n, self.slots), jnp.float32)
+        return dot(weights, self.matrix(prior, state))

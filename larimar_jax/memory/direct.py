@@ -1,0 +1,193 @@
+"""Algorithm 1, exactly: an episode is written by least squares and read by the posterior memory (§3).
+
+    write: W₀ = Z' M_ref†,  M = W₀† Z'        read: W̄ = Z M†,  Z_read = W M
+
+M is K x C, but of rank at most N, so its pseudo-inverse is never computed as that of a K x C matrix.
+With keys X and values Z, W₀ = X M_ref†, and projectors Π = W₀W₀†, Π_Z = ZZ† (N x N), Cline's
+identity (AB)† = (A†AB)†(ABB†)† for A = W₀†, B = Z gives
+
+    M† = (Π Z)† (W₀† Π_Z)†
+
+whatever the ranks: every pseudo-inverse is of a thin matrix with N rows or columns. In the ordinary case
+Π = Π_Z (keys and values are the same encodings and M_ref loses none of their rank) this is
+M† = Z† W₀: with Z = USVᵀ, W₀ = U G and G = SVᵀM_ref† of full row rank, M = G† S Vᵀ has full-rank
+factors, hence M† = V S⁻¹ G = Z† W₀. Then W̄ M = Q Z†Z, the orthogonal projection of the query on the
+span of what is written: M_ref cancels. The general form costs two more thin pseudo-inverses and stays
+exact for keys ≠ values, equal values under different keys, and a prior memory of low rank.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from larimar_jax.linalg import dot, pinv
+from larimar_jax.memory.addressing import project
+from larimar_jax.memory.contract import (
+    Memory,
+    Prior,
+    Reading,
+    Sign,
+    observe,
+    pytree,
+    sample,
+    share,
+    static,
+)
+
+# How far a recomputed fact may lie from the written one, relative to it, to be the one to forget:
+# encoding a text in another batch shape moves it by 1e-6, a paraphrase by 1e-1.
+MATCH = 1e-3
+
+
+@pytree
+class DirectState:
+    """The facts of one memory, forgotten and padded ones as zero rows, and the factors of M and M†.
+
+    M = inverse @ values. M† = outer @ inner, or outer alone where inner is None (N > K); both are None
+    where reading does not address by the posterior.
+    """
+
+    weights: Float[Array, "N K"]
+    values: Float[Array, "N C"]
+    inverse: Float[Array, "K N"]
+    outer: Float[Array, "C n"] | None
+    inner: Float[Array, "n K"] | None
+    written: Bool[Array, ""]
+    missing: Int[Array, ""]
+
+
+@pytree
+class Direct(Memory):
+    """Algorithm 1 with exact pseudo-inverses.
+
+    address: what a query is addressed by. 'posterior' is Algorithm 1's W̄ = Q M†; 'prior' is
+    W̄ = Q M_ref†, the protocol of §4, for which keys are prompts and values prompts with answers.
+
+    A later write adds its facts to those in the state: the memory is that of all of them, and arrays
+    grow with every write (each number of facts compiles once). Forgetting zeroes the matching fact's
+    row and leaves the shape; a fact written with noise can not be found again.
+    """
+
+    address: Literal["posterior", "prior"] = static(default="posterior", kw_only=True)
+
+    def empty(self, prior: Prior) -> DirectState:
+        """No facts: the memory is M₀."""
+        weights = jnp.zeros((0, self.slots), jnp.float32)
+        values = jnp.zeros((0, self.latent), jnp.float32)
+        return self._state(weights, values, jnp.zeros((), jnp.int32))
+
+    def write(
+        self,
+        prior: Prior,
+        state: DirectState,
+        keys: Float[Array, "N C"],
+        values: Float[Array, "N C"],
+        sign: Sign = 1,
+        rng: PRNGKeyArray | None = None,
+    ) -> DirectState:
+        """Algorithm 1's write over all facts so far. In a batch of mixed signs the forgets go first,
+        and act on what was there before the batch."""
+        keys, values = observe(keys, values, self.noise, rng)
+        weights = project(keys, prior.inverse)
+        old_weights, old_values, missing = state.weights, state.values, state.missing
+        if not (isinstance(sign, int) and sign > 0):
+            signs = jnp.broadcast_to(jnp.asarray(sign, jnp.int32), keys.shape[:1])
+            keep, lost = _forget(old_weights, old_values, weights, values, signs < 0)
+            old_weights, old_values = (
+                jnp.where(keep[:, None], facts, 0.0) for facts in (old_weights, old_values)
+            )
+            missing = missing + lost
+            if isinstance(sign, int):
+                return self._state(old_weights, old_values, missing)
+            weights, values = (
+                jnp.where(signs[:, None] > 0, facts, 0.0) for facts in (weights, values)
+            )
+        return self._state(
+            jnp.concatenate([old_weights, weights]),
+            jnp.concatenate([old_values, values]),
+            missing,
+        )
+
+    def read(
+        self,
+        prior: Prior,
+        state: DirectState,
+        queries: Float[Array, "Q C"],
+        rng: PRNGKeyArray | None = None,
+    ) -> Reading:
+        """Algorithm 1's read; from a memory without facts, that of M₀."""
+        queries = queries.astype(jnp.float32)
+        asked = project(queries, prior.inverse)
+        mean = asked
+        if state.outer is not None:
+            found = dot(queries, state.outer)
+            found = found if state.inner is None else dot(found, state.inner)
+            mean = jnp.where(state.written, found, asked)
+        weights = sample(mean, prior.log_variance, rng)
+        latent = jnp.where(
+            state.written,
+            dot(dot(weights, state.inverse), state.values),
+            dot(weights, prior.memory),
+        )
+        explained = dot(dot(asked, state.inverse), state.weights)
+        return Reading(
+            latent,
+            mean,
+            jnp.broadcast_to(prior.log_variance, mean.shape),
+            share(jnp.sum(jnp.square(explained), axis=1), jnp.sum(jnp.square(asked), axis=1)),
+        )
+
+    def matrix(self, prior: Prior, state: DirectState) -> Float[Array, "K C"]:
+        """M = W₀† Z, the least-squares memory of least norm; M₀ where no fact is left."""
+        return jnp.where(state.written, dot(state.inverse, state.values), prior.memory)
+
+    def _state(
+        self, weights: Float[Array, "N K"], values: Float[Array, "N C"], missing: Int[Array, ""]
+    ) -> DirectState:
+        inverse, outer, inner = self._factors(weights, values)
+        return DirectState(weights, values, inverse, outer, inner, jnp.any(weights != 0), missing)
+
+    def _factors(self, weights: Float[Array, "N K"], values: Float[Array, "N C"]):
+        """W₀†, and the two factors of M† (see the head of this file)."""
+        inverse = pinv(weights)
+        if self.address == "prior":
+            return inverse, None, None
+        if weights.shape[0] > self.slots:  # M itself is now the thin matrix
+            return inverse, pinv(dot(inverse, values)), None
+        seen = dot(weights, dot(inverse, values))  # Π Z
+        told = dot(dot(inverse, values), pinv(values))  # W₀† Π_Z
+        return inverse, pinv(seen), pinv(told)
+
+
+def _forget(
+    weights: Float[Array, "N K"],
+    values: Float[Array, "N C"],
+    gone_weights: Float[Array, "G K"],
+    gone_values: Float[Array, "G C"],
+    active: Bool[Array, "G"],
+) -> tuple[Bool[Array, "N"], Int[Array, ""]]:
+    """Which of the N facts stay when G are forgotten, and how many of the G were not there.
+
+    One forget takes out one copy of its fact, so forgets look one after the other.
+    """
+    if weights.shape[0] == 0:
+        return jnp.ones((0,), bool), jnp.sum(active & jnp.any(gone_weights != 0, axis=1)).astype(
+            jnp.int32
+        )
+
+    def close(facts, fact):
+        return jnp.sum(jnp.square(facts - fact), axis=1) <= MATCH**2 * jnp.sum(jnp.square(fact))
+
+    def step(keep, gone):
+        weight, value, wanted = gone
+        wanted = wanted & jnp.any(weight != 0)
+        match = keep & close(weights, weight) & close(values, value) & wanted
+        first = jnp.argmax(match)
+        keep = keep & ~(match & (jnp.arange(match.shape[0]) == first))
+        return keep, wanted & ~jnp.any(match)
+
+    present = jnp.any(weights != 0, axis=1)
+    keep, lost = jax.lax.scan(step, present, (gone_weights, gone_values, active))
+    return keep, jnp.sum(lost).astype(jnp.int32)
