@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nlarimar: stopped. {arguments.resume}".rstrip(), file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of a pipe, such as `head`, has seen enough. What is still buffered goes nowhere,
-        # so that the interpreter does not fail again when it flushes at its end.
+        # The reader of a pipe, such as `head`, has seen enough. What is still buffered goes
+        # nowhere, so that the interpreter does not fail again when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top = argparse.ArgumentParser(
         prog="larimar",
-        description="A language model with a memory that facts are written into and forgotten from.",
+        description="A language model with a memory for facts that come and go.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[shared],
@@ -121,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("prompt", help="the text to be continued")
     made.add_argument(
-        "--tokens", type=_positive, default=12, metavar="N", help="length of the answer (%(default)s)"
+        "--tokens", type=_positive, default=12, metavar="N", help="answer's length (%(default)s)"
     )
     _session(made)
 

@@ -1,4 +1,4 @@
-"""The runner under kills and cuts, and CounterFact's experiment on a model whose answers are known."""
+"""The runner under kills and cuts, and CounterFact on a model whose answers are known."""
 
 import argparse
 import hashlib
@@ -48,8 +48,8 @@ class KnownEditor:
     def score(self, prompts, targets, condition):
         losses = [fraction(p, t) for p, t in zip(prompts, targets, strict=True)]
         if condition is not None:
-            halved = [answer == target for (_, answer), target in zip(condition, targets, strict=True)]
-            losses = [loss / 2 if half else loss for loss, half in zip(losses, halved, strict=True)]
+            rows = zip(losses, condition, targets, strict=True)
+            losses = [loss / (1 + (answer == target)) for loss, (_, answer), target in rows]
         return np.asarray(losses, np.float32)
 
 

@@ -1,7 +1,7 @@
 """Benchmarks, one experiment per file: each defines `arguments` and `experiment`.
 
-`arguments(parser)` declares the command line of `larimar bench <file name>`; `experiment(args)` makes
-what `runner.run` takes. The first line of the file's docstring is its help.
+`arguments(parser)` declares the command line of `larimar bench <file name>`; `experiment(args)`
+makes what `runner.run` takes. The first line of the file's docstring is its help.
 """
 
 from collections.abc import Mapping

@@ -7,7 +7,7 @@ case is written into an empty memory of its own. Side by side, on the same cases
     base      the untouched language model
     zero      z = 0: the memory slot is there and holds zeros
     prompt    the fact written in front of every prompt, whatever it asks
-    lookup    the fact in front of the prompts that the scope detector lets through; no memory matrix
+    lookup    the fact in front of the prompts that the scope detector lets through, and no matrix
     larimar   memory-conditioned decoding of the prompts that the scope detector lets through
 """
 
@@ -43,9 +43,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares `larimar bench counterfact`."""
     parser.add_argument("--data", required=True, help="CounterFact's JSON file, either schema")
     parser.add_argument("--limit", type=int, help="only the first N records (default: all)")
-    parser.add_argument("--model", default="smol", help="checkpoint, by name or folder (%(default)s)")
+    parser.add_argument("--model", default="smol", help="checkpoint, by name or path (%(default)s)")
     parser.add_argument(
-        "--chunk", type=int, default=25, help="cases computed together (default: %(default)s)"
+        "--chunk", type=int, default=25, help="cases computed together (%(default)s)"
     )
 
 
@@ -122,7 +122,7 @@ class CounterFact:
         return _records(cases, facts, recalled, losses)
 
     def _pairs(self, prompts, targets, rows, condition) -> np.ndarray:
-        """ℓ(new), ℓ(true) [len(rows), 2] of chosen prompts; `condition(rows)` gives their memory."""
+        """ℓ(new), ℓ(true) [n, 2] of n chosen prompts; `condition(rows)` gives their memory."""
         if len(rows) == 0:
             return np.zeros((0, 2), np.float32)
         twice = np.repeat(rows, 2)
@@ -131,7 +131,7 @@ class CounterFact:
         return np.asarray(scores).reshape(-1, 2)
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Each system's table; a memory system's rows carry their paired difference to the lookup."""
+        """`summarise`, as the runner calls it."""
         return summarise(records)
 
     def show(self, summary: Mapping[str, Any], console: Console) -> None:

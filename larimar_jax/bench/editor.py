@@ -1,7 +1,7 @@
 """The edited model as benchmarks see it: a batch of cases, each with an empty memory of its own.
 
-Benchmarks are written against `Editor`, so that they can be tested on a model whose answers are known
-and so that another edited model can be put beside Larimar in one file.
+Benchmarks are written against `Editor`, so that they can be tested on a model whose answers are
+known, and so that another edited model can be put beside Larimar in one file.
 """
 
 import dataclasses
@@ -42,4 +42,4 @@ class Editor(Protocol):
         """The condition z = 0 for so many rows."""
 
     def score(self, prompts: Sequence[str], targets: Sequence[str], condition: Any) -> np.ndarray:
-        """ℓ of each target after its prompt, in nats, float32 [n]; condition None is the base LM."""
+        """ℓ of each target after its prompt, in nats, float32 [n]; None is the base LM."""

@@ -143,7 +143,7 @@ def _pairs(index: int, kind: str, case: Mapping) -> Float[np.ndarray, "P 2"]:
 
 
 def answer_tokens(text: str) -> list[str]:
-    """The words of an answer, its trailing "." and line breaks dropped (they end a written fact)."""
+    """The words of an answer, without the "." and line breaks that end a written fact."""
     return text.rstrip(".\n").split()
 
 

@@ -128,7 +128,7 @@ def environment() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _only_writer(path: Path) -> Iterator[IO[bytes]]:
-    """`path` open for reading and appending, locked; the lock goes with the process, even killed."""
+    """`path` open for reading and appending, locked until this process ends, even if killed."""
     with path.open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -186,7 +186,9 @@ def _claim(path: Path, settings: Mapping[str, Any], fresh: bool) -> None:
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise BrokenRun(f"{path} is not valid JSON ({error}). Give another --out folder.") from error
+        raise BrokenRun(
+            f"{path} is not valid JSON ({error}). Give another --out folder, or remove this one."
+        ) from error
     differences = _differences(before, settings)
     if differences:
         raise DifferentSettings(
@@ -242,8 +244,8 @@ def _records(raw: bytes, path: Path) -> Iterator[tuple[Record, int]]:
             if number == len(lines):
                 return
             raise BrokenRun(
-                f"{path}, line {number} is damaged ({error}), and it is not the last one, so it was "
-                "not cut off by a kill. Remove it and what follows to compute those cases again."
+                f"{path}, line {number} is damaged ({error}), and it is not the last one, so no "
+                "kill cut it off. Remove it and what follows to compute those cases again."
             ) from error
         end += len(line)
         yield record, end
