@@ -1,0 +1,259 @@
+"""Text ↔ token ids, for both towers, over the `tokenizers` library."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import tokenizers as hf
+from jaxtyping import Bool, Int
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from larimar_jax.weights.fill import WeightsError
+from larimar_jax.weights.gguf import open_gguf
+
+# Names that families give to their special tokens, in order of preference.
+_BOS = ("<BOS>", "<s>", "<|begin_of_text|>", "[CLS]", "<|endoftext|>")
+_EOS = ("<EOS>", "</s>", "<|end_of_text|>", "[SEP]", "<|endoftext|>")
+_PAD = ("<PAD>", "[PAD]", "<pad>", "<|im_end|>")
+
+_SPECIAL, _USER_DEFINED = 3, 4  # llama.cpp's token types
+
+
+class TextTooLong(ValueError):
+    """A text that has more tokens than there is room for."""
+
+
+class TokenBatch(NamedTuple):
+    """N texts, right-padded to S tokens; the mask is True on real tokens."""
+
+    ids: Int[np.ndarray, "N S"]
+    mask: Bool[np.ndarray, "N S"]
+
+
+def bucket(length: int, multiple: int = 8) -> int:
+    """The smallest positive multiple that holds `length`: few shapes mean few compilations."""
+    return max(1, -(-length // multiple)) * multiple
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A tokenizer with the ids that a tower needs.
+
+    bos, eos, pad: ids. prefix and suffix: what `encode` puts around each text, such as [CLS] and
+    [SEP]; empty for a decoder, whose framing depends on the use.
+    """
+
+    backend: hf.Tokenizer
+    bos: int
+    eos: int
+    pad: int
+    prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        # A file may say to pad and to cut, as MiniLM's does at 128; here the caller decides.
+        self.backend.no_padding()
+        self.backend.no_truncation()
+
+    @classmethod
+    def from_file(
+        cls,
+        path: str | pathlib.Path,
+        *,
+        bos: str | None = None,
+        eos: str | None = None,
+        pad: str | None = None,
+    ) -> "Tokenizer":
+        """A Hugging Face tokenizer.json. Token names not given are found among the usual ones.
+
+        Raises:
+          FileNotFoundError: no such file.
+          WeightsError: a file that is no tokenizer, or a special token that it does not have.
+        """
+        path = pathlib.Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no tokenizer file at {path}")
+        try:
+            backend = hf.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except Exception as error:  # the library raises bare Exception
+            raise WeightsError(
+                f"{path} cannot be read as a tokenizer ({error}); it is damaged or another format"
+            ) from error
+        backend.no_truncation()
+        backend.no_padding()
+        # What the post-processor puts around a text, seen on one; it differs between files.
+        framed = backend.encode("a").ids
+        plain = backend.encode("a", add_special_tokens=False).ids
+        begin = next(i for i in range(len(framed)) if framed[i : i + len(plain)] == plain)
+        return cls(
+            backend,
+            *_specials(backend, str(path), bos, eos, pad),
+            prefix=tuple(framed[:begin]),
+            suffix=tuple(framed[begin + len(plain) :]),
+        )
+
+    @classmethod
+    def from_gguf(
+        cls,
+        path: str | pathlib.Path,
+        *,
+        bos: str | None = None,
+        eos: str | None = None,
+        pad: str | None = None,
+    ) -> "Tokenizer":
+        """The byte-level BPE tokenizer inside a GGUF file; its post-processing adds nothing.
+
+        The file's own bos and eos are not taken: an instruct model names its chat turns there.
+
+        Raises:
+          FileNotFoundError: no such file.
+          WeightsError: a damaged file, or a tokenizer of another kind.
+        """
+        metadata = open_gguf(str(path)).metadata
+        kind, split = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+        if (kind, split) not in (("gpt2", "smollm"), ("gpt2", "gpt-2")):
+            raise WeightsError(
+                f"{path} holds a {kind!r} tokenizer with {split!r} pre-tokenization; byte-level BPE"
+                " ('gpt2') with 'smollm' or 'gpt-2' is what can be read"
+            )
+        tokens = metadata["tokenizer.ggml.tokens"]
+        # Byte-level tokens hold no space, so that the one in a merge is the separator.
+        merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+        backend = hf.Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        digits = [pre_tokenizers.Digits(individual_digits=True)] if split == "smollm" else []
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])
+        backend.decoder = decoders.ByteLevel()
+        types = metadata["tokenizer.ggml.token_type"]
+        named = list(zip(tokens, types, strict=True))
+        backend.add_special_tokens([token for token, kind in named if kind == _SPECIAL])
+        backend.add_tokens([token for token, kind in named if kind == _USER_DEFINED])
+        return cls(backend, *_specials(backend, str(path), bos, eos, pad))
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocabulary: int) -> "Tokenizer":
+        """A byte-level BPE of at most `vocabulary` tokens, `<PAD>`, `<BOS>` and `<EOS>` included.
+
+        For towers that bring no tokenizer. The same texts give the same tokenizer.
+
+        Raises:
+          ValueError: no room for the 256 bytes and the three special tokens.
+        """
+        specials = ["<PAD>", "<BOS>", "<EOS>"]
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        if vocabulary < len(alphabet) + len(specials):
+            raise ValueError(f"a vocabulary of {vocabulary} is too small; 259 is the least")
+        backend = hf.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocabulary,
+            special_tokens=specials,
+            initial_alphabet=alphabet,
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        return cls(backend, *_specials(backend, "the trained tokenizer", None, None, None))
+
+    def framed(self) -> "Tokenizer":
+        """The same tokenizer, whose `encode` puts bos and eos around each text."""
+        return dataclasses.replace(self, prefix=(self.bos,), suffix=(self.eos,))
+
+    def ids(self, text: str) -> list[int]:
+        """The text's own tokens, nothing around them."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        length: int | None = None,
+        *,
+        truncate: bool = False,
+        multiple: int = 8,
+    ) -> TokenBatch:
+        """Texts as a tower takes them: prefix, tokens, suffix, padding on the right.
+
+        Args:
+          texts: N texts.
+          length: S; None takes the smallest multiple of `multiple` that holds the longest text.
+          truncate: cut a text that is too long (prefix and suffix stay).
+
+        Raises:
+          TextTooLong: a text exceeds `length`; the message names it. Only without truncate.
+        """
+        if isinstance(texts, str):
+            raise TypeError("encode takes a list of texts, not one text")
+        around = len(self.prefix) + len(self.suffix)
+        bodies = [
+            encoding.ids
+            for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
+        if length is None:
+            length = bucket(max(map(len, bodies), default=0) + around, multiple)
+        ids = np.full((len(bodies), length), self.pad, np.int32)
+        mask = np.zeros((len(bodies), length), bool)
+        for row, (text, body) in enumerate(zip(texts, bodies, strict=True)):
+            if len(body) + around > length and not truncate:
+                shown = text if len(text) <= 60 else text[:57] + "..."
+                raise TextTooLong(
+                    f"text {row} ({shown!r}) has {len(body) + around} tokens, the limit is"
+                    f" {length}; split it, or cut it with truncate=True"
+                )
+            full = [*self.prefix, *body[: length - around], *self.suffix]
+            ids[row, : len(full)] = full
+            mask[row, : len(full)] = True
+        return TokenBatch(ids, mask)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some tokens; special ones leave nothing."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, special ones included."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def to_json(self) -> str:
+        """All of it as text, for a checkpoint."""
+        names = ("bos", "eos", "pad", "prefix", "suffix")
+        fields = {name: getattr(self, name) for name in names}
+        return json.dumps({**fields, "backend": self.backend.to_str()})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Tokenizer":
+        """What `to_json` wrote."""
+        fields = json.loads(text)
+        backend = hf.Tokenizer.from_str(fields.pop("backend"))
+        around = {name: tuple(fields.pop(name)) for name in ("prefix", "suffix")}
+        return cls(backend, **fields, **around)
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """sha256 of `to_json`: two tokenizers with the same hash do the same."""
+        return hashlib.sha256(self.to_json().encode("utf-8")).hexdigest()
+
+
+def _specials(
+    backend: hf.Tokenizer, path: str, bos: str | None, eos: str | None, pad: str | None
+) -> tuple[int, int, int]:
+    """Ids of bos, eos and pad; where nothing is meant for padding, eos is (the mask tells)."""
+
+    def find(role: str, given: str | None, usual: Sequence[str]) -> int | None:
+        for name in usual if given is None else (given,):
+            if (found := backend.token_to_id(name)) is not None:
+                return found
+        if given is None and role == "pad":
+            return None
+        raise WeightsError(
+            f"{path} has no {role} token {given or 'among ' + ', '.join(usual)}; name the token"
+            f" with {role}=…"
+        )
+
+    first, last = find("bos", bos, _BOS), find("eos", eos, _EOS)
+    padding = find("pad", pad, _PAD)
+    return first, last, last if padding is None else padding
