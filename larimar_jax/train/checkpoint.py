@@ -1,4 +1,4 @@
-"""What is kept of a run. The only file that knows Orbax; the single-file export is in export.py.
+"""What is kept of a run. The only file that knows Orbax.
 
 A checkpoint is five items: `params` (the trained ones), `memory` (M₀ and log σ_W²), `optimizer`,
 `data` (the iterator's state) and `meta` (JSON: config, versions, and a checksum of every array).
@@ -8,6 +8,7 @@ ones; the checksums find what was damaged later, on the disk.
 
 import dataclasses
 import importlib.metadata
+import json
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -90,7 +91,13 @@ class Checkpoints:
                 **{name: ocp.args.StandardSave(arrays) for name, arrays in items.items()},
                 data=grain.checkpoint.CheckpointSave(data),
                 meta=ocp.args.JsonSave(
-                    {**meta, "step": step, "versions": versions, "checksums": sums}
+                    {
+                        **meta,
+                        "step": step,
+                        "processes": jax.process_count(),
+                        "versions": versions,
+                        "checksums": sums,
+                    }
                 ),
             ),
         )
@@ -142,13 +149,15 @@ class Checkpoints:
 
     def _arrays(self, step, meta, params, memory, optimizer, data):
         wanted = dict(params=params, memory=memory, optimizer=optimizer)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                **{n: ocp.args.StandardRestore(_named(tree)) for n, tree in wanted.items()},
-                data=grain.checkpoint.CheckpointRestore(data),
-            ),
-        )
+        places = {n: ocp.args.StandardRestore(_named(tree)) for n, tree in wanted.items()}
+        if meta["processes"] == jax.process_count():
+            places["data"] = grain.checkpoint.CheckpointRestore(data)
+        restored = self._manager.restore(step, args=ocp.args.Composite(**places))
+        if "data" not in places:
+            # Each process takes its share of every batch, so one's count of batches holds for all.
+            name = f"process_0-of-{meta['processes']}.json"
+            state = (self.directory / str(step) / "data" / name).read_text(encoding="utf-8")
+            data.set_state(json.loads(state))
         for name in ARRAYS:
             sums = _checksums(restored[name])
             wrong = sorted(k for k, v in meta["checksums"][name].items() if sums.get(k) != v)
@@ -188,7 +197,8 @@ _JSON = ocp.args.JsonRestore()
 def _named(tree: Any) -> dict[str, Any]:
     """Any pytree as a flat dict of readable names that are also safe as names of files."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    names = [re.sub(r"[^A-Za-z0-9_]+", ".", jax.tree_util.keystr(path)).strip(".") for path, _ in leaves]
+    paths = [jax.tree_util.keystr(path) for path, _ in leaves]
+    names = [re.sub(r"[^A-Za-z0-9_]+", ".", path).strip(".") for path in paths]
     assert len(set(names)) == len(names), "two leaves have one name in a checkpoint"
     # An optimiser without state would leave an empty item, which Orbax refuses.
     return dict(zip(names, (leaf for _, leaf in leaves))) or {"empty": np.zeros((), np.int32)}

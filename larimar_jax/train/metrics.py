@@ -23,7 +23,8 @@ class MetricsLog:
         self.path = Path(run_dir) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            kept = [line for line in read(self.path) if line["step"] <= step and step > 0]
+            # Of a run that starts again, nothing is kept: its first line is the evaluation at 0.
+            kept = [line for line in read(self.path) if line["step"] <= step != 0]
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             os.replace(temporary, self.path)

@@ -94,4 +94,11 @@ def make(train: TrainConfig) -> optax.GradientTransformation:
             mask=lambda parameters: {name: decayed(name) for name in parameters},
         )
     )
-    return optax.chain(*steps)
+    inner = optax.chain(*steps)
+
+    def update(gradients, state, parameters=None):
+        # Optax raises float decays to integer step counts, which strict promotion forbids.
+        with jax.numpy_dtype_promotion("standard"):
+            return inner.update(gradients, state, parameters)
+
+    return optax.GradientTransformation(inner.init, update)

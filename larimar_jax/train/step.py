@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Int
+from jax.sharding import Mesh
+from jaxtyping import Array
 
 from larimar_jax import model, objective
 from larimar_jax.config import Config, make_memory
@@ -18,13 +18,14 @@ from larimar_jax.train import optimizer, sharding
 Metrics = dict[str, Array]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """What a step changes. step: how many are done; params: the trained ones, by path."""
+class TrainState(NamedTuple):
+    """What a step changes; also the shapes or the shardings of it, as a pytree of the same form.
 
-    step: Int[Array, ""]
-    params: dict[str, Array]
+    step: int32 scalar, how many steps are done. params: the trained ones, by path. optimizer: optax's.
+    """
+
+    step: Any
+    params: dict[str, Any]
     optimizer: Any
 
 
