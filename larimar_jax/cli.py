@@ -63,6 +63,21 @@ def explained(error: Exception) -> bool:
     return isinstance(error, OSError) or origin.is_relative_to(PACKAGE)
 
 
+class _LateParser(argparse.ArgumentParser):
+    """A parser that adds its own commands, by `fill(parser)`, only when it is the one chosen.
+
+    Benchmarks are found by importing them, and they import JAX.
+    """
+
+    fill: Callable[[argparse.ArgumentParser], None] | None = None
+
+    def parse_known_args(self, args=None, namespace=None):
+        fill, self.fill = self.fill, None
+        if fill is not None:
+            fill(self)
+        return super().parse_known_args(args, namespace)
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of every command."""
     shared = argparse.ArgumentParser(add_help=False)
@@ -80,7 +95,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[shared],
     )
-    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = top.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, parser_class=_LateParser
+    )
 
     def add(
         name: str, command: Callable, summary: str, example: str, resume: str = ""
@@ -151,20 +168,18 @@ def parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="settings that differ from the file, such as train.steps=200",
     )
-    _bench(
-        add(
-            "bench",
-            bench,
-            "run a benchmark, or go on with one that was stopped",
-            "larimar bench counterfact --data counterfact.json --limit 200 --out runs/counterfact",
-            "The same command goes on where the cases end.",
-        ),
-        shared,
+    made = add(
+        "bench",
+        bench,
+        "run a benchmark, or go on with one that was stopped",
+        "larimar bench counterfact --data counterfact.json --limit 200 --out runs/counterfact",
+        "The same command goes on where the cases end.",
     )
+    made.fill = lambda made: _benchmarks(made, shared)
     return top
 
 
-def _bench(made: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
+def _benchmarks(made: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
     from larimar_jax.bench import benchmarks
 
     names = made.add_subparsers(title="benchmarks", metavar="NAME", dest="name", required=True)

@@ -10,13 +10,19 @@ import sys
 import textwrap
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from rich.console import Console
 
-from larimar_jax import bench
+from larimar_jax import bench, decoders, encoders
 from larimar_jax.bench import counterfact, editor, metrics, runner
 from larimar_jax.data.records import EditRecord
+from larimar_jax.memory import build
+from larimar_jax.model import Larimar
+from larimar_jax.weights.tokenizers import TextTooLong, Tokenizer
 
 
 def fraction(*parts) -> float:
@@ -233,3 +239,80 @@ def test_a_memory_that_does_not_beat_the_lookup_says_so_in_that_row(finished):
     text = console.export_text()
     assert "does not beat the lookup" in text
     assert all(label in text for label in counterfact.SYSTEMS.values())
+
+
+# A real model, tiny and random
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """An editor over random towers, whose scope detector lets through what shares a first word."""
+    texts = [text for case in cases(8) for text in (case.prompt, *case.paraphrases)]
+    tokenizer = Tokenizer.train([*texts, "new true Neighbour of is 0 1 2 3 4 5 6 7"], 300)
+    vocabulary = tokenizer.vocab_size
+    encoder, decoder = encoders.family("bert"), decoders.family("llama")
+    memory = build("streaming", slots=24, latent=16, initial="normal")
+
+    def build_model():
+        rngs = nnx.Rngs(0)
+        sizes = dict(width=16, heads=2, mlp=32, max_length=64)
+        return Larimar(
+            encoder.MODEL(encoder.CONFIG(vocabulary, depth=1, **sizes), rngs=rngs),
+            decoder.MODEL(
+                decoder.CONFIG(vocabulary, depth=2, kv_heads=1, head_size=8, **sizes), rngs=rngs
+            ),
+            memory.init(rngs.params()),
+            latent=16,
+            slots_per_layer=2,
+            tied_slots=False,
+            vocabulary_route=True,
+            rngs=rngs,
+        )
+
+    # Compiling the initialisers takes far longer than everything that is tested here.
+    graph, abstract = nnx.split(nnx.eval_shape(build_model))
+    random = np.random.default_rng(0)
+    model = nnx.merge(
+        graph,
+        jax.tree.map(lambda leaf: jnp.asarray(random.normal(0, 0.3, leaf.shape), leaf.dtype), abstract),
+    )
+
+    def likeness(written, queries):
+        rows = zip(written, queries, strict=True)
+        return np.asarray(
+            [query.split()[0] == text.split()[0] for text, row in rows for query in row], np.float32
+        )
+
+    framed = tokenizer.framed()
+    return editor.LarimarEditor(model, memory, framed, tokenizer, likeness, 0.5, {"name": "tiny"})
+
+
+def test_a_batch_of_cases_equals_one_by_one(tiny):
+    """A case's memory holds its own fact only, whatever stands in the memories beside it."""
+    many = counterfact.CounterFact(tiny, cases(3), data={}, chunk=3)
+    batched = many.run(many.cases)
+    for case, record in zip(many.cases, batched, strict=True):
+        (alone,) = many.run([case])
+        assert alone["scope_score"] == record["scope_score"]
+        assert alone["prompts"] == record["prompts"]
+        for system in counterfact.SYSTEMS:
+            for kind in metrics.KINDS:
+                ours, theirs = record["loss"][system][kind], alone["loss"][system][kind]
+                np.testing.assert_allclose(ours, theirs, rtol=2e-5)
+
+
+def test_the_tiny_models_memory_is_read_where_it_is_in_scope_only(tiny):
+    for record in counterfact.CounterFact(tiny, cases(3), data={}).run(cases(3)):
+        loss = record["loss"]
+        assert record["in_scope"]["edit"] == [True]
+        assert not any(record["in_scope"]["neighbourhood"])
+        assert loss["larimar"]["neighbourhood"] == loss["base"]["neighbourhood"]
+        # Memory, z = 0 and the untouched LM are three different things.
+        values = [loss[system]["edit"][0] for system in ("base", "zero", "larimar", "lookup")]
+        gaps = [abs(a[0] - b[0]) for i, a in enumerate(values) for b in values[:i]]
+        assert min(gaps) > 1e-5
+
+
+def test_a_text_that_the_encoder_does_not_take_is_named(tiny):
+    with pytest.raises(TextTooLong, match="word word"):
+        tiny.recall([("word " * 80, "x")], [["short"]])
