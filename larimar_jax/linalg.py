@@ -113,34 +113,21 @@ def rank_update(
     weights: Float[Array, "N K"],
     errors: Float[Array, "N C"],
     sign: Float[Array, "N"],
-    compensated: bool = True,
 ) -> tuple[Sum, Sum]:
     """Adds Σᵢ sᵢ wᵢᵀwᵢ and Σᵢ sᵢ wᵢᵀeᵢ to the statistics of a least-squares problem (Eq. 3, N facts).
 
-    `compensated` adds fact by fact without rounding errors in the sums, so that the order and the
-    grouping of facts do not matter and a fact that is taken out leaves nothing behind (every fact's
-    products are rounded once, the same way both times). Otherwise one matmul per statistic: faster,
-    and each write leaves about one float32 epsilon of its size.
+    The products of this batch are rounded as one matmul rounds them; adding them to what was there loses
+    nothing. So thousands of writes do not drift, and what is written and later forgotten with the same
+    weights leaves nothing behind, however large the sums have grown in between.
     """
-    gram, cross = sums
-    signed = weights * sign[:, None]
-    if not compensated:
-        return (
-            gram._replace(high=gram.high + dot(signed.T, weights)),
-            cross._replace(high=cross.high + dot(signed.T, errors)),
-        )
+    signed = (weights * sign[:, None]).T
 
-    def add(total: Sum, term) -> Sum:
+    def add(total: Sum, term: Float[Array, "K C"]) -> Sum:
         high, error = _two_sum(total.high, term)
         return Sum(high, total.low + error)
 
-    def step(sums, fact):
-        w, s, e = fact
-        return (add(sums[0], s[:, None] * w), add(sums[1], s[:, None] * e)), None
-
-    if weights.shape[0] == 1:  # the common edit: no loop
-        return step((gram, cross), (weights[0], signed[0], errors[0]))[0]
-    return jax.lax.scan(step, (gram, cross), (weights, signed, errors))[0]
+    gram, cross = sums
+    return add(gram, dot(signed, weights)), add(cross, dot(signed, errors))
 
 
 def ridge_factor(gram: Float[Array, "K K"], ridge: float | Float[Array, ""]) -> Float[Array, "K K"]:
@@ -151,15 +138,17 @@ def ridge_factor(gram: Float[Array, "K K"], ridge: float | Float[Array, ""]) -> 
 
 def factor_solve(factor: Float[Array, "K K"], right: Float[Array, "K C"]) -> Float[Array, "K C"]:
     """(L Lᵀ)⁻¹ right, by two triangular solves."""
-    half = lower_solve(factor, right)
+    # On rows, that is from the right: on CPU that takes 0.6 of the time of solving from the left.
     return jax.lax.linalg.triangular_solve(
-        factor, half, left_side=True, lower=True, transpose_a=True
+        factor, whiten(factor, right.T), left_side=False, lower=True
+    ).T
+
+
+def whiten(factor: Float[Array, "K K"], rows: Float[Array, "Q K"]) -> Float[Array, "Q K"]:
+    """rows L⁻ᵀ for a lower triangular L: the squared norm of a result row is w (L Lᵀ)⁻¹ wᵀ."""
+    return jax.lax.linalg.triangular_solve(
+        factor, rows, left_side=False, lower=True, transpose_a=True
     )
-
-
-def lower_solve(factor: Float[Array, "K K"], right: Float[Array, "K C"]) -> Float[Array, "K C"]:
-    """L⁻¹ right for a lower triangular L."""
-    return jax.lax.linalg.triangular_solve(factor, right, left_side=True, lower=True)
 
 
 def ridge_solve(

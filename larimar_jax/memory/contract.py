@@ -138,20 +138,22 @@ class Memory(abc.ABC):
 
     initial: M₀ at the start, the K x C identity (released code) or i.i.d. N(0, 1) (Table 4).
     noise: the standard deviation of ξ at writing, used only where a write is given a random key.
+    initial_log_variance: log σ_W² at the start; 0 is the variance of the prior over W.
     """
 
     slots: int = static()
     latent: int = static()
     initial: Literal["identity", "normal"] = static(default="identity", kw_only=True)
     noise: Real = dataclasses.field(default=1e-6, kw_only=True)
+    initial_log_variance: Real = dataclasses.field(default=0.0, kw_only=True)
 
     def init(self, key: PRNGKeyArray) -> MemoryParams:
-        """M₀ [K, C] and log σ_W² = 0, the variance of the prior over W."""
+        """M₀ [K, C] and log σ_W²."""
         if self.initial == "identity":
             prior = jnp.eye(self.slots, self.latent, dtype=jnp.float32)
         else:
             prior = jax.random.normal(key, (self.slots, self.latent), jnp.float32)
-        return MemoryParams(prior, jnp.zeros((), jnp.float32))
+        return MemoryParams(prior, jnp.asarray(self.initial_log_variance, jnp.float32))
 
     def prepare(self, params: MemoryParams) -> Prior:
         """Everything that depends on the parameters alone, so that a batch of episodes shares it."""
