@@ -37,6 +37,18 @@ class TowerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LexiconConfig:
+    """entries: how many words, the most frequent of the corpus. gain: logits per unit of cosine.
+
+    decay: factor on the gain from one generated token to the next.
+    """
+
+    entries: int
+    gain: float
+    decay: float
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Where encoder, memory and decoder meet (§2).
 
@@ -51,7 +63,7 @@ class ModelConfig:
     latent: int
     slots_per_layer: int
     tied_slots: bool
-    vocabulary_route: bool
+    lexicon: LexiconConfig | None
     dtype: str
     remat: bool
 
@@ -272,14 +284,19 @@ def _scalar(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        (kind,) = (argument for argument in arguments if argument is not type(None))
-        return _scalar(kind, value, path, problems)
+        # A real hyperparameter is annotated "float or a traced array"; a file gives the float.
+        kind = next(a for a in arguments if a in (int, float, str, bool) or dataclasses.is_dataclass(a))
+        return _build(kind, value, path, problems)
     if origin is tuple:
         size = None if arguments[-1] is Ellipsis else len(arguments)
         if not isinstance(value, (tuple, list)) or (size is not None and len(value) != size):
             problems.append(f"{path}: expected {size or 'a list of'} values, got {value!r}")
             return None
         return tuple(_scalar(arguments[0], item, f"{path}[{i}]", problems) for i, item in enumerate(value))
+    if origin is typing.Literal:
+        if value not in arguments:
+            problems.append(f"{path}: must be one of {', '.join(map(repr, arguments))}, got {value!r}")
+        return value
     # An int is a valid float; a bool is a valid nothing but bool, although Python says it is an int.
     wanted = (int, float) if kind is float else kind if isinstance(kind, type) else object
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind in (int, float)):

@@ -19,12 +19,12 @@ from larimar_jax.memory.contract import MemoryParams
 class Condition:
     """All that a read hands to the decoder, one row per sequence.
 
-    prefix: memory slots and embedding made from the latent (§2). word: the innovation in the space of
-    the decoder's token embeddings, zero where there is none (§10).
+    prefix: memory slots and embedding made from the latent (§2). innovation: what the memory adds to
+    the query (§10), zero where it adds nothing and where the base LM is to speak alone.
     """
 
     prefix: Prefix
-    word: Float[Array, "B D"]
+    innovation: Float[Array, "B C"]
 
     def rows(self, index: Int[Array, " R"]) -> "Condition":
         """The condition of chosen rows, in the order of `index`."""
@@ -34,7 +34,7 @@ class Condition:
             value=self.prefix.value[:, index],
             active=self.prefix.active[index],
         )
-        return Condition(prefix=prefix, word=self.word[index])
+        return Condition(prefix=prefix, innovation=self.innovation[index])
 
 
 class PriorMemory(nnx.Module):
@@ -48,28 +48,28 @@ class PriorMemory(nnx.Module):
         return MemoryParams(prior=self.prior[...], log_variance=self.log_variance[...])
 
 
-class VocabularyRoute(nnx.Module):
-    """The innovation, read as a direction in the decoder's embedding space (§10; ours, not the paper's).
+class Lexicon(nnx.Module):
+    """The innovation, said in words (§10; ours, not the paper's).
 
-    The logits gain `gain · cos(word, embedding of v)`. A decoder's token embeddings share a large mean
-    that would tilt every cosine, so `centre` is taken off first.
+    R of the decoder's tokens are whole words. `directions` holds what the encoder makes of each word
+    by itself: centred, of unit length, [R, C]. An innovation e(prompt + answer) − e(prompt) points
+    along the words of the answer, so the logits of those tokens gain `gain · cos(innovation, direction)`
+    at the first generated token, `decay` times that at the second, and so on: once the answer has
+    begun, the language model finishes it. Filled by `lexicon.fit`, in closed form.
     """
 
-    def __init__(self, latent: int, width: int, *, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (latent, width)))
-        self.centre = nnx.Param(jnp.zeros((width,)))
-        self.gain = nnx.Param(jnp.zeros(()))
+    def __init__(self, entries: int, latent: int, gain: float, decay: float):
+        self.gain, self.decay = gain, decay
+        self.tokens = nnx.Param(jnp.zeros((entries,), jnp.int32))
+        self.directions = nnx.Param(jnp.zeros((entries, latent), jnp.float32))
 
-    def word(self, innovation: Float[Array, "B C"]) -> Float[Array, "B D"]:
-        word = innovation @ self.kernel[...]
-        norm = jnp.linalg.norm(word, axis=-1, keepdims=True)
-        # A row without innovation stays exactly zero and so changes no logit.
-        return jnp.where(norm > 1e-6, word / jnp.maximum(norm, 1e-6), 0.0)
-
-    def bonus(self, word: Float[Array, "B D"], embeddings: Float[Array, "V D"]) -> Float[Array, "B V"]:
-        centred = embeddings - self.centre[...]
-        norms = jnp.linalg.norm(centred, axis=-1)
-        return self.gain[...] * (word @ centred.T) / jnp.maximum(norms, 1e-6)
+    def bonus(self, innovation: Float[Array, "B C"], vocab_size: int) -> Float[Array, "B V"]:
+        """What the first generated token's logits gain; exactly zero without an innovation."""
+        norm = jnp.linalg.norm(innovation, axis=-1, keepdims=True)
+        unit = jnp.where(norm > 1e-6, innovation / jnp.maximum(norm, 1e-6), 0.0)
+        cosine = unit @ self.directions[...].astype(jnp.float32).T
+        empty = jnp.zeros((innovation.shape[0], vocab_size), jnp.float32)
+        return empty.at[:, self.tokens[...]].set(self.gain * cosine)
 
 
 class Larimar(nnx.Module):
@@ -84,7 +84,7 @@ class Larimar(nnx.Module):
         latent: int,
         slots_per_layer: int,
         tied_slots: bool,
-        vocabulary_route: bool,
+        lexicon: Lexicon | None,
         rngs: nnx.Rngs,
     ):
         width, depth = decoder.config.width, decoder.config.depth
@@ -105,7 +105,7 @@ class Larimar(nnx.Module):
             latent, width, use_bias=False, kernel_init=nnx.initializers.normal(0.02), rngs=rngs
         )
         self.memory = PriorMemory(memory_params)
-        self.vocabulary = VocabularyRoute(latent, width, rngs=rngs) if vocabulary_route else None
+        self.lexicon = lexicon
 
     def encode(self, tokens: Int[Array, "*rows S"], mask: Bool[Array, "*rows S"]) -> Float[Array, "*rows C"]:
         """Z = e(X), float32. A row without a token is padding and encodes to exactly zero."""
@@ -121,7 +121,7 @@ class Larimar(nnx.Module):
         innovation: Float[Array, "B C"] | None = None,
         active: Bool[Array, " B"] | None = None,
     ) -> Condition:
-        """Latent → memory slots and embedding (§2); innovation → vocabulary direction (§10).
+        """Latent → memory slots and embedding (§2), with the innovation for the lexicon (§10).
 
         A zero latent is the paper's "no memory" (z = 0): the slot is there and holds zeros. A row whose
         `active` is False is decoded exactly as by the untouched base LM.
@@ -137,11 +137,9 @@ class Larimar(nnx.Module):
             value=value.astype(dtype),
             active=active,
         )
-        if innovation is None or self.vocabulary is None:
-            word = jnp.zeros((rows, self.decoder.config.width))
-        else:
-            word = jnp.where(active[:, None], self.vocabulary.word(innovation), 0.0)
-        return Condition(prefix=prefix, word=word)
+        if innovation is None:
+            innovation = jnp.zeros_like(latent)
+        return Condition(prefix=prefix, innovation=jnp.where(active[:, None], innovation, 0.0))
 
     def hidden(
         self,
@@ -155,10 +153,10 @@ class Larimar(nnx.Module):
         return self.decoder.hidden(tokens, prefix, cache, start)
 
     def bonus(self, condition: Condition | None) -> Float[Array, "B V"] | None:
-        """What the vocabulary route adds to every position's logits, or None where there is no route."""
-        if condition is None or self.vocabulary is None:
+        """What the lexicon adds to the first generated token's logits; None without a lexicon."""
+        if condition is None or self.lexicon is None:
             return None
-        return self.vocabulary.bonus(condition.word, self.decoder.embeddings.astype(jnp.float32))
+        return self.lexicon.bonus(condition.innovation, self.decoder.config.vocab_size)
 
 
 def build(config: Config, key: jax.Array) -> Larimar:
@@ -173,6 +171,7 @@ def build(config: Config, key: jax.Array) -> Larimar:
     dtype = jnp.dtype(config.model.dtype)
     encoder = _tower(config.model.encoder, encoders, weights.load_encoder, config, rngs, dtype)
     decoder = _tower(config.model.decoder, decoders, weights.load_decoder, config, rngs, dtype)
+    words = config.model.lexicon
     return Larimar(
         encoder,
         decoder,
@@ -180,7 +179,9 @@ def build(config: Config, key: jax.Array) -> Larimar:
         latent=config.model.latent,
         slots_per_layer=config.model.slots_per_layer,
         tied_slots=config.model.tied_slots,
-        vocabulary_route=config.model.vocabulary_route,
+        lexicon=None
+        if words is None
+        else Lexicon(words.entries, config.model.latent, words.gain, words.decay),
         rngs=rngs,
     )
 

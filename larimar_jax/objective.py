@@ -80,9 +80,6 @@ def token_losses(
     """−ln p(token t+1 | tokens ≤ t, condition) in nats, zero at padding, float32."""
     hidden, _ = model.hidden(tokens[:, :-1], condition)
     logits = model.decoder.logits(hidden)
-    bonus = model.bonus(condition)
-    if bonus is not None:
-        logits = logits + bonus[:, None, :]
     chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     entropy = jax.nn.logsumexp(logits, axis=-1) - chosen
     return jnp.where(mask[:, 1:], entropy, 0.0)

@@ -23,8 +23,9 @@ BATCH = P(("data", "fsdp"))
 # the residual stream is split along its output, what writes to it along its input: then one
 # all-reduce per attention and per MLP is all that `tensor` costs.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    # The prior memory: every episode writes its own posterior from it, wherever that episode is.
-    (r"^memory/", P()),
+    # The prior memory: every episode writes its own posterior from it, wherever that episode is. The
+    # lexicon: small, and read as a whole by every row.
+    (r"^(memory|lexicon)/", P()),
     (r"layers/.*(output|down)/kernel$", P(None, "tensor", "fsdp")),
     (r"layers/.*kernel$", P(None, "fsdp", "tensor")),
     (r"/embedding$", P("tensor", "fsdp")),

@@ -1,0 +1,74 @@
+"""The default model: a frozen MiniLM and a frozen SmolLM2-135M, and what lies between them.
+
+command   larimar train --config=configs/smol.py --run runs/smol
+hardware  2 CPU cores
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            name="smol",
+            model=dict(
+                encoder=dict(source="minilm"),
+                decoder=dict(source="smollm2"),
+                latent=384,
+                slots_per_layer=2,
+                tied_slots=False,
+                lexicon=dict(entries=20000, gain=30.0, decay=0.25),
+                dtype="float32",
+                remat=False,
+            ),
+            memory=dict(
+                variant="direct",
+                slots=512,
+                initial="identity",
+                noise=1e-6,
+                # σ_W = 0.1: with σ_W = 1 the noise on what is read is three times the signal for
+                # eight unit encodings, and the towers would learn nothing from it.
+                initial_log_variance=-4.6,
+                address="posterior",
+            ),
+            objective=dict(
+                reconstruction=1.0,
+                # Read∘write of a fact by its own encoding is the identity up to σ_W (§3), so that both
+                # terms see the same latent and the second buys nothing but the cost of new text.
+                autoencoding=0.0,
+                kl=1e-4,
+                kl_cycles=10,
+                free_bits=0.0,
+                # With a frozen decoder the text at z = 0 depends on nothing that is trained.
+                language=0.0,
+                count_padding=False,
+            ),
+            data=dict(
+                corpus="wikipedia-summaries",
+                unit="chunk",
+                episode=8,
+                batch=4,
+                encoder_tokens=24,
+                decoder_tokens=24,
+                vocabulary=0,
+                seed=0,
+            ),
+            train=dict(
+                steps=600,
+                learning_rate=2e-3,
+                warmup_steps=30,
+                decay="cosine",
+                weight_decay=0.0,
+                clip_norm=1.0,
+                # The encodings are the space of the lexicon and of the scope detector; σ_W is noise
+                # against paraphrases here, and β would only push it back to 1.
+                frozen=("^encoder/", "^decoder/", "^to_latent/", "^lexicon/", "^memory/log_variance$"),
+                mesh=(1, 1, 1),
+                log_every=10,
+                evaluate_every=100,
+                checkpoint_every=25,
+                keep=3,
+                seed=0,
+            ),
+        )
+    )

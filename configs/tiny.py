@@ -1,0 +1,83 @@
+"""A Larimar from scratch, small enough to watch it learn to use its memory.
+
+command   larimar train --config=configs/tiny.py --run runs/tiny
+hardware  2 CPU cores
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            name="tiny",
+            model=dict(
+                encoder=dict(
+                    family="bert",
+                    vocab_size=1024,
+                    width=128,
+                    depth=1,
+                    heads=4,
+                    mlp=256,
+                    max_length=64,
+                    type_vocab=1,
+                    norm_eps=1e-12,
+                    pooling="mean",
+                    normalize=False,
+                ),
+                decoder=dict(
+                    family="gpt2",
+                    vocab_size=1024,
+                    width=128,
+                    depth=2,
+                    heads=4,
+                    mlp=512,
+                    max_length=64,
+                    norm_eps=1e-5,
+                ),
+                latent=128,
+                slots_per_layer=4,
+                tied_slots=False,
+                lexicon=None,
+                dtype="float32",
+                remat=False,
+            ),
+            memory=dict(
+                variant="direct", slots=64, initial="identity", noise=1e-6, initial_log_variance=0.0, address="posterior"
+            ),
+            objective=dict(
+                reconstruction=1.0,
+                autoencoding=0.0,
+                kl=0.0,
+                kl_cycles=0,
+                free_bits=0.0,
+                language=1.0,
+                count_padding=False,
+            ),
+            data=dict(
+                corpus="wikipedia-summaries",
+                unit="sentence",
+                episode=4,
+                batch=8,
+                encoder_tokens=32,
+                decoder_tokens=32,
+                vocabulary=1024,
+                seed=0,
+            ),
+            train=dict(
+                steps=600,
+                learning_rate=3e-3,
+                warmup_steps=50,
+                decay="cosine",
+                weight_decay=0.01,
+                clip_norm=1.0,
+                frozen=(),
+                mesh=(1, 1, 1),
+                log_every=10,
+                evaluate_every=100,
+                checkpoint_every=200,
+                keep=3,
+                seed=0,
+            ),
+        )
+    )
