@@ -1,4 +1,4 @@
-"""What no single module can promise: floors, declared dependencies, one place for pinned weights."""
+"""What no single module can promise: floors, declared dependencies, pinned weights."""
 
 import ast
 import re

@@ -31,7 +31,7 @@ SYSTEMS = {
     "base": "base LM",
     "zero": "z = 0",
     "prompt": "fact in the prompt",
-    "lookup": "nearest-neighbour lookup",
+    "lookup": "nearest neighbour",
     "larimar": "Larimar with scope",
 }
 MEMORY_SYSTEMS = ("larimar",)
@@ -235,22 +235,23 @@ def _successes(records: Sequence[Record], system: str, kind: str) -> list[float]
 
 
 def table(results: Mapping[str, Any], title: str) -> Table:
-    """The result for people: S ± standard error / M of each kind, and the score."""
-    shown = Table(title=title, caption="S ± standard error / M, in percent")
+    """The result for people: S ± standard error above M of each kind, and the score."""
+    shown = Table(title=title, caption="S ± standard error, below it M; percent", show_lines=True)
     shown.add_column("system")
     for kind in (*metrics.KINDS, "score"):
         shown.add_column(kind, justify="right")
     for system, label in SYSTEMS.items():
-        rows, notes, cells = results[system], [], []
-        for kind in metrics.KINDS:
-            cells.append(f"{_percent(rows[kind]['S'])} / {_number(rows[kind]['M']['mean'])}")
+        rows = results[system]
+        cells = [
+            f"{_percent(rows[kind]['S'])}\n{_number(rows[kind]['M']['mean'])}"
+            for kind in metrics.KINDS
+        ]
         cells.append(_percent(rows["score"]))
-        shown.add_row(label, *cells)
-        notes = [rows[kind].get("note", "") for kind in (*metrics.KINDS, "score")]
-        if any(notes):
-            shown.add_row("", *notes, style="yellow")
+        kinds = (*metrics.KINDS, "score")
+        notes = [rows[kind].get("note", "").replace(" the", "\nthe") for kind in kinds]
+        lines = zip(cells, notes, strict=True)
+        shown.add_row(label, *("\n".join(filter(None, pair)) for pair in lines))
     share = results["in_scope"]
-    shown.add_section()
     cells = [_percent(share[kind]) for kind in metrics.KINDS]
     shown.add_row("prompts in scope", *cells, "", style="dim")
     return shown

@@ -146,6 +146,22 @@ class LarimarEditor:
         return generate.score(self.model, self.decoder_tokenizer, prompts, targets, condition)
 
 
+def load(name: str) -> LarimarEditor:
+    """The editor of a checkpoint, by its shipped name or its path, with its own scope detector."""
+    from larimar_jax.session import Session  # Loads towers; a benchmark's --help should not.
+
+    session = Session(name)
+    return LarimarEditor(
+        session.model,
+        session.memory,
+        session.encoder_tokenizer,
+        session.decoder_tokenizer,
+        session.scope.likeness,
+        session.scope.threshold,
+        {"name": name, "fingerprint": session.fingerprint},
+    )
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(
     graph: nnx.GraphDef, state: nnx.State, tokens: Int[Array, "n S"], mask: Bool[Array, "n S"]
