@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ class BertConfig:
     max_length: int = 512
     type_vocab: int = 2
     norm_eps: float = 1e-12
-    pooling: Literal["mean", "cls"] = "cls"
+    pooling: str = "cls"
     normalize: bool = False
 
     def __post_init__(self):

@@ -13,7 +13,7 @@ One source tensor may match several rows, as GPT-2's fused projection does.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +35,7 @@ class WeightsError(ValueError):
     """Weights that cannot be read, or that do not fit the model they are meant for."""
 
 
+@runtime_checkable
 class Source(Protocol):
     """A file of named tensors, read one at a time."""
 
