@@ -1,6 +1,7 @@
 """Corpora by name or path → documents → pieces, the short texts that episodes are made of."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from larimar_jax.data.records import Field
+from larimar_jax.weights import packages
 
 # Of 100 documents, these many are held out of training: enough for a stable perplexity on 10,000.
 HELD_OUT_PERCENT = 4
@@ -34,10 +36,7 @@ def wikipedia_summaries() -> list[Document]:
     Raises:
         FileNotFoundError: the package is not installed; the message names the command.
     """
-    from larimar_jax import weights  # weights.packages knows where packaged files lie.
-
-    path = weights.packages.summaries()
-    entries = json.loads(Path(path).read_text(encoding="utf-8"))
+    entries = json.loads(packages.summaries().read_text(encoding="utf-8"))
     return [Document(title, entry["extract"]) for title, entry in entries.items()]
 
 
@@ -115,16 +114,13 @@ def chunks(text: str, tokens: int, count: Callable[[str], int]) -> list[str]:
     that alone is longer than `tokens` is left out.
 
     Args:
-        count: tokens of a text; called once per distinct " word".
+        count: tokens of a text; called for every " word".
     """
-    costs: dict[str, int] = {}
     found: list[str] = []
     current: list[str] = []
     used = 0
     for word in text.split():
-        if word not in costs:
-            costs[word] = count(" " + word)
-        cost = costs[word]
+        cost = count(" " + word)
         if cost > tokens:
             continue
         if used + cost > tokens and current:
@@ -149,8 +145,9 @@ def pieces(
     if unit not in ("sentence", "chunk"):
         raise ValueError(f"data.unit is {unit!r}; known: sentence, chunk")
     found: dict[str, None] = {}
+    cost = functools.cache(count)  # A corpus has few distinct words.
     for document in source:
         whole = unit == "sentence"
-        split = sentences(document.text) if whole else chunks(document.text, tokens, count)
+        split = sentences(document.text) if whole else chunks(document.text, tokens, cost)
         found.update(dict.fromkeys(split))
     return list(found)

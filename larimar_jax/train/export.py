@@ -58,7 +58,8 @@ def save_exported(
         array = np.asarray(params[name])
         original[name] = array.dtype.name
         wanted = next((d for p, d in dtypes.items() if re.search(p, name)), array.dtype.name)
-        stored = np.ascontiguousarray(array.astype(_DTYPES[wanted])).reshape(array.shape)
+        with np.errstate(over="ignore"):  # Looked for below.
+            stored = np.ascontiguousarray(array.astype(_DTYPES[wanted])).reshape(array.shape)
         if np.isfinite(array).all() and not np.isfinite(stored.astype(np.float32)).all():
             raise ValueError(f"{name} holds values that {wanted} cannot; store it as bfloat16")
         arrays[name] = stored
@@ -98,11 +99,6 @@ def load_exported(
     if not path.is_file():
         raise FileNotFoundError(f"there is no exported model at {path}")
     header, arrays = _read(path)
-    if header.get("format") != _FORMAT:
-        raise ExportError(
-            f"{path} is a safetensors file and not an export of {_FORMAT} (it says "
-            f"{header.get('format')!r}). Weights of a tower alone go through the config's `source`."
-        )
     if _digest(arrays, header.get("larimar", "")) != header.get("sha256"):
         raise ExportError(f"{path} is damaged: its content does not have the digest that it names.")
     described = json.loads(header["larimar"])
@@ -117,16 +113,21 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     try:
         size = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + size]).get("__metadata__", {})
-        arrays = {
-            name: np.frombuffer(view["data"], _DTYPES[_CODES[view["dtype"]]]).reshape(view["shape"])
-            for name, view in safetensors.deserialize(content)
-        }
+        views = safetensors.deserialize(content)
     except Exception as error:  # A cut or overwritten header fails in many ways, all of them this.
         raise ExportError(
             f"{path} cannot be read ({type(error).__name__}: {error}). It is damaged, half written "
             "or no safetensors file; fetch or export it again."
         ) from error
-    return header, arrays
+    if header.get("format") != _FORMAT:
+        raise ExportError(
+            f"{path} is a safetensors file and not an export of {_FORMAT} (it says "
+            f"{header.get('format')!r}). Weights of a tower alone go through the config's `source`."
+        )
+    return header, {
+        name: np.frombuffer(view["data"], _DTYPES[_CODES[view["dtype"]]]).reshape(view["shape"])
+        for name, view in views
+    }
 
 
 def _fit(path: Path, arrays: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> None:

@@ -31,7 +31,7 @@ from larimar_jax.train.step import Stepper, TrainState, initialise
 # Held-out batches of an evaluation: enough to halve the noise of one, cheap enough to be frequent.
 _EVALUATION_BATCHES = 4
 # What may differ between a run and its continuation: none of these changes a step's result.
-_FREE = {"name"} | {
+_FREE = {"name", "editing.ridge", "editing.scope_threshold"} | {
     f"train.{key}" for key in ("mesh", "log_every", "evaluate_every", "checkpoint_every", "keep")
 }
 
@@ -56,7 +56,7 @@ class Outcome:
 def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> Outcome:
     """Trains Larimar by Eq. 1 until `train.steps`, or until SIGTERM, which saves and returns.
 
-    `run_dir` receives config.json, tokenizer/, checkpoints/, metrics.jsonl (every step), tensorboard/,
+    `run_dir` receives config.json, tokenizer.json, checkpoints/, metrics.jsonl (every step), tensorboard/,
     and at the end model.safetensors (what was trained). A folder that has checkpoints is gone on with:
     the steps are bit for bit those of a run that was never stopped.
 
@@ -140,8 +140,8 @@ def _data(config: Config, run_dir: Path, progress: bool):
     data = config.data
     documents = corpus.documents(data.corpus)
     sides = [[d for d in documents if d.held_out is side] for side in (False, True)]
-    encoder, decoder = vocabulary.tokenizers_of(
-        config, [document.text for document in sides[0]], run_dir / "tokenizer"
+    encoder, decoder = vocabulary.tokenizers(
+        config, lambda: (document.text for document in sides[0]), run_dir / "tokenizer.json"
     )
     # A chunk has to leave room for the two tokens that frame it, in either tower.
     room = min(data.encoder_tokens, data.decoder_tokens) - 2
@@ -150,14 +150,14 @@ def _data(config: Config, run_dir: Path, progress: bool):
         return max(len(encoder.ids(text)), len(decoder.ids(text)))
 
     both = []
-    for side in sides:
+    for name, side in zip(("training", "held out"), sides):
         texts = corpus.pieces(side, data.unit, room, count)
         made, dropped = episodes.tokenise(
             texts, encoder, decoder, data.encoder_tokens, data.decoder_tokens, progress=progress
         )
         both.append(made)
         if progress:
-            report.say(f"{len(made):,} pieces, {dropped:,} too long ones dropped")
+            report.say(f"{name}: {len(made):,} pieces, {dropped:,} too long ones dropped")
     return both[0], both[1], {"encoder": encoder.hash, "decoder": decoder.hash}
 
 

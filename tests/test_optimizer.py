@@ -1,0 +1,77 @@
+"""Freezing, the learning rate, and which parameters decay."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from larimar_jax.config import TrainConfig
+from larimar_jax.train import optimizer
+
+TRAIN = TrainConfig(
+    steps=100,
+    learning_rate=0.1,
+    warmup_steps=10,
+    decay="cosine",
+    weight_decay=0.5,
+    clip_norm=1.0,
+    frozen=(),
+    mesh=(1, 1, 1),
+    log_every=1,
+    evaluate_every=10,
+    checkpoint_every=10,
+    keep=1,
+    seed=0,
+)
+PARAMETERS = {
+    "decoder/layers/up/kernel": jnp.ones((2, 3, 4)),
+    "decoder/layers/attention_norm/scale": jnp.ones((2, 3)),
+    "memory/prior": jnp.ones((4, 4)),
+}
+
+
+def test_freezing_splits_by_path_and_takes_no_optimizer_state():
+    trained, frozen = optimizer.partition(PARAMETERS, ["^decoder/.*kernel$"])
+    assert list(frozen) == ["decoder/layers/up/kernel"]
+    assert list(trained) == ["decoder/layers/attention_norm/scale", "memory/prior"]
+    state = optimizer.make(TRAIN).init(trained)
+    assert not any(leaf.shape == (2, 3, 4) for leaf in jax.tree.leaves(state))
+
+
+def test_patterns_that_freeze_nothing_or_everything_are_errors():
+    with pytest.raises(optimizer.FreezeError, match="'encoder', 'heads'") as error:
+        optimizer.partition(PARAMETERS, ["encoder", "decoder", "heads"])
+    assert "memory/prior" in str(error.value)
+    with pytest.raises(optimizer.FreezeError, match="every parameter"):
+        optimizer.partition(PARAMETERS, ["."])
+
+
+@pytest.mark.parametrize(("decay", "half", "end"), [("cosine", 0.05, 0.0), ("linear", 0.05, 0.0)])
+def test_the_learning_rate_warms_up_and_decays(decay, half, end):
+    rate = optimizer.learning_rate(dataclasses.replace(TRAIN, decay=decay))
+    values = [float(rate(jnp.int32(step))) for step in (0, 4, 9, 10, 55, 100, 1000)]
+    np.testing.assert_allclose(values, [0.01, 0.05, 0.1, 0.1, half, end, end], atol=1e-7)
+
+
+def test_the_learning_rate_without_warm_up_or_decay():
+    constant = dataclasses.replace(TRAIN, decay="constant", warmup_steps=0)
+    rate = optimizer.learning_rate(constant)
+    assert float(rate(jnp.int32(0))) == float(rate(jnp.int32(99))) == np.float32(0.1)
+    with pytest.raises(ValueError, match="cosine, linear, constant"):
+        optimizer.learning_rate(dataclasses.replace(TRAIN, decay="steps"))
+    with pytest.raises(ValueError, match="warmup_steps"):
+        optimizer.learning_rate(dataclasses.replace(TRAIN, warmup_steps=101))
+
+
+def test_only_matrices_of_the_towers_and_projections_decay():
+    assert [name for name in PARAMETERS if optimizer.decayed(name)] == ["decoder/layers/up/kernel"]
+    assert optimizer.decayed("to_embedding/kernel") and optimizer.decayed("encoder/word/embedding")
+    assert not optimizer.decayed("vocabulary/gain")
+    transform = optimizer.make(TRAIN)
+    gradients = jax.tree.map(jnp.zeros_like, PARAMETERS)
+    updates, _ = transform.update(gradients, transform.init(PARAMETERS), PARAMETERS)
+    # −rate · decay · parameter at the first step, where there is no gradient at all.
+    np.testing.assert_allclose(updates["decoder/layers/up/kernel"], -0.01 * 0.5, rtol=1e-6)
+    np.testing.assert_array_equal(updates["memory/prior"], 0.0)
