@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
                 latent=384,
                 slots_per_layer=2,
                 tied_slots=False,
-                lexicon=dict(entries=20000, gain=30.0, decay=0.25),
+                lexicon=dict(entries=18000, gain=30.0, decay=0.25),
                 dtype="float32",
                 remat=False,
             ),
@@ -70,5 +70,6 @@ def get_config() -> ConfigDict:
                 keep=3,
                 seed=0,
             ),
+            editing=dict(ridge=1e-2, scope_threshold=0.65),
         )
     )

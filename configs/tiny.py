@@ -43,7 +43,13 @@ def get_config() -> ConfigDict:
                 remat=False,
             ),
             memory=dict(
-                variant="direct", slots=64, initial="identity", noise=1e-6, initial_log_variance=0.0, address="posterior"
+                variant="direct",
+                slots=64,
+                initial="identity",
+                noise=1e-6,
+                # σ_W = 0.05: see configs/smol.py.
+                initial_log_variance=-6.0,
+                address="posterior",
             ),
             objective=dict(
                 reconstruction=1.0,
@@ -79,5 +85,6 @@ def get_config() -> ConfigDict:
                 keep=3,
                 seed=0,
             ),
+            editing=dict(ridge=1e-2, scope_threshold=0.65),
         )
     )

@@ -133,6 +133,18 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EditingConfig:
+    """How the trained model is edited (§4, §6); nothing of it is used in training.
+
+    ridge: λ of the streaming memory that facts are written into. scope_threshold: the least cosine
+    between a query and a written prompt that lets the memory answer.
+    """
+
+    ridge: float
+    scope_threshold: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     name: str
     model: ModelConfig
@@ -140,6 +152,7 @@ class Config:
     objective: ObjectiveConfig
     data: DataConfig
     train: TrainConfig
+    editing: EditingConfig
 
 
 def load(source: str | pathlib.Path | ml_collections.ConfigDict | Mapping[str, Any]) -> Config:

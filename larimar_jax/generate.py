@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from larimar_jax.model import Condition, Larimar
 from larimar_jax.weights.tokenizers import Tokenizer, bucket
 
-LENGTH_BUCKET = 16
+LENGTH_BUCKET = 8
 TARGET_BUCKET = 4
 
 
@@ -24,40 +24,52 @@ def score(
     model: Larimar,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
-    targets: Sequence[str],
+    candidates: Sequence[Sequence[str]],
     condition: Condition | None = None,
     *,
     batch: int = 32,
 ) -> np.ndarray:
     """ℓ(p, t): mean −ln p(target token | prompt, target so far, condition), in nats (metrics.md).
 
-    Prompt and target are separated by one space. Row i is decoded under row i of `condition`; None is
-    the untouched base LM. Rows are sorted by length, so that few are padded, and go through one
-    compiled function per length bucket.
+    Prompt and target are separated by one space. Prompt i is decoded under row i of `condition`; None
+    is the untouched base LM. Candidates of one prompt that differ in their last token only share one
+    row. Rows are sorted by length, so that few are padded, and go through one compiled function per
+    length bucket.
+
+    Args:
+      candidates: c targets for each of the n prompts.
 
     Returns:
-      float32 [n].
+      float32 [n, c].
 
     Raises:
-      ValueError: for an empty target. PromptTooLong: naming the row.
+      ValueError: for an empty target. PromptTooLong: where a row exceeds the decoder's positions.
     """
-    rows = []
-    for index, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
-        answer = tokenizer.ids(" " + target.strip())
-        if not target.strip():
-            raise ValueError(f"Target {index} (prompt {prompt!r}) is empty: there is nothing to score.")
-        rows.append((_prompt_ids(tokenizer, prompt), answer))
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]) + len(rows[row][1]))
-    scores = np.zeros(len(rows), np.float32)
+    width = len(candidates[0]) if len(candidates) else 0
+    rows: dict[tuple[int, tuple[int, ...]], list[tuple[int, list[int]]]] = {}
+    opening = {prompt: _prompt_ids(tokenizer, prompt) for prompt in prompts}
+    for index, targets in enumerate(candidates):
+        for column, target in enumerate(targets):
+            if not target.strip():
+                raise ValueError(
+                    f"Target {column} of prompt {prompts[index]!r} is empty: there is nothing to score."
+                )
+            answer = tokenizer.ids(" " + target.strip())
+            rows.setdefault((index, tuple(answer[:-1])), []).append((column, answer))
+    scores = np.full((len(prompts), width), np.nan, np.float32)
+    order = sorted(rows, key=lambda row: len(opening[prompts[row[0]]]) + len(row[1]))
     graph, state = nnx.split(model)
     for first in range(0, len(order), batch):
         chosen = order[first : first + batch]
         # The last batch repeats its first row rather than compile for a size of its own.
         padded = chosen + [chosen[0]] * (batch - len(chosen))
-        tokens, answers, mask = _pack_targets(model, [rows[row] for row in padded], prompts)
-        part = None if condition is None else condition.rows(jnp.asarray(padded, jnp.int32))
-        values = _score_rows(graph, state, tokens, answers, mask, part)
-        scores[chosen] = np.asarray(values)[: len(chosen)]
+        packed = _pack(model, [(opening[prompts[i]], rows[i, done]) for i, done in padded], width)
+        index = jnp.asarray([i for i, _ in padded], jnp.int32)
+        part = None if condition is None else condition.rows(index)
+        values = np.asarray(_score_rows(graph, state, *packed, part))
+        for row, found in zip(chosen, values, strict=False):
+            for place, (column, _) in enumerate(rows[row]):
+                scores[row[0], column] = found[place]
     return scores
 
 
@@ -116,25 +128,31 @@ def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return [tokenizer.bos, *tokenizer.ids(prompt.rstrip())]
 
 
-def _pack_targets(model: Larimar, rows, prompts) -> tuple[Array, Array, Array]:
-    """Rows of (prompt ids, answer ids) → tokens [B,T], positions that predict the answer [B,A], mask."""
-    length = bucket(max(len(prompt) + len(answer) for prompt, answer in rows), LENGTH_BUCKET)
-    limit = model.decoder.config.max_length - 1
+def _pack(model: Larimar, rows, width: int) -> tuple[Array, Array, Array, Array]:
+    """Rows of (prompt ids, its answers, which differ in their last token) → arrays of one shape.
+
+    Returns tokens [B,T], the positions that predict the answer [B,A], answers [B,c,A], mask [B,A].
+    """
+    needed = max(len(prompt) + len(answers[0][1]) - 1 for prompt, answers in rows)
+    length, limit = bucket(needed, LENGTH_BUCKET), model.decoder.config.max_length - 1
     if length > limit:
-        prompt, answer = max(rows, key=lambda row: len(row[0]) + len(row[1]))
         raise PromptTooLong(
-            f"A prompt of {len(prompt)} tokens and its target of {len(answer)} exceed the decoder's "
-            f"{limit} positions. Shorten the prompt."
+            f"A prompt and its target have {needed} tokens and the decoder has {limit} positions. "
+            "Shorten the prompt."
         )
-    width = bucket(max(len(answer) for _, answer in rows), TARGET_BUCKET)
+    longest = bucket(max(len(answers[0][1]) for _, answers in rows), TARGET_BUCKET)
     tokens = np.zeros((len(rows), length), np.int32)
-    positions = np.zeros((len(rows), width), np.int32)
-    mask = np.zeros((len(rows), width), bool)
-    for row, (prompt, answer) in enumerate(rows):
-        tokens[row, : len(prompt) + len(answer)] = prompt + answer
-        positions[row, : len(answer)] = np.arange(len(answer)) + len(prompt) - 1
-        mask[row, : len(answer)] = True
-    return jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(mask)
+    positions, mask = np.zeros((len(rows), longest), np.int32), np.zeros((len(rows), longest), bool)
+    labels = np.zeros((len(rows), width, longest), np.int32)
+    for row, (prompt, answers) in enumerate(rows):
+        size = len(answers[0][1])
+        given = prompt + answers[0][1][:-1]
+        tokens[row, : len(given)] = given
+        positions[row, :size] = np.arange(size) + len(prompt) - 1
+        mask[row, :size] = True
+        for place, (_, answer) in enumerate(answers):
+            labels[row, place, :size] = answer
+    return jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(labels), jnp.asarray(mask)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -143,9 +161,10 @@ def _score_rows(
     state: nnx.State,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B A"],
+    labels: Int[Array, "B c A"],
     mask: Bool[Array, "B A"],
     condition: Condition | None,
-) -> Float[Array, " B"]:
+) -> Float[Array, "B c"]:
     model = nnx.merge(graph, state)
     hidden, _ = model.hidden(tokens, condition)
     # The head is the largest GEMM of a small model: only the answer's positions go through it.
@@ -155,10 +174,9 @@ def _score_rows(
     if bonus is not None:
         fading = model.lexicon.decay ** jnp.arange(positions.shape[1], dtype=jnp.float32)
         logits = logits + bonus[:, None, :] * fading[:, None]
-    answers = jnp.take_along_axis(tokens, positions + 1, axis=1)
-    chosen = jnp.take_along_axis(logits, answers[..., None], axis=-1)[..., 0]
-    entropy = jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0)
-    return entropy.sum(axis=-1) / mask.sum(axis=-1).astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, labels.swapaxes(1, 2), axis=-1).swapaxes(1, 2)
+    entropy = jnp.where(mask[:, None], jax.nn.logsumexp(logits, axis=-1)[:, None] - chosen, 0.0)
+    return entropy.sum(axis=-1) / mask.sum(axis=-1, keepdims=True).astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("max_tokens", "eos"))

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,13 +108,15 @@ class Larimar(nnx.Module):
         self.memory = PriorMemory(memory_params)
         self.lexicon = lexicon
 
+    def embed(self, tokens: Int[Array, "*rows S"], mask: Bool[Array, "*rows S"]) -> Float[Array, "*rows H"]:
+        """The encoder's pooled output, float32; what the scope detector compares (§6)."""
+        flat = self.encoder(tokens.reshape(-1, tokens.shape[-1]), mask.reshape(-1, mask.shape[-1]))
+        return flat.astype(jnp.float32).reshape(*tokens.shape[:-1], -1)
+
     def encode(self, tokens: Int[Array, "*rows S"], mask: Bool[Array, "*rows S"]) -> Float[Array, "*rows C"]:
         """Z = e(X), float32. A row without a token is padding and encodes to exactly zero."""
-        flat_tokens = tokens.reshape(-1, tokens.shape[-1])
-        flat_mask = mask.reshape(-1, mask.shape[-1])
-        latent = self.to_latent(self.encoder(flat_tokens, flat_mask).astype(jnp.float32))
-        latent = jnp.where(flat_mask.any(axis=-1, keepdims=True), latent, 0.0)
-        return latent.reshape(*tokens.shape[:-1], -1)
+        latent = self.to_latent(self.embed(tokens, mask))
+        return jnp.where(mask.any(axis=-1, keepdims=True), latent, 0.0)
 
     def condition(
         self,
@@ -199,3 +202,27 @@ def parameters(model: nnx.Module) -> Mapping[str, Array]:
     return {
         "/".join(str(part) for part in path): leaf[...] for path, leaf in nnx.to_flat_state(state)
     }
+
+
+def assign(model: nnx.Module, arrays: Mapping[str, Any], *, origin: str) -> None:
+    """Puts arrays into the parameters of the same '/'-joined path, in place; others stay.
+
+    Raises:
+      ValueError: naming at once every array that fits no parameter, before any is assigned.
+    """
+    found = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    named = {"/".join(map(str, path)): path for path in found}
+    problems = [f"{name}: the model has no such parameter" for name in arrays if name not in named]
+    problems += [
+        f"{name}: {array.shape} given, {found[named[name]][...].shape} in the model"
+        for name, array in arrays.items()
+        if name in named and array.shape != found[named[name]][...].shape
+    ]
+    if problems:
+        raise ValueError(f"{origin} does not fit the model:\n  " + "\n  ".join(problems))
+    nnx.update(
+        model,
+        nnx.from_flat_state(
+            (named[name], found[named[name]].replace(jnp.asarray(array))) for name, array in arrays.items()
+        ),
+    )

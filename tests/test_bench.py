@@ -51,12 +51,15 @@ class KnownEditor:
     def zero(self, rows):
         return [("", "")] * rows
 
-    def score(self, prompts, targets, condition):
-        losses = [fraction(p, t) for p, t in zip(prompts, targets, strict=True)]
+    def score(self, prompts, candidates, condition):
+        losses = [[fraction(p, t) for t in row] for p, row in zip(prompts, candidates, strict=True)]
         if condition is not None:
-            rows = zip(losses, condition, targets, strict=True)
-            losses = [loss / (1 + (answer == target)) for loss, (_, answer), target in rows]
-        return np.asarray(losses, np.float32)
+            rows = zip(losses, condition, candidates, strict=True)
+            losses = [
+                [loss / (1 + (answer == t)) for loss, t in zip(row, targets, strict=True)]
+                for row, (_, answer), targets in rows
+            ]
+        return np.asarray(losses, np.float32).reshape(-1, 2)
 
 
 def cases(count):
@@ -206,7 +209,7 @@ def test_damage_that_no_kill_makes_is_an_error(finished):
 
 def test_a_broken_model_stops_the_run_and_writes_no_line(tmp_path):
     broken = experiment()
-    broken.editor.score = lambda prompts, targets, condition: np.full(len(prompts), np.nan)
+    broken.editor.score = lambda prompts, targets, condition: np.full((len(prompts), 2), np.nan)
     with pytest.raises(metrics.UnusableScore, match="case 1, edit"):
         runner.run(broken, tmp_path, quiet=True)
     assert (tmp_path / runner.CASES).read_bytes() == b""

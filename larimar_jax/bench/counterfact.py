@@ -61,7 +61,7 @@ def experiment(args: argparse.Namespace) -> "CounterFact":
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None,
         "limit": args.limit,
     }
-    return CounterFact(editor.load(args.model), cases, data=data, chunk=args.chunk)
+    return CounterFact(editor.LarimarEditor(args.model), cases, data=data, chunk=args.chunk)
 
 
 class CounterFact:
@@ -125,10 +125,8 @@ class CounterFact:
         """ℓ(new), ℓ(true) [n, 2] of n chosen prompts; `condition(rows)` gives their memory."""
         if len(rows) == 0:
             return np.zeros((0, 2), np.float32)
-        twice = np.repeat(rows, 2)
-        flat = [target for row in rows for target in targets[row]]
-        scores = self.editor.score([prompts[row] for row in twice], flat, condition(twice))
-        return np.asarray(scores).reshape(-1, 2)
+        chosen = [prompts[row] for row in rows]
+        return self.editor.score(chosen, [targets[row] for row in rows], condition(rows))
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
         """`summarise`, as the runner calls it."""

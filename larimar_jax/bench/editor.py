@@ -5,19 +5,18 @@ known, and so that another edited model can be put beside Larimar in one file.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from larimar_jax import generate
-from larimar_jax.memory import Memory, Prior
-from larimar_jax.model import Condition, Larimar
-from larimar_jax.weights.tokenizers import Tokenizer, bucket
+from larimar_jax import scope
+from larimar_jax.memory.contract import Memory, Prior
+from larimar_jax.model import Condition
+from larimar_jax.pretrained import Pretrained, load
+from larimar_jax.weights.tokenizers import bucket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,41 +48,31 @@ class Editor(Protocol):
     def zero(self, rows: int) -> Any:
         """The condition z = 0 for so many rows."""
 
-    def score(self, prompts: Sequence[str], targets: Sequence[str], condition: Any) -> np.ndarray:
-        """ℓ of each target after its prompt, in nats, float32 [n]; None is the base LM."""
+    def score(
+        self, prompts: Sequence[str], candidates: Sequence[Sequence[str]], condition: Any
+    ) -> np.ndarray:
+        """ℓ of c candidates after each of n prompts, in nats, float32 [n, c]; None is the base LM."""
 
 
 # Rows and queries are padded to these, so that few shapes are compiled.
-_TEXTS, _FACTS, _QUERIES = 32, 8, 4
+_FACTS, _QUERIES = 8, 4
 
 
 class LarimarEditor:
     """Larimar with its scope detector; one encoder call and one vmapped write and read a chunk.
 
     Args:
-        model, memory: the model and the variant that its facts are written into.
-        encoder_tokenizer, decoder_tokenizer: those of its towers.
-        likeness: (texts of N facts, their queries) → each query's score, float32 [R].
-        threshold: the least score that is in scope.
-        settings: what names these weights, as JSON; the threshold is added.
+        model: what is edited: by its shipped name, by its path, or loaded.
     """
 
-    def __init__(
-        self,
-        model: Larimar,
-        memory: Memory,
-        encoder_tokenizer: Tokenizer,
-        decoder_tokenizer: Tokenizer,
-        likeness: Callable[[Sequence[str], Sequence[Sequence[str]]], np.ndarray],
-        threshold: float,
-        settings: Mapping[str, Any],
-    ):
-        self.model, self.memory = model, memory
-        self.encoder_tokenizer, self.decoder_tokenizer = encoder_tokenizer, decoder_tokenizer
-        self.likeness, self.threshold = likeness, threshold
-        self.settings = {**settings, "threshold": threshold}
-        self._graph, self._state = nnx.split(model)
-        self._prior = jax.jit(memory.prepare)(model.memory.params())
+    def __init__(self, model: Pretrained | str):
+        self.model = model if isinstance(model, Pretrained) else load(model)
+        self.settings = {
+            "model": self.model.source,
+            "fingerprint": self.model.fingerprint,
+            "ridge": self.model.config.editing.ridge,
+            "scope_threshold": self.model.scope_threshold,
+        }
 
     def written(self, prompt: str, answer: str) -> str:
         """Prompt and answer with one space between them."""
@@ -94,89 +83,50 @@ class LarimarEditor:
         texts = [self.written(prompt, answer) for prompt, answer in facts]
         prompts = [prompt for prompt, _ in facts]
         flat = [query for row in queries for query in row]
-        unique = list(dict.fromkeys([*prompts, *texts, *flat]))
+        sentences, owners = scope.parts(flat)
+        unique = list(dict.fromkeys([*prompts, *texts, *sentences]))
         place = {text: number for number, text in enumerate(unique)}
-        latents = self.encode(unique)
+        encodings = self.model.encode(unique)
 
+        def rows(chosen):
+            return [place[text] for text in chosen]
+
+        where = [(fact, slot) for fact, row in enumerate(queries) for slot in range(len(row))]
+        fact, slot = np.asarray(where, np.int32).reshape(-1, 2).T
+        own = fact[:, None] == np.arange(len(facts))
+        found = scope.match(
+            encodings.embedding[rows(sentences)], owners, encodings.embedding[rows(prompts)], own
+        )
+        best = [sentences[number] for number in found.sentence]
+
+        latents = encodings.latent
         count = bucket(len(facts), _FACTS)
         width = bucket(max((len(row) for row in queries), default=0), _QUERIES)
         # A fact of zeros is padding: it changes nothing (memory/contract.py).
         keys, values = np.zeros((2, count, latents.shape[1]), np.float32)
-        keys[: len(facts)] = latents[[place[prompt] for prompt in prompts]]
-        values[: len(facts)] = latents[[place[text] for text in texts]]
+        keys[: len(facts)], values[: len(facts)] = latents[rows(prompts)], latents[rows(texts)]
         asked = np.zeros((count, width, latents.shape[1]), np.float32)
-        where = [(fact, slot) for fact, row in enumerate(queries) for slot in range(len(row))]
-        fact, slot = np.asarray(where, np.int32).reshape(-1, 2).T
-        asked[fact, slot] = latents[[place[query] for query in flat]]
-        latent, innovation = _recall(self.memory, self._prior, keys, values, asked)
-        latent, innovation = latent[fact, slot], innovation[fact, slot]
-
-        scores = np.asarray(self.likeness(texts, queries), np.float32)
+        asked[fact, slot] = latents[rows(best)]
+        latent, innovation = _recall(self.model.memory, self.model.prior, keys, values, asked)
+        latent, innovation = np.asarray(latent)[fact, slot], np.asarray(innovation)[fact, slot]
         return Recall(
-            scope_score=scores,
-            in_scope=scores >= self.threshold,
-            condition=lambda rows: _condition(
-                self._graph, self._state, latent[rows], innovation[rows]
-            ),
+            scope_score=found.score,
+            in_scope=found.within(self.model.scope_threshold),
+            condition=lambda chosen: self.model.condition(latent[chosen], innovation[chosen]),
         )
-
-    def encode(self, texts: Sequence[str]) -> Float[np.ndarray, "n C"]:
-        """Z = e(X) of n texts in one encoder call, float32.
-
-        Raises:
-            TextTooLong: a text exceeds what the encoder takes; names it.
-        """
-        limit = self.model.encoder.config.max_length
-        batch = self.encoder_tokenizer.encode(texts)
-        if batch.ids.shape[1] > limit:
-            batch = self.encoder_tokenizer.encode(texts, limit)
-        padding = ((0, bucket(len(texts), _TEXTS) - len(texts)), (0, 0))
-        ids, mask = np.pad(batch.ids, padding), np.pad(batch.mask, padding)
-        return np.asarray(_encode(self._graph, self._state, ids, mask))[: len(texts)]
 
     def zero(self, rows: int) -> Condition:
         """z = 0, innovation 0."""
-        nothing = np.zeros((rows, self.memory.latent), np.float32)
-        return _condition(self._graph, self._state, nothing, nothing)
+        return self.model.zero(rows)
 
     def score(
-        self, prompts: Sequence[str], targets: Sequence[str], condition: Condition | None
+        self,
+        prompts: Sequence[str],
+        candidates: Sequence[Sequence[str]],
+        condition: Condition | None,
     ) -> np.ndarray:
         """`generate.score` of this model."""
-        return generate.score(self.model, self.decoder_tokenizer, prompts, targets, condition)
-
-
-def load(name: str) -> LarimarEditor:
-    """The editor of a checkpoint, by its shipped name or its path, with its own scope detector."""
-    from larimar_jax.session import Session  # Loads towers; a benchmark's --help should not.
-
-    session = Session(name)
-    return LarimarEditor(
-        session.model,
-        session.memory,
-        session.encoder_tokenizer,
-        session.decoder_tokenizer,
-        session.scope.likeness,
-        session.scope.threshold,
-        {"name": name, "fingerprint": session.fingerprint},
-    )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(
-    graph: nnx.GraphDef, state: nnx.State, tokens: Int[Array, "n S"], mask: Bool[Array, "n S"]
-) -> Float[Array, "n C"]:
-    return nnx.merge(graph, state).encode(tokens, mask)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _condition(
-    graph: nnx.GraphDef,
-    state: nnx.State,
-    latent: Float[Array, "n C"],
-    innovation: Float[Array, "n C"],
-) -> Condition:
-    return nnx.merge(graph, state).condition(latent, innovation)
+        return self.model.score(prompts, candidates, condition)
 
 
 @jax.jit

@@ -38,8 +38,8 @@ def tokenizers(
     trained = _trained(texts, size, Path(path)) if bare else None
     encoder, decoder = config.model.encoder.source, config.model.decoder.source
     return (
-        trained.framed() if encoder is None else weights.load_encoder(encoder)[1],
-        trained if decoder is None else weights.load_decoder(decoder)[1],
+        trained.framed() if encoder is None else weights.load_tokenizer(encoder),
+        trained if decoder is None else weights.load_tokenizer(decoder),
     )
 
 

@@ -251,12 +251,21 @@ class _Run:
             report.say(f"stopped by SIGTERM after step {step}; the same command goes on from here")
         return state, evaluation, step == total
 
-    def _held_out(self, pieces) -> list[dict[str, jax.Array]]:
-        data = self._config.data
-        # Few held-out pieces make few batches, and at least one: then in one epoch or more.
-        count = min(_EVALUATION_BATCHES, max(1, len(pieces) // (data.episode * data.batch)))
-        made = iter(episodes.episodes(pieces, data.episode, data.batch, data.seed))
-        return [sharding.place_batch(next(made), self._mesh) for _ in range(count)]
+    def _held_out(self, pieces: episodes.Pieces) -> list[dict[str, jax.Array]]:
+        """The same batches at every evaluation; pieces that do not fill one are used more than once."""
+        size = (self._config.data.batch, self._config.data.episode)
+        if not len(pieces):
+            raise episodes.TooFewPieces(
+                "no document of data.corpus is held out, or none of its pieces fits data.encoder_tokens "
+                "and data.decoder_tokens; use a larger corpus"
+            )
+        count = min(_EVALUATION_BATCHES, max(1, len(pieces) // math.prod(size)))
+        order = np.random.default_rng(self._config.data.seed).permutation(len(pieces))
+        mine = slice(jax.process_index(), None, jax.process_count())
+        return [
+            sharding.place_batch(pieces.gather(rows[mine]), self._mesh)
+            for rows in np.resize(order, (count, *size))
+        ]
 
     def _evaluate(self, step: int, state: TrainState, frozen, batches, bar, written: bool = True):
         """The mean terms over the held-out batches, in nats per token."""

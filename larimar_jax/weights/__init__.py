@@ -4,7 +4,6 @@ import dataclasses
 import pathlib
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -26,6 +25,7 @@ __all__ = [
     "gguf",
     "load_decoder",
     "load_encoder",
+    "load_tokenizer",
     "packages",
     "safetensors",
     "tokenizers",
@@ -70,34 +70,44 @@ def load_decoder(
     return _load(source, decoders.families(), "decoder", dtype, remat)
 
 
+def load_tokenizer(source: str) -> Tokenizer:
+    """The tokenizer of what `load_encoder` and `load_decoder` load, without its parameters.
+
+    Raises:
+      FileNotFoundError, WeightsError: as they do.
+    """
+    path = _locate(source)
+    return folder.tokenizer(path) if path.is_dir() else Tokenizer.from_gguf(path)
+
+
+def _locate(source: str) -> pathlib.Path:
+    path = PACKAGED[source]() if source in PACKAGED else pathlib.Path(source)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"there are no weights {source!r}: it is neither a packaged name"
+            f" ({', '.join(PACKAGED)}) nor a folder or GGUF file"
+        )
+    return path
+
+
 def _load(
     source: str, families: Mapping[str, ModuleType], kind: str, dtype: DTypeLike, remat: bool
 ) -> tuple[nnx.Module, Tokenizer]:
-    path = PACKAGED[source]() if source in PACKAGED else pathlib.Path(source)
-    said: dict[str, Any]
-    extra: dict[str, Any] = {}
+    path = _locate(source)
     if path.is_dir():
-        said, extra = folder.config(path), folder.pooling(path)
-    elif path.is_file():
-        said = gguf.open_gguf(str(path)).config()
+        said, extra, tensors = folder.config(path), folder.pooling(path), folder.tensors(path)
     else:
-        raise FileNotFoundError(
-            f"there is no {kind} {source!r}: it is neither a packaged name"
-            f" ({', '.join(PACKAGED)}) nor a folder or GGUF file"
-        )
+        tensors = gguf.open_gguf(str(path))
+        said, extra = tensors.config(), {}
     family = families.get(said["model_type"])
     if family is None:
         raise WeightsError(
             f"{path} holds a {said['model_type']!r} model, which is no {kind} family here; known:"
             f" {', '.join(families)}"
         )
-    # Pooling is an encoder's matter; a decoder's folder says nothing of it.
+    # Only a sentence encoder's folder speaks of pooling.
     config = dataclasses.replace(family.from_huggingface(said), **extra)
-    if path.is_dir():
-        tensors, tokenizer = folder.tensors(path), folder.tokenizer(path)
-    else:
-        tensors, tokenizer = gguf.open_gguf(str(path)), Tokenizer.from_gguf(path)
     abstract = nnx.eval_shape(
         lambda: family.MODEL(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0))
     )
-    return fill.fill(abstract, family.KEYS, tensors), tokenizer
+    return fill.fill(abstract, family.KEYS, tensors), load_tokenizer(source)

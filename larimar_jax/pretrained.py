@@ -1,0 +1,219 @@
+"""A trained model by name or path, with all that editing needs: `load("smol")`."""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.resources
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from larimar_jax import config as configs
+from larimar_jax import generate
+from larimar_jax.config import Config
+from larimar_jax.data import vocabulary
+from larimar_jax.memory.streaming import Streaming
+from larimar_jax.memory.contract import Prior
+from larimar_jax.model import Condition, Larimar, assign, build
+from larimar_jax.train import export
+from larimar_jax.weights.tokenizers import TextTooLong, Tokenizer, bucket
+
+CHECKPOINTS = "checkpoints"
+# Texts of one encoder call; a long list goes through it in slices.
+_TEXTS = 128
+
+
+class EncodingNotFinite(FloatingPointError):
+    """The encoder made NaN or infinity of a text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Encodings:
+    """n texts: `embedding` for the scope detector (§6), `latent` for the memory (§2); float32."""
+
+    embedding: Float[np.ndarray, "n H"]
+    latent: Float[np.ndarray, "n C"]
+
+
+class Pretrained:
+    """A model with its tokenizers, the streaming memory it is edited through, and its fingerprint.
+
+    Every method takes texts or arrays and goes through one compiled function per bucket of shapes.
+    Nothing here changes after construction: what is written lives in memory states.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: Larimar,
+        encoder_tokenizer: Tokenizer,
+        decoder_tokenizer: Tokenizer,
+        *,
+        source: str,
+        fingerprint: str,
+    ):
+        self.config, self.model = config, model
+        self.encoder_tokenizer, self.decoder_tokenizer = encoder_tokenizer, decoder_tokenizer
+        self.source, self.fingerprint = source, fingerprint
+        slots, latent = model.memory.prior[...].shape
+        self.memory = Streaming(slots=slots, latent=latent, ridge=config.editing.ridge)
+        self.prior: Prior = jax.jit(self.memory.prepare)(model.memory.params())
+        self.graph, self.state = nnx.split(model)
+
+    @property
+    def scope_threshold(self) -> float:
+        return self.config.editing.scope_threshold
+
+    def encode(self, texts: Sequence[str]) -> Encodings:
+        """Embeds and encodes n texts.
+
+        Raises:
+          TextTooLong: a text exceeds what the encoder takes; names it.
+          EncodingNotFinite: names the first text whose encoding is not finite.
+        """
+        limit = self.model.encoder.config.max_length
+        batch = self.encoder_tokenizer.encode(texts)
+        lengths = batch.mask.sum(axis=1)
+        if len(texts) and lengths.max() > limit:
+            row = int(lengths.argmax())
+            raise TextTooLong(
+                f"The text {_shorten(texts[row])!r} has {lengths[row]} tokens and the encoder takes "
+                f"{limit}. Split it into shorter facts, one write each."
+            )
+        order = np.argsort(lengths, kind="stable")
+        outputs = None
+        for first in range(0, len(texts), _TEXTS):
+            rows = order[first : first + _TEXTS]
+            width = bucket(int(lengths[rows].max()))
+            height = min(_TEXTS, 1 << max(0, len(rows) - 1).bit_length())
+            ids = np.full((height, width), self.encoder_tokenizer.pad, np.int32)
+            mask = np.zeros((height, width), bool)
+            ids[: len(rows)], mask[: len(rows)] = batch.ids[rows, :width], batch.mask[rows, :width]
+            made = [np.asarray(part)[: len(rows)] for part in _encode(self.graph, self.state, ids, mask)]
+            if outputs is None:
+                outputs = [np.zeros((len(texts), part.shape[1]), np.float32) for part in made]
+            for output, part in zip(outputs, made, strict=True):
+                output[rows] = part
+        if outputs is None:
+            width = self.model.encoder.config.width
+            return Encodings(np.zeros((0, width), np.float32), np.zeros((0, self.memory.latent), np.float32))
+        finite = np.isfinite(outputs[0]).all(axis=1) & np.isfinite(outputs[1]).all(axis=1)
+        if not finite.all():
+            raise EncodingNotFinite(
+                f"The encoding of {_shorten(texts[int(np.argmin(finite))])!r} is not finite, so nothing "
+                "was written or read. The encoder's weights are damaged, or its compute dtype "
+                "overflows: load the model anew, or set model.dtype to float32."
+            )
+        return Encodings(*outputs)
+
+    def condition(
+        self,
+        latent: Float[np.ndarray, "n C"] | Array,
+        innovation: Float[np.ndarray, "n C"] | Array | None = None,
+        active: Bool[np.ndarray, " n"] | None = None,
+    ) -> Condition:
+        """`Larimar.condition`, compiled."""
+        return _condition(self.graph, self.state, latent, innovation, active)
+
+    def zero(self, rows: int) -> Condition:
+        """z = 0: the memory slot is there and holds zeros (§2)."""
+        return self.condition(np.zeros((rows, self.memory.latent), np.float32))
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        candidates: Sequence[Sequence[str]],
+        condition: Condition | None = None,
+    ) -> np.ndarray:
+        """ℓ of c candidates for each of n prompts, in nats per token [n, c]; see `generate.score`."""
+        return generate.score(self.model, self.decoder_tokenizer, prompts, candidates, condition)
+
+    def generate(
+        self, prompts: Sequence[str], condition: Condition | None = None, **options
+    ) -> list[str]:
+        """Continuations; options as in `generate.generate`."""
+        return generate.generate(self.model, self.decoder_tokenizer, prompts, condition, **options)
+
+
+def names() -> list[str]:
+    """Checkpoints that ship with the package."""
+    folder = importlib.resources.files("larimar_jax") / CHECKPOINTS
+    if not folder.is_dir():
+        return []
+    return sorted(f.name.removesuffix(".safetensors") for f in folder.iterdir() if f.name.endswith(".safetensors"))
+
+
+def locate(source: str | pathlib.Path) -> pathlib.Path:
+    """The exported file of a shipped name, of a path, or of a training run's folder.
+
+    Raises:
+      FileNotFoundError: none of these; lists the names.
+    """
+    if str(source) in names():
+        return pathlib.Path(str(importlib.resources.files("larimar_jax") / CHECKPOINTS / f"{source}.safetensors"))
+    path = pathlib.Path(source)
+    path = path / "model.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no model {str(source)!r}: it is neither a shipped name "
+            f"({', '.join(names()) or 'none'}) nor an exported file or the folder of a finished run."
+        )
+    return path
+
+
+def load(source: str | pathlib.Path = "smol") -> Pretrained:
+    """Loads a shipped checkpoint by name, or an export or a finished run by path.
+
+    Raises:
+      FileNotFoundError: no such model, or the package of a tower is not installed (names the command).
+      ExportError: the file is damaged, half written, or does not fit its own config.
+    """
+    path = locate(source)
+    arrays, meta = export.load_exported(path)
+    config = configs.parse(meta["config"])
+    model = build(config, jax.random.key(0))
+    assign(model, arrays, origin=str(path))
+    encoder_tokenizer, decoder_tokenizer = vocabulary.tokenizers(
+        config, functools.partial(_no_corpus, path), path.parent / "tokenizer.json"
+    )
+    digest = hashlib.sha256(path.read_bytes())
+    for tokenizer in (encoder_tokenizer, decoder_tokenizer):
+        digest.update(tokenizer.hash.encode())
+    return Pretrained(
+        config,
+        model,
+        encoder_tokenizer,
+        decoder_tokenizer,
+        source=str(source),
+        fingerprint=digest.hexdigest(),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(
+    graph: nnx.GraphDef, state: nnx.State, tokens: Int[Array, "n S"], mask: Bool[Array, "n S"]
+) -> tuple[Float[Array, "n H"], Float[Array, "n C"]]:
+    model = nnx.merge(graph, state)
+    embedding = model.embed(tokens, mask)
+    return embedding, model.to_latent(embedding)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _condition(graph: nnx.GraphDef, state: nnx.State, latent, innovation, active) -> Condition:
+    return nnx.merge(graph, state).condition(latent, innovation, active)
+
+
+def _no_corpus(path: pathlib.Path) -> list[str]:
+    raise FileNotFoundError(
+        f"{path} was trained with a vocabulary of its own, which is not beside it. Copy tokenizer.json "
+        "from the run's folder to there."
+    )
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "…"

@@ -1,0 +1,75 @@
+"""Scope detection: is a query about something that was written? (§6)
+
+ESD, the paper's external detector: a sentence encoder embeds every written prompt, and a query is
+scored by its best cosine over them. In scope → memory-conditioned decoding; out of scope → the
+untouched language model.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from larimar_jax.data.corpus import sentences
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """Per query: its best cosine, which written key has it, and which of its sentences."""
+
+    score: Float[np.ndarray, " Q"]
+    key: Int[np.ndarray, " Q"]
+    sentence: Int[np.ndarray, " Q"]
+
+    def within(self, threshold: float) -> Bool[np.ndarray, " Q"]:
+        return self.score >= threshold
+
+
+def parts(queries: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Sentences of all queries, and the query each belongs to.
+
+    A query may carry sentences that have nothing to do with what it asks; the detector takes the
+    best one (§6). Every query has at least one.
+    """
+    texts: list[str] = []
+    owners: list[int] = []
+    for index, query in enumerate(queries):
+        for sentence in sentences(query) or [query]:
+            texts.append(sentence)
+            owners.append(index)
+    return texts, owners
+
+
+def match(
+    embeddings: Float[np.ndarray, "S H"],
+    owners: Sequence[int],
+    written: Float[np.ndarray, "N H"],
+    allowed: Bool[np.ndarray, "Q N"] | None = None,
+) -> Match:
+    """The best cosine of each query over its sentences and the written keys.
+
+    Args:
+      embeddings: of the sentences from `parts`; they need not be of unit length.
+      owners: the query of each sentence, ascending.
+      written: embeddings of the N written keys; none gives a score of −1 to every query.
+      allowed: which keys a query may match; default all. (Benchmarks hold one memory per case.)
+    """
+    owners = np.asarray(owners, np.int64)
+    queries = int(owners[-1]) + 1 if len(owners) else 0
+    score, key = np.full(queries, -1.0, np.float32), np.zeros(queries, np.int64)
+    sentence = np.searchsorted(owners, np.arange(queries))
+    if len(written) == 0:
+        return Match(score, key, sentence)
+    cosines = _unit(embeddings) @ _unit(written).T
+    if allowed is not None:
+        cosines = np.where(allowed[owners], cosines, -1.0)
+    best, best_key = cosines.max(axis=1), cosines.argmax(axis=1)
+    for row, owner in enumerate(owners):
+        if best[row] > score[owner]:
+            score[owner], key[owner], sentence[owner] = best[row], best_key[row], row
+    return Match(score, key, sentence)
+
+
+def _unit(vectors: Float[np.ndarray, "n H"]) -> Float[np.ndarray, "n H"]:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)

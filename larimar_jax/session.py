@@ -1,0 +1,321 @@
+"""For people: write a fact, ask, forget it, save the session and go on tomorrow.
+
+    session = Session("smol")
+    fact = session.write("The Eiffel Tower is located in the city of", "Rome")
+    session.ask("The Eiffel Tower can be found in").text
+    session.forget(fact.id)
+
+Every call either does all of what it says or raises and leaves the session as it was.
+"""
+
+import dataclasses
+import datetime
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from larimar_jax import scope
+from larimar_jax.memory.streaming import Streaming
+from larimar_jax.memory.contract import Prior, Reading
+from larimar_jax.pretrained import Pretrained, load
+from larimar_jax.train import export
+
+
+class EmptyFact(ValueError):
+    """A fact without a prompt or without an answer."""
+
+
+class UnknownFact(KeyError):
+    """A fact that is not in the memory."""
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+class WrongModel(ValueError):
+    """A session that was saved under another model."""
+
+
+class DamagedSession(ValueError):
+    """A file that is no session, or a damaged one."""
+
+
+class MemoryNotFinite(FloatingPointError):
+    """A write or forget that float32 could not carry out; the memory before it is kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fact:
+    """What is written: `prompt` and every rephrasing lead to `answer`. `id` never changes."""
+
+    id: int
+    prompt: str
+    answer: str
+    rephrasings: tuple[str, ...] = ()
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        return (self.prompt, *self.rephrasings)
+
+    def __str__(self) -> str:
+        return f"{self.id}: {self.prompt} {self.answer}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """One line of the history. milliseconds: of the memory operation alone, encoding apart."""
+
+    kind: str
+    fact: Fact
+    at: str
+    milliseconds: float
+
+    def __str__(self) -> str:
+        return f"{self.at}  {self.kind:7}  {self.fact}  ({self.milliseconds:.1f} ms)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """text: the continuation. fact: id of the fact the query is about, None out of scope. score: the
+    scope detector's cosine. milliseconds: encode, read and decode, each for the whole call."""
+
+    text: str
+    in_scope: bool
+    fact: int | None
+    score: float
+    milliseconds: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keys:
+    """Rows of one fact, kept so that it can be forgotten by exactly what was written."""
+
+    embedding: Float[np.ndarray, "n H"]
+    key: Float[np.ndarray, "n C"]
+    value: Float[np.ndarray, "n C"]
+
+
+class Session:
+    """A model, one streaming memory, and the facts that are in it.
+
+    Args:
+      model: a loaded `Pretrained`, or what `pretrained.load` takes: a name or a path.
+    """
+
+    def __init__(self, model: Pretrained | str | pathlib.Path = "smol"):
+        self.model = model if isinstance(model, Pretrained) else load(model)
+        self._state = self.model.memory.empty(self.model.prior)
+        self._facts: dict[int, Fact] = {}
+        self._keys: dict[int, _Keys] = {}
+        self._events: list[Event] = []
+        self._next_id = 1
+
+    def write(self, prompt: str, answer: str, rephrasings: Sequence[str] = ()) -> Fact:
+        """Writes a fact (Eqs. 3–4, α = +1): keys are prompts, values prompt + answer.
+
+        A prompt that is already written is corrected: its old fact is forgotten first.
+
+        Raises:
+          EmptyFact, TextTooLong, EncodingNotFinite, MemoryNotFinite. Nothing is written then.
+        """
+        prompts = tuple(" ".join(text.split()) for text in (prompt, *rephrasings))
+        answer = " ".join(answer.split())
+        if not all(prompts) or not answer:
+            raise EmptyFact(
+                f"A fact needs a prompt and an answer; got prompts {list(prompts)} and answer "
+                f"{answer!r}. Write it as write('The capital of France is', 'Lyon')."
+            )
+        encodings = self.model.encode([*prompts, *(f"{text} {answer}" for text in prompts)])
+        rows = len(prompts)
+        keys = _Keys(encodings.embedding[:rows], encodings.latent[:rows], encodings.latent[rows:])
+        old = next((fact for fact in self._facts.values() if fact.prompt == prompts[0]), None)
+        state, events = self._state, []
+        if old is not None:
+            state, taken = self._update(state, self._keys[old.id], -1)
+            events.append(_event("forget", old, taken))
+        state, taken = self._update(state, keys, +1)
+        fact = Fact(self._next_id, prompts[0], answer, prompts[1:])
+        events.append(_event("write", fact, taken))
+        self._state = state
+        if old is not None:
+            del self._facts[old.id], self._keys[old.id]
+        self._facts[fact.id], self._keys[fact.id] = fact, keys
+        self._next_id += 1
+        self._events += events
+        return fact
+
+    def forget(self, fact_id: int) -> Fact:
+        """Takes a fact out of the memory (Eqs. 3–4, α = −1), as if it had never been written.
+
+        Raises:
+          UnknownFact: it is not there: never written, or forgotten before.
+        """
+        if fact_id not in self._facts:
+            forgotten = any(event.fact.id == fact_id for event in self._events)
+            known = ", ".join(map(str, self._facts)) or "none"
+            raise UnknownFact(
+                f"There is no fact {fact_id} to forget: it was "
+                f"{'forgotten before' if forgotten else 'never written'}. Facts in memory: {known}."
+            )
+        fact = self._facts[fact_id]
+        state, taken = self._update(self._state, self._keys[fact_id], -1)
+        self._state = state
+        del self._facts[fact_id], self._keys[fact_id]
+        self._events.append(_event("forget", fact, taken))
+        return fact
+
+    def ask(self, prompt: str, **options: Any) -> Answer:
+        """Continues a prompt: through the memory where it is about a written fact, else as the base LM.
+
+        Options as in `generate.generate` (max_tokens, temperature, rng, stop).
+        """
+        return self.ask_all([prompt], **options)[0]
+
+    def ask_all(self, prompts: Sequence[str], **options: Any) -> list[Answer]:
+        """`ask` for many prompts in one batch."""
+        if not all(prompt.strip() for prompt in prompts):
+            raise EmptyFact("A question needs a text to continue; one of the prompts is empty.")
+        if not prompts:
+            return []
+        begin = time.perf_counter()
+        texts, owners = scope.parts(prompts)
+        encodings = self.model.encode(texts)
+        encoded = time.perf_counter()
+        ids = [fact_id for fact_id, keys in self._keys.items() for _ in keys.key]
+        written = np.concatenate(
+            [keys.embedding for keys in self._keys.values()]
+            or [np.zeros((0, encodings.embedding.shape[1]), np.float32)]
+        )
+        found = scope.match(encodings.embedding, owners, written)
+        inside = found.within(self.model.scope_threshold)
+        queries = encodings.latent[found.sentence]
+        reading = _read(self.model.memory, self.model.prior, self._state, queries)
+        latent = np.asarray(reading.latent)
+        read = time.perf_counter()
+        condition = self.model.condition(latent, latent - queries, inside)
+        continuations = self.model.generate(prompts, condition, **options)
+        done = time.perf_counter()
+        milliseconds = {
+            "encode": 1e3 * (encoded - begin),
+            "read": 1e3 * (read - encoded),
+            "decode": 1e3 * (done - read),
+        }
+        return [
+            Answer(text, bool(within), ids[key] if within else None, float(score), milliseconds)
+            for text, within, key, score in zip(
+                continuations, inside, found.key, found.score, strict=True
+            )
+        ]
+
+    def list(self) -> list[Fact]:
+        """The facts in memory, in the order of writing."""
+        return [*self._facts.values()]
+
+    def history(self) -> list[Event]:
+        """Every write and forget so far, in order."""
+        return [*self._events]
+
+    def save(self, path: str | pathlib.Path) -> None:
+        """Writes the session to one file, whole or not at all."""
+        arrays = {f"memory/{name}": leaf for name, leaf in _named(self._state).items()}
+        for fact_id, keys in self._keys.items():
+            arrays |= {f"fact/{fact_id}/{f.name}": getattr(keys, f.name) for f in dataclasses.fields(keys)}
+        meta = {
+            "kind": "session",
+            "model": self.model.source,
+            "fingerprint": self.model.fingerprint,
+            "next_id": self._next_id,
+            "facts": [dataclasses.asdict(fact) for fact in self._facts.values()],
+            "history": [dataclasses.asdict(event) for event in self._events],
+        }
+        export.save_exported(path, arrays, meta)
+
+    @classmethod
+    def load(cls, path: str | pathlib.Path, model: Pretrained | None = None) -> "Session":
+        """Opens a saved session; its memory is the saved one bit for bit.
+
+        Args:
+          path: what `save` wrote.
+          model: the model it was saved under, where it is loaded already; default: by its name.
+
+        Raises:
+          FileNotFoundError, DamagedSession. WrongModel: another model's encodings mean other things.
+        """
+        try:
+            arrays, meta = export.load_exported(path)
+        except export.ExportError as error:
+            raise DamagedSession(f"{path} is not a whole session. {error}") from error
+        if meta.get("kind") != "session":
+            raise DamagedSession(f"{path} holds a model and not a session. Give it to --model instead.")
+        session = cls(load(meta["model"]) if model is None else model)
+        if session.model.fingerprint != meta["fingerprint"]:
+            raise WrongModel(
+                f"{path} was saved under {meta['model']!r} with fingerprint {meta['fingerprint'][:12]}; "
+                f"the model here is {session.model.source!r}, {session.model.fingerprint[:12]}. What one "
+                "model wrote another can not read: load that model, or write the facts again."
+            )
+        session._restore(arrays, meta)
+        return session
+
+    def _restore(self, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
+        names = _named(self._state)
+        leaves = [jnp.asarray(arrays[f"memory/{name}"]) for name in names]
+        self._state = jax.tree.unflatten(jax.tree.structure(self._state), leaves)
+        for values in meta["facts"]:
+            fact = _fact(values)
+            self._facts[fact.id] = fact
+            self._keys[fact.id] = _Keys(
+                **{f.name: arrays[f"fact/{fact.id}/{f.name}"] for f in dataclasses.fields(_Keys)}
+            )
+        self._events = [Event(**{**values, "fact": _fact(values["fact"])}) for values in meta["history"]]
+        self._next_id = meta["next_id"]
+
+    def _update(self, state: Any, keys: _Keys, sign: int) -> tuple[Any, float]:
+        """The state with a fact's rows added or taken away, and the milliseconds it took."""
+        # Rows of zeros are padding to the memory; powers of two keep the compiled shapes few.
+        rows = 1 << (len(keys.key) - 1).bit_length()
+        padding = ((0, rows - len(keys.key)), (0, 0))
+        key, value = jnp.asarray(np.pad(keys.key, padding)), jnp.asarray(np.pad(keys.value, padding))
+        begin = time.perf_counter()
+        updated = _write(self.model.memory, self.model.prior, state, key, value, jnp.int32(sign))
+        updated = jax.block_until_ready(updated)
+        taken = 1e3 * (time.perf_counter() - begin)
+        refused = int(updated.missing) > int(state.missing)
+        finite = all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(updated))
+        if refused or not finite:
+            raise MemoryNotFinite(
+                f"The memory could not {'write' if sign > 0 else 'forget'} this in float32, and stays as "
+                f"it was. Its ridge ({float(self.model.memory.ridge):g}) is too small for what is "
+                "written: load the model with a larger editing.ridge and write the facts again."
+            )
+        return updated, taken
+
+
+@jax.jit
+def _write(memory: Streaming, prior: Prior, state: Any, key: Array, value: Array, sign: Array) -> Any:
+    return memory.write(prior, state, key, value, sign)
+
+
+@jax.jit
+def _read(memory: Streaming, prior: Prior, state: Any, queries: Array) -> Reading:
+    return memory.read(prior, state, queries)
+
+
+def _named(state: Any) -> dict[str, np.ndarray]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in flat}
+
+
+def _event(kind: str, fact: Fact, milliseconds: float) -> Event:
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return Event(kind, fact, now, milliseconds)
+
+
+def _fact(values: dict[str, Any]) -> Fact:
+    return Fact(**{**values, "rephrasings": tuple(values["rephrasings"])})
