@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 Slots = tuple[Float[Array, "B P G d"], Float[Array, "B P G d"]]
@@ -128,7 +129,7 @@ def embed(
     table: Float[Array, "V D"],
     tokens: Int[Array, "B T"],
     prefix: Prefix | None,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
 ) -> Float[Array, "B T D"]:
     """Token embeddings, plus the latent's vector on every token of an active row (§2)."""
     x = table[tokens].astype(dtype)
@@ -199,7 +200,7 @@ class Attention(nnx.Module):
         head_size: int,
         *,
         bias: bool,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.heads, self.kv_heads, self.head_size = heads, kv_heads, head_size
@@ -268,7 +269,7 @@ class LayerNorm(nnx.Module):
 
 
 def linear(
-    inputs: int, outputs: int, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs
+    inputs: int, outputs: int, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs
 ) -> nnx.Linear:
     """An affine map with kernel (inputs, outputs), float32, drawn from N(0, 0.02²)."""
     return nnx.Linear(
@@ -343,7 +344,7 @@ def run_decoder(
 
 
 def empty_cache(
-    depth: int, batch: int, length: int, heads: int, size: int, dtype: jnp.dtype
+    depth: int, batch: int, length: int, heads: int, size: int, dtype: DTypeLike
 ) -> Cache:
     """A cache of zeros for `length` tokens; the mask keeps unwritten places out of sight."""
     zeros = jnp.zeros((depth, batch, length, heads, size), dtype)

@@ -24,3 +24,19 @@ def cpu_devices():
     devices = jax.devices()
     assert len(devices) == 8, "XLA_FLAGS must be set before jax is first imported"
     return devices
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """The packaged MiniLM: (module, tokenizer), loaded once."""
+    from larimar_jax import weights
+
+    return weights.load_encoder("minilm")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The packaged SmolLM2: (module, tokenizer), loaded once."""
+    from larimar_jax import weights
+
+    return weights.load_decoder("smollm2")

@@ -44,7 +44,7 @@ class GPT2Config:
 class Block(nnx.Module):
     """Attention and a GELU MLP, each on a normalised copy of the residual stream."""
 
-    def __init__(self, config: GPT2Config, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: GPT2Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
         c = config
         self.attention_norm = layers.LayerNorm(c.width, c.norm_eps)
         self.attention = layers.Attention(

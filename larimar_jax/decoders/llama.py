@@ -40,7 +40,7 @@ class LlamaConfig:
 class Block(nnx.Module):
     """Attention and a gated MLP, each on a normalised copy of the residual stream."""
 
-    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         c = config
         self.attention_norm = layers.RMSNorm(c.width, c.norm_eps)
         self.attention = layers.Attention(

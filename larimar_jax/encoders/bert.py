@@ -42,7 +42,7 @@ class BertConfig:
 class Block(nnx.Module):
     """Attention, then a GELU MLP, each followed by its residual and a LayerNorm (post-norm)."""
 
-    def __init__(self, config: BertConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: BertConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         c = config
         self.attention = layers.Attention(
             c.width, c.heads, c.heads, c.width // c.heads, bias=True, dtype=dtype, rngs=rngs

@@ -71,7 +71,8 @@ def fill(abstract: nnx.Module, keys: Keys, source: Source) -> nnx.Module:
         parameter filled twice, and shape that does not fit.
     """
     graph, state = nnx.split(abstract)
-    wanted = {tuple(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+    flat = nnx.to_flat_state(state)
+    wanted = {tuple(map(str, path)): leaf for path, leaf in flat}
     shapes = source.shapes()
     uses, problems = _match(keys, shapes, wanted)
     problems += _check(uses, shapes, wanted)
@@ -83,11 +84,11 @@ def fill(abstract: nnx.Module, keys: Keys, source: Source) -> nnx.Module:
     by_target: dict[tuple[str, ...], list[_Use]] = {}
     for use in uses:
         by_target.setdefault(use.target, []).append(use)
-    filled = {
-        path: leaf.replace(_read(by_target[path], leaf, source)) for path, leaf in wanted.items()
-    }
-    flat = [(path, filled[tuple(map(str, path))]) for path, _ in nnx.to_flat_state(state)]
-    return nnx.merge(graph, nnx.from_flat_state(flat))
+    filled = [
+        (path, leaf.replace(_read(by_target[tuple(map(str, path))], leaf, source)))
+        for path, leaf in flat
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
 def _match(
