@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
                 seed=0,
             ),
             train=dict(
-                steps=600,
+                steps=320,
                 learning_rate=2e-3,
                 warmup_steps=30,
                 decay="cosine",
@@ -65,7 +65,7 @@ def get_config() -> ConfigDict:
                 frozen=("^encoder/", "^decoder/", "^to_latent/", "^lexicon/", "^memory/log_variance$"),
                 mesh=(1, 1, 1),
                 log_every=10,
-                evaluate_every=100,
+                evaluate_every=80,
                 checkpoint_every=25,
                 keep=3,
                 seed=0,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
-DEFAULT_SESSION = "larimar-session"
+DEFAULT_SESSION = "larimar-session.safetensors"
 DEFAULT_MODEL = "smol"
 
 EXAMPLES = """\
@@ -200,7 +200,7 @@ def _benchmarks(made: argparse.ArgumentParser, shared: argparse.ArgumentParser) 
 
 def _session(made: argparse.ArgumentParser) -> None:
     made.add_argument(
-        "--session", default=DEFAULT_SESSION, metavar="DIR", help="its folder (%(default)s)"
+        "--session", default=DEFAULT_SESSION, metavar="FILE", help="its file (%(default)s)"
     )
 
 
@@ -234,10 +234,10 @@ def edit(arguments: argparse.Namespace) -> None:
     """larimar edit: starts the session where there is none."""
     from larimar_jax.session import Session
 
-    folder = Path(arguments.session)
-    session = Session.load(folder) if folder.exists() else Session(arguments.model)
+    path = Path(arguments.session)
+    session = Session.load(path) if path.exists() else Session(arguments.model)
     fact = session.write(arguments.prompt, arguments.answer)
-    session.save(folder)
+    session.save(path)
     print(f"{fact.id}: {fact.prompt} {fact.answer}")
 
 
@@ -271,16 +271,16 @@ def show(arguments: argparse.Namespace) -> None:
         print("(nothing written)", file=sys.stderr)
 
 
-def _open(folder: str):
-    folder = Path(folder)
-    if not folder.exists():
+def _open(name: str):
+    path = Path(name)
+    if not path.exists():
         raise FileNotFoundError(
-            f"there is no session at {folder}. `larimar edit PROMPT ANSWER` starts one there; "
-            "--session names another folder."
+            f"there is no session at {path}. `larimar edit PROMPT ANSWER` starts one there; "
+            "--session names another file."
         )
     from larimar_jax.session import Session
 
-    return Session.load(folder)
+    return Session.load(path)
 
 
 def train(arguments: argparse.Namespace) -> None:

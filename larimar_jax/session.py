@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 from larimar_jax import scope
 from larimar_jax.memory.streaming import Streaming
 from larimar_jax.memory.contract import Prior, Reading
+from larimar_jax.model import Condition
 from larimar_jax.pretrained import Pretrained, load
 from larimar_jax.train import export
 
@@ -99,6 +100,16 @@ class _Keys:
     embedding: Float[np.ndarray, "n H"]
     key: Float[np.ndarray, "n C"]
     value: Float[np.ndarray, "n C"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recalled:
+    """What the memory has to say to each prompt; a fact of None leaves it to the base LM."""
+
+    facts: list[int | None]
+    scores: list[float]
+    condition: Condition
+    milliseconds: dict[str, float]
 
 
 class Session:
@@ -179,10 +190,29 @@ class Session:
 
     def ask_all(self, prompts: Sequence[str], **options: Any) -> list[Answer]:
         """`ask` for many prompts in one batch."""
-        if not all(prompt.strip() for prompt in prompts):
-            raise EmptyFact("A question needs a text to continue; one of the prompts is empty.")
         if not prompts:
             return []
+        recalled = self._recall(prompts)
+        begin = time.perf_counter()
+        continuations = self.model.generate(prompts, recalled.condition, **options)
+        recalled.milliseconds["decode"] = 1e3 * (time.perf_counter() - begin)
+        return [
+            Answer(text, fact is not None, fact, score, recalled.milliseconds)
+            for text, fact, score in zip(
+                continuations, recalled.facts, recalled.scores, strict=True
+            )
+        ]
+
+    def score(
+        self, prompts: Sequence[str], candidates: Sequence[Sequence[str]]
+    ) -> Float[np.ndarray, "n c"]:
+        """−ln p per token of c candidate answers to each of n prompts, decoded as `ask` decodes."""
+        return self.model.score(prompts, candidates, self._recall(prompts).condition)
+
+    def _recall(self, prompts: Sequence[str]) -> "_Recalled":
+        """Scope decision and readout of each prompt, by its sentence that is nearest to a fact."""
+        if not all(prompt.strip() for prompt in prompts):
+            raise EmptyFact("A question needs a text to continue; one of the prompts is empty.")
         begin = time.perf_counter()
         texts, owners = scope.parts(prompts)
         encodings = self.model.encode(texts)
@@ -197,25 +227,16 @@ class Session:
         queries = encodings.latent[found.sentence]
         reading = _read(self.model.memory, self.model.prior, self._state, queries)
         latent = np.asarray(reading.latent)
-        read = time.perf_counter()
-        condition = self.model.condition(latent, latent - queries, inside)
-        continuations = self.model.generate(prompts, condition, **options)
-        done = time.perf_counter()
         milliseconds = {
             "encode": 1e3 * (encoded - begin),
-            "read": 1e3 * (read - encoded),
-            "decode": 1e3 * (done - read),
+            "read": 1e3 * (time.perf_counter() - encoded),
         }
-        return [
-            Answer(text, bool(within), ids[key] if within else None, float(score), milliseconds)
-            for text, within, key, score in zip(
-                continuations, inside, found.key, found.score, strict=True
-            )
-        ]
-
-    def list(self) -> list[Fact]:
-        """The facts in memory, in the order of writing."""
-        return [*self._facts.values()]
+        return _Recalled(
+            [ids[key] if within else None for key, within in zip(found.key, inside, strict=True)],
+            [float(score) for score in found.score],
+            self.model.condition(latent, latent - queries, inside),
+            milliseconds,
+        )
 
     def history(self) -> list[Event]:
         """Every write and forget so far, in order."""
@@ -295,6 +316,11 @@ class Session:
                 "written: load the model with a larger editing.ridge and write the facts again."
             )
         return updated, taken
+
+    # Last in the class: below it, `list` in an annotation would be this method.
+    def list(self) -> list[Fact]:
+        """The facts in memory, in the order of writing."""
+        return [*self._facts.values()]
 
 
 @jax.jit
