@@ -12,7 +12,7 @@ def losses(
     model: Larimar,
     memory,
     batch: dict[str, Array],
-    rng: jax.Array,
+    rng: jax.Array | None,
     weights: ObjectiveConfig,
     beta: Float[Array, ""],
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
