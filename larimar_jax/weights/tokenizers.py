@@ -6,7 +6,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, SupportsInt
 
 import numpy as np
 import tokenizers as hf
@@ -108,7 +108,8 @@ class Tokenizer:
     ) -> "Tokenizer":
         """The byte-level BPE tokenizer inside a GGUF file; its post-processing adds nothing.
 
-        The file's own bos and eos are not taken: an instruct model names its chat turns there.
+        The file's own bos and eos are not taken: an instruct model names its chat turns there. A
+        byte that the vocabulary lacks (SmolLM2's lacks 21 rare ones) leaves no token.
 
         Raises:
           FileNotFoundError: no such file.
@@ -209,7 +210,7 @@ class Tokenizer:
             mask[row, : len(full)] = True
         return TokenBatch(ids, mask)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         """The text of some tokens; special ones leave nothing."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
