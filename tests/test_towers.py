@@ -203,7 +203,7 @@ def test_a_slot_equals_a_token_with_that_key_and_value(name):
 
 
 def numpy_gpt2(p, config, tokens, prefix):
-    """§2 written out for one row, in float64: slot as a past position, embedding on every token."""
+    """§2 for one row, in float64: the slot a past position, the embedding on every token."""
 
     def norm(x, w):
         y = x - x.mean(-1, keepdims=True)

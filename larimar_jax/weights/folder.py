@@ -66,7 +66,7 @@ def pooling(folder: pathlib.Path) -> dict[str, Any]:
     """How a sentence-transformers folder pools, as settings of an encoder; else nothing.
 
     Raises:
-      WeightsError: a pooling other than the mean. (That of a `[CLS]` without tanh is not ours.)
+      WeightsError: a pooling other than the mean.
     """
     said = _json(folder / "1_Pooling" / "config.json")
     if said is None:

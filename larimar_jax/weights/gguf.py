@@ -1,7 +1,7 @@
 """GGUF files of Llama models, dequantised, under their Hugging Face names.
 
-The header is parsed here: the `gguf` package's reader makes a numpy view per vocabulary entry, which
-costs seconds for a file this size. Its dequantisation is used as it is.
+The header is parsed here: the `gguf` package's reader makes a numpy view per vocabulary entry,
+which takes seconds where this takes a fraction of one. Its dequantisation is used as it is.
 """
 
 import functools
@@ -16,7 +16,11 @@ import numpy as np
 
 from larimar_jax.weights.fill import WeightsError
 
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+# GGUF's value types as `struct` codes.
+_SCALARS = {
+    **{0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?"},
+    **{10: "Q", 11: "q", 12: "d"},
+}
 _STRING, _ARRAY = 8, 9
 
 # llama.cpp's tensor names → Hugging Face's.
@@ -207,7 +211,7 @@ def _rename(name: str) -> str:
 
 
 def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes llama.cpp's interleaving of rotary pairs: rows of a head from (i, half) to (half, i)."""
+    """Undoes llama.cpp's interleaving of rotary pairs: a head's rows from (i, half) to (half, i)."""
     out, inputs = weight.shape
     pairs = weight.reshape(heads, out // heads // 2, 2, inputs)
     return pairs.swapaxes(1, 2).reshape(out, inputs)
