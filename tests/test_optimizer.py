@@ -68,7 +68,7 @@ def test_the_learning_rate_without_warm_up_or_decay():
 def test_only_matrices_of_the_towers_and_projections_decay():
     assert [name for name in PARAMETERS if optimizer.decayed(name)] == ["decoder/layers/up/kernel"]
     assert optimizer.decayed("to_embedding/kernel") and optimizer.decayed("encoder/word/embedding")
-    assert not optimizer.decayed("vocabulary/gain")
+    assert not optimizer.decayed("encoder/norm/bias")
     transform = optimizer.make(TRAIN)
     gradients = jax.tree.map(jnp.zeros_like, PARAMETERS)
     updates, _ = transform.update(gradients, transform.init(PARAMETERS), PARAMETERS)

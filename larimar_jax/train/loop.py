@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -22,18 +23,29 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from larimar_jax import config as configs
+from larimar_jax import lexicon
 from larimar_jax.config import Config
 from larimar_jax.data import corpus, episodes, vocabulary
+from larimar_jax.model import Larimar
+from larimar_jax.pretrained import Pretrained
 from larimar_jax.train import checkpoint, export, report, sharding
 from larimar_jax.train.metrics import MetricsLog
 from larimar_jax.train.step import Stepper, TrainState, initialise
+from larimar_jax.weights.tokenizers import Tokenizer
 
 # Held-out batches of an evaluation: enough to halve the noise of one, cheap enough to be frequent.
 _EVALUATION_BATCHES = 4
 # What may differ between a run and its continuation: none of these changes a step's result.
 _FREE = {"name", "editing.ridge", "editing.scope_threshold"} | {
+    # Fitted when training is over.
+    *(f"model.lexicon.{key}" for key in ("entries", "gain", "decay"))
+} | {
     f"train.{key}" for key in ("mesh", "log_every", "evaluate_every", "checkpoint_every", "keep")
 }
+
+
+# Parameters that an export holds in bfloat16.
+_HALVED = ("^to_slots/kernel$", "^lexicon/directions$")
 
 
 class OtherRun(ValueError):
@@ -72,7 +84,8 @@ def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> Outc
     run_dir = Path(run_dir)
     _claim(run_dir, config)
     mesh = sharding.make_mesh(config.train.mesh)
-    pieces, held_out, tokenizer_hashes = _data(config, run_dir, progress)
+    documents, tokenizers = _sources(config, run_dir)
+    pieces, held_out = (_pieces(config, *tokenizers, side, progress) for side in documents)
     skeleton, parameters = initialise(config, mesh)
     stepper = Stepper(config, skeleton, mesh)
     frozen = {name: parameters[name] for name in stepper.frozen}
@@ -82,7 +95,8 @@ def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> Outc
         episodes.episodes(pieces, config.data.episode, config.data.batch, config.data.seed)
     )
     saved = _Saved(checkpoint.Checkpoints(run_dir / "checkpoints", config.train.keep), stepper)
-    meta = {"config": configs.to_dict(config), "tokenizers": tokenizer_hashes}
+    hashes = dict(zip(("encoder", "decoder"), (t.hash for t in tokenizers), strict=True))
+    meta = {"config": configs.to_dict(config), "tokenizers": hashes}
     state = saved.restore(state, stream, meta)
     run = _Run(config, run_dir, mesh, stepper, saved, meta, progress)
     try:
@@ -91,8 +105,20 @@ def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> Outc
         run.close()
     step = int(state.step)
     if finished and jax.process_count() == 1:
-        kept = _not_from_source(config, {**frozen, **state.params}, stepper.trained)
-        export.save_exported(run_dir / "model.safetensors", kept, {**meta, "step": step})
+        whole = {**frozen, **state.params}
+        if config.model.lexicon is not None:
+            if progress:
+                report.say(f"fitting a lexicon of {config.model.lexicon.entries:,} words")
+            whole |= _lexicon(config, skeleton.model(whole), tokenizers, documents[0])
+        kept = _not_from_source(config, whole, stepper.trained)
+        # Half the size for the two large maps, whose products are summed over hundreds of terms.
+        halved = [name for name in _HALVED if any(re.search(name, kept_name) for kept_name in kept)]
+        export.save_exported(
+            run_dir / "model.safetensors",
+            kept,
+            {**meta, "step": step, "evaluation": evaluation},
+            dict.fromkeys(halved, "bfloat16"),
+        )
     return Outcome(step, finished, evaluation)
 
 
@@ -135,30 +161,40 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
     return {key: leaf for part in inner for key, leaf in part.items()}
 
 
-def _data(config: Config, run_dir: Path, progress: bool):
-    """(training pieces, held-out pieces, hashes of the tokenizers)"""
-    data = config.data
-    documents = corpus.documents(data.corpus)
-    sides = [[d for d in documents if d.held_out is side] for side in (False, True)]
-    encoder, decoder = vocabulary.tokenizers(
-        config, lambda: (document.text for document in sides[0]), run_dir / "tokenizer.json"
+def _sources(config: Config, run_dir: Path):
+    """((training, held-out documents), (encoder's, decoder's tokenizer))"""
+    documents = corpus.documents(config.data.corpus)
+    training, held_out = ([d for d in documents if d.held_out is side] for side in (False, True))
+    tokenizers = vocabulary.tokenizers(
+        config, lambda: (document.text for document in training), run_dir / "tokenizer.json"
     )
+    return (training, held_out), tokenizers
+
+
+def _pieces(config: Config, encoder: Tokenizer, decoder: Tokenizer, documents, progress: bool):
+    """The documents' pieces, tokenised for both towers."""
+    data = config.data
     # A chunk has to leave room for the two tokens that frame it, in either tower.
     room = min(data.encoder_tokens, data.decoder_tokens) - 2
 
     def count(text: str) -> int:
         return max(len(encoder.ids(text)), len(decoder.ids(text)))
 
-    both = []
-    for name, side in zip(("training", "held out"), sides):
-        texts = corpus.pieces(side, data.unit, room, count)
-        made, dropped = episodes.tokenise(
-            texts, encoder, decoder, data.encoder_tokens, data.decoder_tokens, progress=progress
-        )
-        both.append(made)
-        if progress:
-            report.say(f"{name}: {len(made):,} pieces, {dropped:,} too long ones dropped")
-    return both[0], both[1], {"encoder": encoder.hash, "decoder": decoder.hash}
+    texts = corpus.pieces(documents, data.unit, room, count)
+    made, dropped = episodes.tokenise(
+        texts, encoder, decoder, data.encoder_tokens, data.decoder_tokens, progress=progress
+    )
+    if progress:
+        report.say(f"{len(made):,} pieces, {dropped:,} too long ones dropped")
+    return made
+
+
+def _lexicon(config: Config, model: Larimar, tokenizers, documents) -> dict[str, np.ndarray]:
+    """The lexicon's parameters, fitted to the trained encoder (§10)."""
+    trained = Pretrained(config, model, *tokenizers, source=config.name, fingerprint="")
+    texts = (document.text for document in documents)
+    entries = config.model.lexicon.entries
+    return lexicon.fit(lambda words: trained.encode(words).latent, tokenizers[1], texts, entries)
 
 
 class _Saved:

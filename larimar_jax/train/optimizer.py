@@ -74,9 +74,9 @@ def learning_rate(train: TrainConfig) -> Schedule:
     return rate
 
 
-# Decay pulls towards zero: right for matrices, wrong for gains, biases and a learned variance, and
-# wrong for M₀, whose scale the memory is free to choose (M₀ cancels in a read, §3).
-_UNDECAYED = re.compile(r"(^memory/|(^|/)(bias|scale|gain|centre|log_variance)$|norm)")
+# Decay pulls towards zero: right for matrices, wrong for scales and biases, and for the prior memory:
+# it would pull σ_W to 1, and M₀, which cancels in a read (§3), only ever away from where it started.
+_UNDECAYED = re.compile(r"(^memory/|(^|/)(bias|scale)$)")
 
 
 def decayed(name: str) -> bool:

@@ -30,7 +30,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"layers/.*kernel$", P(None, "fsdp", "tensor")),
     (r"/embedding$", P("tensor", "fsdp")),
     (r"/kernel$", P("fsdp", "tensor")),
-    (r"/(bias|scale|gain|centre)$", P()),
+    (r"/(bias|scale|tokens|directions)$", P()),
 )
 
 log = logging.getLogger(__name__)

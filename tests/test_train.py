@@ -1,0 +1,321 @@
+"""Runs of the loop: it learns, it goes on bit for bit, and it stops where it should."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from larimar_jax import config as configs
+from larimar_jax.train import export, loop, metrics, sharding
+from larimar_jax.train.step import Stepper, initialise
+
+ROOT = Path(__file__).parents[1]
+STEPS = 24
+
+
+def _texts() -> list[str]:
+    """A world of 600 sentences in which the subject, and nothing else, tells the rest."""
+    rng = np.random.default_rng(0)
+    syllables = ["ba", "do", "ki", "lu", "me", "no", "pa", "ri", "so", "tu"]
+    words = ["".join(rng.choice(syllables, 2)) for _ in range(600)]
+    verbs, places = ["likes", "sees", "finds"], ["rome", "oslo", "cairo", "lima"]
+    return [f"{w.title()} {rng.choice(verbs)} {rng.choice(places)}." for w in words]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(tmp_path_factory):
+    """Programs this small take seconds to optimise and milliseconds to run; and the same ones recur."""
+    settings = dict(
+        jax_disable_most_optimizations=True,
+        jax_compilation_cache_dir=str(tmp_path_factory.mktemp("compiled")),
+        jax_persistent_cache_min_compile_time_secs=0.0,
+        jax_persistent_cache_min_entry_size_bytes=-1,
+    )
+    before = dict(
+        jax_disable_most_optimizations=False,
+        **{name: getattr(jax.config, name) for name in list(settings)[1:]},
+    )
+    for values in (settings, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is settings:
+            yield settings
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> configs.Config:
+    """The smallest Larimar that learns, over a corpus of its own."""
+    corpus = tmp_path_factory.mktemp("corpus") / "world.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in dict.fromkeys(_texts())))
+    tower = dict(vocab_size=300, width=16, depth=1, heads=2, mlp=32, max_length=20)
+    values = dict(
+        name="test",
+        model=dict(
+            encoder=dict(
+                family="bert", **tower, type_vocab=1, norm_eps=1e-6, pooling="mean", normalize=False
+            ),
+            decoder=dict(family="gpt2", **tower, norm_eps=1e-5),
+            latent=16,
+            slots_per_layer=1,
+            tied_slots=True,
+            lexicon=None,
+            dtype="float32",
+            remat=False,
+        ),
+        memory=dict(
+            variant="newton_schulz",
+            slots=8,
+            initial="identity",
+            noise=1e-6,
+            initial_log_variance=-6.0,
+            address="posterior",
+            steps=15,
+            log_start=-5.0,
+        ),
+        objective=dict(
+            reconstruction=1.0,
+            autoencoding=1.0,
+            kl=1e-3,
+            kl_cycles=2,
+            free_bits=0.0,
+            language=1.0,
+            count_padding=False,
+        ),
+        data=dict(
+            corpus=str(corpus),
+            unit="sentence",
+            episode=2,
+            batch=8,
+            encoder_tokens=20,
+            decoder_tokens=20,
+            vocabulary=300,
+            seed=0,
+        ),
+        train=dict(
+            steps=STEPS,
+            learning_rate=2e-2,
+            warmup_steps=2,
+            decay="linear",
+            weight_decay=0.01,
+            clip_norm=1.0,
+            frozen=["^encoder/position/"],
+            mesh=(1, 1, 1),
+            log_every=5,
+            evaluate_every=12,
+            checkpoint_every=8,
+            keep=2,
+            seed=0,
+        ),
+        editing=dict(ridge=1e-2, scope_threshold=0.65),
+    )
+    return configs.load(values)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """A run from beginning to end: (its folder, its outcome)."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, loop.train(tiny, folder, progress=False)
+
+
+def _losses(folder: Path) -> dict[int, float]:
+    lines = metrics.read(folder / "metrics.jsonl")
+    return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
+
+
+def _train(config: configs.Config, **changes) -> configs.Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
+
+
+def test_the_loss_falls_and_everything_is_written_down(tiny, whole):
+    folder, outcome = whole
+    assert outcome.finished and outcome.step == STEPS
+    lines = metrics.read(folder / "metrics.jsonl")
+    evaluations = {line["step"]: line for line in lines if line["kind"] == "evaluation"}
+    assert list(evaluations) == [0, 12, 24]
+    start, end = evaluations[0]["reconstruction"], evaluations[24]["reconstruction"]
+    assert start == pytest.approx(np.log(300), rel=0.1)
+    assert end < 0.6 * start
+    assert outcome.evaluation["reconstruction"] == end
+    training = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in training] == list(range(1, STEPS + 1))
+    assert {"reconstruction", "autoencoding", "language", "kl", "beta"} < set(training[0])
+    assert training[0]["tokens_per_second"] > 0
+    assert list((folder / "tensorboard").iterdir())
+    assert json.loads((folder / "config.json").read_text()) == configs.to_dict(tiny)
+
+
+def test_the_export_holds_the_model_that_was_trained(tiny, whole):
+    skeleton, parameters = initialise(tiny, sharding.make_mesh((1, 1, 1)))
+    arrays, meta = export.load_exported(whole[0] / "model.safetensors", skeleton.parameters)
+    assert configs.parse(meta["config"]) == tiny and meta["step"] == STEPS
+    # Towers made from scratch have no other source, so that their frozen parameters are in it too.
+    assert set(arrays) == set(skeleton.parameters)
+    frozen = "encoder/position/embedding"
+    np.testing.assert_array_equal(arrays[frozen], parameters[frozen])
+    assert (arrays["memory/prior"] != np.asarray(parameters["memory/prior"])).any()
+
+
+_KILLED = """
+import json, os, signal, sys
+import jax
+from larimar_jax import config
+from larimar_jax.train import loop
+from larimar_jax.train.metrics import MetricsLog
+
+class Deadly(MetricsLog):
+    def write(self, step, kind, values, **options):
+        super().write(step, kind, values, **options)
+        if (step, kind) == (19, "train"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+loop.MetricsLog = Deadly
+for name, value in json.loads(sys.argv[1]).items():
+    jax.config.update(name, value)
+loop.train(config.parse(json.loads(sys.argv[2])), sys.argv[3], progress=False)
+"""
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tiny, whole, quick_compilation, tmp_path):
+    folder = tmp_path / "run"
+    values = json.dumps(quick_compilation), json.dumps(configs.to_dict(tiny)), str(folder)
+    killed = subprocess.run(
+        [sys.executable, "-c", _KILLED, *values], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    before = _losses(folder)
+    assert max(before) == 19
+    saved = [int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit()]
+    assert saved and max(saved) < 19
+    assert loop.train(tiny, folder, progress=False).finished
+    _same_run(folder, whole[0])
+    assert all(_losses(folder)[step] == loss for step, loss in before.items())
+
+
+def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(tiny, whole, tmp_path, monkeypatch, capfd):
+    class Terminated(metrics.MetricsLog):
+        def write(self, step, kind, values, **options):
+            super().write(step, kind, values, **options)
+            if (step, kind) == (10, "train"):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "MetricsLog", Terminated)
+        outcome = loop.train(tiny, tmp_path, progress=False)
+    assert not outcome.finished and 10 <= outcome.step < STEPS
+    assert "stopped by SIGTERM" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert (tmp_path / "checkpoints" / str(outcome.step)).is_dir()
+    assert not (tmp_path / "model.safetensors").exists()
+    assert loop.train(tiny, tmp_path, progress=False).finished
+    _same_run(tmp_path, whole[0])
+
+
+def _same_run(one: Path, other: Path) -> None:
+    """Every loss of every step, and every trained number at the end, to the last bit."""
+    assert _losses(one) == _losses(other)
+    assert len(_losses(one)) == STEPS
+    first, second = (export.load_exported(f / "model.safetensors")[0] for f in (one, other))
+    for name in second:
+        np.testing.assert_array_equal(first[name], second[name])
+
+
+def test_a_folder_of_another_config_is_refused_and_harmless_changes_are_not(tiny, whole):
+    folder, outcome = whole
+    other = dataclasses.replace(
+        _train(tiny, learning_rate=0.1), data=dataclasses.replace(tiny.data, seed=9)
+    )
+    with pytest.raises(loop.OtherRun) as error:
+        loop.train(other, folder, progress=False)
+    assert "data.seed: 0 in the folder, 9 now" in str(error.value)
+    assert "train.learning_rate: 0.02 in the folder, 0.1 now" in str(error.value)
+    before = (folder / "metrics.jsonl").read_text()
+    again = loop.train(_train(tiny, log_every=1, mesh=(8, 1, 1)), folder, progress=False)
+    assert again.finished and again.step == STEPS
+    assert again.evaluation["language"] == pytest.approx(outcome.evaluation["language"], rel=1e-5)
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_cause(tiny, tmp_path, monkeypatch):
+    def poisoned(*arguments):
+        skeleton, parameters = initialise(*arguments)
+        name = "decoder/word/embedding"
+        return skeleton, {**parameters, name: parameters[name].at[5, 3].set(jnp.inf)}
+
+    monkeypatch.setattr(loop, "initialise", poisoned)
+    with pytest.raises(loop.NonFiniteLoss, match="step 1: .* is parameter decoder/word/embedding"):
+        loop.train(tiny, tmp_path, progress=False)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def _batch(config: configs.Config) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    shape = (config.data.batch, config.data.episode, config.data.encoder_tokens)
+    mask = np.arange(shape[-1]) < rng.integers(4, shape[-1], shape[:2])[..., None]
+    tokens = rng.integers(0, 300, shape).astype(np.int32)
+    return dict(encoder_tokens=tokens, encoder_mask=mask, decoder_tokens=tokens, decoder_mask=mask)
+
+
+def _two_steps(config: configs.Config, mesh_shape):
+    mesh = sharding.make_mesh(mesh_shape)
+    skeleton, parameters = initialise(config, mesh)
+    stepper = Stepper(config, skeleton, mesh)
+    frozen = {name: parameters[name] for name in stepper.frozen}
+    state = stepper.begin({name: parameters[name] for name in stepper.trained})
+    batch, losses = sharding.place_batch(_batch(config), mesh), []
+    for _ in range(2):
+        state, found = stepper.step(state, frozen, batch)
+        losses.append(float(found["loss"]))
+    return losses, state, stepper
+
+
+@pytest.fixture(scope="module")
+def one_device(tiny):
+    return _two_steps(tiny, (1, 1, 1))
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2)])
+def test_any_mesh_computes_what_one_device_does(tiny, one_device, mesh):
+    losses, state, _ = _two_steps(tiny, mesh)
+    np.testing.assert_allclose(losses, one_device[0], rtol=2e-5)
+    for name, leaf in one_device[1].params.items():
+        assert leaf.shape == state.params[name].shape
+        np.testing.assert_allclose(state.params[name], leaf, atol=3e-3, err_msg=name)
+    kernel = state.params["decoder/layers/up/kernel"]
+    assert kernel.sharding.mesh.size == 8
+    moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.shape == kernel.shape]
+    assert moments and all(leaf.sharding == kernel.sharding for leaf in moments)
+
+
+def test_frozen_parameters_have_neither_gradient_nor_state(tiny, one_device):
+    _, state, stepper = one_device
+    assert stepper.frozen == ["encoder/position/embedding"]
+    assert "encoder/position/embedding" not in state.params
+    size = sum(leaf.size for leaf in jax.tree.leaves(state.optimizer))
+    trained = sum(leaf.size for leaf in state.params.values())
+    assert size == pytest.approx(2 * trained, abs=8)
+
+
+def test_a_step_that_is_not_finite_leaves_the_state_as_it_was(tiny, one_device):
+    _, _, stepper = one_device
+    mesh = sharding.make_mesh((1, 1, 1))
+    skeleton, parameters = initialise(tiny, mesh)
+    frozen = {name: parameters[name] for name in stepper.frozen}
+    params = {name: parameters[name] for name in stepper.trained}
+    params["decoder/word/embedding"] = params["decoder/word/embedding"] * jnp.float32(np.nan)
+    state = stepper.begin(params)
+    before = jax.device_get(state)
+    state, found = stepper.step(state, frozen, sharding.place_batch(_batch(tiny), mesh))
+    assert not np.isfinite(found["loss"])
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
