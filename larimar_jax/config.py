@@ -262,7 +262,10 @@ def _dataclass(kind: Any, value: Any, path: str, problems: list[str], given: tup
     built = {
         name: _build(hints[name], value[name], prefix + name, problems) for name in names if name in value
     }
-    return kind(**built) if len(built) == len(names) and not given else built
+    if given:
+        return built
+    # With an offence somewhere nothing is built: parse raises at its end.
+    return None if problems else kind(**built)
 
 
 def _tower(value: Any, path: str, problems: list[str]) -> TowerConfig | None:

@@ -40,3 +40,110 @@ def smollm2():
     from larimar_jax import weights
 
     return weights.load_decoder("smollm2")
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A `Pretrained` over tiny random towers, a lexicon and 24 memory slots.
+
+    Random encodings are all alike, so its scope lets through what is all but the written prompt.
+    """
+    # Imported here, so that the hook above sees every module of the package.
+    import numpy as np
+    from flax import nnx
+
+    from larimar_jax import config, model
+    from larimar_jax.pretrained import Pretrained
+    from larimar_jax.weights.tokenizers import Tokenizer
+
+    words = "Fact Neighbour Says says of fact is new true the capital France Japan city 0 1 2 3 4 5 6 7"
+    tokenizer = Tokenizer.train([words] * 3, 420)
+    sizes = dict(vocab_size=tokenizer.vocab_size, width=16, depth=2, heads=2, mlp=32, max_length=64)
+    values = tiny_config()
+    values["model"] |= dict(
+        encoder=dict(
+            family="bert", type_vocab=1, norm_eps=1e-12, pooling="mean", normalize=True, **sizes
+        ),
+        decoder=dict(family="gpt2", norm_eps=1e-5, **sizes),
+        lexicon=dict(entries=40, gain=3.0, decay=0.5),
+    )
+    parsed = config.parse(values)
+    # Compiling the initialisers takes far longer than everything that is tested with this model.
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: model.build(parsed, jax.random.key(0))))
+    draw = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        name = jax.tree_util.keystr(path)
+        if jax.numpy.issubdtype(leaf.dtype, jax.numpy.integer):
+            return jax.numpy.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape)
+        if "scale" in name or "bias" in name:  # Drawn, they would make all texts alike.
+            return jax.numpy.full(leaf.shape, "scale" in name, leaf.dtype)
+        return jax.numpy.asarray(draw.normal(0, 0.3, leaf.shape), leaf.dtype)
+
+    larimar = nnx.merge(graph, jax.tree_util.tree_map_with_path(fill, abstract))
+    return Pretrained(
+        parsed, larimar, tokenizer.framed(), tokenizer, source="tiny", fingerprint="tiny"
+    )
+
+
+def tiny_config():
+    """A config as a nested dict, to be changed by tests."""
+    sizes = dict(vocab_size=300, width=16, depth=1, heads=2, mlp=32, max_length=64)
+    return dict(
+        name="test",
+        model=dict(
+            encoder=dict(
+                family="bert", type_vocab=1, norm_eps=1e-12, pooling="mean", normalize=False, **sizes
+            ),
+            decoder=dict(family="gpt2", norm_eps=1e-5, **sizes),
+            latent=16,
+            slots_per_layer=2,
+            tied_slots=False,
+            lexicon=None,
+            dtype="float32",
+            remat=False,
+        ),
+        memory=dict(
+            variant="direct",
+            slots=24,
+            initial="normal",
+            noise=1e-6,
+            initial_log_variance=0.0,
+            address="posterior",
+        ),
+        objective=dict(
+            reconstruction=1.0,
+            autoencoding=1.0,
+            kl=0.5,
+            kl_cycles=2,
+            free_bits=0.0,
+            language=1.0,
+            count_padding=False,
+        ),
+        data=dict(
+            corpus="wikipedia-summaries",
+            unit="sentence",
+            episode=3,
+            batch=2,
+            encoder_tokens=16,
+            decoder_tokens=16,
+            vocabulary=300,
+            seed=0,
+        ),
+        train=dict(
+            steps=4,
+            learning_rate=1e-3,
+            warmup_steps=1,
+            decay="cosine",
+            weight_decay=0.0,
+            clip_norm=1.0,
+            frozen=[],
+            mesh=[1, 1, 1],
+            log_every=1,
+            evaluate_every=100,
+            checkpoint_every=100,
+            keep=2,
+            seed=0,
+        ),
+        editing=dict(ridge=1e-2, scope_threshold=0.999),
+    )

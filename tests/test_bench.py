@@ -10,19 +10,14 @@ import sys
 import textwrap
 import time
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from rich.console import Console
 
-from larimar_jax import bench, decoders, encoders
+from larimar_jax import bench
 from larimar_jax.bench import counterfact, editor, metrics, runner
 from larimar_jax.data.records import EditRecord
-from larimar_jax.memory import build
-from larimar_jax.model import Larimar, Lexicon
-from larimar_jax.weights.tokenizers import TextTooLong, Tokenizer
+from larimar_jax.weights.tokenizers import TextTooLong
 
 
 def fraction(*parts) -> float:
@@ -120,8 +115,9 @@ def test_systems_are_what_their_names_say(finished):
         for kind in metrics.KINDS:
             for row, prompt in enumerate(record["prompts"][kind]):
                 pair = [record["target_new"], record["target_true"]]
-                base = known.score([prompt] * 2, pair, None).tolist()
-                fact = known.score([f"{record['written'][:-1]}. {prompt}"] * 2, pair, None).tolist()
+                base = known.score([prompt], [pair], None)[0].tolist()
+                supported = f"{record['written'][:-1]}. {prompt}"
+                fact = known.score([supported], [pair], None)[0].tolist()
                 inside = record["in_scope"][kind][row]
                 assert inside == (fraction("scope", prompt) > 0.4)
                 assert loss["base"][kind][row] == loss["zero"][kind][row] == base
@@ -247,55 +243,21 @@ def test_a_memory_that_does_not_beat_the_lookup_says_so_in_that_row(finished):
 # A real model, tiny and random
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    """An editor over random towers, whose scope detector lets through what shares a first word."""
-    texts = [text for case in cases(8) for text in (case.prompt, *case.paraphrases)]
-    tokenizer = Tokenizer.train([*texts, "new true Neighbour of is 0 1 2 3 4 5 6 7"], 300)
-    vocabulary = tokenizer.vocab_size
-    encoder, decoder = encoders.family("bert"), decoders.family("llama")
-    memory = build("streaming", slots=24, latent=16, initial="normal")
-
-    def build_model():
-        rngs = nnx.Rngs(0)
-        sizes = dict(width=16, heads=2, mlp=32, max_length=64)
-        return Larimar(
-            encoder.MODEL(encoder.CONFIG(vocabulary, depth=1, **sizes), rngs=rngs),
-            decoder.MODEL(
-                decoder.CONFIG(vocabulary, depth=2, kv_heads=1, head_size=8, **sizes), rngs=rngs
-            ),
-            memory.init(rngs.params()),
-            latent=16,
-            slots_per_layer=2,
-            tied_slots=False,
-            lexicon=Lexicon(40, 16, gain=3.0, decay=0.5),
-            rngs=rngs,
-        )
-
-    # Compiling the initialisers takes far longer than everything that is tested here.
-    graph, abstract = nnx.split(nnx.eval_shape(build_model))
-    random = np.random.default_rng(0)
-    draw = lambda leaf: jnp.asarray(random.normal(0, 0.3, leaf.shape), leaf.dtype)  # noqa: E731
-    model = nnx.merge(graph, jax.tree.map(draw, abstract))
-    model.lexicon.tokens[...] = jnp.arange(40, dtype=jnp.int32)
-
-    def likeness(written, queries):
-        rows = zip(written, queries, strict=True)
-        return np.asarray(
-            [query.split()[0] == text.split()[0] for text, row in rows for query in row], np.float32
-        )
-
-    framed = tokenizer.framed()
-    return editor.LarimarEditor(model, memory, framed, tokenizer, likeness, 0.5, {"name": "tiny"})
+@pytest.fixture
+def larimar(tiny):
+    """The benchmark's view of a tiny random model."""
+    return editor.LarimarEditor(tiny)
 
 
-def test_a_batch_of_cases_equals_one_by_one(tiny):
+def test_a_batch_of_cases_equals_one_by_one(larimar):
     """A case's memory holds its own fact only, whatever stands in the memories beside it."""
-    many = counterfact.CounterFact(tiny, cases(3), data={}, chunk=3)
+    many = counterfact.CounterFact(larimar, cases(3), data={}, chunk=3)
     batched = many.run(many.cases)
     for case, record in zip(many.cases, batched, strict=True):
         (alone,) = many.run([case])
-        assert alone["scope_score"] == record["scope_score"]
+        for kind in metrics.KINDS:
+            ours, theirs = record["scope_score"][kind], alone["scope_score"][kind]
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5)
         assert alone["prompts"] == record["prompts"]
         for system in counterfact.SYSTEMS:
             for kind in metrics.KINDS:
@@ -303,8 +265,8 @@ def test_a_batch_of_cases_equals_one_by_one(tiny):
                 np.testing.assert_allclose(ours, theirs, rtol=2e-5)
 
 
-def test_the_tiny_models_memory_is_read_where_it_is_in_scope_only(tiny):
-    for record in counterfact.CounterFact(tiny, cases(3), data={}).run(cases(3)):
+def test_the_tiny_models_memory_is_read_where_it_is_in_scope_only(larimar):
+    for record in counterfact.CounterFact(larimar, cases(3), data={}).run(cases(3)):
         loss = record["loss"]
         assert record["in_scope"]["edit"] == [True]
         assert not any(record["in_scope"]["neighbourhood"])
@@ -315,6 +277,6 @@ def test_the_tiny_models_memory_is_read_where_it_is_in_scope_only(tiny):
         assert min(gaps) > 1e-5
 
 
-def test_a_text_that_the_encoder_does_not_take_is_named(tiny):
+def test_a_text_that_the_encoder_does_not_take_is_named(larimar):
     with pytest.raises(TextTooLong, match="word word"):
-        tiny.recall([("word " * 80, "x")], [["short"]])
+        larimar.recall([("word " * 80, "x")], [["short"]])
