@@ -207,7 +207,8 @@ def numpy_gpt2(p, config, tokens, prefix):
 
     def norm(x, w):
         y = x - x.mean(-1, keepdims=True)
-        return y / np.sqrt((y**2).mean(-1, keepdims=True) + config.norm_eps) * w["scale"] + w["bias"]
+        y = y / np.sqrt((y**2).mean(-1, keepdims=True) + config.norm_eps)
+        return y * w["scale"] + w["bias"]
 
     def affine(x, w):
         return x @ w["kernel"] + w["bias"]

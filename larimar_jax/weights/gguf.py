@@ -211,7 +211,7 @@ def _rename(name: str) -> str:
 
 
 def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes llama.cpp's interleaving of rotary pairs: a head's rows from (i, half) to (half, i)."""
+    """Undoes llama.cpp's interleaving: the rows of a head from (i, half) to (half, i)."""
     out, inputs = weight.shape
     pairs = weight.reshape(heads, out // heads // 2, 2, inputs)
     return pairs.swapaxes(1, 2).reshape(out, inputs)
