@@ -16,9 +16,37 @@ from jaxtyping import Array, Bool, Float
 dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
-def _thin_pinv(a: Float[Array, "m n"], cutoff: float) -> Float[Array, "n m"]:
-    """The pseudo-inverse of a tall matrix (m >= n): QR, then the SVD of the n x n factor only."""
-    q, r = jnp.linalg.qr(a)
+def _one_at_a_time(function):
+    """On CPU, makes the `vmap` of a LAPACK call a loop of single calls; elsewhere, leaves it be.
+
+    jaxlib 0.10 spreads a batched Cholesky, QR, SVD or triangular solve over XLA's thread pool and waits
+    for it *on a thread of that pool*: as many of them at once as the machine has cores (two in one
+    program, or one on each of several virtual devices) never end. A batch of one does not wait.
+    """
+    mapped = jax.custom_batching.custom_vmap(function)
+
+    @mapped.def_vmap
+    def rule(size, batched, *arguments):
+        def loop(*arguments):
+            def step(row):
+                rows = iter(row)
+                chosen = zip(batched, arguments, strict=True)
+                return mapped(*(next(rows) if b else x for b, x in chosen))
+
+            rows = tuple(x for b, x in zip(batched, arguments, strict=True) if b)
+            return jax.lax.map(step, rows)
+
+        def native(*arguments):
+            return jax.vmap(function, in_axes=tuple(0 if b else None for b in batched))(*arguments)
+
+        return jax.lax.platform_dependent(*arguments, cpu=loop, default=native), True
+
+    return mapped
+
+
+@_one_at_a_time
+def _thin_pinv(a, cutoff):
+    q, r = jnp.linalg.qr(a)  # m enters here only
     u, s, vt = jnp.linalg.svd(r)
     keep = s > cutoff * s[0]  # >, not >=: a zero matrix has s[0] = 0 and must keep nothing
     inverse = jnp.where(keep, 1.0 / jnp.where(keep, s, 1.0), 0.0)
@@ -27,7 +55,8 @@ def _thin_pinv(a: Float[Array, "m n"], cutoff: float) -> Float[Array, "n m"]:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _tall_pinv(a, cutoff):
-    return _thin_pinv(a, cutoff)
+    """The pseudo-inverse of a tall matrix (m >= n): QR, then the SVD of the n x n factor."""
+    return _thin_pinv(a, jnp.float32(cutoff))
 
 
 @_tall_pinv.defjvp
@@ -36,8 +65,9 @@ def _tall_pinv_jvp(cutoff, primals, tangents):
 
     d(A†) = -A† dA A† + A† A†ᵀ dAᵀ (I - A A†) + (I - A† A) dAᵀ A†ᵀ A†
 
-    The derivative of the SVD itself is not used: it divides by differences of singular values and is
-    infinite for repeated facts and for padding. Products are ordered so that nothing m x m arises.
+    The derivative of the SVD itself is not used: it divides by differences of singular values and
+    is infinite for repeated facts and for padding. Products are ordered so that nothing m x m
+    arises.
     """
     (a,), (da,) = primals, tangents
     p = _tall_pinv(a, cutoff)
@@ -52,8 +82,8 @@ def _tall_pinv_jvp(cutoff, primals, tangents):
 def pinv(a: Float[Array, "m n"], cutoff: float | None = None) -> Float[Array, "n m"]:
     """The Moore-Penrose pseudo-inverse A† (§3), exact, at the cost of the thin side.
 
-    Singular values up to `cutoff` times the largest count as zero (default: the float32 epsilon times
-    the longer side), so zero rows, repeated rows and a zero matrix are all proper inputs. The
+    Singular values up to `cutoff` times the largest count as zero (default: the float32 epsilon
+    times the longer side), so zero rows, repeated rows and a zero matrix are all proper inputs. The
     derivative is that of a perturbation that keeps the rank.
     """
     m, n = a.shape
@@ -68,9 +98,9 @@ def pinv(a: Float[Array, "m n"], cutoff: float | None = None) -> Float[Array, "n
 def newton_schulz_pinv(
     a: Float[Array, "m n"], steps: int = 15, log_start: float = -5.0
 ) -> Float[Array, "n m"]:
-    """The released code's approximation of A† (§3): X ← 2X − XAX from X₀ = min(e^log_start, 5e-4)·Aᵀ.
+    """The released code's approximation of A† (§3), by Newton–Schulz steps.
 
-    It turns a singular value s into (1 − (1 − 5e-4·s²)^(2^steps)) / s: too small for small s, and
+    X ← 2X − XAX from X₀ = min(e^log_start, 5e-4)·Aᵀ. It turns a singular value s into (1 − (1 − 5e-4·s²)^(2^steps)) / s: too small for small s, and
     divergent for s > 63.2. Kept to reproduce the released model; `pinv` is the exact one.
     """
     a = a.astype(jnp.float32)
@@ -86,7 +116,7 @@ def newton_schulz_pinv(
 
 
 class Sum(NamedTuple):
-    """A sum carried to about twice float32: `high` is the rounded total, `low` what rounding left."""
+    """A sum in about twice float32: `high` is the rounded total, `low` what rounding left."""
 
     high: Float[Array, "K C"]
     low: Float[Array, "K C"]
@@ -114,11 +144,11 @@ def rank_update(
     errors: Float[Array, "N C"],
     sign: Float[Array, "N"],
 ) -> tuple[Sum, Sum]:
-    """Adds Σᵢ sᵢ wᵢᵀwᵢ and Σᵢ sᵢ wᵢᵀeᵢ to the statistics of a least-squares problem (Eq. 3, N facts).
+    """Adds Σᵢ sᵢ wᵢᵀwᵢ and Σᵢ sᵢ wᵢᵀeᵢ over N facts to the statistics of least squares (Eq. 3).
 
-    The products of this batch are rounded as one matmul rounds them; adding them to what was there loses
-    nothing. So thousands of writes do not drift, and what is written and later forgotten with the same
-    weights leaves nothing behind, however large the sums have grown in between.
+    The products of this batch are rounded as one matmul rounds them; adding them to what was there
+    loses nothing. So thousands of writes do not drift, and what is written and later forgotten with
+    the same weights leaves nothing behind, however large the sums have grown in between.
     """
     signed = (weights * sign[:, None]).T
 
@@ -130,25 +160,68 @@ def rank_update(
     return add(gram, dot(signed, weights)), add(cross, dot(signed, errors))
 
 
-def ridge_factor(gram: Float[Array, "K K"], ridge: float | Float[Array, ""]) -> Float[Array, "K K"]:
-    """The lower Cholesky factor of gram + ridge·I; NaN where that is not positive definite."""
-    diagonal = ridge * jnp.eye(gram.shape[0], dtype=jnp.float32)
-    return jax.lax.linalg.cholesky(gram + diagonal, symmetrize_input=False)
+@_one_at_a_time
+def _cholesky(matrix):
+    return jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
 
 
-def factor_solve(factor: Float[Array, "K K"], right: Float[Array, "K C"]) -> Float[Array, "K C"]:
-    """(L Lᵀ)⁻¹ right, by two triangular solves."""
-    # On rows, that is from the right: on CPU that takes 0.6 of the time of solving from the left.
-    return jax.lax.linalg.triangular_solve(
-        factor, whiten(factor, right.T), left_side=False, lower=True
-    ).T
-
-
-def whiten(factor: Float[Array, "K K"], rows: Float[Array, "Q K"]) -> Float[Array, "Q K"]:
-    """rows L⁻ᵀ for a lower triangular L: the squared norm of a result row is w (L Lᵀ)⁻¹ wᵀ."""
+@_one_at_a_time
+def _whiten(factor, rows):
+    # Rows, that is from the right: on CPU that takes 0.6 of the time of solving from the left.
     return jax.lax.linalg.triangular_solve(
         factor, rows, left_side=False, lower=True, transpose_a=True
     )
+
+
+@_one_at_a_time
+def _unwhiten(factor, rows):
+    return jax.lax.linalg.triangular_solve(factor, rows, left_side=False, lower=True)
+
+
+def cholesky(matrix: Float[Array, "K K"]) -> Float[Array, "K K"]:
+    """The lower factor L of A = L Lᵀ; NaN where A is not positive definite.
+
+    It carries no derivative: `spd_solve` and `spd_quadratic` take A and its factor, and
+    differentiate through A, which is cheaper than through a factorisation and the same.
+    """
+    return _cholesky(jax.lax.stop_gradient(matrix))
+
+
+def factor_solve(factor: Float[Array, "K K"], right: Float[Array, "K C"]) -> Float[Array, "K C"]:
+    """(L Lᵀ)⁻¹ right, without a derivative with respect to L."""
+    factor = jax.lax.stop_gradient(factor)
+    return _unwhiten(factor, _whiten(factor, right.T)).T
+
+
+def spd_solve(
+    matrix: Float[Array, "K K"], factor: Float[Array, "K K"], right: Float[Array, "K C"]
+) -> Float[Array, "K C"]:
+    """A⁻¹ right for a positive definite A and its Cholesky factor."""
+    return jax.lax.custom_linear_solve(
+        lambda x: dot(matrix, x), right, lambda _, b: factor_solve(factor, b), symmetric=True
+    )
+
+
+@jax.custom_jvp
+def spd_quadratic(
+    matrix: Float[Array, "K K"], factor: Float[Array, "K K"], rows: Float[Array, "Q K"]
+) -> Float[Array, "Q"]:
+    """w A⁻¹ wᵀ of each row w, for a positive definite A and its Cholesky factor: one solve."""
+    return jnp.sum(jnp.square(_whiten(factor, rows)), axis=1)
+
+
+@spd_quadratic.defjvp
+def _spd_quadratic_jvp(primals, tangents):
+    matrix, factor, rows = primals
+    d_matrix, _, d_rows = tangents
+    solved = factor_solve(factor, rows.T).T
+    change = 2.0 * d_rows - dot(solved, d_matrix)
+    return spd_quadratic(matrix, factor, rows), jnp.sum(change * solved, axis=1)
+
+
+def add_ridge(gram: Float[Array, "K K"], ridge: float | Float[Array, ""]) -> Float[Array, "K K"]:
+    """gram + ridge·I."""
+    return gram + ridge * jnp.eye(gram.shape[0], dtype=jnp.float32)
 
 
 def ridge_solve(
@@ -164,8 +237,8 @@ def ridge_solve(
     """
     weights, values = weights.astype(jnp.float32), values.astype(jnp.float32)
     errors = values if prior is None else values - dot(weights, prior)
-    factor = ridge_factor(dot(weights.T, weights), ridge)
-    change = factor_solve(factor, dot(weights.T, errors))
+    matrix = add_ridge(dot(weights.T, weights), ridge)
+    change = spd_solve(matrix, cholesky(matrix), dot(weights.T, errors))
     return change if prior is None else prior + change
 
 

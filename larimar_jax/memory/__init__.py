@@ -1,4 +1,4 @@
-"""Episodic memories. A file of this folder that defines a `Memory` is a variant, named by the file."""
+"""Episodic memories. A file here that defines a `Memory` is a variant, named by the file."""
 
 import importlib
 import pkgutil
@@ -13,7 +13,7 @@ class UnknownVariant(ValueError):
 
 
 def variants() -> dict[str, type[Memory]]:
-    """Every variant in this folder, {file name: class}; found by looking, so there is no list to edit."""
+    """Every variant in this folder, {file name: class}; found by looking: no list to edit."""
     found = {}
     for module in pkgutil.iter_modules(__path__):
         names = vars(importlib.import_module(f"{__name__}.{module.name}"))
@@ -22,8 +22,9 @@ def variants() -> dict[str, type[Memory]]:
             if own and issubclass(value, Memory) and value is not Memory:
                 if module.name in found:
                     raise ValueError(
-                        f"memory/{module.name}.py defines two variants, {found[module.name].__name__} "
-                        f"and {value.__name__}: give each a file, whose name is the variant's name."
+                        f"memory/{module.name}.py defines two variants, "
+                        f"{found[module.name].__name__} and {value.__name__}: give each a file, "
+                        "whose name is the variant's name."
                     )
                 found[module.name] = value
     return found
@@ -37,8 +38,8 @@ def build(name: str, **settings) -> Memory:
     known = variants()
     if name not in known:
         raise UnknownVariant(
-            f"there is no memory variant {name!r}; known: {', '.join(sorted(known))}. A new one is a "
-            "file in larimar_jax/memory/."
+            f"there is no memory variant {name!r}; known: {', '.join(sorted(known))}. A new one is "
+            "a file in larimar_jax/memory/."
         )
     fields = set(known[name].__dataclass_fields__)
     if unknown := sorted(set(settings) - fields):

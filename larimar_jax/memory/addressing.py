@@ -19,9 +19,9 @@ def gaussian(
 ) -> Float[Array, "N K"]:
     """Eqs. 7–8: w_k ∝ exp(−‖z − M_ref[k]‖² / (2 α s²)), s = min_k ‖z − M_ref[k]‖, Σ_k w_k = 1.
 
-    `width` is α; towards 0 the weights become the one-hot nearest neighbour, which is also their value
-    at α = 0 and for an encoding that is itself a slot (s = 0). An encoding of zeros is padding and gets
-    zero weights.
+    `width` is α; towards 0 the weights become the one-hot nearest neighbour, which is also their
+    value at α = 0 and for an encoding that is itself a slot (s = 0). An encoding of zeros is
+    padding and gets zero weights.
     """
     encodings = encodings.astype(jnp.float32)
     # Differences and not ‖z‖² + ‖m‖² − 2zm: α near 1e-3 magnifies the rounding of small distances.

@@ -1,19 +1,20 @@
 """What a memory is: the parameters, the reading, and the functions that every variant offers.
 
-A variant is a frozen dataclass of hyperparameters in a file of its own in this folder, registered as a
-pytree by `@pytree`: sizes and choices are `static()` fields, real numbers are leaves, so that a sweep
-over a ridge is one `vmap` and one compilation. All functions are pure and act on **one** memory.
+A variant is a frozen dataclass of hyperparameters in a file of its own in this folder, registered
+as a pytree by `@pytree`: sizes and choices are `static()` fields, real numbers are leaves, so that
+a sweep over a ridge is one `vmap` and one compilation. All functions are pure and act on **one**
+memory.
 
     memory = Streaming(slots=512, latent=768)
     params = memory.init(key)                        # M₀ and log σ_W²: learned
-    prior = memory.prepare(params)                   # + M_ref†: once per batch, not once per episode
+    prior = memory.prepare(params)                   # + M_ref†: once per batch of episodes
     state = memory.write(prior, memory.empty(prior), keys, values)
     reading = memory.read(prior, state, queries)
 
-`keys`, `values` and `queries` are encodings; addressing turns keys and queries into weights inside. In
-Algorithm 1 (§3) keys and values are the same encodings; for edits (§4) the key is the encoding of the
-prompt and the value that of prompt + answer. A fact whose key and value are zero is padding: it
-changes nothing.
+`keys`, `values` and `queries` are encodings; addressing turns keys and queries into weights inside.
+In Algorithm 1 (§3) keys and values are the same encodings; for edits (§4) the key is the encoding
+of the prompt and the value that of prompt + answer. A fact whose key and value are zero is padding:
+it changes nothing.
 """
 
 import abc
@@ -90,8 +91,8 @@ class Reading:
 
     latent: Z_read = W M. weights: the mean W̄ of q(W), whether or not W was sampled.
     log_variance: that of q(W), for the KL of Eq. 1. confidence: in [0, 1], the share of the query's
-    squared addressing weights under M_ref that the written keys explain: 0 for a query orthogonal to
-    everything written (and for a memory that is still the prior), 1 for a key that was written.
+    squared addressing weights under M_ref that the written keys explain: 0 for a query orthogonal
+    to everything written (and for a memory that is still the prior), 1 for a key that was written.
     """
 
     latent: Float[Array, "Q C"]
@@ -123,7 +124,8 @@ def observe(
     if rng is None:
         return keys, values
     xi = noise * jax.random.normal(rng, keys.shape, jnp.float32)
-    return tuple(jnp.where(jnp.any(z != 0, axis=1, keepdims=True), z + xi, z) for z in (keys, values))
+    noisy = (jnp.where(jnp.any(z != 0, axis=1, keepdims=True), z + xi, z) for z in (keys, values))
+    return tuple(noisy)
 
 
 def share(part: Float[Array, "Q"], whole: Float[Array, "Q"]) -> Float[Array, "Q"]:
@@ -156,13 +158,14 @@ class Memory(abc.ABC):
         return MemoryParams(prior, jnp.asarray(self.initial_log_variance, jnp.float32))
 
     def prepare(self, params: MemoryParams) -> Prior:
-        """Everything that depends on the parameters alone, so that a batch of episodes shares it."""
+        """What depends on the parameters alone, so that a batch of episodes shares it."""
         memory = params.prior.astype(jnp.float32)
         expected = (self.slots, self.latent)
         if memory.shape != expected:
             raise ValueError(
-                f"the prior memory has shape {memory.shape}, this memory expects {expected} (slots, "
-                "latent). Parameters of another model? Build the memory with the sizes of its file."
+                f"the prior memory has shape {memory.shape}, this memory expects {expected} "
+                "(slots, latent). Parameters of another model? Build the memory with the sizes of "
+                "its file."
             )
         reference = memory if params.reference is None else params.reference.astype(jnp.float32)
         return Prior(

@@ -1,19 +1,19 @@
-"""Algorithm 1, exactly: an episode is written by least squares and read by the posterior memory (§3).
+"""Algorithm 1, exactly: least squares writes an episode, the posterior memory reads it (§3).
 
     write: W₀ = Z' M_ref†,  M = W₀† Z'        read: W̄ = Z M†,  Z_read = W M
 
-M is K x C, but of rank at most N, so its pseudo-inverse is never computed as that of a K x C matrix.
-With keys X and values Z, W₀ = X M_ref†, and projectors Π = W₀W₀†, Π_Z = ZZ† (N x N), Cline's
-identity (AB)† = (A†AB)†(ABB†)† for A = W₀†, B = Z gives
+M is K x C, but of rank at most N, so its pseudo-inverse is never computed as that of a K x C
+matrix. With keys X and values Z, W₀ = X M_ref†, and projectors Π = W₀W₀†, Π_Z = ZZ† (N x N),
+Cline's identity (AB)† = (A†AB)†(ABB†)† for A = W₀†, B = Z gives
 
     M† = (Π Z)† (W₀† Π_Z)†
 
-whatever the ranks: every pseudo-inverse is of a thin matrix with N rows or columns. In the ordinary case
-Π = Π_Z (keys and values are the same encodings and M_ref loses none of their rank) this is
+whatever the ranks: every pseudo-inverse is of a thin matrix with N rows or columns. In the ordinary
+case Π = Π_Z (keys and values are the same encodings and M_ref loses none of their rank) this is
 M† = Z† W₀: with Z = USVᵀ, W₀ = U G and G = SVᵀM_ref† of full row rank, M = G† S Vᵀ has full-rank
-factors, hence M† = V S⁻¹ G = Z† W₀. Then W̄ M = Q Z†Z, the orthogonal projection of the query on the
-span of what is written: M_ref cancels. The general form costs two more thin pseudo-inverses and stays
-exact for keys ≠ values, equal values under different keys, and a prior memory of low rank.
+factors, hence M† = V S⁻¹ G = Z† W₀. Then W̄ M = Q Z†Z, the orthogonal projection of the query on
+the span of what is written: M_ref cancels. The general form costs two more thin pseudo-inverses and
+stays exact for keys ≠ values, equal values under different keys, and a prior memory of low rank.
 """
 
 from typing import Literal
@@ -45,8 +45,8 @@ MATCH = 1e-3
 class DirectState:
     """The facts of one memory, forgotten and padded ones as zero rows, and the factors of M and M†.
 
-    M = inverse @ values. M† = outer @ inner, or outer alone where inner is None (N > K); both are None
-    where reading does not address by the posterior.
+    M = inverse @ values. M† = outer @ inner, or outer alone where inner is None (N > K); both are
+    None where reading does not address by the posterior.
     """
 
     weights: Float[Array, "N K"]
@@ -65,9 +65,9 @@ class Direct(Memory):
     address: what a query is addressed by. 'posterior' is Algorithm 1's W̄ = Q M†; 'prior' is
     W̄ = Q M_ref†, the protocol of §4, for which keys are prompts and values prompts with answers.
 
-    A later write adds its facts to those in the state: the memory is that of all of them, and arrays
-    grow with every write (each number of facts compiles once). Forgetting zeroes the matching fact's
-    row and leaves the shape; a fact written with noise can not be found again.
+    A later write adds its facts to those in the state: the memory is that of all of them, and
+    arrays grow with every write (each number of facts compiles once). Forgetting zeroes the
+    matching fact's row and leaves the shape; a fact written with noise can not be found again.
     """
 
     address: Literal["posterior", "prior"] = static(default="posterior", kw_only=True)
@@ -87,8 +87,8 @@ class Direct(Memory):
         sign: Sign = 1,
         rng: PRNGKeyArray | None = None,
     ) -> DirectState:
-        """Algorithm 1's write over all facts so far. In a batch of mixed signs the forgets go first,
-        and act on what was there before the batch."""
+        """Algorithm 1's write over all facts so far. In a batch of mixed signs the forgets go
+        first, and act on what was there before the batch."""
         keys, values = observe(keys, values, self.noise, rng)
         weights = project(keys, prior.inverse)
         old_weights, old_values, missing = state.weights, state.values, state.missing

@@ -14,9 +14,9 @@ from larimar_jax.memory.direct import Direct
 class NewtonSchulz(Direct):
     """`Direct` with approximate pseudo-inverses of M_ref, of W₀, and of the K x C posterior memory.
 
-    steps and log_start are the released code's number of steps and `ben_cohen_memory_init`. Nothing is
-    exact here: singular values well under 0.25 are not inverted and those over 63 diverge (§3), so
-    scale the latents (norm 1 to 60) and expect reads to shrink.
+    steps and log_start are the released code's number of steps and `ben_cohen_memory_init`. Nothing
+    is exact here: singular values well under 0.25 are not inverted and those over 63 diverge (§3),
+    so scale the latents (norm 1 to 60) and expect reads to shrink.
     """
 
     steps: int = static(default=15, kw_only=True)

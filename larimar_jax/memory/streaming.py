@@ -1,20 +1,24 @@
 """Streaming: facts are written and forgotten one by one or in batches, in any order (Eqs. 2–6, §4).
 
-The memory minimises Σ_j ‖Z_j − W_j M‖² + λ‖M − M₀‖² over exactly the facts that are in, W = X M_ref†
-or Gaussian keys. Its sufficient statistics are sums over facts, so α = ±1 adds and takes away:
+The memory minimises Σ_j ‖Z_j − W_j M‖² + λ‖M − M₀‖² over exactly the facts that are in, W = X
+M_ref† or Gaussian keys. Its sufficient statistics are sums over facts, so α = ±1 adds and takes
+away:
 
     A = λI + Σ α WᵀW,      B = Σ α Wᵀ(Z − W M₀),      M = M₀ + A⁻¹ B
 
-which is the same M as B' = λM₀ + Σ α WᵀZ, M = A⁻¹B'. Solving for M − M₀ keeps M₀ to the last bit where
-nothing has been written. With λ → 0 this is Eq. 4's M (the pseudo-inverse solution nearest to M₀).
+which is the same M as B' = λM₀ + Σ α WᵀZ, M = A⁻¹B'. Solving for M − M₀ keeps M₀ to the last bit
+where nothing has been written. With λ → 0 this is Eq. 4's M (the pseudo-inverse solution nearest to
+M₀).
 
-Why not Eq. 4's recursion on M, nor Sherman–Morrison on A⁻¹: their errors feed back and diverge for small
-λ after some thousand updates. Sums do not; M and the Cholesky factor here are only a cache of them.
+Why not Eq. 4's recursion on M, nor Sherman–Morrison on A⁻¹: their errors feed back and diverge for
+small λ after some thousand updates. Sums do not; M and the Cholesky factor here are only a cache of
+them.
 
-In float32, errors of M relative to float64 are at most about 4e-8·‖w‖²/λ (3e-5 at λ = 1e-3 ‖w‖², 3e-6
-at 1e-2; K = 64 to 512, N < K, the same after 4,000 updates one by one): they lie where nothing was written.
-Order and grouping change M by at most 1e-5 for λ ≥ 1e-2 ‖w‖², and what is read at written keys by 1e-6 at any
-of these ridges. Below λ = 1e-4 ‖w‖² prefer `Direct`, which needs no ridge.
+In float32, errors of M relative to float64 are at most about 4e-8·‖w‖²/λ (3e-5 at λ = 1e-3 ‖w‖²,
+3e-6 at 1e-2; K = 64 to 512, N < K, the same after 4,000 updates one by one): they lie where nothing
+was written. Order and grouping change M by at most 1e-5 for λ ≥ 1e-2 ‖w‖², and what is read at
+written keys by 1e-6 at any of these ridges. Below λ = 1e-4 ‖w‖² prefer `Direct`, which needs no
+ridge.
 """
 
 import dataclasses
@@ -25,14 +29,15 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from larimar_jax.linalg import (
     Sum,
+    add_ridge,
+    cholesky,
     condition,
     dot,
-    factor_solve,
     is_positive_definite,
     pinv,
     rank_update,
-    ridge_factor,
-    whiten,
+    spd_quadratic,
+    spd_solve,
     zero_sum,
 )
 from larimar_jax.memory.addressing import gaussian, project
@@ -53,7 +58,8 @@ from larimar_jax.memory.contract import (
 class StreamingState:
     """Sufficient statistics of one memory (λ not included), and the solution they imply.
 
-    gram: Σ α WᵀW [K, K]. cross: Σ α Wᵀ(Z − W M₀) [K, C]. factor: Cholesky of gram + λI. solution: M.
+    gram: Σ α WᵀW [K, K]. cross: Σ α Wᵀ(Z − W M₀) [K, C]. factor: Cholesky of gram + λI. solution:
+    M.
     count: facts in. missing: forgets refused.
     """
 
@@ -128,8 +134,8 @@ class Streaming(Memory):
         sign: Sign = 1,
         rng: PRNGKeyArray | None = None,
     ) -> StreamingState:
-        """Eq. 3 alone: adds the facts to the statistics and leaves `factor` and `solution` stale, so
-        that a long stream (a `lax.scan` over batches) pays for one factorisation at its end."""
+        """Eq. 3 alone: adds the facts to the statistics and leaves `factor` and `solution` stale,
+        so that a long stream (a `lax.scan` over batches) pays for one factorisation at its end."""
         keys, values = observe(keys, values, self.noise, rng)
         weights = self.address(prior, keys)
         signs = jnp.broadcast_to(jnp.asarray(sign, jnp.int32), keys.shape[:1])
@@ -145,8 +151,9 @@ class Streaming(Memory):
 
     def solve(self, prior: Prior, state: StreamingState) -> StreamingState:
         """M and the factor of A from the statistics; NaN where A is not positive definite."""
-        factor = ridge_factor(state.gram.total(), self.ridge)
-        solution = prior.memory + factor_solve(factor, state.cross.total())
+        matrix = add_ridge(state.gram.total(), self.ridge)
+        factor = cholesky(matrix)
+        solution = prior.memory + spd_solve(matrix, factor, state.cross.total())
         return dataclasses.replace(state, factor=factor, solution=solution)
 
     def read(
@@ -161,7 +168,8 @@ class Streaming(Memory):
         latent = dot(sample(mean, prior.log_variance, rng), state.solution)
         squared = jnp.sum(jnp.square(mean), axis=1)
         # G A⁻¹ = I − λA⁻¹: what the ridge leaves of the weights is what no fact has claimed.
-        unclaimed = self.ridge * jnp.sum(jnp.square(whiten(state.factor, mean)), axis=1)
+        matrix = add_ridge(state.gram.total(), self.ridge)
+        unclaimed = self.ridge * spd_quadratic(matrix, state.factor, mean)
         return Reading(
             latent,
             mean,
