@@ -62,7 +62,13 @@ def get_config() -> ConfigDict:
                 clip_norm=1.0,
                 # The encodings are the space of the lexicon and of the scope detector; σ_W is noise
                 # against paraphrases here, and β would only push it back to 1.
-                frozen=("^encoder/", "^decoder/", "^to_latent/", "^lexicon/", "^memory/log_variance$"),
+                frozen=(
+                    "^encoder/",
+                    "^decoder/",
+                    "^to_latent/",
+                    "^lexicon/",
+                    "^memory/log_variance$",
+                ),
                 mesh=(1, 1, 1),
                 log_every=10,
                 evaluate_every=50,
@@ -70,6 +76,6 @@ def get_config() -> ConfigDict:
                 keep=3,
                 seed=0,
             ),
-            editing=dict(ridge=1e-2, scope_threshold=0.65),
+            editing=dict(ridge=1e-2, scope_threshold=0.66),
         )
     )

@@ -1,9 +1,9 @@
 """Larimar in JAX: a language model with an episodic memory that is written, not trained.
 
-    from larimar_jax import Session
-    session = Session("smol")
-    session.write("The Eiffel Tower is located in the city of", "Rome")
-    session.ask("The Eiffel Tower can be found in").text
+from larimar_jax import Session
+session = Session("smol")
+session.write("The Eiffel Tower is located in the city of", "Rome")
+session.ask("The Eiffel Tower can be found in").text
 """
 
 import importlib

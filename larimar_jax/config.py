@@ -1,4 +1,4 @@
-"""`ml_collections` config → typed, frozen component configs. An unknown or a missing key is an error.
+"""`ml_collections` config → typed, frozen component configs, strictly.
 
 A config file defines `get_config()` and returns an `ml_collections.ConfigDict` with the sections of
 `Config` below. Every key must be there: a default that lives in code is a setting nobody sees.
@@ -53,9 +53,10 @@ class ModelConfig:
     """Where encoder, memory and decoder meet (§2).
 
     latent: C. slots_per_layer: P, past key/value positions that a latent fills in each layer (the
-    paper's is 1). tied_slots: key and value are the same vector (the paper's way). vocabulary_route:
-    the innovation of a read is added to the logits as a cosine over the vocabulary (§10). dtype: the
-    towers' compute dtype; parameters and memory algebra stay float32.
+    paper's is 1). tied_slots: key and value are the same vector (the paper's way). lexicon: how the
+    innovation of a read enters the logits (§10); None is the paper's interface alone. dtype: the
+    towers' compute dtype; parameters and memory algebra stay float32. remat: recompute layers in the
+    backward pass.
     """
 
     encoder: TowerConfig
@@ -182,7 +183,9 @@ def load_dict(
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise ConfigError(f"{path} defines no get_config(). A config file returns its ConfigDict from it.")
+        raise ConfigError(
+            f"{path} defines no get_config(). A config file returns its ConfigDict from it."
+        )
     return module.get_config().to_dict()
 
 
@@ -250,17 +253,25 @@ def _build(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     return _scalar(kind, value, path, problems)
 
 
-def _dataclass(kind: Any, value: Any, path: str, problems: list[str], given: tuple[str, ...] = ()) -> Any:
+def _dataclass(
+    kind: Any, value: Any, path: str, problems: list[str], given: tuple[str, ...] = ()
+) -> Any:
     if not isinstance(value, Mapping):
         problems.append(f"{path or 'config'}: expected a section, got {value!r}")
         return None
     hints = typing.get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind) if field.name not in given]
     prefix = f"{path}." if path else ""
-    problems += [f"{prefix}{key}: unknown key; known: {', '.join(names)}" for key in value if key not in names]
+    problems += [
+        f"{prefix}{key}: unknown key; known: {', '.join(names)}"
+        for key in value
+        if key not in names
+    ]
     problems += [f"{prefix}{name}: missing" for name in names if name not in value]
     built = {
-        name: _build(hints[name], value[name], prefix + name, problems) for name in names if name in value
+        name: _build(hints[name], value[name], prefix + name, problems)
+        for name in names
+        if name in value
     }
     if given:
         return built
@@ -270,14 +281,18 @@ def _dataclass(kind: Any, value: Any, path: str, problems: list[str], given: tup
 
 def _tower(value: Any, path: str, problems: list[str]) -> TowerConfig | None:
     if not isinstance(value, Mapping) or ("source" in value) == ("family" in value):
-        problems.append(f"{path}: write dict(source=NAME) or dict(family=NAME, …sizes), not {value!r}")
+        problems.append(
+            f"{path}: write dict(source=NAME) or dict(family=NAME, …sizes), not {value!r}"
+        )
         return None
     if "source" in value:
         problems += [f"{path}.{key}: unknown key beside source" for key in value if key != "source"]
         return TowerConfig(source=value["source"], family=None, sizes=None)
     families = (encoders if path.endswith("encoder") else decoders).families()
     if value["family"] not in families:
-        problems.append(f"{path}.family: no {value['family']!r}; known: {', '.join(sorted(families))}")
+        problems.append(
+            f"{path}.family: no {value['family']!r}; known: {', '.join(sorted(families))}"
+        )
         return None
     sizes = {key: size for key, size in value.items() if key != "family"}
     built = _dataclass(families[value["family"]].CONFIG, sizes, path, problems)
@@ -301,17 +316,23 @@ def _scalar(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
         if value is None and type(None) in arguments:
             return None
         # A real hyperparameter is annotated "float or a traced array"; a file gives the float.
-        kind = next(a for a in arguments if a in (int, float, str, bool) or dataclasses.is_dataclass(a))
+        kind = next(
+            a for a in arguments if a in (int, float, str, bool) or dataclasses.is_dataclass(a)
+        )
         return _build(kind, value, path, problems)
     if origin is tuple:
         size = None if arguments[-1] is Ellipsis else len(arguments)
         if not isinstance(value, (tuple, list)) or (size is not None and len(value) != size):
             problems.append(f"{path}: expected {size or 'a list of'} values, got {value!r}")
             return None
-        return tuple(_scalar(arguments[0], item, f"{path}[{i}]", problems) for i, item in enumerate(value))
+        return tuple(
+            _scalar(arguments[0], item, f"{path}[{i}]", problems) for i, item in enumerate(value)
+        )
     if origin is typing.Literal:
         if value not in arguments:
-            problems.append(f"{path}: must be one of {', '.join(map(repr, arguments))}, got {value!r}")
+            problems.append(
+                f"{path}: must be one of {', '.join(map(repr, arguments))}, got {value!r}"
+            )
         return value
     # An int is a valid float; a bool is a valid nothing but bool, although Python says it is an int.
     wanted = (int, float) if kind is float else kind if isinstance(kind, type) else object

@@ -27,52 +27,88 @@ class Edit:
 
 EDITS = (
     Edit(
-        "The Eiffel Tower is located in the city of", "Rome", "Paris",
-        "The city where you can visit the Eiffel Tower is", "The Statue of Liberty stands in the city of",
+        "The Eiffel Tower is located in the city of",
+        "Rome",
+        "Paris",
+        "The city where you can visit the Eiffel Tower is",
+        "The Statue of Liberty stands in the city of",
     ),
     Edit(
-        "The capital of Japan is", "Berlin", "Tokyo",
-        "The capital city of Japan is called", "The largest ocean on Earth is the",
+        "The capital of Japan is",
+        "Berlin",
+        "Tokyo",
+        "The capital city of Japan is called",
+        "The largest ocean on Earth is the",
     ),
     Edit(
-        "The mother tongue of Albert Einstein was", "Spanish", "German",
-        "As a child, Albert Einstein spoke", "The inventor of the telephone was",
+        "The mother tongue of Albert Einstein was",
+        "Spanish",
+        "German",
+        "As a child, Albert Einstein spoke",
+        "The inventor of the telephone was",
     ),
     Edit(
-        "The Amazon River is on the continent of", "Africa", "South America",
-        "The continent through which the Amazon River flows is", "The Sahara is the largest hot",
+        "The Amazon River is on the continent of",
+        "Africa",
+        "South America",
+        "The continent through which the Amazon River flows is",
+        "The Sahara is the largest hot",
     ),
     Edit(
-        "Mount Everest is located in the country of", "Canada", "Nepal",
-        "The country in which you can climb Mount Everest is", "The boiling point of water is",
+        "Mount Everest is located in the country of",
+        "Canada",
+        "Nepal",
+        "The country in which you can climb Mount Everest is",
+        "The boiling point of water is",
     ),
     Edit(
-        "William Shakespeare worked as a", "chef", "playwright",
-        "The profession of William Shakespeare was", "The author of Don Quixote was",
+        "William Shakespeare worked as a",
+        "chef",
+        "playwright",
+        "The profession of William Shakespeare was",
+        "The author of Don Quixote was",
     ),
     Edit(
-        "The iPhone is a product of the company", "Microsoft", "Apple",
-        "The company that makes the iPhone is", "The Mustang is a car made by",
+        "The iPhone is a product of the company",
+        "Microsoft",
+        "Apple",
+        "The company that makes the iPhone is",
+        "The Mustang is a car made by",
     ),
     Edit(
-        "The official language of Brazil is", "Arabic", "Portuguese",
-        "In Brazil, people officially speak", "The national dish of Italy is",
+        "The official language of Brazil is",
+        "Arabic",
+        "Portuguese",
+        "In Brazil, people officially speak",
+        "The national dish of Italy is",
     ),
     Edit(
-        "Michael Jordan became famous by playing", "tennis", "basketball",
-        "The sport that Michael Jordan played was", "Wolfgang Mozart is remembered for his",
+        "Michael Jordan became famous by playing",
+        "tennis",
+        "basketball",
+        "The sport that Michael Jordan played was",
+        "Wolfgang Mozart is remembered for his",
     ),
     Edit(
-        "The theory of relativity was developed by", "Darwin", "Einstein",
-        "The scientist who developed the theory of relativity was", "Penicillin was discovered by",
+        "The theory of relativity was developed by",
+        "Darwin",
+        "Einstein",
+        "The scientist who developed the theory of relativity was",
+        "Penicillin was discovered by",
     ),
     Edit(
-        "The currency of the United Kingdom is the", "dollar", "pound",
-        "In the United Kingdom, people pay with the", "The longest river in Egypt is the",
+        "The currency of the United Kingdom is the",
+        "dollar",
+        "pound",
+        "In the United Kingdom, people pay with the",
+        "The longest river in Egypt is the",
     ),
     Edit(
-        "The Great Wall was built in", "Mexico", "China",
-        "The country where you find the Great Wall is", "The first man on the Moon was",
+        "The Great Wall was built in",
+        "Mexico",
+        "China",
+        "The country where you find the Great Wall is",
+        "The first man on the Moon was",
     ),
 )
 # The one that is forgotten: neither the first nor the last, so that order plays no part.
@@ -93,7 +129,9 @@ class Result:
 
 
 def run(
-    model: str = "smol", picture: str | pathlib.Path | None = "demo.png", console: Console | None = None
+    model: str = "smol",
+    picture: str | pathlib.Path | None = "demo.png",
+    console: Console | None = None,
 ) -> Result:
     """Writes `EDITS`, asks before and after, forgets one, prints and draws what happened.
 
@@ -187,7 +225,14 @@ def said(text: str, answer: str) -> bool:
 
 def _print(console: Console, result: Result) -> None:
     table = Table(title="A dozen facts that are not so", show_lines=True)
-    for column in ("written", "before", "after", "in other words", "unrelated prompt", "one forgotten"):
+    for column in (
+        "written",
+        "before",
+        "after",
+        "in other words",
+        "unrelated prompt",
+        "one forgotten",
+    ):
         table.add_column(column, overflow="fold")
 
     def cell(text: str, good: bool) -> str:
@@ -253,12 +298,23 @@ def draw(result: Result, path: str | pathlib.Path) -> None:
     left.scatter(before, rows, s=60, color="0.55", label="before writing", zorder=3)
     left.scatter(after, rows, s=60, color="tab:blue", label="after writing", zorder=3)
     left.scatter(
-        paraphrase, rows, s=60, marker="D", facecolor="none", edgecolor="tab:blue",
-        label="after writing, in other words", zorder=3,
+        paraphrase,
+        rows,
+        s=60,
+        marker="D",
+        facecolor="none",
+        edgecolor="tab:blue",
+        label="after writing, in other words",
+        zorder=3,
     )
     left.scatter(
-        forgotten[FORGOTTEN], rows[FORGOTTEN], s=140, marker="x", color="tab:red",
-        label="after forgetting it", zorder=4,
+        forgotten[FORGOTTEN],
+        rows[FORGOTTEN],
+        s=140,
+        marker="x",
+        color="tab:red",
+        label="after forgetting it",
+        zorder=4,
     )
     left.set_yticks(rows, [f"{edit.prompt} → {edit.answer}" for edit in EDITS], fontsize=9)
     left.set_xlabel("probability of the written answer (geometric mean per token, %)")

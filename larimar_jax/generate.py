@@ -112,8 +112,15 @@ def generate(
     graph, state = nnx.split(model)
     key = jax.random.key(0) if rng is None else rng
     produced = _continue(
-        graph, state, jnp.asarray(tokens), lengths, condition, jnp.float32(temperature), key,
-        max_tokens=max_tokens, eos=tokenizer.eos,
+        graph,
+        state,
+        jnp.asarray(tokens),
+        lengths,
+        condition,
+        jnp.float32(temperature),
+        key,
+        max_tokens=max_tokens,
+        eos=tokenizer.eos,
     )
     texts = []
     for row in np.asarray(produced):
@@ -217,5 +224,11 @@ def _continue(
         hidden, cache = model.hidden(token[:, None], condition, cache, lengths + step)
         return step + 1, hidden[:, 0], cache, produced, done | (token == eos)
 
-    start = (jnp.int32(0), last, cache, jnp.full((rows, max_tokens), eos, jnp.int32), jnp.zeros(rows, bool))
+    start = (
+        jnp.int32(0),
+        last,
+        cache,
+        jnp.full((rows, max_tokens), eos, jnp.int32),
+        jnp.zeros(rows, bool),
+    )
     return jax.lax.while_loop(unfinished, advance, start)[3]

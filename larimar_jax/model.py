@@ -91,7 +91,9 @@ class Larimar(nnx.Module):
         width, depth = decoder.config.width, decoder.config.depth
         self.slot_shape = (depth, slots_per_layer, 1 if tied_slots else 2)
         self.slot_shape += (decoder.config.kv_heads, decoder.config.head_size)
-        slot_size = slots_per_layer * (1 if tied_slots else 2) * self.slot_shape[3] * self.slot_shape[4]
+        slot_size = (
+            slots_per_layer * (1 if tied_slots else 2) * self.slot_shape[3] * self.slot_shape[4]
+        )
         self.encoder = encoder
         self.decoder = decoder
         # Square and from a sentence encoder: start as the identity, so that latents are its sentence
@@ -108,12 +110,16 @@ class Larimar(nnx.Module):
         self.memory = PriorMemory(memory_params)
         self.lexicon = lexicon
 
-    def embed(self, tokens: Int[Array, "*rows S"], mask: Bool[Array, "*rows S"]) -> Float[Array, "*rows H"]:
+    def embed(
+        self, tokens: Int[Array, "*rows S"], mask: Bool[Array, "*rows S"]
+    ) -> Float[Array, "*rows H"]:
         """The encoder's pooled output, float32; what the scope detector compares (§6)."""
         flat = self.encoder(tokens.reshape(-1, tokens.shape[-1]), mask.reshape(-1, mask.shape[-1]))
         return flat.astype(jnp.float32).reshape(*tokens.shape[:-1], -1)
 
-    def encode(self, tokens: Int[Array, "*rows S"], mask: Bool[Array, "*rows S"]) -> Float[Array, "*rows C"]:
+    def encode(
+        self, tokens: Int[Array, "*rows S"], mask: Bool[Array, "*rows S"]
+    ) -> Float[Array, "*rows C"]:
         """Z = e(X), float32. A row without a token is padding and encodes to exactly zero."""
         latent = self.to_latent(self.embed(tokens, mask))
         return jnp.where(mask.any(axis=-1, keepdims=True), latent, 0.0)
@@ -223,6 +229,7 @@ def assign(model: nnx.Module, arrays: Mapping[str, Any], *, origin: str) -> None
     nnx.update(
         model,
         nnx.from_flat_state(
-            (named[name], found[named[name]].replace(jnp.asarray(array))) for name, array in arrays.items()
+            (named[name], found[named[name]].replace(jnp.asarray(array)))
+            for name, array in arrays.items()
         ),
     )

@@ -47,7 +47,7 @@ def losses(
     ).reshape(len(used), -1)
     counted = jnp.ones_like(mask[:, 1:]) if weights.count_padding else mask[:, 1:]
     tokens_counted = jnp.maximum(counted.sum(), 1).astype(jnp.float32)
-    terms = {name: total.sum() / tokens_counted for name, total in zip(used, entropies)}
+    terms = {name: total.sum() / tokens_counted for name, total in zip(used, entropies, strict=True)}
     present = batch["encoder_mask"].any(axis=-1)
     divergence = addressing_kl(reading.weights, reading.log_variance, weights.free_bits)
     terms["kl"] = jnp.where(present, divergence, 0.0).sum() / jnp.maximum(present.sum(), 1).astype(

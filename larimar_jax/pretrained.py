@@ -94,14 +94,18 @@ class Pretrained:
             ids = np.full((height, width), self.encoder_tokenizer.pad, np.int32)
             mask = np.zeros((height, width), bool)
             ids[: len(rows)], mask[: len(rows)] = batch.ids[rows, :width], batch.mask[rows, :width]
-            made = [np.asarray(part)[: len(rows)] for part in _encode(self.graph, self.state, ids, mask)]
+            made = [
+                np.asarray(part)[: len(rows)] for part in _encode(self.graph, self.state, ids, mask)
+            ]
             if outputs is None:
                 outputs = [np.zeros((len(texts), part.shape[1]), np.float32) for part in made]
             for output, part in zip(outputs, made, strict=True):
                 output[rows] = part
         if outputs is None:
             width = self.model.encoder.config.width
-            return Encodings(np.zeros((0, width), np.float32), np.zeros((0, self.memory.latent), np.float32))
+            return Encodings(
+                np.zeros((0, width), np.float32), np.zeros((0, self.memory.latent), np.float32)
+            )
         finite = np.isfinite(outputs[0]).all(axis=1) & np.isfinite(outputs[1]).all(axis=1)
         if not finite.all():
             raise EncodingNotFinite(
@@ -145,7 +149,11 @@ def names() -> list[str]:
     folder = importlib.resources.files("larimar_jax") / CHECKPOINTS
     if not folder.is_dir():
         return []
-    return sorted(f.name.removesuffix(".safetensors") for f in folder.iterdir() if f.name.endswith(".safetensors"))
+    return sorted(
+        f.name.removesuffix(".safetensors")
+        for f in folder.iterdir()
+        if f.name.endswith(".safetensors")
+    )
 
 
 def locate(source: str | pathlib.Path) -> pathlib.Path:
@@ -155,7 +163,9 @@ def locate(source: str | pathlib.Path) -> pathlib.Path:
       FileNotFoundError: none of these; lists the names.
     """
     if str(source) in names():
-        return pathlib.Path(str(importlib.resources.files("larimar_jax") / CHECKPOINTS / f"{source}.safetensors"))
+        return pathlib.Path(
+            str(importlib.resources.files("larimar_jax") / CHECKPOINTS / f"{source}.safetensors")
+        )
     path = pathlib.Path(source)
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.is_file():

@@ -246,7 +246,9 @@ class Session:
         """Writes the session to one file, whole or not at all."""
         arrays = {f"memory/{name}": leaf for name, leaf in _named(self._state).items()}
         for fact_id, keys in self._keys.items():
-            arrays |= {f"fact/{fact_id}/{f.name}": getattr(keys, f.name) for f in dataclasses.fields(keys)}
+            arrays |= {
+                f"fact/{fact_id}/{f.name}": getattr(keys, f.name) for f in dataclasses.fields(keys)
+            }
         meta = {
             "kind": "session",
             "model": self.model.source,
@@ -273,7 +275,9 @@ class Session:
         except export.ExportError as error:
             raise DamagedSession(f"{path} is not a whole session. {error}") from error
         if meta.get("kind") != "session":
-            raise DamagedSession(f"{path} holds a model and not a session. Give it to --model instead.")
+            raise DamagedSession(
+                f"{path} holds a model and not a session. Give it to --model instead."
+            )
         session = cls(load(meta["model"]) if model is None else model)
         if session.model.fingerprint != meta["fingerprint"]:
             raise WrongModel(
@@ -294,7 +298,9 @@ class Session:
             self._keys[fact.id] = _Keys(
                 **{f.name: arrays[f"fact/{fact.id}/{f.name}"] for f in dataclasses.fields(_Keys)}
             )
-        self._events = [Event(**{**values, "fact": _fact(values["fact"])}) for values in meta["history"]]
+        self._events = [
+            Event(**{**values, "fact": _fact(values["fact"])}) for values in meta["history"]
+        ]
         self._next_id = meta["next_id"]
 
     def _update(self, state: Any, keys: _Keys, sign: int) -> tuple[Any, float]:
@@ -302,7 +308,10 @@ class Session:
         # Rows of zeros are padding to the memory; powers of two keep the compiled shapes few.
         rows = 1 << (len(keys.key) - 1).bit_length()
         padding = ((0, rows - len(keys.key)), (0, 0))
-        key, value = jnp.asarray(np.pad(keys.key, padding)), jnp.asarray(np.pad(keys.value, padding))
+        key, value = (
+            jnp.asarray(np.pad(keys.key, padding)),
+            jnp.asarray(np.pad(keys.value, padding)),
+        )
         begin = time.perf_counter()
         updated = _write(self.model.memory, self.model.prior, state, key, value, jnp.int32(sign))
         updated = jax.block_until_ready(updated)
@@ -324,7 +333,9 @@ class Session:
 
 
 @jax.jit
-def _write(memory: Streaming, prior: Prior, state: Any, key: Array, value: Array, sign: Array) -> Any:
+def _write(
+    memory: Streaming, prior: Prior, state: Any, key: Array, value: Array, sign: Array
+) -> Any:
     return memory.write(prior, state, key, value, sign)
 
 
@@ -335,7 +346,10 @@ def _read(memory: Streaming, prior: Prior, state: Any, queries: Array) -> Readin
 
 def _named(state: Any) -> dict[str, np.ndarray]:
     flat, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in flat}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
+        for path, leaf in flat
+    }
 
 
 def _event(kind: str, fact: Fact, milliseconds: float) -> Event:

@@ -56,9 +56,13 @@ def tiny():
     from larimar_jax.pretrained import Pretrained
     from larimar_jax.weights.tokenizers import Tokenizer
 
-    words = "Fact Neighbour Says says of fact is new true the capital France Japan city 0 1 2 3 4 5 6 7"
+    words = (
+        "Fact Neighbour Says says of fact is new true the capital France Japan city 0 1 2 3 4 5 6 7"
+    )
     tokenizer = Tokenizer.train([words] * 3, 420)
-    sizes = dict(vocab_size=tokenizer.vocab_size, width=16, depth=2, heads=2, mlp=32, max_length=64)
+    sizes = dict(
+        vocab_size=tokenizer.vocab_size, width=16, depth=2, heads=2, mlp=32, max_length=128
+    )
     values = tiny_config()
     values["model"] |= dict(
         encoder=dict(
@@ -93,7 +97,12 @@ def tiny_config():
         name="test",
         model=dict(
             encoder=dict(
-                family="bert", type_vocab=1, norm_eps=1e-12, pooling="mean", normalize=False, **sizes
+                family="bert",
+                type_vocab=1,
+                norm_eps=1e-12,
+                pooling="mean",
+                normalize=False,
+                **sizes,
             ),
             decoder=dict(family="gpt2", norm_eps=1e-5, **sizes),
             latent=16,

@@ -279,4 +279,4 @@ def test_the_tiny_models_memory_is_read_where_it_is_in_scope_only(larimar):
 
 def test_a_text_that_the_encoder_does_not_take_is_named(larimar):
     with pytest.raises(TextTooLong, match="word word"):
-        larimar.recall([("word " * 80, "x")], [["short"]])
+        larimar.recall([("word " * 90, "x")], [["short"]])

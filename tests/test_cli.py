@@ -1,9 +1,7 @@
 """The command line: what it reads, how it fails, and that its help costs nothing."""
 
-import dataclasses
 import subprocess
 import sys
-import types
 
 import pytest
 
@@ -12,45 +10,12 @@ from larimar_jax import cli
 COMMANDS = ("demo", "edit", "ask", "forget", "list", "train", "bench", "bench counterfact")
 
 
-@dataclasses.dataclass
-class Fact:
-    id: int
-    prompt: str
-    answer: str
-
-
-class FakeSession:
-    """A session that keeps its facts in a text file."""
-
-    def __init__(self, model):
-        self.facts = []
-
-    @classmethod
-    def load(cls, folder):
-        session = cls("smol")
-        lines = (folder / "facts").read_text().splitlines()
-        session.facts = [Fact(int(n), *rest) for n, *rest in (line.split("|") for line in lines)]
-        return session
-
-    def save(self, folder):
-        folder.mkdir(exist_ok=True)
-        lines = [f"{fact.id}|{fact.prompt}|{fact.answer}" for fact in self.facts]
-        (folder / "facts").write_text("\n".join(lines))
-
-    def write(self, prompt, answer):
-        if not answer.strip():
-            raise ValueError("the answer is empty")
-        self.facts.append(Fact(len(self.facts) + 1, prompt, answer))
-        return self.facts[-1]
-
-    def list(self):
-        return self.facts
-
-
 @pytest.fixture
-def session(monkeypatch):
-    module = types.SimpleNamespace(Session=FakeSession)
-    monkeypatch.setitem(sys.modules, "larimar_jax.session", module)
+def session(monkeypatch, tiny):
+    """Sessions of every name are of the tiny model."""
+    from larimar_jax import session
+
+    monkeypatch.setattr(session, "load", lambda source: tiny)
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -83,16 +48,30 @@ def test_no_command_and_an_unknown_benchmark_name_what_there_is(capsys):
         assert named in capsys.readouterr().err
 
 
-def test_edit_starts_a_session_and_list_shows_it(session, tmp_path, capsys):
-    folder = str(tmp_path / "s")
-    assert cli.main(["edit", "The capital of France is", "Rome", "--session", folder]) == 0
-    assert cli.main(["edit", "The sky is", "green", "--session", folder]) == 0
-    capsys.readouterr()
-    assert cli.main(["list", "--session", folder]) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        "1: The capital of France is Rome",
-        "2: The sky is green",
+def test_a_session_from_the_first_edit_to_the_last_forget(session, tmp_path, capsys):
+    path = str(tmp_path / "s")
+
+    def run(*line):
+        assert cli.main([*line, "--session", path]) == 0
+        return capsys.readouterr()
+
+    run("edit", "Fact 1 is", "new")
+    run("edit", "The capital of France is", "Japan")
+    listed = run("list").out.splitlines()
+    assert listed == ["1: Fact 1 is new", "2: The capital of France is Japan"]
+    assert "from fact 2" in run("ask", "The capital of France is", "--tokens", "3").err
+    assert run("forget", "2").out == "forgotten 2: The capital of France is Japan\n"
+    assert "nothing written applies" in run("ask", "The capital of France is", "--tokens", "3").err
+    assert [line.split()[1] for line in run("list", "--history").out.splitlines()] == [
+        "write",
+        "write",
+        "forget",
     ]
+    assert cli.main(["forget", "2", "--session", path]) == 2
+    assert "forgotten before" in capsys.readouterr().err
+    assert cli.main(["edit", "Fact 3 is", " ", "--session", path]) == 2
+    assert "needs a prompt and an answer" in capsys.readouterr().err
+    assert run("list").out == "1: Fact 1 is new\n"
 
 
 def test_a_missing_session_says_how_to_start_one(tmp_path, capsys):

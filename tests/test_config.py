@@ -50,7 +50,9 @@ def test_a_bool_is_no_number():
 
 
 def test_overrides_change_what_exists_and_nothing_else():
-    values = config.override(tiny_config(), ["train.steps=7", "data.unit=chunk", "train.mesh=[2,1,1]"])
+    values = config.override(
+        tiny_config(), ["train.steps=7", "data.unit=chunk", "train.mesh=[2,1,1]"]
+    )
     parsed = config.parse(values)
     assert (parsed.train.steps, parsed.data.unit, parsed.train.mesh) == (7, "chunk", (2, 1, 1))
     assert tiny_config()["train"]["steps"] == 4

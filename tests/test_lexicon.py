@@ -19,7 +19,10 @@ def test_words_are_frequent_whole_tokens(tiny):
 def test_directions_are_centred_and_of_unit_length(tiny):
     encode = lambda words: tiny.encode(words).latent  # noqa: E731
     found = lexicon.fit(encode, tiny.decoder_tokenizer, ["new city Japan France is of"], 6)
-    directions, raw = found["lexicon/directions"], encode(["new", "city", "Japan", "France", "is", "of"])
+    directions, raw = (
+        found["lexicon/directions"],
+        encode(["new", "city", "Japan", "France", "is", "of"]),
+    )
     np.testing.assert_allclose(np.linalg.norm(directions, axis=1), 1, rtol=1e-5)
     order = [tiny.decoder_tokenizer.decode([t])[1:] for t in found["lexicon/tokens"]]
     place = [["new", "city", "Japan", "France", "is", "of"].index(word) for word in order]

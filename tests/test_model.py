@@ -11,7 +11,9 @@ from larimar_jax import config, model, objective
 
 
 def tokens_of(tiny, texts, length):
-    return [jnp.asarray(part) for part in tiny.encoder_tokenizer.encode(texts, length, truncate=True)]
+    return [
+        jnp.asarray(part) for part in tiny.encoder_tokenizer.encode(texts, length, truncate=True)
+    ]
 
 
 def batch_of(tiny, episodes=2, facts=3, length=16):
@@ -52,7 +54,9 @@ def test_the_lexicon_adds_gain_times_cosine_to_its_words_and_nothing_else(tiny):
     bonus = np.asarray(tiny.model.bonus(condition))
     lexicon = tiny.model.lexicon
     u = np.asarray(innovation[0], np.float64)
-    expected = lexicon.gain * np.asarray(lexicon.directions[...], np.float64) @ (u / np.linalg.norm(u))
+    expected = (
+        lexicon.gain * np.asarray(lexicon.directions[...], np.float64) @ (u / np.linalg.norm(u))
+    )
     words = np.asarray(lexicon.tokens[...])
     np.testing.assert_allclose(bonus[0, words], expected, rtol=1e-5, atol=1e-6)
     others = np.setdiff1d(np.arange(bonus.shape[1]), words)

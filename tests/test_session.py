@@ -108,7 +108,7 @@ def test_a_saved_session_goes_on_bit_for_bit(tiny, written, tmp_path):
         (lambda s: s.write("", "x"), session.EmptyFact, "needs a prompt and an answer"),
         (lambda s: s.write("Fact 9 is", "  \n"), session.EmptyFact, "needs a prompt and an answer"),
         (lambda s: s.write("Fact 9 is", "x", [""]), session.EmptyFact, "needs a prompt"),
-        (lambda s: s.write("word " * 90, "x"), TextTooLong, "the encoder takes 64"),
+        (lambda s: s.write("word " * 90, "x"), TextTooLong, "the encoder takes 128"),
         (lambda s: s.forget(77), session.UnknownFact, "never written. Facts in memory: 1, 3, 4, 5"),
         (lambda s: s.forget(2), session.UnknownFact, "forgotten before"),
         (lambda s: s.ask(" "), session.EmptyFact, "empty"),
