@@ -28,8 +28,14 @@ def gaussian(
     # XLA fuses the reduction, so N x K x C is not held.
     squared = jnp.sum(jnp.square(encodings[:, None, :] - reference[None, :, :]), axis=-1)
     nearest = jnp.min(squared, axis=1, keepdims=True)
-    # The shift by s² changes no weight and makes the largest exponent 0; the floor only acts where
-    # 2αs² vanishes, and there leaves 0 for the nearest slots and −∞ for the others.
-    scale = jnp.maximum(2.0 * width * nearest, jnp.float32(1e-30))
-    weights = jax.nn.softmax(-(squared - nearest) / scale, axis=1)
+    # The shift by s² changes no weight and makes the largest exponent 0.
+    beyond = squared - nearest
+    scale = 2.0 * width * nearest
+    # Where 2αs² vanishes only the nearest slots keep an exponent; the quotient is not even formed,
+    # because its derivative would be infinite.
+    vanishes = scale <= 1e-12 * jnp.max(squared, axis=1, keepdims=True)
+    exponent = -beyond / jnp.where(vanishes, 1.0, scale)
+    weights = jax.nn.softmax(
+        jnp.where(vanishes, jnp.where(beyond > 0, -jnp.inf, 0.0), exponent), axis=1
+    )
     return jnp.where(jnp.any(encodings != 0, axis=1, keepdims=True), weights, 0.0)
