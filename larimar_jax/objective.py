@@ -96,7 +96,7 @@ def addressing_kl(
 def beta_schedule(
     step: Int[Array, ""], total_steps: int, peak: float, cycles: int
 ) -> Float[Array, ""]:
-    """β's cycles (§5): each is 0 for its first half, rises linearly over a quarter, then stays at `peak`.
+    """β's cycles (§5): each is 0 for half, rises linearly over a quarter, then stays at `peak`.
 
     `cycles = 0` holds β at `peak` throughout.
     """

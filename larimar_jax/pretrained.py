@@ -8,7 +8,6 @@ import pathlib
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -17,8 +16,8 @@ from larimar_jax import config as configs
 from larimar_jax import generate
 from larimar_jax.config import Config
 from larimar_jax.data import vocabulary
-from larimar_jax.memory.streaming import Streaming
 from larimar_jax.memory.contract import Prior
+from larimar_jax.memory.streaming import Streaming
 from larimar_jax.model import Condition, Larimar, assign, build
 from larimar_jax.train import export
 from larimar_jax.weights.tokenizers import TextTooLong, Tokenizer, bucket

@@ -21,8 +21,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from larimar_jax import scope
-from larimar_jax.memory.streaming import Streaming
 from larimar_jax.memory.contract import Prior, Reading
+from larimar_jax.memory.streaming import Streaming
 from larimar_jax.model import Condition
 from larimar_jax.pretrained import Pretrained, load
 from larimar_jax.train import export
@@ -281,7 +281,7 @@ class Session:
         session = cls(load(meta["model"]) if model is None else model)
         if session.model.fingerprint != meta["fingerprint"]:
             raise WrongModel(
-                f"{path} was saved under {meta['model']!r} with fingerprint {meta['fingerprint'][:12]}; "
+                f"{path} was saved under {meta['model']!r}, fingerprint {meta['fingerprint'][:12]}; "
                 f"the model here is {session.model.source!r}, {session.model.fingerprint[:12]}. What one "
                 "model wrote another can not read: load that model, or write the facts again."
             )
@@ -320,8 +320,8 @@ class Session:
         finite = all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(updated))
         if refused or not finite:
             raise MemoryNotFinite(
-                f"The memory could not {'write' if sign > 0 else 'forget'} this in float32, and stays as "
-                f"it was. Its ridge ({float(self.model.memory.ridge):g}) is too small for what is "
+                f"The memory could not {'write' if sign > 0 else 'forget'} this in float32, and stays "
+                f"as it was. Its ridge ({float(self.model.memory.ridge):g}) is too small for what is "
                 "written: load the model with a larger editing.ridge and write the facts again."
             )
         return updated, taken
@@ -353,7 +353,7 @@ def _named(state: Any) -> dict[str, np.ndarray]:
 
 
 def _event(kind: str, fact: Fact, milliseconds: float) -> Event:
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return Event(kind, fact, now, milliseconds)
 
 

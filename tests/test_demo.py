@@ -15,10 +15,6 @@ def test_the_demo_measures_counts_and_draws(tiny, tmp_path):
     assert {len(part) for part in (result.before, result.after, result.paraphrased)} == {total}
     assert all(value.shape == (total, 2) for value in result.probability.values())
     assert all(np.isfinite(value) and value > 0 for value in result.milliseconds.values())
-    # Out of every memory again: exactly the language model that was asked first.
-    gone = demo.FORGOTTEN
-    forgotten = result.probability["forgotten"][gone]
-    np.testing.assert_allclose(forgotten, result.probability["before"][gone], rtol=1e-3)
     picture = tmp_path / "demo.png"
     demo.draw(result, picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
