@@ -19,9 +19,10 @@ dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 def _one_at_a_time(function):
     """On CPU, makes the `vmap` of a LAPACK call a loop of single calls; elsewhere, leaves it be.
 
-    jaxlib 0.10 spreads a batched Cholesky, QR, SVD or triangular solve over XLA's thread pool and waits
-    for it *on a thread of that pool*: as many of them at once as the machine has cores (two in one
-    program, or one on each of several virtual devices) never end. A batch of one does not wait.
+    jaxlib 0.10 spreads a batched Cholesky, QR, SVD or triangular solve over XLA's thread pool and
+    waits for it *on a thread of that pool*: as many of them at once as the machine has cores (two
+    in one program, or one on each of several virtual devices) never end. A batch of one does not
+    wait.
     """
     mapped = jax.custom_batching.custom_vmap(function)
 
@@ -100,8 +101,9 @@ def newton_schulz_pinv(
 ) -> Float[Array, "n m"]:
     """The released code's approximation of A† (§3), by Newton–Schulz steps.
 
-    X ← 2X − XAX from X₀ = min(e^log_start, 5e-4)·Aᵀ. It turns a singular value s into (1 − (1 − 5e-4·s²)^(2^steps)) / s: too small for small s, and
-    divergent for s > 63.2. Kept to reproduce the released model; `pinv` is the exact one.
+    X ← 2X − XAX from X₀ = min(e^log_start, 5e-4)·Aᵀ. It turns a singular value s into
+    (1 − (1 − 5e-4·s²)^(2^steps)) / s: too small for small s, and divergent for s > 63.2. Kept to
+    reproduce the released model; `pinv` is the exact one.
     """
     a = a.astype(jnp.float32)
     tall = a.shape[0] >= a.shape[1]
