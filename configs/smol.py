@@ -76,6 +76,6 @@ def get_config() -> ConfigDict:
                 keep=3,
                 seed=0,
             ),
-            editing=dict(ridge=1e-2, scope_threshold=0.66),
+            editing=dict(ridge=1e-2, scope_threshold=0.68),
         )
     )

@@ -28,6 +28,8 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for an error it explains, 130 when stopped."""
+    # LAPACK calls here are small, and its threads would wait for those of XLA on the same cores.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     arguments = parser().parse_args(argv)
     try:
         arguments.command(arguments)

@@ -8,6 +8,7 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as in cli.py
 # Programs as small as these take seconds to optimise and milliseconds to run, and the same ones recur
 # in the workers, in subprocesses and in the next run: optimise less, and compile once.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
