@@ -1,7 +1,9 @@
 """A Larimar from scratch, small enough to watch it learn to use its memory.
 
 command   larimar train --config=configs/tiny.py --run runs/tiny
-hardware  2 CPU cores
+hardware  2 CPU cores, 2 minutes (half of it to tokenise and to compile)
+expected  held-out nats per token: 6.94 at the start; at the end 2.84 through memory and 4.51 with
+          z = 0, so that it is the memory, and not the language model alone, that knows the text
 """
 
 from ml_collections import ConfigDict
@@ -71,7 +73,7 @@ def get_config() -> ConfigDict:
                 seed=0,
             ),
             train=dict(
-                steps=240,
+                steps=320,
                 learning_rate=4e-3,
                 warmup_steps=20,
                 decay="cosine",
@@ -80,8 +82,8 @@ def get_config() -> ConfigDict:
                 frozen=(),
                 mesh=(1, 1, 1),
                 log_every=10,
-                evaluate_every=60,
-                checkpoint_every=60,
+                evaluate_every=80,
+                checkpoint_every=80,
                 keep=3,
                 seed=0,
             ),

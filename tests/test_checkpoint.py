@@ -129,9 +129,11 @@ def test_a_changed_number_is_found_by_its_checksum(written, monkeypatch):
     monkeypatch.setattr(
         checkpoint,
         "_checksums",
-        lambda arrays: sums({k: v + 1e-7 if "mu.decoder.norm" in k else v for k, v in arrays.items()}),
+        lambda arrays: sums(
+            {k: v + 1e-7 if "mu.decoder.norm" in k else v for k, v in arrays.items()}
+        ),
     )
-    with pytest.raises(CheckpointError, match="checksum of optimizer differs: 0.mu.decoder.norm.scale"):
+    with pytest.raises(CheckpointError, match="checksum of optimizer differs: 0.mu.decoder.norm"):
         _restore(written)
 
 
@@ -177,7 +179,8 @@ def test_an_export_in_half_precision_is_half_as_large(tmp_path, dtype, error):
         export.save_exported(tmp_path / "none", big, {}, {"bias": dtype})
     if dtype == "float16":
         with pytest.raises(ValueError, match="store it as bfloat16"):
-            export.save_exported(tmp_path / "none", {"a": np.full(2, 1e6, np.float32)}, {}, {"a": dtype})
+            large = {"a": np.full(2, 1e6, np.float32)}
+            export.save_exported(tmp_path / "none", large, {}, {"a": dtype})
     assert not (tmp_path / "none").exists()
 
 

@@ -137,7 +137,8 @@ def test_files_that_hold_no_records_say_so(tmp_path):
 def test_the_real_files_are_read(reader, name, records):
     found = reader.load(SHARED / name, limit=300)
     assert len(found) == records
-    assert all(r.paraphrases and len(r.neighbourhood) == len(r.neighbourhood_targets) for r in found)
+    assert all(record.paraphrases for record in found)
+    assert all(len(r.neighbourhood) == len(r.neighbourhood_targets) for r in found)
 
 
 def test_sentences_end_where_people_would_end_them():
@@ -233,7 +234,8 @@ def test_episodes_hold_different_texts_in_an_order_that_the_seed_decides():
     assert (first != epoch(1)).any()
     two = list(episodes.episodes(_numbered(24), 4, 3, 0, epochs=2))
     assert len(two) == 4
-    assert (np.concatenate(list(map(_rows, two[:2]))) != np.concatenate(list(map(_rows, two[2:])))).any()
+    first, second = (np.concatenate([_rows(b) for b in two[i : i + 2]]) for i in (0, 2))
+    assert (first != second).any()
 
 
 def test_processes_share_each_batch():

@@ -33,7 +33,7 @@ def _texts() -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation(tmp_path_factory):
-    """Programs this small take seconds to optimise and milliseconds to run; and the same ones recur."""
+    """Programs this small take seconds to optimise and milliseconds to run; and they recur."""
     settings = dict(
         jax_disable_most_optimizations=True,
         jax_compilation_cache_dir=str(tmp_path_factory.mktemp("compiled")),
@@ -56,7 +56,8 @@ def quick_compilation(tmp_path_factory):
 def tiny(tmp_path_factory) -> configs.Config:
     """The smallest Larimar that learns, over a corpus of its own."""
     corpus = tmp_path_factory.mktemp("corpus") / "world.jsonl"
-    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in dict.fromkeys(_texts())))
+    lines = (json.dumps({"text": text}) + "\n" for text in dict.fromkeys(_texts()))
+    corpus.write_text("".join(lines))
     tower = dict(vocab_size=300, width=16, depth=1, heads=2, mlp=32, max_length=20)
     values = dict(
         name="test",
@@ -190,7 +191,11 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny, whole, quick_compilation, tmp_pa
     folder = tmp_path / "run"
     values = json.dumps(quick_compilation), json.dumps(configs.to_dict(tiny)), str(folder)
     killed = subprocess.run(
-        [sys.executable, "-c", _KILLED, *values], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", _KILLED, *values],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     before = _losses(folder)

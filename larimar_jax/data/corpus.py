@@ -114,27 +114,29 @@ def chunks(text: str, tokens: int, count: Callable[[str], int]) -> list[str]:
     that alone is longer than `tokens` is left out.
 
     Args:
-        count: tokens of a text; called for every " word".
+        count: tokens of a text; called for every word, mostly with a blank before it.
     """
     found: list[str] = []
     current: list[str] = []
     used = 0
     for word in text.split():
         cost = count(" " + word)
-        if cost > tokens:
-            continue
-        if used + cost > tokens and current:
+        if current and used + cost > tokens:
             found.append(" ".join(current))
             current, used = [], 0
-        current.append(word)
-        used += cost
+        if not current:
+            # Without a blank before it a word is another token, or several.
+            cost = count(word)
+        if cost <= tokens:
+            current.append(word)
+            used += cost
     return found + ([" ".join(current)] if current else [])
 
 
 def pieces(
     source: Iterable[Document], unit: str, tokens: int, count: Callable[[str], int]
 ) -> list[str]:
-    """The distinct pieces of documents, in order: "sentence", or "chunk" of at most `tokens` tokens.
+    """The distinct pieces of documents in order: "sentence", or "chunk" of at most `tokens` tokens.
 
     Distinct, because an episode that holds one text twice teaches the memory that two equal keys
     are common.

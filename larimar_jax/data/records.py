@@ -165,8 +165,8 @@ def _read_hub(source: str) -> Iterable[Any]:
     except Exception as error:
         raise FileNotFoundError(
             f"{source} is neither a file nor a data set that could be loaded from the Hugging Face "
-            f"hub ({type(error).__name__}: {error}). Check the path, the network, and that the package "
-            "datasets is installed."
+            f"hub ({type(error).__name__}: {error}). Check the path, the network, and that the "
+            "package datasets is installed."
         ) from error
 
 

@@ -15,7 +15,7 @@ def tokenizers(
     """The (encoder's, decoder's) tokenizer of a run.
 
     A tower with a `source` brings its own. For a tower without one, a byte-pair vocabulary of
-    `data.vocabulary` entries is trained on `texts()`, once: a run that goes on reads it from `path`.
+    `data.vocabulary` entries is trained on `texts()`, once: a run that goes on reads `path`.
     The encoder's frames a text as `<BOS> text <EOS>`, so that a pooler over the first position has
     one of its own; the decoder's leaves that to the episodes.
 
@@ -29,7 +29,7 @@ def tokenizers(
     if bool(bare) != bool(size):
         raise ValueError(
             f"data.vocabulary is {size}, and "
-            + (f"{' and '.join(bare)} bring no tokenizer" if bare else "both towers bring their own")
+            + (f"{' and '.join(bare)} bring no tokenizer" if bare else "both towers bring one")
             + ". It is the size of the vocabulary trained for towers without a source, else 0."
         )
     small = [f"model.{n}.vocab_size {s.vocab_size}" for n, s in bare.items() if s.vocab_size < size]

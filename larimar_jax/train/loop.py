@@ -58,7 +58,7 @@ class NonFiniteLoss(FloatingPointError):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a run ended. step: steps done; finished: all of them; evaluation: the last one's terms."""
+    """How a run ended. step: steps done; finished: all of them; evaluation: the last terms."""
 
     step: int
     finished: bool
@@ -68,9 +68,9 @@ class Outcome:
 def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> Outcome:
     """Trains Larimar by Eq. 1 until `train.steps`, or until SIGTERM, which saves and returns.
 
-    `run_dir` receives config.json, tokenizer.json, checkpoints/, metrics.jsonl (every step), tensorboard/,
-    and at the end model.safetensors (what was trained). A folder that has checkpoints is gone on with:
-    the steps are bit for bit those of a run that was never stopped.
+    `run_dir` receives config.json, tokenizer.json, checkpoints/, metrics.jsonl (every step),
+    tensorboard/, and at the end model.safetensors (what was trained). A folder that has checkpoints
+    is gone on with: the steps are bit for bit those of a run that was never stopped.
 
     Args:
         config: what to train.
@@ -85,7 +85,10 @@ def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> Outc
     _claim(run_dir, config)
     mesh = sharding.make_mesh(config.train.mesh)
     documents, tokenizers = _sources(config, run_dir)
-    pieces, held_out = (_pieces(config, *tokenizers, side, progress) for side in documents)
+    pieces, held_out = (
+        _pieces(config, *tokenizers, side, name if progress else None)
+        for name, side in zip(("training", "held out"), documents, strict=True)
+    )
     skeleton, parameters = initialise(config, mesh)
     stepper = Stepper(config, skeleton, mesh)
     frozen = {name: parameters[name] for name in stepper.frozen}
@@ -171,8 +174,8 @@ def _sources(config: Config, run_dir: Path):
     return (training, held_out), tokenizers
 
 
-def _pieces(config: Config, encoder: Tokenizer, decoder: Tokenizer, documents, progress: bool):
-    """The documents' pieces, tokenised for both towers."""
+def _pieces(config: Config, encoder: Tokenizer, decoder: Tokenizer, documents, name: str | None):
+    """The documents' pieces, tokenised for both towers; `name` is how to report them, if at all."""
     data = config.data
     # A chunk has to leave room for the two tokens that frame it, in either tower.
     room = min(data.encoder_tokens, data.decoder_tokens) - 2
@@ -182,10 +185,10 @@ def _pieces(config: Config, encoder: Tokenizer, decoder: Tokenizer, documents, p
 
     texts = corpus.pieces(documents, data.unit, room, count)
     made, dropped = episodes.tokenise(
-        texts, encoder, decoder, data.encoder_tokens, data.decoder_tokens, progress=progress
+        texts, encoder, decoder, data.encoder_tokens, data.decoder_tokens, progress=name is not None
     )
-    if progress:
-        report.say(f"{len(made):,} pieces, {dropped:,} too long ones dropped")
+    if name is not None:
+        report.say(f"{name}: {len(made):,} pieces, {dropped:,} too long ones dropped")
     return made
 
 
@@ -218,8 +221,8 @@ class _Saved:
         def check(found: Mapping[str, Any]) -> None:
             if found["tokenizers"] != meta["tokenizers"]:
                 raise OtherRun(
-                    f"{self.checkpoints.directory} was trained with other tokenizers. The corpus or "
-                    "the package of a tower has changed since; restore it, or start a new run."
+                    f"{self.checkpoints.directory} was trained with other tokenizers. The corpus "
+                    "or the package of a tower has changed since; restore it, or start a new run."
                 )
             _same_run(found["config"], meta["config"], self.checkpoints.directory)
 
@@ -288,12 +291,12 @@ class _Run:
         return state, evaluation, step == total
 
     def _held_out(self, pieces: episodes.Pieces) -> list[dict[str, jax.Array]]:
-        """The same batches at every evaluation; pieces that do not fill one are used more than once."""
+        """The same batches at every evaluation; too few pieces for one are used more than once."""
         size = (self._config.data.batch, self._config.data.episode)
         if not len(pieces):
             raise episodes.TooFewPieces(
-                "no document of data.corpus is held out, or none of its pieces fits data.encoder_tokens "
-                "and data.decoder_tokens; use a larger corpus"
+                "no document of data.corpus is held out, or none of its pieces fits "
+                "data.encoder_tokens and data.decoder_tokens; use a larger corpus"
             )
         count = min(_EVALUATION_BATCHES, max(1, len(pieces) // math.prod(size)))
         order = np.random.default_rng(self._config.data.seed).permutation(len(pieces))
@@ -342,12 +345,13 @@ class _Run:
         bad = [f"parameter {n}" for n, leaf in state.params.items() if not _finite(leaf)]
         bad += [f"loss term {n}" for n, term in sorted(found["terms"].items()) if not _finite(term)]
         squares = np.asarray(found["gradient_squares"])
-        bad += [f"gradient of {n}" for n, s in zip(self._stepper.trained, squares) if not _finite(s)]
+        named = zip(self._stepper.trained, squares, strict=True)
+        bad += [f"gradient of {n}" for n, square in named if not _finite(square)]
         first = bad[0] if bad else "the norm of the gradients, though each of them is finite"
         return (
             f"step {step}: the loss is {loss}; the first that is not finite is {first}. The state "
-            "before this step is untouched, and the last checkpoint is sound. Likely causes: too high "
-            "a learning rate (train.learning_rate, train.warmup_steps), too little clipping "
+            "before this step is untouched, and the last checkpoint is sound. Likely causes: too "
+            "high a learning rate (train.learning_rate, train.warmup_steps), too little clipping "
             "(train.clip_norm), or a compute dtype with too small a range (model.dtype)."
         )
 
@@ -358,7 +362,7 @@ def _finite(value: Any) -> bool:
 
 @contextlib.contextmanager
 def _terminated() -> Iterator[Callable[[int], bool]]:
-    """Yields `stopping(step)`: whether SIGTERM has come. Nothing is caught outside the main thread."""
+    """Yields `stopping(step)`: whether SIGTERM has come; never, outside the main thread."""
     if jax.process_count() > 1:
         # One process may hear of it before the others, and all must stop after the same step: JAX's
         # coordination service catches the signal itself and agrees on one.

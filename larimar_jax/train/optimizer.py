@@ -74,8 +74,8 @@ def learning_rate(train: TrainConfig) -> Schedule:
     return rate
 
 
-# Decay pulls towards zero: right for matrices, wrong for scales and biases, and for the prior memory:
-# it would pull σ_W to 1, and M₀, which cancels in a read (§3), only ever away from where it started.
+# Decay pulls towards zero: right for matrices, wrong for scales and biases, and for the prior
+# memory, where it would pull σ_W to 1, and M₀, which cancels in a read (§3), away from its start.
 _UNDECAYED = re.compile(r"(^memory/|(^|/)(bias|scale)$)")
 
 

@@ -59,7 +59,7 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
     if needed > len(devices) or (needed < len(devices) and jax.process_count() > 1):
         raise ValueError(
             f"the mesh {dict(zip(AXES, sizes))} needs {needed} devices and there are "
-            f"{len(devices)} ({devices[0].platform}). Change train.mesh, or start with more devices."
+            f"{len(devices)} ({devices[0].platform}). Change train.mesh, or start with more."
         )
     if needed < len(devices):
         log.info("the mesh takes %d of %d devices", needed, len(devices))

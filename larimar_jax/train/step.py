@@ -21,7 +21,8 @@ Metrics = dict[str, Array]
 class TrainState(NamedTuple):
     """What a step changes; also the shapes or the shardings of it, as a pytree of the same form.
 
-    step: int32 scalar, how many steps are done. params: the trained ones, by path. optimizer: optax's.
+    step: int32 scalar, how many steps are done. params: the trained ones, by path. optimizer:
+    optax's state.
     """
 
     step: Any
@@ -154,7 +155,7 @@ class Stepper:
             return objective.losses(larimar, self._memory, batch, rng, config.objective, beta)
 
         (loss, terms), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        # One number a parameter: their sum is the squared norm, and a NaN can be traced to its name.
+        # One number a parameter: their sum is the squared norm, and a NaN can be traced to it.
         squares = jnp.stack([jnp.sum(jnp.square(gradients[name])) for name in self.trained])
         norm = jnp.sqrt(jnp.sum(squares))
         updates, slots = self._optimizer.update(gradients, state.optimizer, state.params)
