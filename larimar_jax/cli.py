@@ -130,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("prompt", help="the fact up to its answer")
     made.add_argument("answer", help="what the model shall say from now on")
     _session(made)
-    _model(made)
+    _model(made, None)
 
     made = add(
         "ask",
@@ -206,12 +206,13 @@ def _session(made: argparse.ArgumentParser) -> None:
     )
 
 
-def _model(made: argparse.ArgumentParser) -> None:
+def _model(made: argparse.ArgumentParser, default: str | None = DEFAULT_MODEL) -> None:
+    shown = "%(default)s" if default else f"the session's own, or {DEFAULT_MODEL} for a new one"
     made.add_argument(
         "--model",
-        default=DEFAULT_MODEL,
+        default=default,
         metavar="NAME",
-        help="a checkpoint that ships, or the path of one (%(default)s)",
+        help=f"a checkpoint that ships, or the path of one ({shown})",
     )
 
 
@@ -234,10 +235,11 @@ def demo(arguments: argparse.Namespace) -> None:
 
 def edit(arguments: argparse.Namespace) -> None:
     """larimar edit: starts the session where there is none."""
-    from larimar_jax.session import Session
+    from larimar_jax.session import Session, load
 
     path = Path(arguments.session)
-    session = Session.load(path) if path.exists() else Session(arguments.model)
+    model = None if arguments.model is None else load(arguments.model)
+    session = Session.load(path, model) if path.exists() else Session(model or DEFAULT_MODEL)
     fact = session.write(arguments.prompt, arguments.answer)
     session.save(path)
     print(f"{fact.id}: {fact.prompt} {fact.answer}")

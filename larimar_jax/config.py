@@ -218,9 +218,42 @@ def parse(values: Mapping[str, Any]) -> Config:
     """Nested dict → `Config`. Raises ConfigError with every offence at once."""
     problems: list[str] = []
     config = _build(Config, values, "", problems)
+    problems += [] if problems else _ranges(config)
     if problems:
         raise ConfigError("The config does not fit:\n  " + "\n  ".join(problems))
     return config
+
+
+def _ranges(config: Config) -> list[str]:
+    """What is of the right type and still makes no sense."""
+    positive = {
+        "model.latent": config.model.latent,
+        "model.slots_per_layer": config.model.slots_per_layer,
+        "data.episode": config.data.episode,
+        "data.batch": config.data.batch,
+        "train.steps": config.train.steps,
+        "train.learning_rate": config.train.learning_rate,
+        "train.log_every": config.train.log_every,
+        "train.evaluate_every": config.train.evaluate_every,
+        "train.checkpoint_every": config.train.checkpoint_every,
+        "train.keep": config.train.keep,
+        "editing.ridge": config.editing.ridge,
+    }
+    problems = [
+        f"{name}: must be above 0, got {value}" for name, value in positive.items() if value <= 0
+    ]
+    weights = config.objective
+    if not (weights.reconstruction or weights.autoencoding or weights.language):
+        problems.append(
+            "objective: all three cross-entropies have weight 0; nothing is to be learned"
+        )
+    slots = config.memory.hyperparameters["slots"]
+    if config.model.lexicon is not None and slots < config.model.latent:
+        # Only then does M₀ read a query back as itself, so that an innovation is what was written.
+        problems.append(
+            f"memory.slots: a lexicon needs at least model.latent = {config.model.latent} slots, got {slots}"
+        )
+    return problems
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from larimar_jax.session import Session
@@ -16,7 +17,7 @@ ANSWER_TOKENS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """A fact that contradicts the world, asked in other words, and a prompt next to it."""
+    """A fact that contradicts the world, asked in other words, and a prompt about something else."""
 
     prompt: str
     answer: str
@@ -278,7 +279,7 @@ def counts(result: Result) -> dict[str, str]:
 
 
 def _short(text: str) -> str:
-    return " ".join(text.split()) or "—"
+    return escape(" ".join(text.split())) or "—"
 
 
 def draw(result: Result, path: str | pathlib.Path) -> None:

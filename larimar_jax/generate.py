@@ -46,6 +46,11 @@ def score(
       ValueError: for an empty target. PromptTooLong: where a row exceeds the decoder's positions.
     """
     width = len(candidates[0]) if len(candidates) else 0
+    if len(candidates) != len(prompts) or any(len(targets) != width for targets in candidates):
+        raise ValueError(
+            f"{len(prompts)} prompts need as many rows of candidates, all of one length; got "
+            f"{[len(targets) for targets in candidates]}."
+        )
     rows: dict[tuple[int, tuple[int, ...]], list[tuple[int, list[int]]]] = {}
     opening = {prompt: _prompt_ids(tokenizer, prompt) for prompt in prompts}
     for index, targets in enumerate(candidates):
@@ -97,9 +102,9 @@ def generate(
     if temperature > 0.0 and rng is None:
         raise ValueError("Sampling (temperature > 0) needs rng; pass jax.random.key(seed).")
     ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
-    length = bucket(max(len(row) for row in ids), LENGTH_BUCKET)
-    limit = model.decoder.config.max_length - 1
-    if length + max_tokens > limit:
+    needed, limit = max(len(row) for row in ids), model.decoder.config.max_length - 1
+    length = min(bucket(needed, LENGTH_BUCKET), limit - max_tokens)
+    if needed > length:
         longest = max(range(len(ids)), key=lambda row: len(ids[row]))
         raise PromptTooLong(
             f"Prompt {longest} has {len(ids[longest])} tokens; with {max_tokens} more it exceeds the "
@@ -141,8 +146,9 @@ def _pack(model: Larimar, rows, width: int) -> tuple[Array, Array, Array, Array]
     Returns tokens [B,T], the positions that predict the answer [B,A], answers [B,c,A], mask [B,A].
     """
     needed = max(len(prompt) + len(answers[0][1]) - 1 for prompt, answers in rows)
-    length, limit = bucket(needed, LENGTH_BUCKET), model.decoder.config.max_length - 1
-    if length > limit:
+    limit = model.decoder.config.max_length - 1
+    length = min(bucket(needed, LENGTH_BUCKET), limit)
+    if needed > length:
         raise PromptTooLong(
             f"A prompt and its target have {needed} tokens and the decoder has {limit} positions. "
             "Shorten the prompt."

@@ -18,8 +18,9 @@ from larimar_jax.config import Config
 from larimar_jax.data import vocabulary
 from larimar_jax.memory.contract import Prior
 from larimar_jax.memory.streaming import Streaming
-from larimar_jax.model import Condition, Larimar, assign, build
+from larimar_jax.model import Condition, Larimar, assign, build, parameters
 from larimar_jax.train import export
+from larimar_jax.weights import PACKAGED
 from larimar_jax.weights.tokenizers import TextTooLong, Tokenizer, bucket
 
 CHECKPOINTS = "checkpoints"
@@ -82,7 +83,7 @@ class Pretrained:
             row = int(lengths.argmax())
             raise TextTooLong(
                 f"The text {_shorten(texts[row])!r} has {lengths[row]} tokens and the encoder takes "
-                f"{limit}. Split it into shorter facts, one write each."
+                f"{limit}. Shorten it, or split it into several."
             )
         order = np.argsort(lengths, kind="stable")
         outputs = None
@@ -184,8 +185,11 @@ def load(source: str | pathlib.Path = "smol") -> Pretrained:
     """
     path = locate(source)
     arrays, meta = export.load_exported(path)
+    if "config" not in meta:
+        raise export.ExportError(f"{path} holds a session and not a model; give it to --session.")
     config = configs.parse(meta["config"])
     model = build(config, jax.random.key(0))
+    _check_whole(path, config, model, arrays)
     assign(model, arrays, origin=str(path))
     encoder_tokenizer, decoder_tokenizer = vocabulary.tokenizers(
         config, functools.partial(_no_corpus, path), path.parent / "tokenizer.json"
@@ -193,14 +197,38 @@ def load(source: str | pathlib.Path = "smol") -> Pretrained:
     digest = hashlib.sha256(path.read_bytes())
     for tokenizer in (encoder_tokenizer, decoder_tokenizer):
         digest.update(tokenizer.hash.encode())
+    for tower in (config.model.encoder, config.model.decoder):
+        # Packaged files are pinned by sha256; a folder's content is not known by its name.
+        if tower.source is not None and tower.source not in PACKAGED:
+            for file in sorted(pathlib.Path(tower.source).rglob("*")) or [
+                pathlib.Path(tower.source)
+            ]:
+                if file.is_file():
+                    digest.update(hashlib.sha256(file.read_bytes()).digest())
     return Pretrained(
         config,
         model,
         encoder_tokenizer,
         decoder_tokenizer,
-        source=str(source),
+        # A path is kept whole, so that a session finds its model from any folder.
+        source=str(source) if str(source) in names() else str(path.resolve()),
         fingerprint=digest.hexdigest(),
     )
+
+
+def _check_whole(path: pathlib.Path, config: Config, model: Larimar, arrays: dict) -> None:
+    """Raises ExportError where file and model do not have the same parameters."""
+    towers = {"encoder/": config.model.encoder, "decoder/": config.model.decoder}
+    loaded = tuple(prefix for prefix, tower in towers.items() if tower.source is not None)
+    shapes = {name: leaf.shape for name, leaf in parameters(model).items()}
+    problems = [f"{n}: missing" for n in shapes if n not in arrays and not n.startswith(loaded)]
+    problems += [
+        f"{name}: {array.shape} in the file, {shapes.get(name, 'no such parameter')} in the model"
+        for name, array in arrays.items()
+        if array.shape != shapes.get(name)
+    ]
+    if problems:
+        raise export.ExportError(f"{path} does not fit its own config:\n  " + "\n  ".join(problems))
 
 
 @functools.partial(jax.jit, static_argnums=0)

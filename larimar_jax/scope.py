@@ -16,27 +16,30 @@ from larimar_jax.data.corpus import sentences
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """Per query: its best cosine, which written key has it, and which of its sentences."""
+    """Per query: its best cosine, which written key has it (−1: none), and which of its parts."""
 
     score: Float[np.ndarray, " Q"]
     key: Int[np.ndarray, " Q"]
     sentence: Int[np.ndarray, " Q"]
 
     def within(self, threshold: float) -> Bool[np.ndarray, " Q"]:
-        return self.score >= threshold
+        """Which queries are in scope; none where nothing is written, whatever the threshold."""
+        return (self.score >= threshold) & (self.key >= 0)
 
 
 def parts(queries: Sequence[str]) -> tuple[list[str], list[int]]:
     """Sentences of all queries, and the query each belongs to.
 
     A query may carry sentences that have nothing to do with what it asks; the detector takes the
-    best one (§6). Every query has at least one.
+    best one (§6). A query of several sentences is also there as a whole, since a fact may have been
+    written so.
     """
     texts: list[str] = []
     owners: list[int] = []
     for index, query in enumerate(queries):
-        for sentence in sentences(query) or [query]:
-            texts.append(sentence)
+        split = sentences(query)
+        for part in split if len(split) == 1 else [query, *split]:
+            texts.append(part)
             owners.append(index)
     return texts, owners
 
@@ -57,7 +60,7 @@ def match(
     """
     owners = np.asarray(owners, np.int64)
     queries = int(owners[-1]) + 1 if len(owners) else 0
-    score, key = np.full(queries, -1.0, np.float32), np.zeros(queries, np.int64)
+    score, key = np.full(queries, -1.0, np.float32), np.full(queries, -1)
     sentence = np.searchsorted(owners, np.arange(queries))
     if len(written) == 0:
         return Match(score, key, sentence)

@@ -135,6 +135,8 @@ class Session:
         Raises:
           EmptyFact, TextTooLong, EncodingNotFinite, MemoryNotFinite. Nothing is written then.
         """
+        if isinstance(rephrasings, str):
+            raise TypeError("rephrasings is a list of texts, not one text")
         prompts = tuple(" ".join(text.split()) for text in (prompt, *rephrasings))
         answer = " ".join(answer.split())
         if not all(prompts) or not answer:
@@ -211,6 +213,8 @@ class Session:
 
     def _recall(self, prompts: Sequence[str]) -> "_Recalled":
         """Scope decision and readout of each prompt, by its sentence that is nearest to a fact."""
+        if isinstance(prompts, str):
+            raise TypeError("prompts is a list of texts; ask() takes one")
         if not all(prompt.strip() for prompt in prompts):
             raise EmptyFact("A question needs a text to continue; one of the prompts is empty.")
         begin = time.perf_counter()
@@ -316,7 +320,9 @@ class Session:
         updated = _write(self.model.memory, self.model.prior, state, key, value, jnp.int32(sign))
         updated = jax.block_until_ready(updated)
         taken = 1e3 * (time.perf_counter() - begin)
-        refused = int(updated.missing) > int(state.missing)
+        # The memory refuses what would leave it indefinite, and then counts nothing in or out.
+        rows = int(np.any(keys.key != 0, axis=1).sum())
+        refused = int(updated.count) != int(state.count) + sign * rows
         finite = all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(updated))
         if refused or not finite:
             raise MemoryNotFinite(

@@ -104,4 +104,11 @@ def test_what_can_not_be_decoded_is_said(tiny):
         tiny.generate(["Fact " * 200], max_tokens=4)
     with pytest.raises(generate.PromptTooLong, match="Shorten"):
         tiny.score(["Fact " * 200], [("new",)])
+    with pytest.raises(ValueError, match="as many rows"):
+        tiny.score(["Fact"], [("new",), ("true",)])
     assert tiny.score([], []).shape == (0, 0)
+    # Up to the last position, whatever the buckets.
+    room = tiny.model.decoder.config.max_length - 1
+    longest = "0" * (room - 4 - 1)
+    assert len(tiny.decoder_tokenizer.ids(longest)) == room - 5
+    assert len(tiny.generate([longest], max_tokens=4)) == 1

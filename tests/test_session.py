@@ -146,6 +146,32 @@ def test_a_memory_that_float32_can_not_solve_is_kept(tiny):
     assert same(state_of(made), before) and [fact.id for fact in made.list()] == [1]
 
 
+def test_a_write_that_float32_can_not_solve_is_refused(tiny, monkeypatch):
+    """It was once listed as written while the memory had left it out."""
+    made = Session(tiny)
+    monkeypatch.setattr(tiny, "memory", dataclasses.replace(tiny.memory, ridge=0.0))
+    before = state_of(made)
+    with pytest.raises(session.MemoryNotFinite, match="could not write"):
+        made.write("Fact 1 is", "new 1")
+    assert same(state_of(made), before) and made.list() == [] and made.history() == []
+
+
+def test_a_fact_of_two_sentences_is_found_by_its_own_words(tiny):
+    made = Session(tiny)
+    fact = made.write("Fact 1 is new. The capital of Japan is", "city")
+    answer = made.ask("Fact 1 is new. The capital of Japan is", max_tokens=2)
+    assert answer.fact == fact.id and answer.score == pytest.approx(1.0, abs=1e-4)
+
+
+def test_one_text_where_a_list_belongs(tiny):
+    made = Session(tiny)
+    with pytest.raises(TypeError, match="list of texts"):
+        made.write("Fact 1 is", "new", "other words")
+    with pytest.raises(TypeError, match="list of texts"):
+        made.ask_all("Fact 1 is")
+    assert made.list() == []
+
+
 @pytest.mark.parametrize("damage", ["cut", "flip", "garbage"])
 def test_a_damaged_file_is_refused(tiny, written, tmp_path, damage):
     path = tmp_path / "session.safetensors"

@@ -72,6 +72,9 @@ class LarimarEditor:
             "fingerprint": self.model.fingerprint,
             "ridge": self.model.config.editing.ridge,
             "scope_threshold": self.model.scope_threshold,
+            "lexicon": None
+            if self.model.config.model.lexicon is None
+            else dataclasses.asdict(self.model.config.model.lexicon),
         }
 
     def written(self, prompt: str, answer: str) -> str:
