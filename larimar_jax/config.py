@@ -251,7 +251,7 @@ def _ranges(config: Config) -> list[str]:
     if config.model.lexicon is not None and slots < config.model.latent:
         # Only then does M₀ read a query back as itself, so that an innovation is what was written.
         problems.append(
-            f"memory.slots: a lexicon needs at least model.latent = {config.model.latent} slots, got {slots}"
+            f"memory.slots: a lexicon needs at least model.latent ({config.model.latent}), got {slots}"
         )
     return problems
 

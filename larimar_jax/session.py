@@ -286,8 +286,8 @@ class Session:
         if session.model.fingerprint != meta["fingerprint"]:
             raise WrongModel(
                 f"{path} was saved under {meta['model']!r}, fingerprint {meta['fingerprint'][:12]}; "
-                f"the model here is {session.model.source!r}, {session.model.fingerprint[:12]}. What one "
-                "model wrote another can not read: load that model, or write the facts again."
+                f"the model here is {session.model.source!r}, {session.model.fingerprint[:12]}. What "
+                "one model wrote another can not read: load that model, or write the facts again."
             )
         session._restore(arrays, meta)
         return session

@@ -88,7 +88,7 @@ def tokenise(
             _resize(encoder.mask, encoder_length, fits),
             *_framed(decoder.ids, inner, decoder_length, fits, decoder_tokenizer),
         )
-        for name, array in zip(names, made):
+        for name, array in zip(names, made, strict=True):
             kept[name].append(array)
     pieces = Pieces(**{name: np.concatenate(parts) for name, parts in kept.items()})
     return pieces, len(texts) - len(pieces)

@@ -58,7 +58,7 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
     needed = math.prod(sizes)
     if needed > len(devices) or (needed < len(devices) and jax.process_count() > 1):
         raise ValueError(
-            f"the mesh {dict(zip(AXES, sizes))} needs {needed} devices and there are "
+            f"the mesh {dict(zip(AXES, sizes, strict=True))} needs {needed} devices and there are "
             f"{len(devices)} ({devices[0].platform}). Change train.mesh, or start with more."
         )
     if needed < len(devices):
@@ -128,7 +128,7 @@ def shardings(
 
 def _fit(mesh: Mesh, name: str, shape: tuple[int, ...], spec: PartitionSpec) -> PartitionSpec:
     kept = []
-    for size, axes in zip(shape, spec):
+    for size, axes in zip(shape, spec, strict=False):  # a spec may be shorter
         ways = math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
         if size % ways:
             log.info("%s: %d does not divide over %s, kept whole there", name, size, axes)
