@@ -70,7 +70,8 @@ class Fact:
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """One line of the history. milliseconds: of the memory operation alone, encoding apart."""
+    """One line of the history. milliseconds: of the memory operation alone, encoding apart; the first
+    of a process and shape includes its compilation."""
 
     kind: str
     fact: Fact
