@@ -201,7 +201,8 @@ def _named(tree: Any) -> dict[str, Any]:
     names = [re.sub(r"[^A-Za-z0-9_]+", ".", path).strip(".") for path in paths]
     assert len(set(names)) == len(names), "two leaves have one name in a checkpoint"
     # An optimiser without state would leave an empty item, which Orbax refuses.
-    return dict(zip(names, (leaf for _, leaf in leaves), strict=True)) or {"empty": np.zeros((), np.int32)}
+    found = dict(zip(names, (leaf for _, leaf in leaves), strict=True))
+    return found or {"empty": np.zeros((), np.int32)}
 
 
 def _unnamed(like: Any, named: Mapping[str, Any]) -> Any:
