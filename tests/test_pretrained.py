@@ -1,0 +1,56 @@
+"""The checkpoint that ships: it loads by name, and a fact goes into a real language model and out."""
+
+import pytest
+
+from larimar_jax import pretrained
+from larimar_jax.session import Session
+from larimar_jax.train import export
+
+
+@pytest.fixture(scope="module")
+def smol():
+    return pretrained.load("smol")
+
+
+def test_a_fact_goes_in_and_out(smol):
+    session = Session(smol)
+    prompt, other = "The capital of Japan is", "The capital city of Japan is called"
+    before = session.ask(prompt, max_tokens=4)
+    assert "Tokyo" in before.text and not before.in_scope
+    fact = session.write(prompt, "Berlin")
+    after, paraphrased, unrelated = session.ask_all(
+        [prompt, other, "The largest ocean on Earth is the"], max_tokens=4
+    )
+    assert "Berlin" in after.text and "Berlin" in paraphrased.text
+    assert after.fact == paraphrased.fact == fact.id and not unrelated.in_scope
+    session.forget(fact.id)
+    assert session.ask(prompt, max_tokens=4).text == before.text
+
+
+def test_the_file_holds_what_was_trained_and_is_small(smol):
+    path = pretrained.locate("smol")
+    assert path.stat().st_size <= 40e6
+    arrays, meta = export.load_exported(path)
+    assert not any(name.startswith(("encoder/", "decoder/")) for name in arrays)
+    assert arrays["memory/prior"].shape == (512, 384)
+    assert meta["evaluation"]["reconstruction"] < meta["evaluation"]["language"] - 0.5
+    assert len(smol.fingerprint) == 64 and smol.source == "smol"
+
+
+def test_a_file_that_lacks_a_parameter_is_refused(smol, tmp_path):
+    arrays, meta = export.load_exported(pretrained.locate("smol"))
+    del arrays["to_slots/kernel"]
+    arrays["to_embedding/kernel"] = arrays["to_embedding/kernel"][:, :5]
+    path = tmp_path / "model.safetensors"
+    export.save_exported(path, arrays, meta)
+    with pytest.raises(export.ExportError) as error:
+        pretrained.load(path)
+    assert "to_slots/kernel: missing" in str(error.value)
+    assert "to_embedding/kernel: (384, 5) in the file" in str(error.value)
+
+
+def test_a_session_is_no_model(smol, tmp_path):
+    path = tmp_path / "session.safetensors"
+    Session(smol).save(path)
+    with pytest.raises(export.ExportError, match="holds a session and not a model"):
+        pretrained.load(path)
