@@ -39,6 +39,7 @@ setup(
     extras_require={
         "test": ["beartype>=0.23", "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6"],
         "hub": ["datasets>=4"],  # Benchmarks by their Hugging Face id instead of by file.
+        "compare": ["torch>=2.7", "transformers>=5"],  # `larimar bench generation` alone.
         "lint": ["ruff>=0.8"],
     },
     entry_points={"console_scripts": ["larimar = larimar_jax.cli:main"]},

@@ -1,7 +1,8 @@
-"""Cached decoding and scoring under a condition: static shapes, one compilation per bucket."""
+"""Decoding under a condition: one compiled loop over a KV cache, whole or piece by piece (§2)."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,73 +10,20 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from larimar_jax.layers import Cache
 from larimar_jax.model import Condition, Larimar
+from larimar_jax.sampling import Draw, Sampling, pick
 from larimar_jax.weights.tokenizers import Tokenizer, bucket
 
+# What a call is padded to. Lengths and rows grow in steps of a quarter to a half, so that few
+# shapes are compiled; a piece of the loop is cut into whole tokens by a number that is not static.
 LENGTH_BUCKET = 8
-TARGET_BUCKET = 4
+CACHE_BUCKET = 32
+PIECE_BUCKET = 16
 
 
 class PromptTooLong(ValueError):
     """A prompt and its continuation do not fit into the decoder's positions."""
-
-
-def score(
-    model: Larimar,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    candidates: Sequence[Sequence[str]],
-    condition: Condition | None = None,
-    *,
-    batch: int = 32,
-) -> np.ndarray:
-    """ℓ(p, t): mean −ln p(target token | prompt, target so far, condition), in nats (metrics.md).
-
-    Prompt and target are separated by one space. Prompt i is decoded under row i of `condition`; None
-    is the untouched base LM. Candidates of one prompt that differ in their last token only share one
-    row. Rows are sorted by length, so that few are padded, and go through one compiled function per
-    length bucket.
-
-    Args:
-      candidates: c targets for each of the n prompts.
-
-    Returns:
-      float32 [n, c].
-
-    Raises:
-      ValueError: for an empty target. PromptTooLong: where a row exceeds the decoder's positions.
-    """
-    width = len(candidates[0]) if len(candidates) else 0
-    if len(candidates) != len(prompts) or any(len(targets) != width for targets in candidates):
-        raise ValueError(
-            f"{len(prompts)} prompts need as many rows of candidates, all of one length; got "
-            f"{[len(targets) for targets in candidates]}."
-        )
-    rows: dict[tuple[int, tuple[int, ...]], list[tuple[int, list[int]]]] = {}
-    opening = {prompt: _prompt_ids(tokenizer, prompt) for prompt in prompts}
-    for index, targets in enumerate(candidates):
-        for column, target in enumerate(targets):
-            if not target.strip():
-                raise ValueError(
-                    f"Target {column} of prompt {prompts[index]!r} is empty: there is nothing to score."
-                )
-            answer = tokenizer.ids(" " + target.strip())
-            rows.setdefault((index, tuple(answer[:-1])), []).append((column, answer))
-    scores = np.full((len(prompts), width), np.nan, np.float32)
-    order = sorted(rows, key=lambda row: len(opening[prompts[row[0]]]) + len(row[1]))
-    graph, state = nnx.split(model)
-    for first in range(0, len(order), batch):
-        chosen = order[first : first + batch]
-        # The last batch repeats its first row rather than compile for a size of its own.
-        padded = chosen + [chosen[0]] * (batch - len(chosen))
-        packed = _pack(model, [(opening[prompts[i]], rows[i, done]) for i, done in padded], width)
-        index = jnp.asarray([i for i, _ in padded], jnp.int32)
-        part = None if condition is None else condition.rows(index)
-        values = np.asarray(_score_rows(graph, state, *packed, part))
-        for row, found in zip(chosen, values, strict=False):
-            for place, (column, _) in enumerate(rows[row]):
-                scores[row[0], column] = found[place]
-    return scores
 
 
 def generate(
@@ -86,155 +34,336 @@ def generate(
     *,
     max_tokens: int = 16,
     temperature: float = 0.0,
-    stop: str = "\n",
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop: str | Sequence[str] = "\n",
     rng: jax.Array | None = None,
 ) -> list[str]:
-    """Continues each prompt by up to `max_tokens` tokens, all rows in one compiled loop with a cache.
+    """Continues each prompt by up to `max_tokens` tokens, all rows in one compiled loop.
+
+    The loop ends where every row has: at the end-of-text token, or at a token with a stop text in
+    it. Rows are padded on the right and do not see each other or their padding.
 
     Args:
       condition: row i belongs to prompt i; None is the untouched base LM.
-      temperature: 0 is greedy; above 0 samples, and then needs `rng`.
-      stop: a text that ends a continuation; it is cut off, as is the end-of-text token.
+      temperature: 0 takes the likeliest token; above 0 draws, and then needs `rng`.
+      top_k: draws among so many of the likeliest only; 0 is all.
+      top_p: draws among the fewest of the likeliest that have this much probability together.
+      stop: texts that end a continuation; what follows is cut off with them.
 
     Raises:
       PromptTooLong: where a prompt plus `max_tokens` exceeds the decoder's positions.
+      ValueError: drawing without a key, or a setting out of its range.
     """
-    if temperature > 0.0 and rng is None:
-        raise ValueError("Sampling (temperature > 0) needs rng; pass jax.random.key(seed).")
-    ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
-    needed, limit = max(len(row) for row in ids), model.decoder.config.max_length - 1
-    length = min(bucket(needed, LENGTH_BUCKET), limit - max_tokens)
-    if needed > length:
-        longest = max(range(len(ids)), key=lambda row: len(ids[row]))
-        raise PromptTooLong(
-            f"Prompt {longest} has {len(ids[longest])} tokens; with {max_tokens} more it exceeds the "
-            f"decoder's {limit} positions. Shorten it or ask for fewer tokens."
+    draw = Sampling(temperature, top_k, top_p, rng)
+    reader = _Reader(tokenizer, stop)
+    run = _start(model, reader, prompts, condition, max_tokens, draw)
+    run.advance(max_tokens - 1)
+    return [reader.text(tokens)[0] for tokens in run.tokens]
+
+
+def stream(
+    model: Larimar,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    condition: Condition | None = None,
+    *,
+    max_tokens: int = 16,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop: str | Sequence[str] = "\n",
+    rng: jax.Array | None = None,
+    every: int = 1,
+) -> Iterator[list[str]]:
+    """As `generate`, yielding what each row has gained after every `every` tokens.
+
+    Joined, the pieces of a row are what `generate` returns. A character of several tokens comes
+    with its last, and a text that may turn out to be a stop is held back until it is known.
+
+    Args:
+      every: tokens between two returns to the host; more is faster.
+
+    Raises:
+      As `generate`; and ValueError where `every` is not above 0.
+    """
+    if every < 1:
+        raise ValueError(f"every is the number of tokens per piece, at least 1; got {every}")
+    draw = Sampling(temperature, top_k, top_p, rng)
+    reader = _Reader(tokenizer, stop)
+    run = _start(model, reader, prompts, condition, max_tokens, draw)
+    given = [0] * len(prompts)
+    for so_far in range(1, max_tokens + every, every):  # the first token comes with the prompt
+        last = so_far >= max_tokens or run.finished()
+        pieces = []
+        for row in range(len(prompts)):
+            text, sure = reader.text(run.tokens[row])
+            end = len(text) if last else max(sure, given[row])
+            pieces.append(text[given[row] : end])
+            given[row] = end
+        if last or any(pieces):
+            yield pieces
+        if last:
+            return
+        run.advance(min(every, max_tokens - so_far))
+
+
+class _Loop(NamedTuple):
+    """What the compiled loop carries: the newest tokens, which the cache does not hold yet."""
+
+    step: Int[Array, ""]  # tokens so far
+    token: Int[Array, "B"]
+    cache: Cache
+    done: Bool[Array, "B"]
+
+
+class _Run:
+    """Prompts on their way: the loop's state, and the tokens so far."""
+
+    def __init__(
+        self,
+        model: Larimar,
+        prompts: Sequence[Sequence[int]],
+        condition: Condition | None,
+        max_tokens: int,
+        sampling: Sampling,
+        ends: Bool[np.ndarray, "V"],
+        eos: int,
+    ):
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens is at least 1; got {max_tokens}")
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        if not prompts:
+            return
+        ids, lengths, room = _pack(model, prompts, max_tokens)
+        self._graph, self._state = nnx.split(model)
+        self._condition = None if condition is None else pad_rows(condition, len(ids))
+        self._lengths = jnp.asarray(lengths)
+        self._draw, self._how = sampling.traced(), sampling.static()
+        self._ends, self._eos = jnp.asarray(ends), jnp.int32(eos)
+        idle = jnp.asarray(np.arange(len(ids)) >= len(prompts))
+        inputs = (jnp.asarray(ids), self._lengths, idle, self._condition, self._draw, self._ends)
+        self._loop = _prefill(self._graph, self._state, *inputs, room=room, **self._how)
+        self._take(np.asarray(self._loop.token)[:, None])
+
+    def advance(self, steps: int) -> None:
+        """Up to `steps` more tokens for every row that is not done."""
+        if not self.tokens or steps < 1:
+            return
+        self._loop, produced, count = _decode(
+            self._graph,
+            self._state,
+            self._loop,
+            self._lengths,
+            self._condition,
+            self._draw,
+            self._ends,
+            self._eos,
+            jnp.int32(steps),
+            capacity=bucket(steps, PIECE_BUCKET),
+            **self._how,
         )
-    tokens = np.full((len(ids), length), tokenizer.pad, np.int32)
-    for row, values in enumerate(ids):
-        tokens[row, : len(values)] = values
-    lengths = jnp.asarray([len(row) for row in ids], jnp.int32)
-    graph, state = nnx.split(model)
-    key = jax.random.key(0) if rng is None else rng
-    produced = _continue(
-        graph,
-        state,
-        jnp.asarray(tokens),
-        lengths,
-        condition,
-        jnp.float32(temperature),
-        key,
-        max_tokens=max_tokens,
-        eos=tokenizer.eos,
-    )
-    texts = []
-    for row in np.asarray(produced):
-        kept = row.tolist()
-        kept = kept[: kept.index(tokenizer.eos)] if tokenizer.eos in kept else kept
-        text = tokenizer.decode(kept)
-        texts.append(text.split(stop, 1)[0] if stop else text)
-    return texts
+        self._take(np.asarray(produced)[:, : int(count)])
+
+    def finished(self) -> bool:
+        """Whether every row has ended."""
+        return not self.tokens or bool(np.asarray(self._loop.done).all())
+
+    def _take(self, new: Int[np.ndarray, "B N"]) -> None:
+        for row, tokens in zip(self.tokens, new, strict=False):  # rows of padding come last
+            row.extend(tokens.tolist())
 
 
-def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+class _Reader:
+    """Tokens as text, up to a stop."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str]):
+        self.tokenizer = tokenizer
+        self._stops = tuple(text for text in ((stop,) if isinstance(stop, str) else stop) if text)
+
+    def ends(self, vocab_size: int) -> Bool[np.ndarray, "V"]:
+        """Tokens after which a row has nothing more to say."""
+        ends = np.zeros(vocab_size, bool)
+        ends[list(_ending_ids(self.tokenizer, self._stops))] = True
+        return ends
+
+    def text(self, tokens: Sequence[int]) -> tuple[str, int]:
+        """A continuation so far, and how much of it later tokens can't change."""
+        ended = self.tokenizer.eos in tokens
+        kept = tokens[: tokens.index(self.tokenizer.eos)] if ended else tokens
+        text = self.tokenizer.decode(kept)
+        cut = min((at for stop in self._stops if (at := text.find(stop)) >= 0), default=None)
+        if cut is not None:
+            return text[:cut], cut
+        # An unfinished character decodes to U+FFFD.
+        sure = len(text.rstrip("\ufffd"))
+        held = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        return text, len(text) if ended else min(sure, len(text) - max(held, default=0))
+
+
+def _start(model, reader: _Reader, prompts, condition, max_tokens, sampling) -> _Run:
+    if isinstance(prompts, str):
+        raise TypeError("prompts is a list of texts, not one text")
+    tokenizer = reader.tokenizer
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    ends = reader.ends(model.decoder.config.vocab_size)
+    return _Run(model, ids, condition, max_tokens, sampling, ends, tokenizer.eos)
+
+
+def continue_ids(
+    model: Larimar,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    condition: Condition | None = None,
+) -> Int[np.ndarray, "n N"]:
+    """The max_tokens likeliest tokens after each prompt, whatever they are: no text, no stop.
+
+    Raises:
+      PromptTooLong: as `generate`. ValueError: a prompt without tokens.
+    """
+    if not all(len(prompt) for prompt in prompts):
+        raise ValueError("a prompt has no tokens; give it at least its beginning-of-text token")
+    ends = np.zeros(model.decoder.config.vocab_size, bool)
+    run = _Run(model, prompts, condition, max_tokens, Sampling(0.0, 0, 1.0, None), ends, 0)
+    run.advance(max_tokens - 1)
+    return np.asarray(run.tokens, np.int32).reshape(len(prompts), max_tokens)
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """A prompt as the decoder sees it: the beginning-of-text token, and no blank at its end."""
     return [tokenizer.bos, *tokenizer.ids(prompt.rstrip())]
 
 
-def _pack(model: Larimar, rows, width: int) -> tuple[Array, Array, Array, Array]:
-    """Rows of (prompt ids, its answers, which differ in their last token) → arrays of one shape.
-
-    Returns tokens [B,T], the positions that predict the answer [B,A], answers [B,c,A], mask [B,A].
-    """
-    needed = max(len(prompt) + len(answers[0][1]) - 1 for prompt, answers in rows)
-    limit = model.decoder.config.max_length - 1
-    length = min(bucket(needed, LENGTH_BUCKET), limit)
-    if needed > length:
-        raise PromptTooLong(
-            f"A prompt and its target have {needed} tokens and the decoder has {limit} positions. "
-            "Shorten the prompt."
+def pad_rows(condition: Condition, rows: int) -> Condition:
+    """The condition with rows of zeros, not active, behind its own."""
+    missing = rows - condition.innovation.shape[0]
+    if missing < 0:
+        raise ValueError(
+            f"the condition has {condition.innovation.shape[0]} rows for {rows}; row i of it"
+            " belongs to prompt i"
         )
-    longest = bucket(max(len(answers[0][1]) for _, answers in rows), TARGET_BUCKET)
-    tokens = np.zeros((len(rows), length), np.int32)
-    positions, mask = np.zeros((len(rows), longest), np.int32), np.zeros((len(rows), longest), bool)
-    labels = np.zeros((len(rows), width, longest), np.int32)
-    for row, (prompt, answers) in enumerate(rows):
-        size = len(answers[0][1])
-        given = prompt + answers[0][1][:-1]
-        tokens[row, : len(given)] = given
-        positions[row, :size] = np.arange(size) + len(prompt) - 1
-        mask[row, :size] = True
-        for place, (_, answer) in enumerate(answers):
-            labels[row, place, :size] = answer
-    return jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(labels), jnp.asarray(mask)
+    if not missing:
+        return condition
+
+    # In NumPy: a device would compile for every number of rows.
+    def pad(leaf):
+        axis = 1 if leaf.ndim == 5 else 0  # slots lead with their layer
+        widths = [(0, missing * (i == axis)) for i in range(leaf.ndim)]
+        return jnp.asarray(np.pad(np.asarray(leaf), widths))
+
+    return jax.tree.map(pad, condition)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _score_rows(
+def steps_bucket(size: int, unit: int) -> int:
+    """The least of unit × (1, 2, 3, 4, 6, 8, 12, 16, …) that holds `size`."""
+    whole = max(1, -(-size // unit))
+    power = 1 << (whole - 1).bit_length()
+    return unit * (power * 3 // 4 if power >= 4 and whole <= power * 3 // 4 else power)
+
+
+def _pack(model: Larimar, ids: Sequence[Sequence[int]], max_tokens: int):
+    """Prompts [B, T] and lengths [B], both padded to buckets, and the length of the cache."""
+    needed, limit = max(map(len, ids)), model.decoder.config.max_length - 1
+    if needed + max_tokens > limit:
+        longest = max(range(len(ids)), key=lambda row: len(ids[row]))
+        raise PromptTooLong(
+            f"Prompt {longest} has {needed} tokens; with {max_tokens} more it exceeds the "
+            f"decoder's {limit} positions. Shorten it or ask for fewer tokens."
+        )
+    length = min(steps_bucket(needed, LENGTH_BUCKET), limit)
+    room = min(steps_bucket(length + max_tokens, CACHE_BUCKET), limit)
+    rows = steps_bucket(len(ids), 1)
+    tokens = np.zeros((rows, length), np.int32)
+    for row, values in enumerate(ids):
+        tokens[row, : len(values)] = values
+    lengths = np.asarray([len(row) for row in ids] + [1] * (rows - len(ids)), np.int32)
+    return tokens, lengths, room
+
+
+@functools.lru_cache(maxsize=16)
+def _ending_ids(tokenizer: Tokenizer, stops: tuple[str, ...]) -> tuple[int, ...]:
+    """Tokens after which a row has nothing more to say."""
+    ids = range(tokenizer.vocab_size) if stops else ()
+    texts = tokenizer.backend.decode_batch([[i] for i in ids], skip_special_tokens=True)
+    found = [i for i, text in enumerate(texts) if any(stop in text for stop in stops)]
+    return (*found, tokenizer.eos)
+
+
+@functools.partial(
+    jax.jit, static_argnums=0, static_argnames=("room", "sampled", "truncated")
+)
+def _prefill(
     graph: nnx.GraphDef,
     state: nnx.State,
     tokens: Int[Array, "B T"],
-    positions: Int[Array, "B A"],
-    labels: Int[Array, "B c A"],
-    mask: Bool[Array, "B A"],
+    lengths: Int[Array, "B"],
+    idle: Bool[Array, "B"],
     condition: Condition | None,
-) -> Float[Array, "B c"]:
-    model = nnx.merge(graph, state)
-    hidden, _ = model.hidden(tokens, condition)
-    # The head is the largest GEMM of a small model: only the answer's positions go through it.
-    picked = jnp.take_along_axis(hidden, positions[..., None], axis=1)
-    logits = model.decoder.logits(picked)
-    bonus = model.bonus(condition)
-    if bonus is not None:
-        fading = model.lexicon.decay ** jnp.arange(positions.shape[1], dtype=jnp.float32)
-        logits = logits + bonus[:, None, :] * fading[:, None]
-    chosen = jnp.take_along_axis(logits, labels.swapaxes(1, 2), axis=-1).swapaxes(1, 2)
-    entropy = jnp.where(mask[:, None], jax.nn.logsumexp(logits, axis=-1)[:, None] - chosen, 0.0)
-    return entropy.sum(axis=-1) / mask.sum(axis=-1, keepdims=True).astype(jnp.float32)
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("max_tokens", "eos"))
-def _continue(
-    graph: nnx.GraphDef,
-    state: nnx.State,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
-    condition: Condition | None,
-    temperature: Float[Array, ""],
-    rng: jax.Array,
+    draw: Draw,
+    ends: Bool[Array, "V"],
     *,
-    max_tokens: int,
-    eos: int,
-) -> Int[Array, "B N"]:
+    room: int,
+    **how: bool,
+) -> _Loop:
+    """The prompts into a cache, and the first token of each."""
     model = nnx.merge(graph, state)
-    rows = tokens.shape[0]
-    cache = model.decoder.empty_cache(rows, tokens.shape[1] + max_tokens)
+    cache = model.decoder.empty_cache(tokens.shape[0], room)
     hidden, cache = model.hidden(tokens, condition, cache)
-    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-    bonus = model.bonus(condition)
+    hidden = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+    step = jnp.int32(0)
+    token = pick(_logits(model, hidden, model.bonus(condition), step), step, draw, **how)
+    return _Loop(step + 1, token, cache, idle | ends[token])
 
-    def pick(hidden_row, step, key):
-        logits = model.decoder.logits(hidden_row)
-        if bonus is not None:
-            logits = logits + bonus * model.lexicon.decay ** step.astype(jnp.float32)
-        sampled = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
-        return jnp.where(temperature > 0.0, sampled, logits.argmax(axis=-1)).astype(jnp.int32)
+
+@functools.partial(
+    jax.jit,
+    static_argnums=0,
+    static_argnames=("capacity", "sampled", "truncated"),
+    donate_argnames="loop",
+)
+def _decode(
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    loop: _Loop,
+    lengths: Int[Array, "B"],
+    condition: Condition | None,
+    draw: Draw,
+    ends: Bool[Array, "V"],
+    eos: Int[Array, ""],
+    steps: Int[Array, ""],
+    *,
+    capacity: int,
+    **how: bool,
+) -> tuple[_Loop, Int[Array, "B N"], Int[Array, ""]]:
+    """Up to steps ≤ capacity tokens more, and how many; a row that is done goes on with eos."""
+    model = nnx.merge(graph, state)
+    bonus, first = model.bonus(condition), loop.step
 
     def unfinished(carry):
-        step, *_, done = carry
-        return (step < max_tokens) & ~done.all()
+        loop, _ = carry
+        return (loop.step - first < steps) & ~loop.done.all()
 
     def advance(carry):
-        step, last, cache, produced, done = carry
-        token = jnp.where(done, eos, pick(last, step, jax.random.fold_in(rng, step)))
-        produced = produced.at[:, step].set(token)
-        hidden, cache = model.hidden(token[:, None], condition, cache, lengths + step)
-        return step + 1, hidden[:, 0], cache, produced, done | (token == eos)
+        loop, produced = carry
+        place = lengths + loop.step - 1
+        hidden, cache = model.hidden(loop.token[:, None], condition, loop.cache, place)
+        token = pick(_logits(model, hidden[:, 0], bonus, loop.step), loop.step, draw, **how)
+        token = jnp.where(loop.done, eos, token)
+        produced = produced.at[:, loop.step - first].set(token)
+        return _Loop(loop.step + 1, token, cache, loop.done | ends[token]), produced
 
-    start = (
-        jnp.int32(0),
-        last,
-        cache,
-        jnp.full((rows, max_tokens), eos, jnp.int32),
-        jnp.zeros(rows, bool),
-    )
-    return jax.lax.while_loop(unfinished, advance, start)[3]
+    produced = jnp.zeros((lengths.shape[0], capacity), jnp.int32)
+    loop, produced = jax.lax.while_loop(unfinished, advance, (loop, produced))
+    return loop, produced, loop.step - first
+
+
+def _logits(
+    model: Larimar,
+    hidden: Float[Array, "B D"],
+    bonus: Float[Array, "B V"] | None,
+    step: Int[Array, ""],
+) -> Float[Array, "B V"]:
+    logits = model.decoder.logits(hidden)
+    if bonus is None:
+        return logits
+    return logits + bonus * model.lexicon.decay ** step.astype(jnp.float32)

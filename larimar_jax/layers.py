@@ -1,31 +1,32 @@
-"""What every tower is made of: attention with past slots and a cache, rotary positions, the stack.
+"""What every tower is made of: attention over slots, cache and tokens; norms; the stack of layers.
 
 Parameters are float32; a tower's `dtype` is what it computes in. Softmax, norms and rotations stay
 in float32 whatever that is.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-Slots = tuple[Float[Array, "B P G d"], Float[Array, "B P G d"]]
-Past = tuple[Float[Array, "B M G d"], Float[Array, "B M G d"]]
-Turn = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
+from larimar_jax import rotary
+
+# Keys and values [B, G, S, d], and which queries see them [B, 1 or T, S]. S differs between parts.
+Part = tuple[Float[Array, "_ G _ d"], Float[Array, "_ G _ d"], Bool[Array, "_ _ _"]]
 
 # Finite, so that a row with nothing to attend to gives a mean and not NaN.
 MASKED = -1e30
 
 
-# Both dataclasses are registered by hand: JAX rebuilds pytrees around placeholders, on which a
+# The dataclasses here are registered by hand: JAX rebuilds pytrees around placeholders, on which a
 # checked constructor would fail.
-def _pytree(cls):
+def pytree(cls):
+    """Registers a frozen dataclass, all fields data, to be rebuilt without its constructor."""
     names = [field.name for field in dataclasses.fields(cls)]
 
     def flatten_with_keys(tree):
@@ -43,7 +44,7 @@ def _pytree(cls):
     return cls
 
 
-@_pytree
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Prefix:
     """How one latent per row enters a decoder (§2): a vector on every token, and past slots.
@@ -60,7 +61,7 @@ class Prefix:
     active: Bool[Array, "B"]
 
 
-@_pytree
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Cache:
     """Keys and values of every layer by token index; M, the room for tokens, is static.
@@ -68,128 +69,97 @@ class Cache:
     Slots of a `Prefix` are not in it: they are passed again with every call.
     """
 
-    key: Float[Array, "L B M H d"]
-    value: Float[Array, "L B M H d"]
+    key: Float[Array, "L B G M d"]
+    value: Float[Array, "L B G M d"]
 
 
-@_pytree
+@pytree
 @dataclasses.dataclass(frozen=True)
-class Span:
-    """Where the tokens of one decoder call stand: what every layer needs and none changes."""
+class Context:
+    """What one layer's attention is given beside its input.
 
-    index: Int[Array, "B T"]  # place in the row, and in the cache
-    position: Int[Array, "B T"]  # what positional encodings see
-    mask: Bool[Array, "B T S"]  # S = past slots, then cache or tokens
-    active: Bool[Array, "B"] | None  # None: no prefix
-
-
-def locate(
-    tokens: Int[Array, "B T"],
-    prefix: Prefix | None,
-    cache: Cache | None,
-    start: Int[Array, "B"] | None,
-) -> Span:
-    """Indices, positions (§2: from 1 where a slot is active) and the attention mask.
-
-    Causality is by index, so padding on the right is never seen, nor is what an earlier and longer
-    text left in the cache.
-
-    Raises:
-      ValueError: more tokens than the cache has room for. A dynamic `start` that runs past the
-        cache cannot be seen here; callers size the cache.
+    mask: which tokens of this call see which. turn: their rotary positions, if they have any.
+    before: what lies before them, each with its own mask: memory slots, the cache.
     """
-    batch, length = tokens.shape
-    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    if cache is None:
-        seen = index[:, :, None] >= index[:, None, :]
-    if start is not None:
-        index = index + start.astype(jnp.int32)[:, None]
-    if cache is not None:
-        room = cache.key.shape[2]
-        if length > room:
-            raise ValueError(
-                f"{length} tokens do not fit a cache made for {room}; make it with"
-                f" empty_cache(batch, length) for prompt and continuation together"
-            )
-        seen = index[:, :, None] >= jnp.arange(room, dtype=jnp.int32)
-    if prefix is None:
-        return Span(index, index, seen, None)
-    slots = jnp.broadcast_to(
-        prefix.active[:, None, None], (batch, length, prefix.key.shape[2])
-    )
-    return Span(
-        index=index,
-        position=index + prefix.active.astype(jnp.int32)[:, None],
-        mask=jnp.concatenate([slots, seen], axis=2),
-        active=prefix.active,
-    )
+
+    mask: Bool[Array, "B #T T"]
+    turn: rotary.Turn | None = None
+    before: tuple[Part, ...] = ()
 
 
-def embed(
-    table: Float[Array, "V D"],
-    tokens: Int[Array, "B T"],
-    prefix: Prefix | None,
-    dtype: DTypeLike,
-) -> Float[Array, "B T D"]:
-    """Token embeddings, plus the latent's vector on every token of an active row (§2)."""
-    x = table[tokens].astype(dtype)
-    if prefix is None:
-        return x
-    # Selected, not multiplied: an inactive row stays untouched even by a latent that is not finite.
-    vector = jnp.where(prefix.active[:, None], prefix.embedding, jnp.zeros_like(prefix.embedding))
-    return x + vector.astype(dtype)[:, None, :]
+def attend(query: Float[Array, "B T H d"], parts: Sequence[Part]) -> Float[Array, "B T O"]:
+    """Softmax attention over all parts together; each of G key heads serves H / G query heads.
 
-
-def rotation(
-    position: Int[Array, "B T"], size: int, theta: float
-) -> Turn:
-    """Cosines and sines of rotary positions for heads of `size`, float32."""
-    frequency = 1.0 / theta ** (np.arange(0, size, 2, dtype=np.float32) / size)
-    angle = position.astype(jnp.float32)[:, :, None] * jnp.asarray(frequency, jnp.float32)
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(
-    x: Float[Array, "B T H d"],
-    turn: Turn,
-) -> Float[Array, "B T H d"]:
-    """Rotates the pairs (i, i + d/2) of every head, the layout of Hugging Face's Llama."""
-    cos, sin = (angle[:, :, None, :] for angle in turn)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
-
-
-def attend(
-    query: Float[Array, "B T H d"],
-    key: Float[Array, "B S G d"],
-    value: Float[Array, "B S G d"],
-    mask: Bool[Array, "B #T S"],
-) -> Float[Array, "B T H*d"]:
-    """Attention, softmax in float32; each of the G key/value heads serves H / G query heads."""
+    O is H·d, all heads side by side. Parts are not joined: a decoding step would copy the whole
+    cache to add one token to it.
+    """
+    if flash_applies(query):
+        return _flash(query, parts)
     batch, length, heads, size = query.shape
-    groups = key.shape[2]
-    grouped = query.reshape(batch, length, groups, heads // groups, size)
-    scores = jnp.einsum("btgnd,bsgd->bgnts", grouped, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None, :, :], scores * size**-0.5, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    mixed = jnp.einsum("bgnts,bsgd->btgnd", weights, value)
-    return mixed.reshape(batch, length, heads * size)
+    groups = parts[0][0].shape[1]
+    rows = (batch, groups, heads // groups, length)
+    # Batch axes first, as matrix products want them: otherwise every call would transpose keys.
+    grouped = query.reshape(batch, length, groups, -1, size).transpose(0, 2, 3, 1, 4)
+    grouped = grouped.reshape(batch, groups, -1, size)
+
+    def scores(part: Part) -> Float[Array, "B G n T S"]:
+        key, _, mask = part
+        found = jnp.einsum("bgrd,bgsd->bgrs", grouped, key, preferred_element_type=jnp.float32)
+        found = found.reshape(*rows, key.shape[2]) * size**-0.5
+        return jnp.where(mask[:, None, None, :, :], found, MASKED)
+
+    found = [scores(part) for part in parts]
+    weights = jax.nn.softmax(jnp.concatenate(found, axis=-1) if found[1:] else found[0], axis=-1)
+    weights = weights.astype(query.dtype).reshape(batch, groups, -1, weights.shape[-1])
+    ends = [0]
+    for key, _, _ in parts:
+        ends.append(ends[-1] + key.shape[2])
+    mixed = sum(
+        jnp.einsum("bgrs,bgsd->bgrd", weights[..., ends[i] : ends[i + 1]], value)
+        for i, (_, value, _) in enumerate(parts)
+    )
+    return mixed.reshape(*rows, size).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads * size)
 
 
-def _insert(
-    past: Float[Array, "B M G d"], new: Float[Array, "B T G d"], start: Int[Array, "B"]
-) -> Float[Array, "B M G d"]:
-    def row(past, new, start):
-        return jax.lax.dynamic_update_slice_in_dim(past, new, start, axis=0)
+def flash_applies(query: Float[Array, "B T H d"]) -> bool:
+    """Whether cuDNN's fused attention takes this call: half precision on an NVIDIA GPU.
 
-    return jax.vmap(row)(past, new.astype(past.dtype), start)
+    A decoding step (T = 1) has one row of scores, which need no fusing.
+    """
+    return (
+        jax.default_backend() == "gpu"
+        and query.dtype in (jnp.bfloat16, jnp.float16)
+        and query.shape[1] > 1
+        and query.shape[3] % 8 == 0
+        and query.shape[3] <= 128
+    )
+
+
+def _flash(query: Float[Array, "B T H d"], parts: Sequence[Part]) -> Float[Array, "B T O"]:
+    batch, length, heads, size = query.shape
+    key, value = (jnp.concatenate([part[i] for part in parts], axis=2) for i in (0, 1))
+    seen = [jnp.broadcast_to(mask, (batch, length, mask.shape[2])) for *_, mask in parts]
+    mask = jnp.concatenate(seen, axis=2)
+    # The fused gradient wants even lengths. A key added is seen by nobody, a query is cut off.
+    odd_t, odd_s = length % 2, key.shape[2] % 2
+    query = jnp.pad(query, ((0, 0), (0, odd_t), (0, 0), (0, 0)))
+    key, value = (jnp.pad(a, ((0, 0), (0, 0), (0, odd_s), (0, 0))) for a in (key, value))
+    mask = jnp.pad(mask, ((0, 0), (0, odd_t), (0, odd_s)))
+    mixed = jax.nn.dot_product_attention(
+        query,
+        key.swapaxes(1, 2),
+        value.swapaxes(1, 2),
+        mask=mask[:, None],
+        implementation="cudnn",
+    )
+    return mixed[:, :length].reshape(batch, length, heads * size)
 
 
 class Attention(nnx.Module):
-    """Multi-head attention over the tokens, the cache, and the past slots of a prefix.
+    """Multi-head attention over the tokens and what lies before them.
 
-    kernels: query (D, H·d), key and value (D, G·d), output (H·d, D), with or without biases.
+    kernels: query (D, H·d), key and value (D, G·d), output (H·d, D). bias: of query, key and value.
+    output_bias: of the output; None is as `bias`.
     """
 
     def __init__(
@@ -200,43 +170,34 @@ class Attention(nnx.Module):
         head_size: int,
         *,
         bias: bool,
+        output_bias: bool | None = None,
+        interleaved: bool = False,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.heads, self.kv_heads, self.head_size = heads, kv_heads, head_size
+        self.head_size, self.interleaved = head_size, interleaved
         outer, inner = heads * head_size, kv_heads * head_size
+        last = bias if output_bias is None else output_bias
         self.query = linear(width, outer, bias=bias, dtype=dtype, rngs=rngs)
         self.key = linear(width, inner, bias=bias, dtype=dtype, rngs=rngs)
         self.value = linear(width, inner, bias=bias, dtype=dtype, rngs=rngs)
-        self.output = linear(outer, width, bias=bias, dtype=dtype, rngs=rngs)
+        self.output = linear(outer, width, bias=last, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        mask: Bool[Array, "B #T S"],
-        *,
-        turn: Turn | None = None,
-        slots: Slots | None = None,
-        past: Past | None = None,
-        start: Int[Array, "B"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Past | None]:
-        """Attends over slots, then cache (or the tokens themselves); also the cache with them in.
-
-        `past` is one layer's cache and needs `start`, the index of each row's first token. The
-        second result is the new (key, value) of the cache, or None without one.
-        """
+        self, x: Float[Array, "B T D"], context: Context
+    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B G T d"], Float[Array, "B G T d"]]]:
+        """What the tokens gather, and their own keys (rotated) and values, as a cache keeps them."""
         shape = (*x.shape[:2], -1, self.head_size)
         query = self.query(x).reshape(shape)
         key = self.key(x).reshape(shape)
         value = self.value(x).reshape(shape)
-        if turn is not None:
-            query, key = rotate(query, turn), rotate(key, turn)
-        if past is not None:
-            past = key, value = _insert(past[0], key, start), _insert(past[1], value, start)
-        if slots is not None:
-            key = jnp.concatenate([slots[0].astype(key.dtype), key], axis=1)
-            value = jnp.concatenate([slots[1].astype(value.dtype), value], axis=1)
-        return self.output(attend(query, key, value, mask)), past
+        if context.turn is not None:
+            query, key = (
+                rotary.rotate(a, context.turn, interleaved=self.interleaved) for a in (query, key)
+            )
+        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+        before = [(k.astype(key.dtype), v.astype(key.dtype), m) for k, v, m in context.before]
+        return self.output(attend(query, [*before, (key, value, context.mask)])), (key, value)
 
 
 class RMSNorm(nnx.Module):
@@ -249,7 +210,8 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         y = x.astype(jnp.float32)
         power = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
-        return (y * jax.lax.rsqrt(power + self.eps) * self.scale[...]).astype(x.dtype)
+        y = y * jax.lax.rsqrt(power + self.eps)
+        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -264,8 +226,9 @@ class LayerNorm(nnx.Module):
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(variance + self.eps) * self.scale[...] + self.bias[...]
-        return y.astype(x.dtype)
+        y = y * jax.lax.rsqrt(variance + self.eps)
+        scale, bias = (a[...].astype(jnp.float32) for a in (self.scale, self.bias))
+        return (y * scale + bias).astype(x.dtype)
 
 
 def linear(
@@ -315,37 +278,3 @@ def scan_layers(
     if remat:
         step = jax.checkpoint(step, prevent_cse=False)  # the scan already keeps them apart
     return jax.lax.scan(step, x, (state, inputs))
-
-
-def run_decoder(
-    layers: nnx.Module,
-    x: Float[Array, "B T D"],
-    span: Span,
-    prefix: Prefix | None,
-    cache: Cache | None,
-    *,
-    turn: Turn | None,
-    remat: bool,
-) -> tuple[Float[Array, "B T D"], Cache | None]:
-    """Scans decoder blocks `block(x, mask, turn=, slots=, past=, start=)` with slots and cache."""
-    slots = None
-    if prefix is not None:
-        active = prefix.active[None, :, None, None, None]
-        # A masked slot gets weight 0, but 0 times what is not finite would still spread.
-        slots = tuple(jnp.where(active, a, jnp.zeros_like(a)) for a in (prefix.key, prefix.value))
-    past = None if cache is None else (cache.key, cache.value)
-
-    def call(block, x, layer):
-        slots, past = layer
-        return block(x, span.mask, turn=turn, slots=slots, past=past, start=span.index[:, 0])
-
-    x, past = scan_layers(layers, call, x, (slots, past), remat=remat)
-    return x, None if past is None else Cache(*past)
-
-
-def empty_cache(
-    depth: int, batch: int, length: int, heads: int, size: int, dtype: DTypeLike
-) -> Cache:
-    """A cache of zeros for `length` tokens; the mask keeps unwritten places out of sight."""
-    zeros = jnp.zeros((depth, batch, length, heads, size), dtype)
-    return Cache(zeros, zeros)

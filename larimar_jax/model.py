@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import decoders, encoders, weights
 from larimar_jax.config import Config, make_memory
+from larimar_jax.decoders.base import Tree
 from larimar_jax.layers import Cache, Prefix
 from larimar_jax.memory.contract import MemoryParams
 
@@ -39,14 +40,29 @@ class Condition:
 
 
 class PriorMemory(nnx.Module):
-    """M₀ and log σ_W², the learned parameters of the memory (§1)."""
+    """M₀ and what log σ_W² is made of (§1, §3): the learned parameters of the memory.
+
+    Raises:
+      ValueError: M_ref is not M₀. Nothing learns such a one, and a model has no place for it.
+    """
 
     def __init__(self, params: MemoryParams):
+        if params.reference is not None:
+            raise ValueError("a model's memory is addressed by M₀; give M_ref to its states alone")
+        by_query, by_memory = params.variance_by_query, params.variance_by_memory
         self.prior = nnx.Param(params.prior)
         self.log_variance = nnx.Param(params.log_variance)
+        self.variance_by_query = None if by_query is None else nnx.Param(by_query)
+        self.variance_by_memory = None if by_memory is None else nnx.Param(by_memory)
 
     def params(self) -> MemoryParams:
-        return MemoryParams(prior=self.prior[...], log_variance=self.log_variance[...])
+        by_query, by_memory = self.variance_by_query, self.variance_by_memory
+        return MemoryParams(
+            prior=self.prior[...],
+            log_variance=self.log_variance[...],
+            variance_by_query=None if by_query is None else by_query[...],
+            variance_by_memory=None if by_memory is None else by_memory[...],
+        )
 
 
 class Lexicon(nnx.Module):
@@ -156,10 +172,11 @@ class Larimar(nnx.Module):
         condition: Condition | None = None,
         cache: Cache | None = None,
         start: Int[Array, " B"] | None = None,
+        tree: Tree | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Last hidden states of the decoder; `condition=None` is the untouched base LM."""
         prefix = None if condition is None else condition.prefix
-        return self.decoder.hidden(tokens, prefix, cache, start)
+        return self.decoder.hidden(tokens, prefix, cache, start, tree)
 
     def bonus(self, condition: Condition | None) -> Float[Array, "B V"] | None:
         """What the lexicon adds to the first generated token's logits; None without a lexicon."""
@@ -168,18 +185,22 @@ class Larimar(nnx.Module):
         return self.lexicon.bonus(condition.innovation, self.decoder.config.vocab_size)
 
 
-def build(config: Config, key: jax.Array) -> Larimar:
+def build(config: Config, key: jax.Array, where: weights.Where | None = None) -> Larimar:
     """A model from its config: towers with a `source` are loaded, everything else initialised.
 
     Without sources it is pure and works under `jax.jit` and `nnx.eval_shape`.
+
+    Args:
+      where: the sharding of each loaded parameter, by its '/'-joined path in the model and its
+        shape; loading then streams onto the devices. None is one device.
 
     Raises:
       FileNotFoundError: where a source's package is not installed; the message names the command.
     """
     rngs = nnx.Rngs(params=key)
     dtype = jnp.dtype(config.model.dtype)
-    encoder = _tower(config.model.encoder, encoders, weights.load_encoder, config, rngs, dtype)
-    decoder = _tower(config.model.decoder, decoders, weights.load_decoder, config, rngs, dtype)
+    encoder = _tower(config.model.encoder, encoders, weights.load_encoder, config, rngs, dtype, where)
+    decoder = _tower(config.model.decoder, decoders, weights.load_decoder, config, rngs, dtype, where)
     words = config.model.lexicon
     return Larimar(
         encoder,
@@ -195,10 +216,12 @@ def build(config: Config, key: jax.Array) -> Larimar:
     )
 
 
-def _tower(tower, module, load, config: Config, rngs: nnx.Rngs, dtype) -> nnx.Module:
+def _tower(tower, module, load, config: Config, rngs: nnx.Rngs, dtype, where) -> nnx.Module:
     if tower.source is not None:
-        return load(tower.source, dtype=dtype, remat=config.model.remat)[0]
-    family = module.families()[tower.family]
+        prefix = module.__name__.rpartition(".")[2].removesuffix("s") + "/"
+        inside = None if where is None else lambda name, shape: where(prefix + name, shape)
+        return load(tower.source, dtype=dtype, remat=config.model.remat, where=inside)[0]
+    family = module.family(tower.family)
     return family.MODEL(tower.sizes, dtype=dtype, remat=config.model.remat, rngs=rngs)
 
 

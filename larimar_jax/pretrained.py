@@ -5,7 +5,7 @@ import functools
 import hashlib
 import importlib.resources
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import config as configs
-from larimar_jax import generate
+from larimar_jax import generate, scoring
 from larimar_jax.config import Config
 from larimar_jax.data import vocabulary
 from larimar_jax.memory.contract import Prior
@@ -134,14 +134,20 @@ class Pretrained:
         candidates: Sequence[Sequence[str]],
         condition: Condition | None = None,
     ) -> np.ndarray:
-        """ℓ of c candidates for each of n prompts, in nats per token [n, c]; see `generate.score`."""
-        return generate.score(self.model, self.decoder_tokenizer, prompts, candidates, condition)
+        """ℓ of c candidates for each of n prompts, in nats per token [n, c]; see `scoring.score`."""
+        return scoring.score(self.model, self.decoder_tokenizer, prompts, candidates, condition)
 
     def generate(
         self, prompts: Sequence[str], condition: Condition | None = None, **options
     ) -> list[str]:
         """Continuations; options as in `generate.generate`."""
         return generate.generate(self.model, self.decoder_tokenizer, prompts, condition, **options)
+
+    def stream(
+        self, prompts: Sequence[str], condition: Condition | None = None, **options
+    ) -> Iterator[list[str]]:
+        """Continuations piece by piece; options as in `generate.stream`."""
+        return generate.stream(self.model, self.decoder_tokenizer, prompts, condition, **options)
 
 
 def names() -> list[str]:

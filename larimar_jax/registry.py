@@ -3,6 +3,7 @@
 import functools
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from types import MappingProxyType, ModuleType
 
 
@@ -30,7 +31,18 @@ def scan(package: str, *required: str) -> MappingProxyType[str, ModuleType]:
     return MappingProxyType(dict(sorted(found.items())))
 
 
-def lookup(found: MappingProxyType[str, ModuleType], name: str, kind: str) -> ModuleType:
+def by_type(found: Mapping[str, ModuleType]) -> Mapping[str, ModuleType]:
+    """Modules by the names in their MODEL_TYPES, or by file name where they have none."""
+    return MappingProxyType(
+        {
+            kind: module
+            for name, module in found.items()
+            for kind in getattr(module, "MODEL_TYPES", (name,))
+        }
+    )
+
+
+def lookup(found: Mapping[str, ModuleType], name: str, kind: str) -> ModuleType:
     """`found[name]`, with an error that lists the known names.
 
     Raises:

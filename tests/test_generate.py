@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from larimar_jax import generate
+from larimar_jax import generate, scoring
 
 PROMPTS = ["Fact 1 is", "The capital of Japan is the city of", "new"]
 
@@ -60,7 +60,7 @@ def test_scores_equal_a_plain_loop(tiny, condition, conditioned):
 def test_scores_do_not_depend_on_the_batch(tiny, condition):
     candidates = [("new 1", "true"), ("Japan", "France city"), ("0", "1")]
     many = tiny.score(PROMPTS, candidates, condition)
-    few = generate.score(
+    few = scoring.score(
         tiny.model, tiny.decoder_tokenizer, PROMPTS, candidates, condition, batch=1
     )
     np.testing.assert_allclose(many, few, rtol=2e-5)

@@ -17,6 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     "registry": 0,
     "linalg": 1,
+    "rotary": 1,
     "layers": 1,
     "encoders": 2,
     "decoders": 2,
@@ -25,7 +26,9 @@ FLOORS = {
     "model": 3,
     "weights": 3,
     "objective": 4,
+    "sampling": 4,
     "generate": 4,
+    "scoring": 4,
     "scope": 4,
     "lexicon": 4,
     "long_context": 4,
@@ -42,8 +45,9 @@ FLOORS = {
     "cli": 6,
 }
 APART = ("encoders", "decoders", "memory")
-# Imported only where somebody asks for a data set by its id, as setup.py's extra `hub`.
-OPTIONAL = {"datasets"}
+# Imported only where somebody asks for a data set by its id, or for a comparison of speeds, as
+# setup.py's extras `hub` and `compare`.
+OPTIONAL = {"datasets", "torch", "transformers"}
 # What an import is called where its distribution is called something else.
 DISTRIBUTIONS = {"orbax": "orbax-checkpoint"}
 

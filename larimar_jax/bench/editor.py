@@ -128,7 +128,7 @@ class LarimarEditor:
         candidates: Sequence[Sequence[str]],
         condition: Condition | None,
     ) -> np.ndarray:
-        """`generate.score` of this model."""
+        """`scoring.score` of this model."""
         return self.model.score(prompts, candidates, condition)
 
 

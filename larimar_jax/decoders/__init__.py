@@ -1,8 +1,6 @@
-"""Causal language models, one family per file: each defines CONFIG, MODEL, KEYS, from_huggingface.
+"""Causal language models, one family per file: each defines what FAMILY names.
 
-A decoder has `config.{width, depth, kv_heads, head_size, vocab_size, max_length}`,
-`hidden(tokens, prefix, cache, start)`, `logits(hidden)`, `empty_cache(batch, length)` and
-`embeddings`; `decoders/llama.py` documents them.
+`decoders/base.py` holds what they share and says what a family has to define.
 """
 
 from collections.abc import Mapping
@@ -10,12 +8,17 @@ from types import ModuleType
 
 from larimar_jax import registry
 
+# Sizes, module, names in Hugging Face's files, and sizes from and to Hugging Face's config.json.
+# A file may add MODEL_TYPES, if it computes other model types than the one it is called after, and
+# ADDED_TOKENS, if its vocabulary gets special tokens of ours (§2).
+FAMILY = ("CONFIG", "MODEL", "KEYS", "from_huggingface", "to_huggingface")
+
 
 def families() -> Mapping[str, ModuleType]:
     """Every decoder family in this folder, by file name."""
-    return registry.scan(__name__, "CONFIG", "MODEL", "KEYS", "from_huggingface")
+    return registry.scan(__name__, *FAMILY)
 
 
 def family(name: str) -> ModuleType:
-    """The family file of that name; ValueError lists the known ones."""
-    return registry.lookup(families(), name, "decoder family")
+    """The family of that file name or Hugging Face model type; ValueError lists the known ones."""
+    return registry.lookup(registry.by_type(families()), name, "decoder family")

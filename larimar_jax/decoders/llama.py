@@ -1,22 +1,30 @@
-"""Llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU; SmolLM2 is one."""
+"""Llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU; also SmolLM2, Qwen2, Mistral."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from larimar_jax import layers
-from larimar_jax.layers import Cache, Prefix
+from larimar_jax import layers, rotary
+from larimar_jax.decoders.base import Decoder
+from larimar_jax.layers import Context
+from larimar_jax.rotary import RopeScaling
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a model."""
+    """Sizes of a model.
+
+    attention_bias: on no kernel (Llama), on query, key and value (Qwen2), or on the output as well.
+    window: how many tokens back a layer sees, itself included; 0 is all of them. The first
+    `unwindowed` layers see everything.
+    """
 
     vocab_size: int
     width: int
@@ -27,8 +35,13 @@ class LlamaConfig:
     mlp: int
     max_length: int = 2048
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     tied_head: bool = True
+    attention_bias: Literal["none", "qkv", "all"] = "none"
+    mlp_bias: bool = False
+    window: int = 0
+    unwindowed: int = 0
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
@@ -44,22 +57,29 @@ class Block(nnx.Module):
         c = config
         self.attention_norm = layers.RMSNorm(c.width, c.norm_eps)
         self.attention = layers.Attention(
-            c.width, c.heads, c.kv_heads, c.head_size, bias=False, dtype=dtype, rngs=rngs
+            c.width,
+            c.heads,
+            c.kv_heads,
+            c.head_size,
+            bias=c.attention_bias != "none",
+            output_bias=c.attention_bias == "all",
+            dtype=dtype,
+            rngs=rngs,
         )
         self.mlp_norm = layers.RMSNorm(c.width, c.norm_eps)
-        self.gate = layers.linear(c.width, c.mlp, bias=False, dtype=dtype, rngs=rngs)
-        self.up = layers.linear(c.width, c.mlp, bias=False, dtype=dtype, rngs=rngs)
-        self.down = layers.linear(c.mlp, c.width, bias=False, dtype=dtype, rngs=rngs)
+        self.gate = layers.linear(c.width, c.mlp, bias=c.mlp_bias, dtype=dtype, rngs=rngs)
+        self.up = layers.linear(c.width, c.mlp, bias=c.mlp_bias, dtype=dtype, rngs=rngs)
+        self.down = layers.linear(c.mlp, c.width, bias=c.mlp_bias, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], mask: Bool[Array, "B T S"], **context):
-        """One layer; `context` is what `layers.Attention` takes. Also returns its cache."""
-        mixed, past = self.attention(self.attention_norm(x), mask, **context)
+    def __call__(self, x: Float[Array, "B T D"], context: Context):
+        """One layer, and its attention's keys and values."""
+        mixed, own = self.attention(self.attention_norm(x), context)
         x = x + mixed
         y = self.mlp_norm(x)
-        return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y)), past
+        return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y)), own
 
 
-class Llama(nnx.Module):
+class Llama(Decoder):
     """A causal language model that a latent can condition through a `Prefix` (§2)."""
 
     def __init__(
@@ -70,69 +90,26 @@ class Llama(nnx.Module):
         remat: bool = False,
         rngs: nnx.Rngs,
     ):
-        c, dtype = config, jnp.dtype(dtype)
-        self.config, self.dtype, self.remat = config, dtype, remat
-        table = nnx.initializers.normal(0.02)
-        self.word = nnx.Embed(c.vocab_size, c.width, embedding_init=table, rngs=rngs)
-        self.layers = layers.stack(lambda rngs: Block(c, dtype=dtype, rngs=rngs), c.depth, rngs)
+        c = config
+        self.setup(
+            c, lambda rngs: Block(c, dtype=dtype, rngs=rngs), dtype=dtype, remat=remat, rngs=rngs
+        )
         self.norm = layers.RMSNorm(c.width, c.norm_eps)
         if not c.tied_head:
-            self.head = layers.linear(
-                c.width, c.vocab_size, bias=False, dtype=dtype, rngs=rngs
-            )
+            self.head = layers.linear(c.width, c.vocab_size, bias=False, dtype=dtype, rngs=rngs)
 
-    def hidden(
-        self,
-        tokens: Int[Array, "B T"],
-        prefix: Prefix | None = None,
-        cache: Cache | None = None,
-        start: Int[Array, "B"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Final, normalised hidden states in the compute dtype, and the cache with the tokens in.
-
-        Token t of row b has index start[b] + t (start defaults to 0) and attends to every index up
-        to its own and, in rows where `prefix` is active, to the P past slots. Its position is
-        index + 1 in active rows (§2) and index in others. Padding goes on the right. A cached call
-        passes the prefix again.
-
-        Raises:
-          ValueError: more tokens than max_length, or than the cache has room for.
-        """
+    def turn(self, position: Int[Array, "B T"]) -> rotary.Turn:
+        """Rotations of whole heads."""
         c = self.config
-        if tokens.shape[1] > c.max_length:
-            raise ValueError(f"{tokens.shape[1]} tokens exceed this decoder's {c.max_length}")
-        span = layers.locate(tokens, prefix, cache, start)
-        x = layers.embed(self.embeddings, tokens, prefix, self.dtype)
-        turn = layers.rotation(span.position, c.head_size, c.rope_theta)
-        x, cache = layers.run_decoder(
-            self.layers, x, span, prefix, cache, turn=turn, remat=self.remat
-        )
-        return self.norm(x), cache
+        return rotary.rotation(position, c.head_size, c.rope_theta, c.rope_scaling)
 
-    def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
-        """Next-token logits, float32. Gather the rows that are needed first: V is large."""
-        kernel = self.embeddings.T if self.config.tied_head else self.head.kernel[...]
-        return jnp.matmul(
-            hidden.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32
-        )
-
-    def empty_cache(self, batch: int, length: int) -> Cache:
-        """A cache for `length` tokens in all, prompt and continuation.
-
-        Raises:
-          ValueError: length exceeds max_length.
-        """
+    def windows(self) -> Int[np.ndarray, " L"] | None:
+        """Each layer's window; one without a window gets the largest number."""
         c = self.config
-        if length > c.max_length:
-            raise ValueError(f"a cache of {length} exceeds this decoder's {c.max_length} tokens")
-        return layers.empty_cache(
-            c.depth, batch, length, c.kv_heads, c.head_size, self.dtype
-        )
-
-    @property
-    def embeddings(self) -> Float[Array, "V D"]:
-        """The token embedding table."""
-        return self.word.embedding[...]
+        if not c.window or c.unwindowed >= c.depth:
+            return None
+        open_ended = np.iinfo(np.int32).max
+        return np.where(np.arange(c.depth) < c.unwindowed, open_ended, c.window).astype(np.int32)
 
 
 def from_huggingface(config: Mapping[str, Any]) -> LlamaConfig:
@@ -141,22 +118,13 @@ def from_huggingface(config: Mapping[str, Any]) -> LlamaConfig:
     Raises:
       ValueError: a setting that this implementation does not compute.
     """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     act = config.get("hidden_act", "silu")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    unsupported = [
-        text
-        for text, bad in (
-            (f"rope scaling {kind!r}", kind != "default"),
-            (f"hidden_act {act!r}", act != "silu"),
-            ("attention_bias", config.get("attention_bias", False)),
-            ("mlp_bias", config.get("mlp_bias", False)),
-        )
-        if bad
-    ]
-    if unsupported:
-        raise ValueError(f"this Llama does not compute: {', '.join(unsupported)}")
+    if act != "silu":
+        raise ValueError(f"this {config['model_type']} has hidden_act {act!r}; silu is computed")
+    theta, scaling = rotary.from_huggingface(config)
     heads, width = config["num_attention_heads"], config["hidden_size"]
+    bias = "all" if config.get("attention_bias", False) else "none"
+    window, unwindowed = _windows(config)
     return LlamaConfig(
         vocab_size=config["vocab_size"],
         width=width,
@@ -166,30 +134,98 @@ def from_huggingface(config: Mapping[str, Any]) -> LlamaConfig:
         head_size=config.get("head_dim") or width // heads,
         mlp=config["intermediate_size"],
         max_length=config["max_position_embeddings"],
-        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+        rope_theta=theta,
+        rope_scaling=scaling,
         norm_eps=config["rms_norm_eps"],
         tied_head=config.get("tie_word_embeddings", False),
+        attention_bias="qkv" if config["model_type"] == "qwen2" else bias,
+        mlp_bias=config.get("mlp_bias", False),
+        window=window,
+        unwindowed=unwindowed,
     )
+
+
+def _windows(config: Mapping[str, Any]) -> tuple[int, int]:
+    """(window, how many layers come before it), (0, 0) where no layer has one."""
+    depth, window = config["num_hidden_layers"], config.get("sliding_window") or 0
+    if config["model_type"] == "llama" or not config.get("use_sliding_window", True):
+        return 0, 0
+    first = config.get("max_window_layers", 0) if config["model_type"] == "qwen2" else 0
+    kinds = config.get("layer_types")
+    if kinds is not None:
+        first = kinds.index("sliding_attention") if "sliding_attention" in kinds else depth
+        if any(kind != "sliding_attention" for kind in kinds[first:]):
+            raise ValueError(
+                "layer_types alternate; a sliding window from some layer on to the last is computed"
+            )
+    return (window, first) if window and first < depth else (0, 0)
+
+
+def to_huggingface(config: LlamaConfig) -> dict[str, Any]:
+    """The config.json of a model of these sizes: as Llama, Mistral or Qwen2, whichever has them.
+
+    Raises:
+      ValueError: a combination that none of the three has.
+    """
+    c = config
+    plain = not c.mlp_bias and c.attention_bias == "none"
+    kind = "qwen2" if c.attention_bias == "qkv" else "mistral" if c.window else "llama"
+    if (kind == "qwen2" and c.mlp_bias) or (kind == "mistral" and not (plain and not c.unwindowed)):
+        raise ValueError(f"no Hugging Face family of Llama's kin has this combination: {c}")
+    architecture = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[kind]
+    said = {
+        "model_type": kind,
+        "architectures": [f"{architecture}ForCausalLM"],
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.width,
+        "num_hidden_layers": c.depth,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_size,
+        "intermediate_size": c.mlp,
+        "max_position_embeddings": c.max_length,
+        "rope_parameters": rotary.to_huggingface(c.rope_theta, c.rope_scaling),
+        "rms_norm_eps": c.norm_eps,
+        "hidden_act": "silu",
+        "tie_word_embeddings": c.tied_head,
+    }
+    if kind == "llama":
+        said |= {"attention_bias": c.attention_bias == "all", "mlp_bias": c.mlp_bias}
+    if kind == "mistral":
+        said |= {"sliding_window": c.window}
+    if kind == "qwen2":
+        said |= {"use_sliding_window": bool(c.window), "sliding_window": c.window or None}
+        said |= {"max_window_layers": c.unwindowed if c.window else c.depth}
+    return said
 
 
 CONFIG = LlamaConfig
 MODEL = Llama
+MODEL_TYPES = ("llama", "mistral", "qwen2")
 
-_LAYER = r"model\.layers\.(?P<layer>\d+)\."
+_LAYER = "model.layers.{layer}."
+_SELF = _LAYER + "self_attn."
 
 # (source name, target parameter, transform): the format is explained in weights/fill.py.
 KEYS = (
-    (r"model\.embed_tokens\.weight", "word.embedding", "copy"),
-    (_LAYER + r"input_layernorm\.weight", "layers.attention_norm.scale", "copy"),
-    (_LAYER + r"self_attn\.q_proj\.weight", "layers.attention.query.kernel", "transpose"),
-    (_LAYER + r"self_attn\.k_proj\.weight", "layers.attention.key.kernel", "transpose"),
-    (_LAYER + r"self_attn\.v_proj\.weight", "layers.attention.value.kernel", "transpose"),
-    (_LAYER + r"self_attn\.o_proj\.weight", "layers.attention.output.kernel", "transpose"),
-    (_LAYER + r"self_attn\.rotary_emb\.inv_freq", None, "copy"),  # follows from rope_theta
-    (_LAYER + r"post_attention_layernorm\.weight", "layers.mlp_norm.scale", "copy"),
-    (_LAYER + r"mlp\.gate_proj\.weight", "layers.gate.kernel", "transpose"),
-    (_LAYER + r"mlp\.up_proj\.weight", "layers.up.kernel", "transpose"),
-    (_LAYER + r"mlp\.down_proj\.weight", "layers.down.kernel", "transpose"),
-    (r"model\.norm\.weight", "norm.scale", "copy"),
-    (r"lm_head\.weight", "head.kernel?", "transpose"),
+    ("model.embed_tokens.weight", "word.embedding", "copy"),
+    (_LAYER + "input_layernorm.weight", "layers.attention_norm.scale", "copy"),
+    (_SELF + "q_proj.weight", "layers.attention.query.kernel", "transpose"),
+    (_SELF + "k_proj.weight", "layers.attention.key.kernel", "transpose"),
+    (_SELF + "v_proj.weight", "layers.attention.value.kernel", "transpose"),
+    (_SELF + "o_proj.weight", "layers.attention.output.kernel", "transpose"),
+    (_SELF + "q_proj.bias", "layers.attention.query.bias", "copy"),
+    (_SELF + "k_proj.bias", "layers.attention.key.bias", "copy"),
+    (_SELF + "v_proj.bias", "layers.attention.value.bias", "copy"),
+    (_SELF + "o_proj.bias", "layers.attention.output.bias", "copy"),
+    (_SELF + "rotary_emb.inv_freq", None, "copy"),  # follows from rope_theta
+    (_LAYER + "post_attention_layernorm.weight", "layers.mlp_norm.scale", "copy"),
+    (_LAYER + "mlp.gate_proj.weight", "layers.gate.kernel", "transpose"),
+    (_LAYER + "mlp.up_proj.weight", "layers.up.kernel", "transpose"),
+    (_LAYER + "mlp.down_proj.weight", "layers.down.kernel", "transpose"),
+    (_LAYER + "mlp.gate_proj.bias", "layers.gate.bias", "copy"),
+    (_LAYER + "mlp.up_proj.bias", "layers.up.bias", "copy"),
+    (_LAYER + "mlp.down_proj.bias", "layers.down.bias", "copy"),
+    ("model.norm.weight", "norm.scale", "copy"),
+    ("lm_head.weight", "head.kernel?", "transpose"),
 )

@@ -55,7 +55,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "B S D"], mask: Bool[Array, "B 1 S"]
     ) -> Float[Array, "B S D"]:
-        mixed, _ = self.attention(x, mask)
+        mixed, _ = self.attention(x, layers.Context(mask))
         x = self.attention_norm(x + mixed)
         return self.mlp_norm(x + self.down(jax.nn.gelu(self.up(x), approximate=False)))
 
@@ -98,8 +98,10 @@ class Bert(nnx.Module):
                 f"{length} tokens, but this encoder has {self.config.max_length} positions;"
                 " split the text or encode it with truncate=True"
             )
-        x = self.word.embedding[...][tokens] + self.position.embedding[...][:length]
-        x = self.norm(x + self.kind.embedding[...][0]).astype(self.dtype)
+        tables = (self.word, self.position, self.kind)
+        word, position, kind = (table.embedding[...] for table in tables)
+        rows = (word[tokens], position[:length], kind[0])
+        x = self.norm(sum(row.astype(jnp.float32) for row in rows)).astype(self.dtype)
 
         def call(block, x, _):
             return block(x, mask[:, None, :]), None
@@ -151,37 +153,56 @@ def from_huggingface(config: Mapping[str, Any]) -> BertConfig:
     )
 
 
+def to_huggingface(config: BertConfig) -> dict[str, Any]:
+    """The config.json of a model of these sizes; how it pools is not said there."""
+    return {
+        "model_type": "bert",
+        "architectures": ["BertModel"],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.mlp,
+        "max_position_embeddings": config.max_length,
+        "type_vocab_size": config.type_vocab,
+        "layer_norm_eps": config.norm_eps,
+        "hidden_act": "gelu",
+    }
+
+
 CONFIG = BertConfig
 MODEL = Bert
 
-_LAYER = r"(?:bert\.)?encoder\.layer\.(?P<layer>\d+)\."
-_MIXED = _LAYER + r"attention\.output\."
+_WORDS = "[bert.]embeddings."
+_LAYER = "[bert.]encoder.layer.{layer}."
+_SELF = _LAYER + "attention.self."
+_MIXED = _LAYER + "attention.output."
 
 # (source name, target parameter, transform): the format is explained in weights/fill.py.
 KEYS = (
-    (r"(?:bert\.)?embeddings\.word_embeddings\.weight", "word.embedding", "copy"),
-    (r"(?:bert\.)?embeddings\.position_embeddings\.weight", "position.embedding", "copy"),
-    (r"(?:bert\.)?embeddings\.token_type_embeddings\.weight", "kind.embedding", "copy"),
-    (r"(?:bert\.)?embeddings\.LayerNorm\.(?:weight|gamma)", "norm.scale", "copy"),
-    (r"(?:bert\.)?embeddings\.LayerNorm\.(?:bias|beta)", "norm.bias", "copy"),
-    (r"(?:bert\.)?embeddings\.(?:position|token_type)_ids", None, "copy"),  # 0, 1, 2, …
-    (_LAYER + r"attention\.self\.query\.weight", "layers.attention.query.kernel", "transpose"),
-    (_LAYER + r"attention\.self\.query\.bias", "layers.attention.query.bias", "copy"),
-    (_LAYER + r"attention\.self\.key\.weight", "layers.attention.key.kernel", "transpose"),
-    (_LAYER + r"attention\.self\.key\.bias", "layers.attention.key.bias", "copy"),
-    (_LAYER + r"attention\.self\.value\.weight", "layers.attention.value.kernel", "transpose"),
-    (_LAYER + r"attention\.self\.value\.bias", "layers.attention.value.bias", "copy"),
-    (_MIXED + r"dense\.weight", "layers.attention.output.kernel", "transpose"),
-    (_MIXED + r"dense\.bias", "layers.attention.output.bias", "copy"),
-    (_MIXED + r"LayerNorm\.(?:weight|gamma)", "layers.attention_norm.scale", "copy"),
-    (_MIXED + r"LayerNorm\.(?:bias|beta)", "layers.attention_norm.bias", "copy"),
-    (_LAYER + r"intermediate\.dense\.weight", "layers.up.kernel", "transpose"),
-    (_LAYER + r"intermediate\.dense\.bias", "layers.up.bias", "copy"),
-    (_LAYER + r"output\.dense\.weight", "layers.down.kernel", "transpose"),
-    (_LAYER + r"output\.dense\.bias", "layers.down.bias", "copy"),
-    (_LAYER + r"output\.LayerNorm\.(?:weight|gamma)", "layers.mlp_norm.scale", "copy"),
-    (_LAYER + r"output\.LayerNorm\.(?:bias|beta)", "layers.mlp_norm.bias", "copy"),
-    (r"(?:bert\.)?pooler\.dense\.weight", "pooler.kernel?", "transpose"),
-    (r"(?:bert\.)?pooler\.dense\.bias", "pooler.bias?", "copy"),
-    (r"cls\..*", None, "copy"),  # heads of BERT's own pre-training
+    (_WORDS + "word_embeddings.weight", "word.embedding", "copy"),
+    (_WORDS + "position_embeddings.weight", "position.embedding", "copy"),
+    (_WORDS + "token_type_embeddings.weight", "kind.embedding", "copy"),
+    (_WORDS + "LayerNorm.(weight|gamma)", "norm.scale", "copy"),
+    (_WORDS + "LayerNorm.(bias|beta)", "norm.bias", "copy"),
+    (_WORDS + "(position|token_type)_ids", None, "copy"),  # 0, 1, 2, …
+    (_SELF + "query.weight", "layers.attention.query.kernel", "transpose"),
+    (_SELF + "query.bias", "layers.attention.query.bias", "copy"),
+    (_SELF + "key.weight", "layers.attention.key.kernel", "transpose"),
+    (_SELF + "key.bias", "layers.attention.key.bias", "copy"),
+    (_SELF + "value.weight", "layers.attention.value.kernel", "transpose"),
+    (_SELF + "value.bias", "layers.attention.value.bias", "copy"),
+    (_MIXED + "dense.weight", "layers.attention.output.kernel", "transpose"),
+    (_MIXED + "dense.bias", "layers.attention.output.bias", "copy"),
+    (_MIXED + "LayerNorm.(weight|gamma)", "layers.attention_norm.scale", "copy"),
+    (_MIXED + "LayerNorm.(bias|beta)", "layers.attention_norm.bias", "copy"),
+    (_LAYER + "intermediate.dense.weight", "layers.up.kernel", "transpose"),
+    (_LAYER + "intermediate.dense.bias", "layers.up.bias", "copy"),
+    (_LAYER + "output.dense.weight", "layers.down.kernel", "transpose"),
+    (_LAYER + "output.dense.bias", "layers.down.bias", "copy"),
+    (_LAYER + "output.LayerNorm.(weight|gamma)", "layers.mlp_norm.scale", "copy"),
+    (_LAYER + "output.LayerNorm.(bias|beta)", "layers.mlp_norm.bias", "copy"),
+    ("[bert.]pooler.dense.weight", "pooler.kernel?", "transpose"),
+    ("[bert.]pooler.dense.bias", "pooler.bias?", "copy"),
+    ("cls.*", None, "copy"),  # heads of BERT's own pre-training
 )

@@ -8,7 +8,7 @@ memory computes is split along the batch by the same annotation, without a colle
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -124,6 +124,27 @@ def shardings(
         name: NamedSharding(mesh, _fit(mesh, name, parameters[name].shape, spec))
         for name, spec in specs.items()
     }
+
+
+def where(
+    mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]] | None = None
+) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """`shardings` for one parameter at a time: a function of its path and shape.
+
+    For loading, which knows a tower and not yet the model; it can't see that a rule is idle.
+
+    Raises (when called):
+        ShardingRuleError: no rule matches the parameter.
+    """
+    table = RULES if rules is None else rules
+
+    def one(name: str, shape: tuple[int, ...]) -> NamedSharding:
+        fitting = [spec for pattern, spec in table if re.search(pattern, name)]
+        if not fitting:
+            raise ShardingRuleError(f"parameter {name} is matched by no sharding rule")
+        return NamedSharding(mesh, _fit(mesh, name, shape, fitting[0]))
+
+    return one
 
 
 def _fit(mesh: Mesh, name: str, shape: tuple[int, ...], spec: PartitionSpec) -> PartitionSpec:

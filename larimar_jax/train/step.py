@@ -58,7 +58,7 @@ def initialise(config: Config, mesh: Mesh) -> tuple[Skeleton, dict[str, Array]]:
     """The model's parameters, each where its sharding rule puts it.
 
     Without pretrained towers they are made on the devices that will hold them, so that no host ever
-    holds the whole model; with them, the files are read first and then placed.
+    holds the whole model; with them, the files stream onto those devices.
 
     Raises:
         ShardingRuleError: the rules do not fit the parameters.
@@ -67,7 +67,7 @@ def initialise(config: Config, mesh: Mesh) -> tuple[Skeleton, dict[str, Array]]:
     key = jax.random.key(config.train.seed)
     towers = (config.model.encoder, config.model.decoder)
     if any(tower.source is not None for tower in towers):
-        built = model.build(config, key)
+        built = model.build(config, key, sharding.where(mesh))
         where = sharding.shardings(mesh, model.parameters(built))
         return Skeleton(built), sharding.place(dict(model.parameters(built)), where)
     skeleton = Skeleton(nnx.eval_shape(lambda: model.build(config, key)))

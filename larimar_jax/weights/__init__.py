@@ -2,16 +2,16 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
 from types import ModuleType
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from larimar_jax import decoders, encoders
+from larimar_jax import decoders, encoders, registry
 from larimar_jax.weights import fill, folder, gguf, packages, safetensors, tokenizers
-from larimar_jax.weights.fill import WeightsError
+from larimar_jax.weights.fill import WeightsError, Where
 from larimar_jax.weights.tokenizers import TextTooLong, TokenBatch, Tokenizer
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "TokenBatch",
     "Tokenizer",
     "WeightsError",
+    "Where",
     "fill",
     "folder",
     "gguf",
@@ -36,38 +37,53 @@ PACKAGED = {"minilm": packages.minilm, "smollm2": packages.smollm2}
 
 
 def load_encoder(
-    source: str, *, dtype: DTypeLike = jnp.float32, remat: bool = False
+    source: str,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    remat: bool = False,
+    where: Where | None = None,
 ) -> tuple[nnx.Module, Tokenizer]:
-    """A pretrained encoder and its tokenizer; parameters are float32.
+    """A pretrained encoder and its tokenizer.
 
     Args:
-      source: 'minilm', or the path of a folder laid out as on Hugging Face. A sentence-transformers
-        folder says how it pools; any other gets the paper's tanh pooler (§2).
+      source: 'minilm', the path of a folder laid out as on Hugging Face, or a hub id. A
+        sentence-transformers folder says how it pools; any other gets the paper's tanh pooler (§2).
       dtype: what the tower computes in.
+      param_dtype: what its parameters are kept in; bfloat16 halves their memory, for a tower that
+        is not trained.
       remat: recompute layers in the backward pass.
+      where: each parameter's sharding, by its '/'-joined path and shape; None is one device.
 
     Raises:
       FileNotFoundError: files that are not there; for a packaged name, with the command to install.
       WeightsError: files that are damaged or do not fit; a family that is no encoder.
     """
-    return _load(source, encoders.families(), "encoder", dtype, remat)
+    return _load(source, encoders, dtype, param_dtype, remat, where)
 
 
 def load_decoder(
-    source: str, *, dtype: DTypeLike = jnp.float32, remat: bool = False
+    source: str,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    remat: bool = False,
+    where: Where | None = None,
 ) -> tuple[nnx.Module, Tokenizer]:
-    """A pretrained decoder and its tokenizer; parameters are float32.
+    """A pretrained decoder and its tokenizer.
+
+    A GPT-2 or GPT-J whose tokenizer lacks `<PAD>`, `<BOS>` and `<EOS>` gets them appended (§2):
+    three ids after the vocabulary, whose embeddings start as the mean of the others.
 
     Args:
-      source: 'smollm2', a GGUF file, or a folder laid out as on Hugging Face.
-      dtype: what the tower computes in.
-      remat: recompute layers in the backward pass.
+      source: 'smollm2', a GGUF file, a folder laid out as on Hugging Face, or a hub id.
+      dtype, param_dtype, remat, where: as in `load_encoder`.
 
     Raises:
       FileNotFoundError: files that are not there; for a packaged name, with the command to install.
       WeightsError: files that are damaged or do not fit; a family that is no decoder.
     """
-    return _load(source, decoders.families(), "decoder", dtype, remat)
+    return _load(source, decoders, dtype, param_dtype, remat, where)
 
 
 def load_tokenizer(source: str) -> Tokenizer:
@@ -77,7 +93,13 @@ def load_tokenizer(source: str) -> Tokenizer:
       FileNotFoundError, WeightsError: as they do.
     """
     path = _locate(source)
-    return folder.tokenizer(path) if path.is_dir() else Tokenizer.from_gguf(path)
+    if path.is_dir():
+        found, said = folder.tokenizer(path), folder.config(path)
+    else:
+        found, said = Tokenizer.from_gguf(path), gguf.open_gguf(str(path)).config()
+    family = registry.by_type(decoders.families()).get(said["model_type"])
+    added = getattr(family, "ADDED_TOKENS", ())
+    return found.with_specials(added) if added else found
 
 
 def _locate(source: str) -> pathlib.Path:
@@ -91,7 +113,12 @@ def _locate(source: str) -> pathlib.Path:
 
 
 def _load(
-    source: str, families: Mapping[str, ModuleType], kind: str, dtype: DTypeLike, remat: bool
+    source: str,
+    kind: ModuleType,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
+    remat: bool,
+    where: Where | None,
 ) -> tuple[nnx.Module, Tokenizer]:
     path = _locate(source)
     if path.is_dir():
@@ -99,15 +126,36 @@ def _load(
     else:
         tensors = gguf.open_gguf(str(path))
         said, extra = tensors.config(), {}
-    family = families.get(said["model_type"])
-    if family is None:
+    try:
+        family = kind.family(said["model_type"])
+        # Only a sentence encoder's folder speaks of pooling.
+        config = dataclasses.replace(family.from_huggingface(said), **extra)
+    except KeyError as error:
+        raise WeightsError(f"the configuration of {path} does not say its {error}") from error
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    tokenizer = load_tokenizer(source)
+    more = max(tokenizer.vocab_size - config.vocab_size, 0)
+    if more and not hasattr(family, "ADDED_TOKENS"):
         raise WeightsError(
-            f"{path} holds a {said['model_type']!r} model, which is no {kind} family here; known:"
-            f" {', '.join(families)}"
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens and the embedding table"
+            f" {config.vocab_size} rows; they are of different models, or tokens were added to the"
+            " tokenizer alone"
         )
-    # Only a sentence encoder's folder speaks of pooling.
-    config = dataclasses.replace(family.from_huggingface(said), **extra)
+    config = dataclasses.replace(config, vocab_size=config.vocab_size + more)
     abstract = nnx.eval_shape(
         lambda: family.MODEL(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0))
     )
-    return fill.fill(abstract, family.KEYS, tensors), load_tokenizer(source)
+    _keep_in(abstract, jnp.dtype(param_dtype))
+    return fill.fill(abstract, family.KEYS, tensors, where=where, more_rows=more), tokenizer
+
+
+def _keep_in(abstract: nnx.Module, dtype: jnp.dtype) -> None:
+    """Declares the dtype of an abstract module's parameters, in place."""
+    nnx.update(
+        abstract,
+        nnx.from_flat_state(
+            (path, leaf.replace(jax.ShapeDtypeStruct(leaf.shape, dtype)))
+            for path, leaf in nnx.to_flat_state(nnx.state(abstract, nnx.Param))
+        ),
+    )

@@ -2,24 +2,30 @@
 
 A family's `KEYS` is a table of `(source, target, transform)`:
 
-- `source`: a regex that must match the whole source name. A group `(?P<layer>\\d+)` says which row
-  of the stacked parameter the tensor fills.
+- `source`: the name in the file. `{layer}` is the number of a layer, which says what row of the
+  stacked parameter the tensor fills; `[x]` may be missing; of `(x|y)` one is there; a `*`, in a row
+  without target, stands for anything. A file of ours is written with `[x]`, and with the first of
+  `(x|y)`.
 - `target`: the parameter's path, joined with dots. None: known, and not a parameter. A trailing
-  `?`: some configurations lack this parameter, and the tensor is then left out.
+  `?`: some configurations have no such parameter because it repeats another one, and the tensor is
+  then left out.
 - `transform`: a name of `TRANSFORMS`.
 
 One source tensor may match several rows, as GPT-2's fused projection does.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Sharding
 
 Keys = Sequence[tuple[str, str | None, str]]
+# The sharding of a parameter, by its '/'-joined path and shape.
+Where = Callable[[str, tuple[int, ...]], Sharding]
 
 # How a source tensor becomes a parameter. All are views, so that a shape can be transformed too.
 TRANSFORMS = {
@@ -55,16 +61,27 @@ class _Use(NamedTuple):
     transform: str
 
 
-def fill(abstract: nnx.Module, keys: Keys, source: Source) -> nnx.Module:
+def fill(
+    abstract: nnx.Module,
+    keys: Keys,
+    source: Source,
+    *,
+    where: Where | None = None,
+    more_rows: int = 0,
+) -> nnx.Module:
     """The module with its parameters read from `source`.
 
     All names and shapes are checked before any tensor is read; then tensors stream through one at a
-    time, so that the peak is the module and one stacked parameter.
+    time onto the devices that hold them, so that a host never has more than one parameter (a stack
+    of layers counts as one) beside what its own devices keep. A process reads what its devices need.
 
     Args:
-      abstract: the module from `nnx.eval_shape`.
+      abstract: the module from `nnx.eval_shape`; its dtypes are those of the result.
       keys: its family's `KEYS`.
       source: where the tensors are.
+      where: each parameter's sharding; None is the default device.
+      more_rows: vocabulary that the module has beyond the file's, for special tokens of ours (§2).
+        Their embeddings and head rows start as the mean of the file's.
 
     Raises:
       WeightsError: naming at once every tensor that nothing uses, parameter that nothing fills,
@@ -73,9 +90,10 @@ def fill(abstract: nnx.Module, keys: Keys, source: Source) -> nnx.Module:
     graph, state = nnx.split(abstract)
     flat = nnx.to_flat_state(state)
     wanted = {tuple(map(str, path)): leaf for path, leaf in flat}
+    grown = {path: _vocabulary_axis(path) for path in wanted if more_rows}
     shapes = source.shapes()
     uses, problems = _match(keys, shapes, wanted)
-    problems += _check(uses, shapes, wanted)
+    problems += _check(uses, shapes, wanted, grown, more_rows)
     if problems:
         raise WeightsError(
             f"{source.path} does not fit the model; either the configuration is another model's"
@@ -84,17 +102,58 @@ def fill(abstract: nnx.Module, keys: Keys, source: Source) -> nnx.Module:
     by_target: dict[tuple[str, ...], list[_Use]] = {}
     for use in uses:
         by_target.setdefault(use.target, []).append(use)
-    filled = [
-        (path, leaf.replace(_read(by_target[tuple(map(str, path))], leaf, source)))
-        for path, leaf in flat
-    ]
+
+    def read(path: tuple[str, ...], leaf: nnx.Variable) -> jax.Array:
+        sharding = None if where is None else where("/".join(path), leaf.shape)
+        return _read(by_target[path], leaf, source, sharding, grown.get(path), more_rows)
+
+    filled = [(path, leaf.replace(read(tuple(map(str, path)), leaf))) for path, leaf in flat]
     return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def to_source(module: nnx.Module, keys: Keys) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a file that `fill` would read into the same module, one at a time.
+
+    Raises:
+      WeightsError: naming every parameter that no row of the table writes.
+    """
+    state = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    values = {".".join(map(str, path)): leaf for path, leaf in state}
+    rows: dict[str, list[tuple[str, str]]] = {}
+    for template, target, transform in keys:
+        if target is not None and target.removesuffix("?") in values:
+            rows.setdefault(template, []).append((target.removesuffix("?"), transform))
+    written = {target for row in rows.values() for target, _ in row}
+    if unsaid := sorted(values.keys() - written):
+        raise WeightsError(f"no row of the key table writes {', '.join(unsaid)}")
+    for template, row in rows.items():
+        name = re.sub(r"\[(.*?)\]|\(([^|)]*).*?\)", lambda m: m[1] or m[2], template)
+        stacked = [np.asarray(values[target][...]) for target, _ in row]
+        layers = range(len(stacked[0])) if "{layer}" in name else (None,)
+        for layer in layers:
+            parts = [array if layer is None else array[layer] for array in stacked]
+            # Thirds stand side by side; the other transforms undo themselves.
+            whole = parts[0] if parts[1:] == [] else np.concatenate(parts, axis=-1)
+            if row[0][1] == "transpose":
+                whole = whole.swapaxes(-1, -2)
+            yield name.replace("{layer}", str(layer)), np.ascontiguousarray(whole)
+
+
+def pattern(template: str) -> re.Pattern[str]:
+    """The regex of a `source` of the table."""
+    marks = {"[": "(?:", "]": ")?", "(": "(?:", ")": ")", "|": "|", "*": ".*"}
+    pieces = re.split(r"(\{layer\}|[\[\]()|*])", template)
+    return re.compile(
+        "".join(
+            r"(?P<layer>\d+)" if p == "{layer}" else marks.get(p, re.escape(p)) for p in pieces
+        )
+    )
 
 
 def _match(
     keys: Keys, names: Iterable[str], wanted: Mapping[tuple[str, ...], nnx.Variable]
 ) -> tuple[list[_Use], list[str]]:
-    table = [(re.compile(pattern), target, transform) for pattern, target, transform in keys]
+    table = [(pattern(template), target, transform) for template, target, transform in keys]
     uses, problems = [], []
     for name in names:
         hits = [(m, t, how) for p, t, how in table if (m := p.fullmatch(name))]
@@ -113,16 +172,25 @@ def _match(
     return uses, problems
 
 
+def _vocabulary_axis(path: tuple[str, ...]) -> int | None:
+    """The axis that special tokens lengthen, of the parameters that have one."""
+    return {("word", "embedding"): 0, ("head", "kernel"): 1, ("head", "bias"): 0}.get(path)
+
+
 def _check(
     uses: Sequence[_Use],
     shapes: Mapping[str, tuple[int, ...]],
     wanted: Mapping[tuple[str, ...], nnx.Variable],
+    grown: Mapping[tuple[str, ...], int | None],
+    more_rows: int,
 ) -> list[str]:
     problems = []
     filled: dict[tuple[tuple[str, ...], int | None], str] = {}
     for use in uses:
         shape, target = wanted[use.target].shape, ".".join(use.target)
         row = shape if use.layer is None else shape[1:]
+        if (axis := grown.get(use.target)) is not None:
+            row = tuple(size - more_rows * (i == axis) for i, size in enumerate(row))
         if use.layer is not None and use.layer >= shape[0]:
             problems.append(f"unused: {use.name} (the model has {shape[0]} layers)")
             continue
@@ -146,14 +214,48 @@ def _check(
     return problems
 
 
-def _read(uses: Sequence[_Use], leaf: nnx.Variable, source: Source):
-    dtype = np.dtype(leaf.dtype)
-    if uses[0].layer is None:
-        return jnp.asarray(_finite(uses[0], source).astype(dtype))
-    stacked = np.empty(leaf.shape, dtype)
+def _read(
+    uses: Sequence[_Use],
+    leaf: nnx.Variable,
+    source: Source,
+    sharding: Sharding | None,
+    axis: int | None,
+    more_rows: int,
+) -> jax.Array:
+    """One parameter: its part on every device of this process is filled, row by row, and sent."""
+    shape, dtype = leaf.shape, np.dtype(leaf.dtype)
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    places = sharding.addressable_devices_indices_map(shape)
+    # Devices that hold the same part share one buffer.
+    parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+    keys = {device: _bounds(index, shape) for device, index in places.items()}
+    for bounds in keys.values():
+        if bounds not in parts:
+            parts[bounds] = np.empty([stop - start for start, stop in bounds], dtype)
     for use in uses:
-        stacked[use.layer] = _finite(use, source)
-    return jnp.asarray(stacked)
+        first = use.layer
+        if use.layer is not None and not any(b[0][0] <= first < b[0][1] for b in parts):
+            continue  # another process' layer
+        tensor = _finite(use, source)
+        if axis is not None:
+            # Neither likely nor unlikely, and the same wherever it is computed.
+            mean = tensor.mean(axis=axis, keepdims=True, dtype=np.float64)
+            tensor = np.concatenate([tensor, *[mean.astype(tensor.dtype)] * more_rows], axis=axis)
+        for bounds, part in parts.items():
+            if use.layer is None:
+                part[...] = tensor[tuple(slice(*b) for b in bounds)]
+            elif bounds[0][0] <= first < bounds[0][1]:
+                part[first - bounds[0][0]] = tensor[tuple(slice(*b) for b in bounds[1:])]
+        del tensor
+    arrays = [jax.device_put(parts[bounds], device) for device, bounds in keys.items()]
+    made = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+    # Copies run behind; without waiting, the next parameter's buffers would join this one's.
+    return made.block_until_ready()
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
 def _finite(use: _Use, source: Source) -> np.ndarray:

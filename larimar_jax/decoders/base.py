@@ -1,0 +1,228 @@
+"""What every causal decoder shares: where tokens stand, how a latent enters, the scan, the cache."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from larimar_jax import layers, rotary
+from larimar_jax.layers import Cache, Context, Prefix
+
+
+@layers.pytree
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """Tokens of a row that branch: several continuations of one prompt, side by side.
+
+    index: a token's place on its own branch, counted from the row's start. seen: which tokens of
+    the row a token attends to: its ancestors and itself.
+    """
+
+    index: Int[Array, "B T"]
+    seen: Bool[Array, "B T T"]
+
+
+class Decoder(nnx.Module):
+    """A causal language model that a latent can condition through a `Prefix` (§2).
+
+    A family sets `config` (with width, depth, kv_heads, head_size, vocab_size, max_length), `dtype`,
+    `remat`, `word`, `layers` and `norm`; `head` where it is not tied to the embeddings; and says by
+    `room`, `place`, `turn` and `windows` what its positions do. A block is called as
+    `block(x, context)` and returns x and what its `layers.Attention` returned beside it.
+    """
+
+    def setup(
+        self,
+        config,
+        block: Callable[[nnx.Rngs], nnx.Module],
+        *,
+        dtype: DTypeLike,
+        remat: bool,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Sets what all families have; parameters are drawn in a fixed order."""
+        self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
+        table = nnx.initializers.normal(0.02)
+        self.word = nnx.Embed(config.vocab_size, config.width, embedding_init=table, rngs=rngs)
+        self.layers = layers.stack(block, config.depth, rngs)
+
+    def room(self, prefix: Prefix | None) -> int:
+        """How many tokens a row may have."""
+        return self.config.max_length
+
+    def place(
+        self, x: Float[Array, "B T D"], position: Int[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        """Adds learned positions, where the family has any."""
+        return x
+
+    def turn(self, position: Int[Array, "B T"]) -> rotary.Turn | None:
+        """Rotary positions, where the family has any."""
+        return None
+
+    def windows(self) -> Int[np.ndarray, " L"] | None:
+        """How many tokens back each layer sees, itself included; None where all see everything."""
+        return None
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        prefix: Prefix | None = None,
+        cache: Cache | None = None,
+        start: Int[Array, "B"] | None = None,
+        tree: Tree | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Final, normalised hidden states in the compute dtype, and the cache with the tokens in.
+
+        Token t of row b has index start[b] + t and attends to every index up to its own (within its
+        layer's window) and, in rows where `prefix` is active, to the P past slots, however far.
+        Its position is index + 1 in active rows (§2) and index in others. Padding goes on the right.
+        A cached call passes the prefix again. Without `start` rows begin at 0, and the cache is only
+        filled.
+
+        Args:
+          tree: tokens that branch instead of following each other; then without cache and start.
+
+        Raises:
+          ValueError: more tokens than there are positions, or than the cache has room for; a dynamic
+            `start` that runs past the cache cannot be seen here: callers size the cache.
+        """
+        self._check(tokens.shape[1], prefix, cache, tree)
+        batch, length = tokens.shape
+        index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+        seen = index[:, :, None] >= index[:, None, :]
+        if tree is not None:
+            index, seen = tree.index, tree.seen
+        if start is not None:
+            index = index + start.astype(jnp.int32)[:, None]
+        active = jnp.zeros((batch,), bool) if prefix is None else prefix.active
+        position = index + active.astype(jnp.int32)[:, None]
+
+        x = embed(self.embeddings, tokens, prefix, self.dtype)
+        x = self.place(x, position)
+        turn, windows = self.turn(position), self.windows()
+        slots = None if prefix is None else _slots(prefix)
+        past = None if start is None or cache is None else (cache.key, cache.value)
+
+        def near(mask, key_index, window):
+            if window is None:
+                return mask
+            return mask & (index[:, :, None] - key_index < window)
+
+        def call(block, x, layer):
+            slots, past, window = layer
+            before = ()
+            if slots is not None:
+                shown = jnp.broadcast_to(active[:, None, None], (batch, 1, slots[0].shape[2]))
+                before += ((*slots, shown),)
+            if past is not None:
+                stored = jnp.arange(past[0].shape[2], dtype=jnp.int32)
+                old = jnp.broadcast_to(
+                    stored < start[:, None, None], (batch, length, stored.shape[0])
+                )
+                before += ((*past, near(old, stored, window)),)
+            return block(x, Context(near(seen, index[:, None, :], window), turn, before))
+
+        x, new = layers.scan_layers(
+            self.layers,
+            call,
+            x,
+            (slots, past, None if windows is None else jnp.asarray(windows)),
+            remat=self.remat,
+        )
+        return self.norm(x), None if cache is None else _extend(cache, *new, start)
+
+    def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+        """Next-token logits, float32. Gather the rows that are needed first: V is large."""
+        head = getattr(self, "head", None)
+        kernel = self.embeddings.T if head is None else head.kernel[...]
+        found = jnp.matmul(
+            hidden.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32
+        )
+        if head is None or head.bias is None:
+            return found
+        return found + head.bias[...].astype(jnp.float32)
+
+    def empty_cache(self, batch: int, length: int) -> Cache:
+        """A cache for `length` tokens in all, prompt and continuation.
+
+        Raises:
+          ValueError: length exceeds max_length.
+        """
+        c = self.config
+        if length > c.max_length:
+            raise ValueError(f"a cache of {length} exceeds this decoder's {c.max_length} tokens")
+        zeros = jnp.zeros((c.depth, batch, c.kv_heads, length, c.head_size), self.dtype)
+        return Cache(zeros, zeros)
+
+    @property
+    def embeddings(self) -> Float[Array, "V D"]:
+        """The token embedding table."""
+        return self.word.embedding[...]
+
+    def _check(self, length: int, prefix, cache: Cache | None, tree: Tree | None) -> None:
+        room = self.room(prefix)
+        if cache is not None:
+            held = cache.key.shape[3]
+            if tree is not None:
+                raise ValueError("tokens that branch cannot be cached: a cache is one sequence")
+            if length > held:
+                raise ValueError(
+                    f"{length} tokens do not fit a cache made for {held}; make it with"
+                    f" empty_cache(batch, length) for prompt and continuation together"
+                )
+            length = held
+        if tree is None and length > room:
+            taken = f" (a memory slot takes one of {self.config.max_length})"
+            raise ValueError(
+                f"{length} tokens exceed this decoder's {room} positions"
+                + (taken if room < self.config.max_length else "")
+            )
+
+
+def embed(
+    table: Float[Array, "V D"],
+    tokens: Int[Array, "B T"],
+    prefix: Prefix | None,
+    dtype: DTypeLike,
+) -> Float[Array, "B T D"]:
+    """Token embeddings, plus the latent's vector on every token of an active row (§2)."""
+    x = table[tokens].astype(dtype)
+    if prefix is None:
+        return x
+    # Selected, not multiplied: an inactive row stays untouched even by a latent that is not finite.
+    vector = jnp.where(prefix.active[:, None], prefix.embedding, jnp.zeros_like(prefix.embedding))
+    return x + vector.astype(dtype)[:, None, :]
+
+
+def _slots(prefix: Prefix) -> tuple[Float[Array, "L B G P d"], Float[Array, "L B G P d"]]:
+    active = prefix.active[None, :, None, None, None]
+    # A masked slot gets weight 0, but 0 times what is not finite would still spread.
+    kept = (jnp.where(active, a, jnp.zeros_like(a)) for a in (prefix.key, prefix.value))
+    return tuple(a.swapaxes(2, 3) for a in kept)
+
+
+def _extend(
+    cache: Cache,
+    key: Float[Array, "L B G T d"],
+    value: Float[Array, "L B G T d"],
+    start: Int[Array, "B"] | None,
+) -> Cache:
+    """All layers' new keys and values in one write: the scan over layers only reads the cache."""
+
+    def insert(old: Float[Array, "L B G M d"], new: Float[Array, "L B G T d"]):
+        new = new.astype(old.dtype)
+        if start is None:
+            return jax.lax.dynamic_update_slice_in_dim(old, new, 0, axis=3)
+        # One scatter, in place where the cache is donated or carried. (Mapping a slice's update over
+        # rows instead costs a hundred times as much on CPU.)
+        rows = jnp.arange(old.shape[1])[:, None]
+        places = start.astype(jnp.int32)[:, None] + jnp.arange(new.shape[3], dtype=jnp.int32)
+        return old.at[:, rows, :, places].set(new.transpose(1, 3, 0, 2, 4), mode="drop")
+
+    return Cache(insert(cache.key, key), insert(cache.value, value))

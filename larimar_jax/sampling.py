@@ -1,0 +1,92 @@
+"""Drawing the next token: greedy, temperature, top-k, top-p."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+class Draw(NamedTuple):
+    """The numbers of a `Sampling`, as data of a compiled loop: other values compile nothing."""
+
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
+    rng: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn.
+
+    temperature: 0 takes the likeliest. top_k: draws among so many of the likeliest only; 0 is all.
+    top_p: draws among the fewest of the likeliest that have this much probability together.
+
+    Raises:
+      ValueError: a number out of its range, one that draws nothing, or drawing without `rng`.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    rng: jax.Array | None = None
+
+    def __post_init__(self):
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}: the first"
+                " two are at least 0, top_p is above 0 and at most 1"
+            )
+        if self.temperature == 0 and (self.top_k or self.top_p < 1):
+            raise ValueError("top_k and top_p choose among draws; set a temperature above 0")
+        if self.temperature > 0 and self.rng is None:
+            raise ValueError("Sampling (temperature > 0) needs rng; pass jax.random.key(seed).")
+
+    def traced(self) -> Draw:
+        """What `pick` takes as data."""
+        rng = jax.random.key(0) if self.rng is None else self.rng
+        return Draw(
+            jnp.float32(self.temperature), jnp.int32(self.top_k), jnp.float32(self.top_p), rng
+        )
+
+    def static(self) -> dict[str, bool]:
+        """What `pick` is compiled for: greedy decoding sorts and draws nothing."""
+        return dict(sampled=self.temperature > 0, truncated=self.top_k > 0 or self.top_p < 1)
+
+
+def pick(
+    logits: Float[Array, "B V"],
+    step: Int[Array, ""],
+    draw: Draw,
+    *,
+    sampled: bool,
+    truncated: bool,
+) -> Int[Array, "B"]:
+    """One token per row; what a row draws does not depend on the rows beside it."""
+    if not sampled:
+        return logits.argmax(axis=-1).astype(jnp.int32)
+    logits = logits / draw.temperature
+    if truncated:
+        logits = truncate(logits, draw.top_k, draw.top_p)
+    key, rows = jax.random.fold_in(draw.rng, step), jnp.arange(logits.shape[0])
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def truncate(
+    logits: Float[Array, "*rows V"], top_k: Int[Array, ""], top_p: Float[Array, ""]
+) -> Float[Array, "*rows V"]:
+    """−∞ on all but the top_k likeliest (0: all), and of these all but the fewest with top_p."""
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    size = logits.shape[-1]
+    count = jnp.where(top_k > 0, jnp.minimum(top_k, size), size)
+    rank = jnp.arange(size)
+    ordered = jnp.where(rank < count, ordered, -jnp.inf)
+    before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
+    # A token stays where those likelier than it do not reach top_p yet; the first always does.
+    likelier = jnp.concatenate([jnp.zeros_like(before[..., :1]), before[..., :-1]], axis=-1)
+    kept = (likelier < top_p) & (rank < count)
+    least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= least, logits, -jnp.inf)

@@ -1,0 +1,137 @@
+"""How a latent conditions a decoder (§2): slots, positions, inactive rows; against plain NumPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_decoder
+import pytest
+from flax import nnx
+from test_towers import hidden, random_prefix
+
+from larimar_jax import decoders
+from larimar_jax.layers import Prefix
+
+GPT2, GPTJ, LLAMA = (decoders.family(name).CONFIG for name in ("gpt2", "gptj", "llama"))
+SIZES = dict(vocab_size=29, depth=2, heads=4, mlp=20, max_length=32)
+ROTARY = dict(width=12, head_size=6, rope_theta=30.0, **SIZES)
+CONFIGS = {
+    "learned": GPT2(width=20, **SIZES),
+    "interleaved": GPTJ(width=24, rotary=4, norm_eps=1e-5, **SIZES),
+    "halves": LLAMA(kv_heads=4, **ROTARY),
+    "grouped": LLAMA(kv_heads=2, **ROTARY),
+    "biased": LLAMA(kv_heads=2, attention_bias="all", mlp_bias=True, **ROTARY),
+    "windowed": LLAMA(kv_heads=2, window=3, **ROTARY),
+    "windowed_late": LLAMA(kv_heads=1, window=2, unwindowed=1, attention_bias="qkv", **ROTARY),
+}
+EVERYTHING_SEEN = [name for name in CONFIGS if not name.startswith("windowed")]
+LENGTH = 9
+
+
+@functools.cache
+def build(name):
+    """A decoder with every parameter drawn, norms and biases too."""
+    config = CONFIGS[name]
+    (family,) = [f for f in decoders.families().values() if isinstance(config, f.CONFIG)]
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: family.MODEL(config, rngs=nnx.Rngs(0))))
+    draw = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        mean = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
+        return jnp.asarray(mean + draw.normal(0, 0.3, leaf.shape), leaf.dtype)
+
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(fill, abstract))
+
+
+def tokens_for(rows):
+    return jnp.asarray(np.random.default_rng(1).integers(0, 29, (rows, LENGTH)), jnp.int32)
+
+
+@pytest.mark.parametrize(("slots", "tied"), [(1, True), (3, False)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_latent_against_numpy(name, slots, tied):
+    """Active rows are conditioned; the inactive one is the untouched model."""
+    model, tokens = build(name), tokens_for(3)
+    prefix = random_prefix(model, [True, False, True], slots, tied=tied)
+    got, _ = hidden(model, tokens, prefix)
+    parameters, latent = jax.tree.map(
+        lambda a: np.asarray(a, np.float64), (nnx.to_pure_dict(nnx.state(model)), prefix)
+    )
+    for b, active in enumerate([True, False, True]):
+        want = numpy_decoder.forward(
+            parameters,
+            model.config,
+            np.asarray(tokens[b]),
+            (latent.embedding[b], latent.key[:, b], latent.value[:, b]) if active else None,
+            interleaved=name == "interleaved",
+        )
+        assert np.abs(got[b] - want).max() <= 1e-5 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_inactive_rows_are_the_untouched_model(name):
+    """Bit for bit; not even a latent that is not finite may show."""
+    model, tokens = build(name), tokens_for(3)
+    prefix = random_prefix(model, [False, True, False], scale=jnp.inf)
+    got, _ = hidden(model, tokens, prefix)
+    want, _ = hidden(model, tokens)
+    np.testing.assert_array_equal(got[::2], want[::2])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_zero_latent_is_not_the_untouched_model(name):
+    model, tokens = build(name), tokens_for(3)
+    zero, _ = hidden(model, tokens, random_prefix(model, [True] * 3, scale=0.0))
+    untouched, _ = hidden(model, tokens)
+    assert np.abs(zero - untouched).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", EVERYTHING_SEEN)
+def test_a_slot_equals_a_token_with_that_key_and_value(name):
+    """A past slot is a token at position 0: take one's keys and values from a cache."""
+    model, tokens = build(name), tokens_for(3)
+    want, cache = hidden(model, tokens, None, model.empty_cache(3, LENGTH))
+    prefix = Prefix(
+        embedding=jnp.zeros((3, model.config.width)),
+        key=cache.key.swapaxes(2, 3)[:, :, :1],
+        value=cache.value.swapaxes(2, 3)[:, :, :1],
+        active=jnp.ones(3, bool),
+    )
+    got, _ = hidden(model, tokens[:, 1:], prefix)
+    assert np.abs(got - want[:, 1:]).max() <= 1e-5 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradients_reach_back_as_far_as_the_windows(name):
+    """The output at token t has a gradient to the embeddings of what t sees, and to none else."""
+    model = build(name)
+    tokens = jnp.arange(LENGTH)[None]  # all different: an embedding row is one token
+    prefix = random_prefix(model, [True])
+    graph, state = nnx.split(model)
+
+    def output(state, t):
+        return nnx.merge(graph, state).hidden(tokens, prefix)[0][0, t].sum()
+
+    gradients = jax.jit(jax.vmap(jax.grad(output), (None, 0)))(state, jnp.arange(LENGTH))
+    table = gradients["word"]["embedding"][...][:, :LENGTH]
+    reached = np.asarray(jnp.abs(table).sum(2) > 0)  # [output t, token]
+    back = {"windowed": 2 + 2}.get(name, LENGTH)  # two layers, each to two tokens before its own
+    want = np.tri(LENGTH, dtype=bool) & ~np.tri(LENGTH, k=-back - 1, dtype=bool)
+    np.testing.assert_array_equal(reached, want)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_slot_reaches_every_token(name):
+    """However far behind the window it lies, a slot conditions every token of an active row."""
+    model, tokens = build(name), tokens_for(2)
+    prefix = random_prefix(model, [True, False], slots=2)
+
+    def output(values, t):
+        whole = Prefix(prefix.embedding, prefix.key, values, prefix.active)
+        return model.hidden(tokens, whole)[0][:, t].sum()
+
+    gradients = jax.jit(jax.vmap(jax.grad(output), (None, 0)))(prefix.value, jnp.arange(LENGTH))
+    reached = np.asarray(jnp.abs(gradients).sum((4, 5)) > 0)  # [output t, L, B, P]
+    assert reached[:, :, 0].all()
+    assert not reached[:, :, 1].any()
