@@ -224,6 +224,19 @@ def parse(values: Mapping[str, Any]) -> Config:
     return config
 
 
+# Settings that came after a model was saved, with what was computed before there was a choice.
+_SINCE = {("memory", "variance"): "scalar"}
+
+
+def parse_saved(values: Mapping[str, Any]) -> Config:
+    """`parse` for the config inside a saved model, which may be older than a setting or two."""
+    values = json.loads(json.dumps(values))
+    for (section, key), before in _SINCE.items():
+        if isinstance(values.get(section), dict):
+            values[section].setdefault(key, before)
+    return parse(values)
+
+
 def _ranges(config: Config) -> list[str]:
     """What is of the right type and still makes no sense."""
     positive = {

@@ -137,7 +137,9 @@ class _Run:
             return
         ids, lengths, room = _pack(model, prompts, max_tokens)
         self._graph, self._state = nnx.split(model)
-        self._condition = None if condition is None else pad_rows(condition, len(ids))
+        self._condition = (
+            None if condition is None else fit_rows(condition, len(prompts), len(ids))
+        )
         self._lengths = jnp.asarray(lengths)
         self._draw, self._how = sampling.traced(), sampling.static()
         self._ends, self._eos = jnp.asarray(ends), jnp.int32(eos)
@@ -234,24 +236,27 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return [tokenizer.bos, *tokenizer.ids(prompt.rstrip())]
 
 
-def pad_rows(condition: Condition, rows: int) -> Condition:
-    """The condition with rows of zeros, not active, behind its own."""
-    missing = rows - condition.innovation.shape[0]
-    if missing < 0:
+def fit_rows(condition: Condition, prompts: int, rows: int) -> Condition:
+    """The condition with exactly so many rows: cut, or with rows of zeros, not active, at its end.
+
+    Raises:
+      ValueError: it has fewer rows than there are prompts.
+    """
+    given = condition.innovation.shape[0]
+    if given < prompts:
         raise ValueError(
-            f"the condition has {condition.innovation.shape[0]} rows for {rows}; row i of it"
-            " belongs to prompt i"
+            f"the condition has {given} rows for {prompts} prompts; row i of it belongs to prompt i"
         )
-    if not missing:
+    if given == rows:
         return condition
 
     # In NumPy: a device would compile for every number of rows.
-    def pad(leaf):
+    def fit(leaf):
         axis = 1 if leaf.ndim == 5 else 0  # slots lead with their layer
-        widths = [(0, missing * (i == axis)) for i in range(leaf.ndim)]
-        return jnp.asarray(np.pad(np.asarray(leaf), widths))
+        widths = [(0, max(rows - given, 0) * (i == axis)) for i in range(leaf.ndim)]
+        return jnp.asarray(np.pad(np.asarray(leaf), widths).take(range(rows), axis))
 
-    return jax.tree.map(pad, condition)
+    return jax.tree.map(fit, condition)
 
 
 def steps_bucket(size: int, unit: int) -> int:

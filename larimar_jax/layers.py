@@ -51,8 +51,9 @@ class Prefix:
 
     `key` and `value` are P past positions of each layer with the layer's key/value head layout,
     unrotated, at position 0; tokens of an active row start at position 1. A row with `active`
-    False is decoded exactly as by the untouched base LM. A zero latent is not that: its slot is
-    there and holds zeros.
+    False is decoded as by the untouched base LM, whatever its latent holds (to rounding: sums over
+    masked places run in another order; to the bit where no prefix is given). A zero latent is not
+    that: its slot is there and holds zeros.
     """
 
     embedding: Float[Array, "B D"]

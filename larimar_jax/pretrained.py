@@ -5,9 +5,11 @@ import functools
 import hashlib
 import importlib.resources
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -20,6 +22,7 @@ from larimar_jax.memory.contract import Prior
 from larimar_jax.memory.streaming import Streaming
 from larimar_jax.model import Condition, Larimar, assign, build, parameters
 from larimar_jax.train import export
+from larimar_jax.train.step import Skeleton
 from larimar_jax.weights import PACKAGED
 from larimar_jax.weights.tokenizers import TextTooLong, Tokenizer, bucket
 
@@ -121,7 +124,18 @@ class Pretrained:
         innovation: Float[np.ndarray, "n C"] | Array | None = None,
         active: Bool[np.ndarray, " n"] | None = None,
     ) -> Condition:
-        """`Larimar.condition`, compiled."""
+        """`Larimar.condition`, compiled; rows of padding, not active, come after the n.
+
+        Padded, so that few numbers of rows are compiled for; decoding and scoring ignore the rest.
+        """
+        rows, more = len(latent), generate.steps_bucket(len(latent), 1) - len(latent)
+        latent = np.pad(np.asarray(latent, np.float32), ((0, more), (0, 0)))
+        innovation = (
+            np.zeros_like(latent)
+            if innovation is None
+            else np.pad(np.asarray(innovation, np.float32), ((0, more), (0, 0)))
+        )
+        active = np.pad(np.ones(rows, bool) if active is None else np.asarray(active), (0, more))
         return _condition(self.graph, self.state, latent, innovation, active)
 
     def zero(self, rows: int) -> Condition:
@@ -193,10 +207,8 @@ def load(source: str | pathlib.Path = "smol") -> Pretrained:
     arrays, meta = export.load_exported(path)
     if "config" not in meta:
         raise export.ExportError(f"{path} holds a session and not a model; give it to --session.")
-    config = configs.parse(meta["config"])
-    model = build(config, jax.random.key(0))
-    _check_whole(path, config, model, arrays)
-    assign(model, arrays, origin=str(path))
+    config = configs.parse_saved(meta["config"])
+    model = _filled(path, config, arrays)
     encoder_tokenizer, decoder_tokenizer = vocabulary.tokenizers(
         config, functools.partial(_no_corpus, path), path.parent / "tokenizer.json"
     )
@@ -222,11 +234,31 @@ def load(source: str | pathlib.Path = "smol") -> Pretrained:
     )
 
 
-def _check_whole(path: pathlib.Path, config: Config, model: Larimar, arrays: dict) -> None:
-    """Raises ExportError where file and model do not have the same parameters."""
+def _filled(path: pathlib.Path, config: Config, arrays: dict) -> Larimar:
+    """The model with the file's parameters.
+
+    Raises:
+      ExportError: file and model do not have the same parameters.
+    """
+    make = functools.partial(build, config, jax.random.key(0))
     towers = {"encoder/": config.model.encoder, "decoder/": config.model.decoder}
     loaded = tuple(prefix for prefix, tower in towers.items() if tower.source is not None)
-    shapes = {name: leaf.shape for name, leaf in parameters(model).items()}
+    if loaded:
+        model = make()
+        _check_whole(path, parameters(model), arrays, loaded)
+        assign(model, arrays, origin=str(path))
+        return model
+    # Every parameter is in the file, and drawing them first would be for nothing.
+    skeleton = Skeleton(nnx.eval_shape(make))
+    _check_whole(path, skeleton.parameters, arrays, loaded)
+    return skeleton.model({name: jnp.asarray(array) for name, array in arrays.items()})
+
+
+def _check_whole(
+    path: pathlib.Path, wanted: Mapping[str, Any], arrays: dict, loaded: tuple[str, ...]
+) -> None:
+    """Raises ExportError unless the file has the parameters, but for those of `loaded` towers."""
+    shapes = {name: leaf.shape for name, leaf in wanted.items()}
     problems = [f"{n}: missing" for n in shapes if n not in arrays and not n.startswith(loaded)]
     problems += [
         f"{name}: {array.shape} in the file, {shapes.get(name, 'no such parameter')} in the model"
@@ -254,7 +286,7 @@ def _condition(graph: nnx.GraphDef, state: nnx.State, latent, innovation, active
 def _no_corpus(path: pathlib.Path) -> list[str]:
     raise FileNotFoundError(
         f"{path} was trained with a vocabulary of its own, which is not beside it. Copy tokenizer.json "
-        "from the run's folder to there."
+        "from the run's folder to there (a converted model has one for each tower)."
     )
 
 

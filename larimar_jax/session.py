@@ -12,7 +12,7 @@ import dataclasses
 import datetime
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from larimar_jax import scope
+from larimar_jax import generate, scope
 from larimar_jax.memory.contract import Prior, Reading
 from larimar_jax.memory.streaming import Streaming
 from larimar_jax.model import Condition
@@ -109,8 +109,15 @@ class _Recalled:
 
     facts: list[int | None]
     scores: list[float]
-    condition: Condition
+    condition: Condition | None
     milliseconds: dict[str, float]
+
+    def answers(self, texts: Sequence[str]) -> list[Answer]:
+        """What was decoded, with where it came from."""
+        return [
+            Answer(text, fact is not None, fact, score, self.milliseconds)
+            for text, fact, score in zip(texts, self.facts, self.scores, strict=True)
+        ]
 
 
 class Session:
@@ -184,12 +191,24 @@ class Session:
         self._events.append(_event("forget", fact, taken))
         return fact
 
-    def ask(self, prompt: str, **options: Any) -> Answer:
+    def ask(
+        self, prompt: str, *, on_text: Callable[[str], None] | None = None, **options: Any
+    ) -> Answer:
         """Continues a prompt: through the memory where it is about a written fact, else as the base LM.
 
-        Options as in `generate.generate` (max_tokens, temperature, rng, stop).
+        Args:
+          on_text: called with every piece of the answer as soon as it is known.
+          options: as in `generate.generate` (max_tokens, temperature, top_k, top_p, rng, stop).
         """
-        return self.ask_all([prompt], **options)[0]
+        if on_text is None:
+            return self.ask_all([prompt], **options)[0]
+        recalled = self._recall([prompt])
+        begin, pieces = time.perf_counter(), []
+        for (piece,) in self.model.stream([prompt], recalled.condition, **options):
+            pieces.append(piece)
+            on_text(piece)
+        recalled.milliseconds["decode"] = 1e3 * (time.perf_counter() - begin)
+        return recalled.answers(["".join(pieces)])[0]
 
     def ask_all(self, prompts: Sequence[str], **options: Any) -> list[Answer]:
         """`ask` for many prompts in one batch."""
@@ -199,12 +218,7 @@ class Session:
         begin = time.perf_counter()
         continuations = self.model.generate(prompts, recalled.condition, **options)
         recalled.milliseconds["decode"] = 1e3 * (time.perf_counter() - begin)
-        return [
-            Answer(text, fact is not None, fact, score, recalled.milliseconds)
-            for text, fact, score in zip(
-                continuations, recalled.facts, recalled.scores, strict=True
-            )
-        ]
+        return recalled.answers(continuations)
 
     def score(
         self, prompts: Sequence[str], candidates: Sequence[Sequence[str]]
@@ -230,8 +244,11 @@ class Session:
         found = scope.match(encodings.embedding, owners, written)
         inside = found.within(self.model.scope_threshold)
         queries = encodings.latent[found.sentence]
-        reading = _read(self.model.memory, self.model.prior, self._state, queries)
-        latent = np.asarray(reading.latent)
+        # Padded, so that few numbers of queries are compiled for.
+        more = generate.steps_bucket(len(queries), 1) - len(queries)
+        asked = np.pad(queries, ((0, more), (0, 0)))
+        reading = _read(self.model.memory, self.model.prior, self._state, asked)
+        latent = np.asarray(reading.latent)[: len(queries)]
         milliseconds = {
             "encode": 1e3 * (encoded - begin),
             "read": 1e3 * (time.perf_counter() - encoded),
@@ -239,7 +256,8 @@ class Session:
         return _Recalled(
             [ids[key] if within else None for key, within in zip(found.key, inside, strict=True)],
             [float(score) for score in found.score],
-            self.model.condition(latent, latent - queries, inside),
+            # Where nothing is in scope, the very program of the base LM, and not a masked slot.
+            self.model.condition(latent, latent - queries, inside) if inside.any() else None,
             milliseconds,
         )
 

@@ -83,3 +83,14 @@ def test_a_file_that_is_missing_or_says_nothing(tmp_path):
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(config.ConfigError, match="defines no get_config"):
         config.load(tmp_path / "empty.py")
+
+
+def test_a_saved_model_may_be_older_than_a_setting():
+    values = config.to_dict(config.parse(tiny_config()))
+    older = {**values, "memory": {k: v for k, v in values["memory"].items() if k != "variance"}}
+    assert config.parse_saved(older) == config.parse(values)
+    assert "variance" not in older["memory"]
+    with pytest.raises(config.ConfigError, match="memory.variance: missing"):
+        config.parse(older)
+    with pytest.raises(config.ConfigError, match="train: missing"):
+        config.parse_saved({k: v for k, v in older.items() if k != "train"})

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from larimar_jax import generate, scoring
+from larimar_jax import generate, sampling, scoring
 
 PROMPTS = ["Fact 1 is", "The capital of Japan is the city of", "new"]
 
@@ -112,3 +112,109 @@ def test_what_can_not_be_decoded_is_said(tiny):
     longest = "0" * (room - 4 - 1)
     assert len(tiny.decoder_tokenizer.ids(longest)) == room - 5
     assert len(tiny.generate([longest], max_tokens=4)) == 1
+
+
+@pytest.mark.parametrize("every", [1, 3, 50])
+@pytest.mark.parametrize("stop", ["", "a", ("ef", "n")])
+def test_streamed_pieces_join_to_the_whole(tiny, condition, every, stop):
+    options = dict(max_tokens=14, stop=stop)
+    whole = tiny.generate(PROMPTS, condition, **options)
+    pieces = list(tiny.stream(PROMPTS, condition, every=every, **options))
+    assert ["".join(row) for row in zip(*pieces, strict=True)] == whole
+    if every == 1 and stop == "":
+        assert len(pieces) > 3
+
+
+def test_drawn_pieces_join_to_what_is_drawn_at_once(tiny, condition):
+    options = dict(max_tokens=9, temperature=1.5, top_k=20, rng=jax.random.key(3), stop="")
+    pieces = tiny.stream(PROMPTS, condition, every=2, **options)
+    whole = tiny.generate(PROMPTS, condition, **options)
+    assert ["".join(row) for row in zip(*pieces, strict=True)] == whole
+
+
+def test_an_unfinished_character_is_held_back(tiny):
+    """Pieces never hold U+FFFD that a later token turns into a character."""
+    tokenizer = tiny.decoder_tokenizer
+    reader = generate._Reader(tokenizer, "")
+    ids = tokenizer.ids("né 東京")
+    for length in range(1, len(ids)):
+        text, sure = reader.text(ids[:length])
+        assert "né 東京".startswith(text[:sure])
+
+
+def test_a_new_length_or_number_of_rows_seldom_compiles(tiny):
+    words = "Fact 1 is the capital of Japan".split()
+    sizes = []
+    for rows in (5, 6):
+        for length in (5, 6, 7):
+            tiny.generate([" ".join(words[:length])] * rows, max_tokens=9 + length, stop="")
+            sizes.append((generate._prefill._cache_size(), generate._decode._cache_size()))
+    assert len(set(sizes)) == 1, sizes
+
+
+def test_top_k_and_top_p_against_a_plain_reading():
+    logits = np.log(np.asarray([[0.5, 0.05, 0.3, 0.15], [0.25, 0.25, 0.4, 0.1]], np.float32))
+
+    def kept(top_k, top_p):
+        found = sampling.truncate(jnp.asarray(logits), jnp.int32(top_k), jnp.float32(top_p))
+        return [set(np.flatnonzero(np.isfinite(row))) for row in np.asarray(found)]
+
+    assert kept(0, 1.0) == [{0, 1, 2, 3}] * 2
+    assert kept(1, 1.0) == [{0}, {2}]
+    assert kept(9, 1.0) == [{0, 1, 2, 3}] * 2
+    assert kept(0, 0.6) == [{0, 2}, {0, 1, 2}]
+    assert kept(0, 0.5)[0] == {0}
+    assert kept(2, 0.9)[0] == {0, 2}
+    assert kept(0, 1e-6) == [{0}, {2}]
+
+
+def test_draws_follow_the_distribution():
+    logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.2]] * 4000))
+    chosen = sampling.Sampling(temperature=1.0, rng=jax.random.key(0))
+    tokens = sampling.pick(logits, jnp.int32(0), chosen.traced(), **chosen.static())
+    share = np.bincount(np.asarray(tokens), minlength=3) / 4000
+    np.testing.assert_allclose(share, [0.5, 0.3, 0.2], atol=0.03)  # 3.8 standard errors
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(temperature=-1.0), "at least 0"),
+        (dict(temperature=1.0, top_p=0.0), "top_p"),
+        (dict(top_k=5), "set a temperature"),
+        (dict(top_p=0.5), "set a temperature"),
+        (dict(max_tokens=0), "max_tokens"),
+    ],
+)
+def test_options_that_make_no_sense(tiny, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.generate(PROMPTS, **options)
+    with pytest.raises(ValueError, match="every"):
+        list(tiny.stream(PROMPTS, every=0))
+    with pytest.raises(ValueError, match="2 rows for 3 prompts"):
+        tiny.generate(PROMPTS, tiny.model.condition(jnp.zeros((2, 16))))
+
+
+def test_many_candidates_share_their_prompt(tiny, condition):
+    """30 candidates that branch at different depths, in one row, equal each by itself."""
+    tokenizer = tiny.decoder_tokenizer
+    words = ["new", "true", "Japan", "France city", "new 1", "new 12", "0 0 1"]
+    texts = [f"{a} {b}" for a in words for b in words[:4]] + ["new", "new 1"]
+    together = tiny.score([PROMPTS[0]], [texts], condition.rows(jnp.asarray([0])))
+    apart = [tiny.score([PROMPTS[0]], [(t,)], condition.rows(jnp.asarray([0])))[0, 0] for t in texts]
+    np.testing.assert_allclose(together[0], apart, rtol=2e-5)
+    row = scoring._branch(tiny.model, tokenizer, PROMPTS[0], texts)
+    alone = sum(len(tokenizer.ids(" " + text)) for text in texts)
+    prompt = len(generate.prompt_ids(tokenizer, PROMPTS[0]))
+    assert len(row.tokens) - prompt < alone / 2  # shared beginnings are computed once
+
+
+def test_token_ids_go_on_without_a_stop(tiny):
+    ids = [generate.prompt_ids(tiny.decoder_tokenizer, prompt) for prompt in PROMPTS]
+    found = generate.continue_ids(tiny.model, ids, 8)
+    assert found.shape == (3, 8)
+    texts = tiny.generate(PROMPTS, max_tokens=8, stop="")
+    for row, text in zip(found, texts, strict=True):
+        assert tiny.decoder_tokenizer.decode(row).startswith(text)
+    with pytest.raises(ValueError, match="no tokens"):
+        generate.continue_ids(tiny.model, [[]], 4)

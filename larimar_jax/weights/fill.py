@@ -14,6 +14,7 @@ A family's `KEYS` is a table of `(source, target, transform)`:
 One source tensor may match several rows, as GPT-2's fused projection does.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -107,8 +108,10 @@ def fill(
         sharding = None if where is None else where("/".join(path), leaf.shape)
         return _read(by_target[path], leaf, source, sharding, grown.get(path), more_rows)
 
-    filled = [(path, leaf.replace(read(tuple(map(str, path)), leaf))) for path, leaf in flat]
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+    # The largest first: what is held beside the parameters is then least when most are there.
+    order = sorted(flat, key=lambda item: -math.prod(item[1].shape))
+    filled = {path: leaf.replace(read(tuple(map(str, path)), leaf)) for path, leaf in order}
+    return nnx.merge(graph, nnx.from_flat_state([(path, filled[path]) for path, _ in flat]))
 
 
 def to_source(module: nnx.Module, keys: Keys) -> Iterator[tuple[str, np.ndarray]]:
@@ -232,7 +235,7 @@ def _read(
     keys = {device: _bounds(index, shape) for device, index in places.items()}
     for bounds in keys.values():
         if bounds not in parts:
-            parts[bounds] = np.empty([stop - start for start, stop in bounds], dtype)
+            parts[bounds] = _aligned([stop - start for start, stop in bounds], dtype)
     for use in uses:
         first = use.layer
         if use.layer is not None and not any(b[0][0] <= first < b[0][1] for b in parts):
@@ -248,10 +251,21 @@ def _read(
             elif bounds[0][0] <= first < bounds[0][1]:
                 part[first - bounds[0][0]] = tensor[tuple(slice(*b) for b in bounds[1:])]
         del tensor
-    arrays = [jax.device_put(parts[bounds], device) for device, bounds in keys.items()]
+    # Nobody else knows the buffers, so a device that can use host memory need not copy them.
+    arrays = [
+        jax.device_put(parts[bounds], device, may_alias=True) for device, bounds in keys.items()
+    ]
     made = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
     # Copies run behind; without waiting, the next parameter's buffers would join this one's.
     return made.block_until_ready()
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An empty array at a multiple of 64 bytes, as CPU devices want memory that they take over."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    first = -raw.ctypes.data % 64
+    return raw[first : first + size].view(dtype).reshape(shape)
 
 
 def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
