@@ -149,7 +149,7 @@ class Larimar(nnx.Module):
         """Latent → memory slots and embedding (§2), with the innovation for the lexicon (§10).
 
         A zero latent is the paper's "no memory" (z = 0): the slot is there and holds zeros. A row whose
-        `active` is False is decoded exactly as by the untouched base LM.
+        `active` is False is decoded as by the untouched base LM (`layers.Prefix`).
         """
         rows = latent.shape[0]
         active = jnp.ones((rows,), bool) if active is None else active
