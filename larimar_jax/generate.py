@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax.layers import Cache
-from larimar_jax.model import Condition, Larimar
+from larimar_jax.model import Condition
 from larimar_jax.sampling import Draw, Sampling, pick
 from larimar_jax.weights.tokenizers import Tokenizer, bucket
 
@@ -26,8 +26,19 @@ class PromptTooLong(ValueError):
     """A prompt and its continuation do not fit into the decoder's positions."""
 
 
+@runtime_checkable
+class LanguageModel(Protocol):
+    """What is decoded: a `Larimar`, or anything else around a decoder."""
+
+    decoder: Any
+    hidden: Any
+    """(tokens, condition, cache, start) → (last hidden states, cache)."""
+    bonus: Any
+    """condition → what the first token's logits gain [B, V], or None."""
+
+
 def generate(
-    model: Larimar,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     condition: Condition | None = None,
@@ -63,7 +74,7 @@ def generate(
 
 
 def stream(
-    model: Larimar,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     condition: Condition | None = None,
@@ -122,7 +133,7 @@ class _Run:
 
     def __init__(
         self,
-        model: Larimar,
+        model: LanguageModel,
         prompts: Sequence[Sequence[int]],
         condition: Condition | None,
         max_tokens: int,
@@ -213,7 +224,7 @@ def _start(model, reader: _Reader, prompts, condition, max_tokens, sampling) -> 
 
 
 def continue_ids(
-    model: Larimar,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
     condition: Condition | None = None,
@@ -266,7 +277,7 @@ def steps_bucket(size: int, unit: int) -> int:
     return unit * (power * 3 // 4 if power >= 4 and whole <= power * 3 // 4 else power)
 
 
-def _pack(model: Larimar, ids: Sequence[Sequence[int]], max_tokens: int):
+def _pack(model: LanguageModel, ids: Sequence[Sequence[int]], max_tokens: int):
     """Prompts [B, T] and lengths [B], both padded to buckets, and the length of the cache."""
     needed, limit = max(map(len, ids)), model.decoder.config.max_length - 1
     if needed + max_tokens > limit:
@@ -363,7 +374,7 @@ def _decode(
 
 
 def _logits(
-    model: Larimar,
+    model: LanguageModel,
     hidden: Float[Array, "B D"],
     bonus: Float[Array, "B V"] | None,
     step: Int[Array, ""],
