@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
                 # σ_W = 0.1: with σ_W = 1 the noise on what is read is three times the signal for
                 # eight unit encodings, and the towers would learn nothing from it.
                 initial_log_variance=-4.6,
+                variance="scalar",
                 address="posterior",
             ),
             objective=dict(

@@ -51,6 +51,7 @@ def get_config() -> ConfigDict:
                 noise=1e-6,
                 # σ_W = 0.05: see configs/smol.py.
                 initial_log_variance=-6.0,
+                variance="scalar",
                 address="posterior",
             ),
             objective=dict(

@@ -10,6 +10,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from larimar_jax import formats
+
 PACKAGE = Path(__file__).resolve().parent
 DEFAULT_SESSION = "larimar-session.safetensors"
 DEFAULT_MODEL = "smol"
@@ -102,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     )
 
     def add(
-        name: str, command: Callable, summary: str, example: str, resume: str = ""
+        name: str, command: Callable | None, summary: str, example: str, resume: str = ""
     ) -> argparse.ArgumentParser:
         made = commands.add_parser(
             name,
@@ -179,76 +181,10 @@ def parser() -> argparse.ArgumentParser:
     )
     made.fill = lambda made: _benchmarks(made, shared)
 
-    made = add(
-        "convert",
-        convert,
-        "turn a checkpoint of the authors' code into a model of ours",
-        "larimar convert ibm larimar.ckpt models/larimar"
-        " --encoder-tokenizer bert-large-cased --decoder-tokenizer gpt2-large",
-    )
-    _ibm(made, shared)
-    made = add(
-        "export",
-        export,
-        "write a model's towers as folders that transformers loads",
-        "larimar export hf smol towers",
-    )
-    _hf(made, shared)
+    for name, (summary, example, fill) in formats.COMMANDS.items():
+        # What runs is the format's to say.
+        fill(add(name, None, summary, example), shared)
     return top
-
-
-def _ibm(made: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
-    single = made.add_subparsers(title="formats", metavar="FORMAT", required=True).add_parser(
-        "ibm",
-        help="a Lightning checkpoint of IBM/larimar, with BERT and GPT-2 or GPT-J",
-        description="Reads a Lightning checkpoint of IBM/larimar without torch, and makes a folder "
-        "that `larimar edit --model` takes. Sizes are read off the tensors. All that does not fit is "
-        "named in one error, and nothing is written then; so is, at the end, what was left.",
-        epilog="The tokenizers are those of the base models: folders with tokenizer.json, as "
-        "fetched from Hugging Face. <PAD>, <BOS> and <EOS> are added to the decoder's here.",
-        parents=[shared],
-    )
-    single.add_argument("file", metavar="FILE", help="the checkpoint")
-    single.add_argument("out", metavar="OUT", help="the folder to make")
-    for tower, base in (("encoder", "bert-large-cased"), ("decoder", "gpt2-large")):
-        single.add_argument(
-            f"--{tower}-tokenizer",
-            required=True,
-            metavar="DIR",
-            help=f"folder with the {tower}'s tokenizer.json, such as a copy of {base}",
-        )
-    for tower, size in (("encoder", "64"), ("decoder", "64 for GPT-2, 256 for GPT-J")):
-        single.add_argument(
-            f"--{tower}-head-size",
-            type=_positive,
-            metavar="N",
-            help=f"width of one attention head of the {tower}; shapes do not tell ({size})",
-        )
-    single.add_argument(
-        "--rotary",
-        type=_positive,
-        metavar="N",
-        help="how many numbers of a GPT-J head positions rotate (64)",
-    )
-    single.add_argument(
-        "--scope-threshold",
-        type=float,
-        metavar="X",
-        help="cosine from which a query counts as one of the written prompts (0.95; try yours)",
-    )
-
-
-def _hf(made: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
-    single = made.add_subparsers(title="formats", metavar="FORMAT", required=True).add_parser(
-        "hf",
-        help="folders laid out as on Hugging Face",
-        description="Writes OUT/encoder and OUT/decoder: config.json, model.safetensors (in parts "
-        "of at most 5 GB) and the tokenizer. The memory and what lies between the towers are ours "
-        "alone and stay in our own file.",
-        parents=[shared],
-    )
-    single.add_argument("model", metavar="MODEL", help="a shipped name, an exported file or a run")
-    single.add_argument("out", metavar="OUT", help="the folder to make")
 
 
 def _benchmarks(made: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
@@ -389,38 +325,6 @@ def bench(arguments: argparse.Namespace) -> None:
 
     experiment = bench.benchmark(arguments.name).experiment(arguments)
     runner.run(experiment, arguments.out)
-
-
-def convert(arguments: argparse.Namespace) -> None:
-    """larimar convert ibm"""
-    from larimar_jax import convert
-    from larimar_jax.weights import ibm
-
-    options = {
-        "encoder_head": arguments.encoder_head_size,
-        "decoder_head": arguments.decoder_head_size,
-        "rotary": arguments.rotary,
-        "scope_threshold": arguments.scope_threshold,
-    }
-    left = convert.from_ibm(
-        arguments.file,
-        arguments.out,
-        encoder_tokenizer=arguments.encoder_tokenizer,
-        decoder_tokenizer=arguments.decoder_tokenizer,
-        unsaid=ibm.Unsaid(**{name: n for name, n in options.items() if n is not None}),
-        progress=True,
-    )
-    for name in left:
-        print(f"left: {name}", file=sys.stderr)
-    print(f"{arguments.out}: larimar edit PROMPT ANSWER --model {arguments.out}")
-
-
-def export(arguments: argparse.Namespace) -> None:
-    """larimar export hf"""
-    from larimar_jax import convert
-
-    convert.to_huggingface(arguments.model, arguments.out)
-    print(f"{arguments.out}/encoder and {arguments.out}/decoder")
 
 
 if __name__ == "__main__":

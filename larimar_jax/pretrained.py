@@ -212,7 +212,8 @@ def load(source: str | pathlib.Path = "smol") -> Pretrained:
     encoder_tokenizer, decoder_tokenizer = vocabulary.tokenizers(
         config, functools.partial(_no_corpus, path), path.parent / "tokenizer.json"
     )
-    digest = hashlib.sha256(path.read_bytes())
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
     for tokenizer in (encoder_tokenizer, decoder_tokenizer):
         digest.update(tokenizer.hash.encode())
     for tower in (config.model.encoder, config.model.decoder):

@@ -126,6 +126,7 @@ def tiny_config():
             initial="normal",
             noise=1e-6,
             initial_log_variance=0.0,
+            variance="scalar",
             address="posterior",
         ),
         objective=dict(

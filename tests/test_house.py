@@ -41,7 +41,9 @@ FLOORS = {
     "pretrained": 5,
     "session": 5,
     "bench": 5,
+    "convert": 5,
     "demo": 6,
+    "formats": 6,
     "cli": 6,
 }
 APART = ("encoders", "decoders", "memory")

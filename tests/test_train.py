@@ -79,6 +79,7 @@ def tiny(tmp_path_factory) -> configs.Config:
             initial="identity",
             noise=1e-6,
             initial_log_variance=-6.0,
+            variance="scalar",
             address="posterior",
             steps=15,
             log_start=-5.0,

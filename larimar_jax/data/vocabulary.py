@@ -1,4 +1,4 @@
-"""The tokenizers of a run: those of its pretrained towers, or one trained on its own corpus."""
+"""The tokenizers of a run: of its pretrained towers, beside its model, or trained on its corpus."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -8,39 +8,59 @@ from larimar_jax import weights
 from larimar_jax.config import Config
 from larimar_jax.weights import Tokenizer
 
+# The file of a tower whose weights were converted into the model: it has a tokenizer, and no source.
+OWN = "{tower}_tokenizer.json"
+
 
 def tokenizers(
     config: Config, texts: Callable[[], Iterable[str]], path: str | Path
 ) -> tuple[Tokenizer, Tokenizer]:
     """The (encoder's, decoder's) tokenizer of a run.
 
-    A tower with a `source` brings its own. For a tower without one, a byte-pair vocabulary of
+    A tower with a `source` brings its own; one that was converted with its weights has its in a file
+    of its own beside `path`, as `OWN` says. For a tower without either, a byte-pair vocabulary of
     `data.vocabulary` entries is trained on `texts()`, once: a run that goes on reads `path`.
     The encoder's frames a text as `<BOS> text <EOS>`, so that a pooler over the first position has
     one of its own; the decoder's leaves that to the episodes.
 
     Raises:
-        ValueError: `data.vocabulary` is 0 where a tower needs it, or set where none does, or larger
-            than a tower's embedding table.
+        ValueError: `data.vocabulary` is 0 where a tower needs it, or set where none does; a tower
+            that has both source and file; a vocabulary larger than a tower's embedding table.
     """
-    size = config.data.vocabulary
+    size, folder = config.data.vocabulary, Path(path).parent
     towers = {"encoder": config.model.encoder, "decoder": config.model.decoder}
-    bare = {name: tower.sizes for name, tower in towers.items() if tower.source is None}
+    files = {name: folder / OWN.format(tower=name) for name in towers}
+    files = {name: file for name, file in files.items() if file.is_file()}
+    if twice := [str(file) for name, file in files.items() if towers[name].source is not None]:
+        raise ValueError(
+            f"{' and '.join(twice)}: a tower with a source brings its tokenizer. Take the file away, "
+            "or give the tower its sizes instead of a source."
+        )
+    sizes = {name: tower.sizes for name, tower in towers.items() if tower.source is None}
+    bare = [name for name in sizes if name not in files]
     if bool(bare) != bool(size):
         raise ValueError(
             f"data.vocabulary is {size}, and "
             + (f"{' and '.join(bare)} bring no tokenizer" if bare else "both towers bring one")
-            + ". It is the size of the vocabulary trained for towers without a source, else 0."
+            + ". It is the size of the vocabulary trained for towers without a source, else 0. A "
+            f"converted tower's is in {OWN.format(tower='NAME')} beside the model."
         )
-    small = [f"model.{n}.vocab_size {s.vocab_size}" for n, s in bare.items() if s.vocab_size < size]
-    if small:
-        raise ValueError(f"{', '.join(small)}: less than data.vocabulary {size}")
+    own = {n: Tokenizer.from_json(f.read_text(encoding="utf-8")) for n, f in files.items()}
+    entries = {**dict.fromkeys(bare, size), **{n: t.vocab_size for n, t in own.items()}}
+    if small := [n for n, count in entries.items() if sizes[n].vocab_size < count]:
+        raise ValueError(
+            "; ".join(
+                f"model.{n}.vocab_size {sizes[n].vocab_size}: less than the {entries[n]} tokens of its "
+                + ("tokenizer" if n in own else "data.vocabulary")
+                for n in small
+            )
+        )
     trained = _trained(texts, size, Path(path)) if bare else None
-    encoder, decoder = config.model.encoder.source, config.model.decoder.source
-    return (
-        trained.framed() if encoder is None else weights.load_tokenizer(encoder),
-        trained if decoder is None else weights.load_tokenizer(decoder),
-    )
+    if "encoder" in bare:
+        own["encoder"] = trained.framed()
+    if "decoder" in bare:
+        own["decoder"] = trained
+    return tuple(own.get(n) or weights.load_tokenizer(tower.source) for n, tower in towers.items())
 
 
 def _trained(texts: Callable[[], Iterable[str]], size: int, path: Path) -> Tokenizer:

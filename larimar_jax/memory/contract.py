@@ -26,6 +26,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from larimar_jax.linalg import dot, pinv
+from larimar_jax.memory import variance
+from larimar_jax.memory.variance import Setting
 
 Real = float | Float[Array, ""]
 Sign = int | Int[Array, ""] | Int[Array, "N"]
@@ -68,11 +70,17 @@ def pytree(cls):
 
 @pytree
 class MemoryParams:
-    """What is learned: M₀, log σ_W² (§3), and M_ref (§4) where it is not M₀ itself."""
+    """What is learned: M₀, log σ_W² (§3), and M_ref (§4) where it is not M₀ itself.
+
+    log_variance is b of memory/variance.py, a scalar or [K]; variance_by_query and
+    variance_by_memory are its A and B, None where log σ_W² does not depend on query or memory.
+    """
 
     prior: Float[Array, "K C"]
-    log_variance: Float[Array, ""]
+    log_variance: Float[Array, "*K"]
     reference: Float[Array, "K C"] | None = None
+    variance_by_query: Float[Array, "C K"] | None = None
+    variance_by_memory: Float[Array, "K C K"] | None = None
 
 
 @pytree
@@ -80,7 +88,9 @@ class Prior:
     """Parameters and what every episode of a batch shares: M_ref and its pseudo-inverse."""
 
     memory: Float[Array, "K C"]
-    log_variance: Float[Array, ""]
+    log_variance: Float[Array, "*K"]
+    variance_by_query: Float[Array, "C K"] | None
+    variance_by_memory: Float[Array, "K C K"] | None
     reference: Float[Array, "K C"]
     inverse: Float[Array, "C K"] | None
 
@@ -102,9 +112,9 @@ class Reading:
 
 
 def sample(
-    mean: Float[Array, "Q K"], log_variance: Float[Array, ""], rng: PRNGKeyArray | None
+    mean: Float[Array, "Q K"], log_variance: Float[Array, "Q K"], rng: PRNGKeyArray | None
 ) -> Float[Array, "Q K"]:
-    """W ~ N(W̄, σ_W² I) (Algorithm 1); W̄ itself without a key."""
+    """W ~ N(W̄, σ_W²), elementwise (Algorithm 1); W̄ itself without a key."""
     if rng is None:
         return mean
     return mean + jnp.exp(0.5 * log_variance) * jax.random.normal(rng, mean.shape, mean.dtype)
@@ -141,6 +151,8 @@ class Memory(abc.ABC):
     initial: M₀ at the start, the K x C identity (released code) or i.i.d. N(0, 1) (Table 4).
     noise: the standard deviation of ξ at writing, used only where a write is given a random key.
     initial_log_variance: log σ_W² at the start; 0 is the variance of the prior over W.
+    variance: what log σ_W² depends on (memory/variance.py; the released code's 0 to 4). It decides
+    what `init` makes; a read goes by the parameters that it is given.
     """
 
     slots: int = static()
@@ -148,29 +160,55 @@ class Memory(abc.ABC):
     initial: Literal["identity", "normal"] = static(default="identity", kw_only=True)
     noise: Real = dataclasses.field(default=1e-6, kw_only=True)
     initial_log_variance: Real = dataclasses.field(default=0.0, kw_only=True)
+    variance: Setting = static(default="scalar", kw_only=True)
 
     def init(self, key: PRNGKeyArray) -> MemoryParams:
-        """M₀ [K, C] and log σ_W²."""
+        """M₀ [K, C] and what log σ_W² is made of."""
         if self.initial == "identity":
             prior = jnp.eye(self.slots, self.latent, dtype=jnp.float32)
         else:
             prior = jax.random.normal(key, (self.slots, self.latent), jnp.float32)
-        return MemoryParams(prior, jnp.asarray(self.initial_log_variance, jnp.float32))
+        constant, by_query, by_memory = variance.init(
+            self.variance, self.slots, self.latent, self.initial_log_variance
+        )
+        return MemoryParams(
+            prior, constant, variance_by_query=by_query, variance_by_memory=by_memory
+        )
 
     def prepare(self, params: MemoryParams) -> Prior:
         """What depends on the parameters alone, so that a batch of episodes shares it."""
+        self._check(params)
         memory = params.prior.astype(jnp.float32)
-        expected = (self.slots, self.latent)
-        if memory.shape != expected:
+        reference = memory if params.reference is None else params.reference.astype(jnp.float32)
+        parts = (params.log_variance, params.variance_by_query, params.variance_by_memory)
+        return Prior(
+            memory,
+            *(None if part is None else part.astype(jnp.float32) for part in parts),
+            reference,
+            self.invert(reference),
+        )
+
+    def _check(self, params: MemoryParams) -> None:
+        k, c = self.slots, self.latent
+        if params.prior.shape != (k, c):
             raise ValueError(
-                f"the prior memory has shape {memory.shape}, this memory expects {expected} "
+                f"the prior memory has shape {params.prior.shape}, this memory expects {(k, c)} "
                 "(slots, latent). Parameters of another model? Build the memory with the sizes of "
                 "its file."
             )
-        reference = memory if params.reference is None else params.reference.astype(jnp.float32)
-        return Prior(
-            memory, params.log_variance.astype(jnp.float32), reference, self.invert(reference)
-        )
+        # One element of a wrong shape would broadcast, and σ_W be another than was learned.
+        expected = {
+            "log_variance": ((), (k,)),
+            "variance_by_query": ((c, k),),
+            "variance_by_memory": ((k, c, k),),
+        }
+        for name, shapes in expected.items():
+            value = getattr(params, name)
+            if value is not None and value.shape not in shapes:
+                raise ValueError(
+                    f"{name} has shape {value.shape}, a memory of {k} slots and latent size {c} "
+                    f"expects {' or '.join(map(str, shapes))}. Parameters of another model?"
+                )
 
     def invert(self, reference: Float[Array, "K C"]) -> Float[Array, "C K"] | None:
         """M_ref†, or None where the variant's addressing does not need it."""
@@ -210,6 +248,20 @@ class Memory(abc.ABC):
     @abc.abstractmethod
     def matrix(self, prior: Prior, state: State) -> Float[Array, "K C"]:
         """The posterior memory M."""
+
+    def log_variance(
+        self, prior: Prior, state: State, queries: Float[Array, "Q C"]
+    ) -> Float[Array, "Q K"]:
+        """log σ_W² of Q reads (§3), float32; see memory/variance.py."""
+        memory = None if prior.variance_by_memory is None else self.matrix(prior, state)
+        return variance.log_variance(
+            prior.log_variance,
+            prior.variance_by_query,
+            prior.variance_by_memory,
+            queries.astype(jnp.float32),
+            memory,
+            self.slots,
+        )
 
     def generate(
         self, prior: Prior, state: State, n: int, rng: PRNGKeyArray

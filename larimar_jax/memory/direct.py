@@ -125,7 +125,8 @@ class Direct(Memory):
             found = dot(queries, state.outer)
             found = found if state.inner is None else dot(found, state.inner)
             mean = jnp.where(state.written, found, asked)
-        weights = sample(mean, prior.log_variance, rng)
+        log_variance = self.log_variance(prior, state, queries)
+        weights = sample(mean, log_variance, rng)
         latent = jnp.where(
             state.written,
             dot(dot(weights, state.inverse), state.values),
@@ -135,7 +136,7 @@ class Direct(Memory):
         return Reading(
             latent,
             mean,
-            jnp.broadcast_to(prior.log_variance, mean.shape),
+            log_variance,
             share(jnp.sum(jnp.square(explained), axis=1), jnp.sum(jnp.square(asked), axis=1)),
         )
 

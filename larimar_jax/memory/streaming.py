@@ -165,7 +165,8 @@ class Streaming(Memory):
     ) -> Reading:
         """Z_read = W M with W addressed by M_ref. Confidence: w G A⁻¹ wᵀ / ‖w‖², G = A − λI."""
         mean = self.address(prior, queries)
-        latent = dot(sample(mean, prior.log_variance, rng), state.solution)
+        log_variance = self.log_variance(prior, state, queries)
+        latent = dot(sample(mean, log_variance, rng), state.solution)
         squared = jnp.sum(jnp.square(mean), axis=1)
         # G A⁻¹ = I − λA⁻¹: what the ridge leaves of the weights is what no fact has claimed.
         matrix = add_ridge(state.gram.total(), self.ridge)
@@ -173,7 +174,7 @@ class Streaming(Memory):
         return Reading(
             latent,
             mean,
-            jnp.broadcast_to(prior.log_variance, mean.shape),
+            log_variance,
             share(squared - unclaimed, squared),
         )
 

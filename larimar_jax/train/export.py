@@ -6,16 +6,16 @@ file carries what it was trained on (its config, in `meta`) and a digest of its 
 
 import hashlib
 import json
+import math
 import os
 import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
-import safetensors.numpy
 
 _FORMAT = "larimar-jax/1"
 _DTYPES = {
@@ -53,25 +53,28 @@ def save_exported(
     idle = [pattern for pattern in dtypes if not any(re.search(pattern, name) for name in params)]
     if idle:
         raise ValueError(f"no parameter matches {', '.join(map(repr, idle))} in dtypes")
-    arrays, original = {}, {}
+    original, shapes, stored = {}, {}, {}
     for name in sorted(params):
-        array = np.asarray(params[name])
-        original[name] = array.dtype.name
-        wanted = next((d for p, d in dtypes.items() if re.search(p, name)), array.dtype.name)
-        with np.errstate(over="ignore"):  # Looked for below.
-            stored = np.ascontiguousarray(array.astype(_DTYPES[wanted])).reshape(array.shape)
-        if np.isfinite(array).all() and not np.isfinite(stored.astype(np.float32)).all():
-            raise ValueError(f"{name} holds values that {wanted} cannot; store it as bfloat16")
-        arrays[name] = stored
+        original[name] = np.dtype(params[name].dtype).name
+        shapes[name] = tuple(params[name].shape)
+        stored[name] = next((d for p, d in dtypes.items() if re.search(p, name)), original[name])
     described = json.dumps({"meta": meta, "dtypes": original}, sort_keys=True, ensure_ascii=False)
-    header = {"format": _FORMAT, "larimar": described, "sha256": _digest(arrays, described)}
-    content = safetensors.numpy.save(arrays, metadata=header)
+    # As long as the digest that takes its place when the content has been written.
+    _, places = _header(described, stored, shapes, "0" * 64)
+    digest = hashlib.sha256(described.encode("utf-8"))
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, since os.replace is atomic only within one file system.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            # One array at a time, so that no second copy of a large model is held.
+            for name, place in places.items():
+                array = _stored(name, np.asarray(params[name]), stored[name])
+                _update(digest, name, array)
+                file.seek(place)
+                file.write(_bytes(array))
+            file.seek(0)
+            file.write(_header(described, stored, shapes, digest.hexdigest())[0])
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -109,25 +112,35 @@ def load_exported(
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    content = path.read_bytes()
     try:
-        size = int.from_bytes(content[:8], "little")
-        header = json.loads(content[8 : 8 + size]).get("__metadata__", {})
-        views = safetensors.deserialize(content)
+        with path.open("rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            if start > path.stat().st_size:
+                raise ValueError("its header is longer than the file")
+            entries = json.loads(file.read(start - 8))
+            header = entries.pop("__metadata__", {})
+            if header.get("format") == _FORMAT:
+                arrays = {name: _array(file, start, entry) for name, entry in entries.items()}
+                if file.seek(0, os.SEEK_END) != start + sum(a.nbytes for a in arrays.values()):
+                    raise ValueError("it is not as long as its header says")
+                return header, arrays
     except Exception as error:  # A cut or overwritten header fails in many ways, all of them this.
         raise ExportError(
             f"{path} cannot be read ({type(error).__name__}: {error}). It is damaged, half written "
             "or no safetensors file; fetch or export it again."
         ) from error
-    if header.get("format") != _FORMAT:
-        raise ExportError(
-            f"{path} is a safetensors file and not an export of {_FORMAT} (it says "
-            f"{header.get('format')!r}). Weights of a tower alone go through the config's `source`."
-        )
-    return header, {
-        name: np.frombuffer(view["data"], _DTYPES[_CODES[view["dtype"]]]).reshape(view["shape"])
-        for name, view in views
-    }
+    raise ExportError(
+        f"{path} is a safetensors file and not an export of {_FORMAT} (it says "
+        f"{header.get('format')!r}). Weights of a tower alone go through the config's `source`."
+    )
+
+
+def _array(file: BinaryIO, start: int, entry: Mapping[str, Any]) -> np.ndarray:
+    """One array, read into the only memory that it takes."""
+    begin, end = entry["data_offsets"]
+    file.seek(start + begin)
+    read = np.fromfile(file, np.uint8, end - begin)
+    return read.view(_DTYPES[_CODES[entry["dtype"]]]).reshape(entry["shape"])
 
 
 def _fit(path: Path, arrays: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> None:
@@ -144,10 +157,48 @@ def _fit(path: Path, arrays: Mapping[str, np.ndarray], like: Mapping[str, Any]) 
         )
 
 
+def _header(
+    described: str, dtypes: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], digest: str
+) -> tuple[bytes, dict[str, int]]:
+    """The head of a safetensors file, and where in the file each array begins, by name in order."""
+    codes = {dtype: code for code, dtype in _CODES.items()}
+    metadata = {"format": _FORMAT, "larimar": described, "sha256": digest}
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    # Wide ones first: then each begins at a multiple of its width.
+    for name in sorted(dtypes, key=lambda n: (-_DTYPES[dtypes[n]].itemsize, n)):
+        begin, end = end, end + math.prod(shapes[name]) * _DTYPES[dtypes[name]].itemsize
+        offsets = [begin, end]
+        code = codes[dtypes[name]]
+        entries[name] = {"dtype": code, "shape": shapes[name], "data_offsets": offsets}
+    text = json.dumps(entries, ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    places = {name: start + entries[name]["data_offsets"][0] for name in sorted(dtypes)}
+    return len(text).to_bytes(8, "little") + text, places
+
+
+def _stored(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
+    with np.errstate(over="ignore"):  # Looked for below.
+        stored = array.astype(_DTYPES[dtype], copy=False)
+    if stored is not array and not np.isfinite(stored.astype(np.float32)).all():
+        if np.isfinite(array).all():
+            raise ValueError(f"{name} holds values that {dtype} cannot; store it as bfloat16")
+    return stored
+
+
 def _digest(arrays: Mapping[str, np.ndarray], described: str) -> str:
     digest = hashlib.sha256(described.encode("utf-8"))
     for name in sorted(arrays):
-        array = arrays[name]
-        digest.update(f"{name} {array.dtype.name} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
+        _update(digest, name, arrays[name])
     return digest.hexdigest()
+
+
+def _update(digest: Any, name: str, array: np.ndarray) -> None:
+    digest.update(f"{name} {array.dtype.name} {array.shape}".encode())
+    digest.update(_bytes(array))
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    """What it holds, byte by byte and not copied; bfloat16 has no buffer of its own."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)

@@ -151,11 +151,11 @@ def hyper_parameters(setting):
         direct_writing=True,
         ordering=False,
         pseudoinverse_approx_step=15,
-        observation_noise_std=1e-6,
-        episode_sizes=[16],
+        observation_noise_std=1e-5,
+        episode_sizes=[4, 7],
         identity=True,
         w_logvar_setting=setting,
-        beta=0.5,
+        beta=0.25,
     )
     if setting == 1:
         return argparse.Namespace(**said)

@@ -1,0 +1,177 @@
+"""The authors' checkpoint into a model of ours (§9), and our towers into folders of Hugging Face."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from larimar_jax import config as configs
+from larimar_jax import decoders, encoders, model, pretrained
+from larimar_jax.data import vocabulary
+from larimar_jax.train import export
+from larimar_jax.weights import fill, folder, ibm, publish
+from larimar_jax.weights.fill import Source, WeightsError
+from larimar_jax.weights.tokenizers import Tokenizer
+
+
+def from_ibm(
+    file: str | Path,
+    out: str | Path,
+    *,
+    encoder_tokenizer: str | Path,
+    decoder_tokenizer: str | Path,
+    unsaid: ibm.Unsaid | None = None,
+    progress: bool = False,
+) -> list[str]:
+    """Converts a checkpoint of the released code into a folder that `Session` loads.
+
+    Conversion runs on the host and holds the parameters once while it reads. Decoder tokenizers get
+    `<PAD>`, `<BOS>` and `<EOS>` appended, as the released code does (§2).
+
+    Args:
+      file: the Lightning checkpoint.
+      out: the folder to make.
+      encoder_tokenizer, decoder_tokenizer: folders with the base models' tokenizer.json; the
+        checkpoint has none.
+      unsaid: what the checkpoint does not say, where it is not as in the released sizes.
+      progress: a bar on stderr.
+    Returns:
+      Names of what the checkpoint holds and was left, layers merged to `*`.
+    Raises:
+      FileExistsError: `out` is there already.
+      FileNotFoundError: no such checkpoint or tokenizer.
+      WeightsError: naming at once everything that is missing, unknown or misshapen anywhere in the
+        checkpoint, or all that was trained in another way than is computed here, or tokenizers of
+        other vocabularies. Nothing is written then.
+    """
+    from larimar_jax.weights.torch_files import TorchFile
+
+    with _made(Path(out)) as made:
+        tokenizers = [folder.tokenizer(Path(path)) for path in (encoder_tokenizer, decoder_tokenizer)]
+        source = TorchFile(file)
+        found = ibm.describe(source, source.hyper_parameters, unsaid or ibm.Unsaid())
+        config = configs.parse(found.config)
+        added = decoders.family(config.model.decoder.family).ADDED_TOKENS
+        tokenizers[1] = tokenizers[1].with_specials(added)
+        _check_vocabularies(config, tokenizers)
+        abstract = nnx.eval_shape(lambda: model.build(config, jax.random.key(0)))
+        host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        with _Watched(found.source, progress) as watched:
+            filled = fill.fill(abstract, found.keys, watched, where=lambda *_: host)
+        _check_head(source, filled)
+        names = ("encoder", "decoder")
+        hashes = {name: t.hash for name, t in zip(names, tokenizers, strict=True)}
+        meta = {"config": configs.to_dict(config), "tokenizers": hashes}
+        meta["converted"] = {"from": Path(file).name, "left": found.left}
+        export.save_exported(made / "model.safetensors", model.parameters(filled), meta)
+        for name, tokenizer in zip(names, tokenizers, strict=True):
+            path = made / vocabulary.OWN.format(tower=name)
+            path.write_text(tokenizer.to_json(), encoding="utf-8")
+    return found.left
+
+
+def to_huggingface(source: str | Path, out: str | Path) -> None:
+    """Writes a model's towers as `out`/encoder and `out`/decoder, folders that transformers loads.
+
+    What lies between the towers, and the memory, have no place there: they stay in our own file.
+
+    Args:
+      source: a shipped name, an export, or a run's folder, as in `pretrained.load`.
+      out: the folder to make.
+    Raises:
+      FileExistsError: `out` is there already.
+      FileNotFoundError, ExportError: as `pretrained.load`.
+      WeightsError: a tower that such a folder cannot describe. Nothing is written then.
+    """
+    with _made(Path(out)) as made:
+        loaded = pretrained.load(source)
+        towers = (
+            ("encoder", publish.encoder, encoders, loaded.encoder_tokenizer),
+            ("decoder", publish.decoder, decoders, loaded.decoder_tokenizer),
+        )
+        for name, write, kind, tokenizer in towers:
+            module = getattr(loaded.model, name)
+            family = next(f for f in kind.families().values() if f.CONFIG is type(module.config))
+            (made / name).mkdir()
+            write(made / name, module, family, tokenizer)
+
+
+@contextlib.contextmanager
+def _made(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` when all is in it, and is gone otherwise."""
+    if out.exists():
+        raise FileExistsError(f"{out} is there already; name another folder, or move it away")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # In the same parent, since a rename is atomic only within one file system.
+    made = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        made.chmod(0o755)
+        yield made
+        os.rename(made, out)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+
+
+class _Watched:
+    """A `fill.Source` that shows on a bar how much of another one has been read."""
+
+    def __init__(self, source: Source, shown: bool):
+        self.path, self._source, self._seen = source.path, source, set()
+        self._bar = Progress(
+            TextColumn("tensors"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            console=Console(stderr=True),
+            disable=not shown,
+        )
+        self._task = self._bar.add_task("read", total=len(source.shapes()))
+
+    def __enter__(self) -> "_Watched":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.stop()
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._source.shapes()
+
+    def read(self, name: str) -> np.ndarray:
+        self._seen.add(name)
+        self._bar.update(self._task, completed=len(self._seen))
+        return self._source.read(name)
+
+
+def _check_vocabularies(config: configs.Config, tokenizers: list[Tokenizer]) -> None:
+    rows = (config.model.encoder.sizes.vocab_size, config.model.decoder.sizes.vocab_size)
+    problems = [
+        f"the {name}'s tokenizer has {tokenizer.vocab_size} tokens, its table {size} rows"
+        for name, tokenizer, size in zip(("encoder", "decoder"), tokenizers, rows, strict=True)
+        if tokenizer.vocab_size != size
+    ]
+    if problems:
+        raise WeightsError(
+            "; ".join(problems) + ". Give the tokenizers of the base models that the checkpoint was "
+            "made from, such as bert-large-cased and gpt2-large (its special tokens are added here)."
+        )
+
+
+def _check_head(source: Source, filled: model.Larimar) -> None:
+    """A GPT-2 here has no head but its embeddings; another one would be lost without a word."""
+    if hasattr(filled.decoder, "head") or ibm.HEAD not in source.shapes():
+        return
+    head = source.read(ibm.HEAD)
+    if not np.array_equal(head.astype(np.float32), np.asarray(filled.decoder.embeddings)):
+        raise WeightsError(
+            f"{source.path}: {ibm.HEAD} is not the embedding table, and this decoder's head is tied "
+            "to it (§2). The file is damaged, or was written while the two had come apart."
+        )

@@ -1,0 +1,133 @@
+"""`larimar convert` and `larimar export`: models of other programs in, and towers out.
+
+Everything heavy is imported inside its command, as in cli.py.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+
+def convert_formats(made: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
+    """The options of `larimar convert`."""
+    single = _format(
+        made,
+        shared,
+        "ibm",
+        from_ibm,
+        "a Lightning checkpoint of IBM/larimar, with BERT and GPT-2 or GPT-J",
+        "Reads a Lightning checkpoint of IBM/larimar without torch, and makes a folder that `larimar "
+        "edit --model` takes. Sizes are read off the tensors. All that does not fit is named in one "
+        "error, and nothing is written then; what the checkpoint holds and is not used is named at "
+        "the end. The tokenizers are those of the base models: folders with tokenizer.json, as "
+        "fetched from Hugging Face. <PAD>, <BOS> and <EOS> are added to the decoder's here.",
+    )
+    single.add_argument("file", metavar="FILE", help="the checkpoint")
+    single.add_argument("out", metavar="OUT", help="the folder to make")
+    for tower, base, size in (
+        ("encoder", "bert-large-cased", "64"),
+        ("decoder", "gpt2-large", "64 for GPT-2, 256 for GPT-J"),
+    ):
+        single.add_argument(
+            f"--{tower}-tokenizer",
+            required=True,
+            metavar="DIR",
+            help=f"folder with the {tower}'s tokenizer.json, such as a copy of {base}",
+        )
+        single.add_argument(
+            f"--{tower}-head-size",
+            dest=f"{tower}_head",
+            type=int,
+            metavar="N",
+            help=f"width of one attention head of the {tower}; shapes do not tell ({size})",
+        )
+    single.add_argument(
+        "--rotary",
+        type=int,
+        metavar="N",
+        help="how many numbers of a GPT-J head positions rotate (64)",
+    )
+    single.add_argument(
+        "--scope-threshold",
+        type=float,
+        metavar="X",
+        help="cosine from which a query counts as one of the written prompts (0.95; try yours)",
+    )
+
+
+def export_formats(made: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
+    """The options of `larimar export`."""
+    single = _format(
+        made,
+        shared,
+        "hf",
+        to_huggingface,
+        "folders laid out as on Hugging Face",
+        "Writes OUT/encoder and OUT/decoder: config.json, model.safetensors (in parts of at most "
+        "5 GB) and the tokenizer. The memory and what lies between the towers are ours alone and "
+        "stay in our own file.",
+    )
+    single.add_argument("model", metavar="MODEL", help="a shipped name, an exported file or a run")
+    single.add_argument("out", metavar="OUT", help="the folder to make")
+
+
+def _format(
+    made: argparse.ArgumentParser,
+    shared: argparse.ArgumentParser,
+    name: str,
+    command: Callable[[argparse.Namespace], None],
+    summary: str,
+    description: str,
+) -> argparse.ArgumentParser:
+    formats = made.add_subparsers(title="formats", metavar="FORMAT", required=True)
+    single = formats.add_parser(name, help=summary, description=description, parents=[shared])
+    single.set_defaults(command=command)
+    return single
+
+
+def from_ibm(arguments: argparse.Namespace) -> None:
+    """larimar convert ibm"""
+    from larimar_jax import convert
+    from larimar_jax.weights import ibm
+
+    unsaid = {
+        name: getattr(arguments, name)
+        for name in ("encoder_head", "decoder_head", "rotary", "scope_threshold")
+        if getattr(arguments, name) is not None
+    }
+    left = convert.from_ibm(
+        arguments.file,
+        arguments.out,
+        encoder_tokenizer=arguments.encoder_tokenizer,
+        decoder_tokenizer=arguments.decoder_tokenizer,
+        unsaid=ibm.Unsaid(**unsaid),
+        progress=True,
+    )
+    for name in left:
+        print(f"left: {name}", file=sys.stderr)
+    print(f"{arguments.out}: larimar edit PROMPT ANSWER --model {arguments.out}")
+
+
+def to_huggingface(arguments: argparse.Namespace) -> None:
+    """larimar export hf"""
+    from larimar_jax import convert
+
+    print("loading the model and writing its towers", file=sys.stderr)
+    convert.to_huggingface(arguments.model, arguments.out)
+    print(f"{arguments.out}/encoder and {arguments.out}/decoder")
+
+
+# name: (what it does, an example, its options), for cli.py.
+COMMANDS = {
+    "convert": (
+        "turn a checkpoint of the authors' code into a model of ours",
+        "larimar convert ibm larimar.ckpt models/larimar"
+        " --encoder-tokenizer bert-large-cased --decoder-tokenizer gpt2-large",
+        convert_formats,
+    ),
+    "export": (
+        "write a model's towers as folders that transformers loads",
+        "larimar export hf smol towers",
+        export_formats,
+    ),
+}

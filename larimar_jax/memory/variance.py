@@ -1,0 +1,52 @@
+"""σ_W of q(W), in the five parametrisations of the released code (§3, its `w_logvar_setting`).
+
+    0 scalar   log σ_W² = b                      one number
+    1 slot     log σ_W² = b                      one number per slot
+    2 query    log σ_W² = b + z A                one number per query and slot
+    3 memory   log σ_W² = b + vec(M) B           one number per memory and slot
+    4 both     log σ_W² = b + z A + vec(M) B
+
+z is the query, M the memory that is read. A and B start at zero, so that σ_W starts as the config
+says in every one of them. B has K²C numbers: 805 MB in float32 at the paper's sizes.
+"""
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from larimar_jax.linalg import dot
+
+Setting = Literal["scalar", "slot", "query", "memory", "both"]
+# By the number that the released code gives them.
+SETTINGS: tuple[Setting, ...] = ("scalar", "slot", "query", "memory", "both")
+
+
+def init(
+    setting: Setting, slots: int, latent: int, start: float | Float[Array, ""]
+) -> tuple[Float[Array, "*K"], Float[Array, "C K"] | None, Float[Array, "K C K"] | None]:
+    """b (a scalar for 'scalar', else [K]), A and B, float32; None for what the setting lacks."""
+    constant = jnp.full(() if setting == "scalar" else (slots,), start, jnp.float32)
+    by_query = jnp.zeros((latent, slots), jnp.float32)
+    return (
+        constant,
+        by_query if setting in ("query", "both") else None,
+        jnp.zeros((slots, latent, slots), jnp.float32) if setting in ("memory", "both") else None,
+    )
+
+
+def log_variance(
+    constant: Float[Array, "*K"],
+    by_query: Float[Array, "C K"] | None,
+    by_memory: Float[Array, "K C K"] | None,
+    queries: Float[Array, "Q C"],
+    memory: Float[Array, "K C"] | None,
+    slots: int,
+) -> Float[Array, "Q K"]:
+    """log σ_W² of Q reads, float32. `memory` is M, and may be None where B is."""
+    found = jnp.broadcast_to(constant, (queries.shape[0], slots))
+    if by_query is not None:
+        found = found + dot(queries, by_query)
+    if by_memory is not None:
+        found = found + dot(memory.reshape(-1), by_memory.reshape(-1, slots))
+    return found

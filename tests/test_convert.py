@@ -1,0 +1,452 @@
+"""The authors' checkpoint into a model of ours, against torch's numbers; towers out, and in again."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers as hf
+from flax import nnx
+from tokenizers import models, pre_tokenizers, processors
+
+from larimar_jax import cli, config, convert, pretrained, weights
+from larimar_jax.data import vocabulary
+from larimar_jax.memory.variance import SETTINGS
+from larimar_jax.session import Session
+from larimar_jax.train import export
+from larimar_jax.weights import ibm, publish, torch_files
+from larimar_jax.weights.fill import WeightsError
+from larimar_jax.weights.safetensors import Safetensors
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "ibm"
+UNSAID = ibm.Unsaid(encoder_head=9, decoder_head=6, scope_threshold=0.9)
+JAY = ibm.Unsaid(encoder_head=9, decoder_head=8, rotary=4)
+numbers = range(5)
+
+
+@functools.cache
+def golden(number):
+    with np.load(GOLDEN / "golden.npz") as arrays:
+        prefix = f"{number}/"
+        return {n.removeprefix(prefix): arrays[n] for n in arrays.files if n.startswith(prefix)}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Folders with the base models' tokenizers: 40 tokens with [CLS] and [SEP], and 50 tokens."""
+    folder = tmp_path_factory.mktemp("bases")
+    return (
+        base(folder / "bert", ["[PAD]", "[UNK]", "[CLS]", "[SEP]"], 40, "[CLS]", "[SEP]"),
+        base(folder / "gpt", ["<|endoftext|>", "[UNK]"], 50),
+    )
+
+
+def base(path, specials, size, *around):
+    words = "the of is in capital France Japan Fact new 0 1 2 3 4 5 6 7".split()
+    entries = [*specials, *words, *(f"word{i}" for i in range(size))][:size]
+    backend = hf.Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(entries)}, unk_token="[UNK]")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(specials)
+    if around:
+        before, after = around
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{before} $A {after}",
+            special_tokens=[(name, backend.token_to_id(name)) for name in around],
+        )
+    path.mkdir()
+    backend.save(str(path / "tokenizer.json"))
+    return path
+
+
+def converted(number, out, bases, **options):
+    options = {"unsaid": JAY if number == 4 else UNSAID} | options
+    return convert.from_ibm(
+        GOLDEN / f"setting_{number}.ckpt",
+        out,
+        encoder_tokenizer=bases[0],
+        decoder_tokenizer=bases[1],
+        **options,
+    )
+
+
+@pytest.fixture(scope="module", params=numbers)
+def pair(request, tmp_path_factory, bases):
+    """A converted model, loaded from its folder, and what torch computes with the original."""
+    out = tmp_path_factory.mktemp("models") / "made"
+    converted(request.param, out, bases)
+    return request.param, pretrained.load(out), golden(request.param)
+
+
+# Against torch --------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(graph, state, tokens, mask, inputs):
+    larimar = nnx.merge(graph, state)
+
+    def logits(latent):
+        hidden, _ = larimar.hidden(inputs, larimar.condition(latent))
+        return larimar.decoder.logits(hidden)
+
+    latent = larimar.encode(tokens, mask)
+    return latent, logits(latent), logits(jnp.zeros_like(latent))
+
+
+def test_latents_and_conditioned_logits_are_torch_s(pair):
+    _, loaded, want = pair
+    latent, logits, zero = forward(
+        loaded.graph, loaded.state, want["tokens"], want["mask"], want["inputs"]
+    )
+    np.testing.assert_allclose(latent, want["latents"], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(logits, want["logits"], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(zero, want["zero"], rtol=1e-4, atol=1e-4)
+    assert np.abs(want["logits"] - want["zero"]).max() > 1.0
+
+
+def test_memory_and_its_variance_are_torch_s(pair):
+    number, loaded, want = pair
+    memory = config.make_memory(loaded.config)
+    prior = memory.prepare(loaded.model.memory.params())
+    latents = jnp.asarray(want["latents"])
+    state = memory.write(prior, memory.empty(prior), latents, latents)
+    reading = memory.read(prior, state, latents)
+    np.testing.assert_allclose(memory.matrix(prior, state), want["memory"], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(reading.latent, want["read"], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(reading.log_variance, want["log_variance"], rtol=1e-3, atol=2e-3)
+    assert memory.variance == SETTINGS[number] and memory.steps == 15
+    # Facts differ in it exactly where it depends on the query.
+    apart = np.ptp(want["log_variance"], axis=0).max()
+    assert (apart > 0.1) == (SETTINGS[number] in ("query", "both"))
+
+
+# What is made of it ---------------------------------------------------------------------------
+
+
+def test_the_folder_is_a_model_that_can_be_edited(tmp_path, bases):
+    out = tmp_path / "made"
+    left = converted(0, out, bases)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "decoder_tokenizer.json",
+        "encoder_tokenizer.json",
+        "model.safetensors",
+    ]
+    session = Session(pretrained.load(out))
+    session.write("the capital of France is", "Japan")
+    assert session.ask("the capital of France is", max_tokens=2).fact == 1
+    arrays, meta = export.load_exported(out / "model.safetensors")
+    assert arrays["memory/log_variance"].shape == ()
+    assert arrays["to_slots/kernel"].shape == (8, 2 * 12)
+    assert meta["converted"] == {"from": "setting_0.ckpt", "left": left}
+    assert left == [
+        "model.decoder.transformer.h.*.attn.bias",
+        "model.decoder.transformer.h.*.attn.masked_bias",
+        "model.encoder.embeddings.position_ids",
+        "model.memory.memory_logvar",
+        "model.encoder.linear.weight, rows 8 to 15 (the latent's log-variance)",
+    ]
+
+
+def test_tokenizers_are_the_base_models_and_three_more(pair):
+    _, loaded, _ = pair
+    encoder, decoder = loaded.encoder_tokenizer, loaded.decoder_tokenizer
+    assert encoder.encode(["the capital"], multiple=1).ids.tolist() == [[2, 4, 8, 3]]
+    assert (decoder.pad, decoder.bos, decoder.eos) == (50, 51, 52)
+    assert decoder.vocab_size == 53 and decoder.prefix == ()
+
+
+def test_hyper_parameters_reach_the_config(tmp_path, bases):
+    for number in (0, 1, 2):  # a dict, a Namespace, an AttributeDict
+        converted(number, tmp_path / str(number), bases)
+        made = pretrained.load(tmp_path / str(number)).config
+        assert made.data.episode == 7 and made.objective.kl == 0.25
+        assert made.memory.hyperparameters["noise"] == 1e-5
+        assert made.editing.scope_threshold == 0.9
+
+
+def test_sizes_of_the_release_are_read_off_its_shapes():
+    """Larimar-1.3B: BERT-large and GPT2-large, K = 512, C = 768 (§1)."""
+    layer = "model.encoder.encoder.layer.{}.intermediate.dense.weight"
+    block = "model.decoder.transformer.h.{}.mlp.c_fc.weight"
+    shapes = {
+        "model.encoder.embeddings.word_embeddings.weight": (28996, 1024),
+        "model.encoder.embeddings.position_embeddings.weight": (512, 1024),
+        "model.encoder.embeddings.token_type_embeddings.weight": (2, 1024),
+        **{layer.format(i): (4096, 1024) for i in range(24)},
+        "model.encoder.linear.weight": (1536, 1024),
+        "model.decoder.transformer.wte.weight": (50260, 1280),
+        "model.decoder.transformer.wpe.weight": (1024, 1280),
+        **{block.format(i): (1280, 5120) for i in range(36)},
+        "model.memory.memory_mean": (512, 768),
+        "model.memory.w_logvar.weight": (512, 768 + 512 * 768),
+    }
+
+    class Shapes:
+        path = "larimar-1.3b.ckpt"
+
+        def shapes(self):
+            return shapes
+
+        def read(self, name):
+            raise AssertionError("shapes are enough")
+
+    found = ibm.describe(Shapes(), None, ibm.Unsaid())
+    made = config.parse(found.config)
+    encoder, decoder = made.model.encoder.sizes, made.model.decoder.sizes
+    assert (encoder.depth, encoder.heads, encoder.mlp, encoder.max_length) == (24, 16, 4096, 512)
+    assert (decoder.depth, decoder.heads, decoder.mlp, decoder.max_length) == (36, 20, 5120, 1024)
+    assert (encoder.vocab_size, decoder.vocab_size) == (28996, 50260)
+    assert made.model.latent == 768 and made.memory.hyperparameters["slots"] == 512
+    apart = found.source.shapes()
+    assert apart["model.encoder.linear.weight"] == (768, 1024)
+    assert apart["model.memory.w_logvar.weight/query"] == (512, 768)
+    assert apart["model.memory.w_logvar.weight/memory"] == (512, 768, 512)
+
+
+# What does not fit ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def changed(monkeypatch):
+    """`changed(change, hyper)`: files are read with their tensors and hyperparameters changed."""
+
+    def apply(change, hyper=None):
+        class Changed(torch_files.TorchFile):
+            def __init__(self, path):
+                super().__init__(path)
+                self.tensors = {name: super(Changed, self).read(name) for name in super().shapes()}
+                change(self.tensors)
+
+            @property
+            def hyper_parameters(self):
+                return {**super().hyper_parameters, **(hyper or {})}
+
+            def shapes(self):
+                return {name: array.shape for name, array in self.tensors.items()}
+
+            def read(self, name):
+                return self.tensors[name]
+
+        monkeypatch.setattr(torch_files, "TorchFile", Changed)
+
+    return apply
+
+
+def refused(number, tmp_path, bases, kind=WeightsError):
+    out = tmp_path / "models" / "made"
+    with pytest.raises(kind) as caught:
+        converted(number, out, bases)
+    # Neither the folder nor what it would have become.
+    assert not out.parent.exists() or list(out.parent.iterdir()) == []
+    return str(caught.value)
+
+
+def test_all_parts_problems_are_one_error(changed, tmp_path, bases):
+    def change(tensors):
+        tensors["model.encoder.embeddings.extra"] = np.zeros(3, np.float32)
+        del tensors["model.encoder.pooler.dense.bias"]
+        del tensors["model.decoder.transformer.h.1.ln_2.bias"]
+        tensors["model.decoder.transformer.linear.weight"] = np.zeros((23, 8), np.float32)
+        tensors["model.memory.w_logvar"] = np.zeros(4, np.float32)
+        tensors["model.encoder.linear.weight"] = np.zeros((17, 18), np.float32)
+
+    changed(change)
+    shown = refused(0, tmp_path, bases)
+    for text in (
+        "unused: model.encoder.embeddings.extra",
+        "missing: encoder.pooler.bias",
+        "missing: decoder.layers.mlp_norm.bias, layers [1]",
+        "misshapen: model.decoder.transformer.linear.weight gives (8, 23), to_slots.kernel is (8, 24)",
+        "misshapen: model.memory.w_logvar gives (4,), memory.log_variance is ()",
+        "misshapen: model.encoder.linear.weight gives (18, 17), to_latent.kernel is (18, 8)",
+    ):
+        assert text in shown
+
+
+def test_where_sizes_are_missing_the_other_names_are_still_in_the_error(changed, tmp_path, bases):
+    def change(tensors):
+        tensors["odd"] = np.zeros(3, np.float32)
+        del tensors["model.memory.memory_mean"], tensors["model.memory.w_logvar"]
+        del tensors["model.encoder.pooler.dense.bias"]
+        del tensors["model.decoder.transformer.h.1.ln_2.bias"]
+        words = tensors.pop("model.decoder.transformer.wte.weight")
+        tensors["model.decoder.transformer.wpe.weight"] = words[0]
+
+    changed(change)
+    lines = refused(0, tmp_path, bases).splitlines()[1:]
+    assert sorted(line.strip() for line in lines) == [
+        "misshapen: model.decoder.transformer.wpe.weight (12,), not 2 axes",
+        "missing: model.decoder.transformer.h.1.ln_2.bias",
+        "missing: model.decoder.transformer.wte.weight",
+        "missing: model.encoder.pooler.dense.bias",
+        "missing: model.memory.memory_mean",
+        "missing: model.memory.w_logvar",
+        "unused: odd",
+    ]
+
+
+def test_what_was_trained_otherwise_is_refused_with_every_reason(changed, tmp_path, bases):
+    def change(tensors):
+        tensors["model.memory.lstm_z.weight_ih_l0"] = np.zeros((16, 8), np.float32)
+
+    changed(change, {"ordering": True, "direct_writing": False, "w_logvar_setting": 3})
+    shown = refused(0, tmp_path, bases)
+    for text in (
+        "ordering is True; False is",
+        "direct_writing is False; True is",
+        "w_logvar_setting is 3; 0 is",
+        "model.memory.lstm_z.*: the episode is ordered by an LSTM",
+    ):
+        assert text in shown
+
+
+def test_a_head_of_its_own_is_refused(changed, tmp_path, bases):
+    def change(tensors):
+        tensors["model.decoder.lm_head.weight"] = tensors["model.decoder.lm_head.weight"] + 1.0
+
+    changed(change)
+    assert "lm_head.weight is not the embedding table" in refused(0, tmp_path, bases)
+
+
+def test_head_sizes_that_do_not_divide_name_their_options(tmp_path, bases):
+    with pytest.raises(WeightsError) as caught:
+        converted(4, tmp_path / "made", bases, unsaid=ibm.Unsaid(decoder_head=0, rotary=5))
+    for text in ("18 is not a multiple of heads of 64; set --encoder-head", "set --rotary, even"):
+        assert text in str(caught.value)
+    assert "16 is not a multiple of heads of 0; set --decoder-head-size" in str(caught.value)
+
+
+def test_tokenizers_of_other_models_are_refused(tmp_path, bases):
+    shown = refused(0, tmp_path, bases[::-1])
+    assert "the encoder's tokenizer has 50 tokens, its table 40 rows" in shown
+    assert "the decoder's tokenizer has 43 tokens, its table 53 rows" in shown
+    assert "no tokenizer file" in refused(0, tmp_path, [tmp_path] * 2, FileNotFoundError)
+
+
+def test_a_folder_that_is_there_is_left_alone(tmp_path, bases):
+    (tmp_path / "made").mkdir()
+    with pytest.raises(FileExistsError, match="is there already"):
+        converted(0, tmp_path / "made", bases)
+    with pytest.raises(FileExistsError, match="is there already"):
+        convert.to_huggingface("smol", tmp_path / "made")
+    assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_own_tokenizers_are_used_or_refused(tmp_path, bases):
+    out = tmp_path / "made"
+    converted(0, out, bases)
+    made = pretrained.load(out).config
+    beside = out / "tokenizer.json"
+
+    def texts():
+        raise AssertionError("nothing is to be trained")
+
+    (out / "encoder_tokenizer.json").rename(out / "kept")
+    with pytest.raises(ValueError, match="encoder bring no tokenizer.*NAME_tokenizer.json"):
+        vocabulary.tokenizers(made, texts, beside)
+    (out / "kept").rename(out / "encoder_tokenizer.json")
+    values = config.to_dict(made)
+    values["data"]["vocabulary"] = 300
+    with pytest.raises(ValueError, match="data.vocabulary is 300, and both towers bring one"):
+        vocabulary.tokenizers(config.parse(values), texts, beside)
+    values["data"]["vocabulary"] = 0
+    values["model"]["decoder"]["vocab_size"] = 52
+    with pytest.raises(ValueError, match="vocab_size 52: less than the 53 tokens of its tokenizer"):
+        vocabulary.tokenizers(config.parse(values), texts, beside)
+    values["model"]["decoder"] = dict(source="smollm2")
+    with pytest.raises(ValueError, match="decoder_tokenizer.json: a tower with a source"):
+        vocabulary.tokenizers(config.parse(values), texts, beside)
+
+
+# Towers out, and in again ---------------------------------------------------------------------
+
+
+def same_tower(one, two):
+    assert one.config == two.config
+    first, second = (nnx.to_pure_dict(nnx.state(module, nnx.Param)) for module in (one, two))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def same_tokenizer(one, two):
+    assert (one.bos, one.eos, one.pad) == (two.bos, two.eos, two.pad)
+    texts = ["the capital of France is", "Fact 1 is new"]
+    np.testing.assert_array_equal(one.encode(texts).ids, two.encode(texts).ids)
+    assert one.vocab_size == two.vocab_size
+
+
+def check_towers(loaded, folder):
+    for name, load in (("encoder", weights.load_encoder), ("decoder", weights.load_decoder)):
+        module, tokenizer = load(str(folder / name))
+        same_tower(module, getattr(loaded.model, name))
+        same_tokenizer(tokenizer, getattr(loaded, f"{name}_tokenizer"))
+
+
+@pytest.mark.parametrize("number", [0, 4])
+def test_exported_towers_come_back_bit_for_bit(number, tmp_path, bases):
+    converted(number, tmp_path / "model", bases)
+    convert.to_huggingface(tmp_path / "model", tmp_path / "towers")
+    check_towers(pretrained.load(tmp_path / "model"), tmp_path / "towers")
+
+
+def test_so_do_a_sentence_encoder_and_a_trained_vocabulary(monkeypatch, tmp_path, tiny):
+    monkeypatch.setattr(pretrained, "load", lambda source: tiny)
+    convert.to_huggingface("tiny", tmp_path / "towers")
+    check_towers(tiny, tmp_path / "towers")
+    said = json.loads((tmp_path / "towers" / "encoder" / "modules.json").read_text())
+    assert [module["path"] for module in said] == ["", "1_Pooling", "2_Normalize"]
+
+
+def test_large_models_are_cut_into_parts(tmp_path):
+    arrays = {f"t{i}": np.full((4, 5), i, np.float32) for i in range(5)}
+    arrays["large"] = np.zeros(100, np.float32)
+    publish.tensors(tmp_path, iter(arrays.items()), limit=200)
+    parts = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert parts == [f"model-{i:05}-of-00004.safetensors" for i in (1, 2, 3, 4)]
+    assert not list(tmp_path.glob("*.part"))
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(a.nbytes for a in arrays.values())
+    source = Safetensors(tmp_path / "model.safetensors.index.json")
+    assert source.shapes().keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(source.read(name), array)
+
+
+def test_a_failing_export_leaves_nothing(monkeypatch, tmp_path, tiny):
+    monkeypatch.setattr(pretrained, "load", lambda source: tiny)
+    monkeypatch.setattr(publish, "decoder", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        convert.to_huggingface("tiny", tmp_path / "towers")
+    assert list(tmp_path.iterdir()) == []
+
+
+# The command line -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["convert", "convert ibm", "export", "export hf"])
+def test_the_commands_explain_themselves(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*command.split(), "--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert "larimar" in shown and "--debug" in shown
+
+
+def test_the_commands_convert_and_export(tmp_path, bases, capsys):
+    line = ["convert", "ibm", str(GOLDEN / "setting_4.ckpt"), str(tmp_path / "model")]
+    line += ["--encoder-tokenizer", str(bases[0]), "--decoder-tokenizer", str(bases[1])]
+    assert cli.main(line) == 2
+    assert "--encoder-head-size" in capsys.readouterr().err
+    sizes = ["--encoder-head-size", "9", "--decoder-head-size", "8", "--rotary", "4"]
+    assert cli.main([*line, *sizes, "--scope-threshold", "0.8"]) == 0
+    shown = capsys.readouterr()
+    assert "left: model.memory.memory_logvar" in shown.err
+    assert f"--model {tmp_path / 'model'}" in shown.out
+    assert pretrained.load(tmp_path / "model").scope_threshold == 0.8
+    assert cli.main(["export", "hf", str(tmp_path / "model"), str(tmp_path / "towers")]) == 0
+    assert (tmp_path / "towers" / "decoder" / "config.json").is_file()
+    assert cli.main(["export", "hf", str(tmp_path / "none"), str(tmp_path / "t")]) == 2
+    assert "There is no model" in capsys.readouterr().err

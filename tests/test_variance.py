@@ -1,0 +1,198 @@
+"""σ_W in its five parametrisations: the formula, sampling, gradients, and models that learn it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny_config
+from flax import nnx
+
+from larimar_jax import config, memory, model, objective
+from larimar_jax.memory import variance
+from larimar_jax.train import sharding, step
+
+K, C, N, Q = 5, 7, 3, 4
+VARIANTS = sorted(memory.variants())
+LINEAR = ("query", "memory", "both")
+
+
+def facts(seed, n=N):
+    return jnp.float32(np.random.default_rng(seed).standard_normal((n, C)))
+
+
+def drawn(variant, setting):
+    """A variant with that setting, and parameters none of which is 0 or 1."""
+    built = memory.build(variant, slots=K, latent=C, variance=setting, initial="normal")
+    params = built.init(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    draw = np.random.default_rng(1)
+    leaves = [jnp.float32(draw.normal(0, 0.4, leaf.shape)) for leaf in leaves]
+    # Newton–Schulz wants singular values well above 0.
+    leaves[0] = leaves[0] + 3 * jnp.eye(K, C)
+    return built, tree.unflatten(leaves)
+
+
+def written(built, params, seed=2):
+    prior = built.prepare(params)
+    keys = facts(seed)
+    return prior, built.write(prior, built.empty(prior), keys, keys)
+
+
+def formula(setting, params, queries, m):
+    """§3 in float64; vec(M) by rows, as torch's reshape has it."""
+    found = np.zeros((len(queries), K)) + np.asarray(params.log_variance, np.float64)
+    if setting in ("query", "both"):
+        found += np.float64(queries) @ np.float64(params.variance_by_query)
+    if setting in ("memory", "both"):
+        weight = np.float64(params.variance_by_memory).reshape(K * C, K)
+        found += np.float64(m).reshape(K * C) @ weight
+    return found
+
+
+@pytest.mark.parametrize("setting", variance.SETTINGS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_reading_s_log_variance_is_the_formula(variant, setting):
+    built, params = drawn(variant, setting)
+    prior, state = written(built, params)
+    queries = facts(3, Q)
+    for at in (state, built.empty(prior)):
+        want = formula(setting, params, queries, built.matrix(prior, at))
+        reading = built.read(prior, at, queries)
+        assert reading.log_variance.shape == (Q, K)
+        np.testing.assert_allclose(reading.log_variance, want, rtol=1e-5, atol=1e-5)
+    # Each setting depends on what it says, and on nothing else.
+    other = built.read(prior, state, facts(4, Q)).log_variance
+    reread = built.read(*written(built, params, seed=5), queries).log_variance
+    here = built.read(prior, state, queries).log_variance
+    assert bool(jnp.allclose(here, other, atol=1e-3)) is (setting not in ("query", "both"))
+    assert bool(jnp.allclose(here, reread, atol=1e-3)) is (setting not in ("memory", "both"))
+
+
+@pytest.mark.parametrize("setting", variance.SETTINGS)
+def test_at_the_start_it_is_what_the_config_says(setting):
+    built = memory.build(
+        "direct", slots=K, latent=C, variance=setting, initial_log_variance=-2.5
+    )
+    params = built.init(jax.random.key(0))
+    assert params.log_variance.shape == (() if setting == "scalar" else (K,))
+    assert (params.variance_by_query is not None) is (setting in ("query", "both"))
+    assert (params.variance_by_memory is not None) is (setting in ("memory", "both"))
+    prior, state = written(built, params)
+    np.testing.assert_array_equal(built.read(prior, state, facts(3)).log_variance, -2.5)
+
+
+@pytest.mark.parametrize("setting", LINEAR)
+def test_zero_maps_leave_one_number_per_slot(setting):
+    built, params = drawn("direct", "slot")
+    linear = memory.build("direct", slots=K, latent=C, variance=setting)
+    zero = variance.init(setting, K, C, 0.0)
+    more = memory.MemoryParams(
+        params.prior,
+        params.log_variance,
+        variance_by_query=zero[1],
+        variance_by_memory=zero[2],
+    )
+    rng, queries = jax.random.key(3), facts(4, Q)
+    prior, state = written(built, params)
+    want = built.read(prior, state, queries, rng)
+    got = linear.read(linear.prepare(more), state, queries, rng)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("setting", variance.SETTINGS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_samples_have_the_variance_that_the_reading_names(variant, setting):
+    built, params = drawn(variant, setting)
+    prior, state = written(built, params)
+    queries = facts(3, Q)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    quiet = built.read(prior, state, queries)
+    latents = jax.vmap(lambda key: built.read(prior, state, queries, key).latent)(keys)
+    # Z = W M with independent W: Var z_c = Σ_k σ²_k M²_kc.
+    want = jnp.exp(quiet.log_variance) @ jnp.square(built.matrix(prior, state))
+    np.testing.assert_allclose(latents.var(axis=0), want, rtol=0.15)
+    deviation = jnp.sqrt(want / len(keys))
+    assert jnp.all(jnp.abs(latents.mean(axis=0) - quiet.latent) < 5 * deviation)
+
+
+@pytest.mark.parametrize("setting", variance.SETTINGS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_reach_every_part_and_are_those_of_differences(variant, setting):
+    built, params = drawn(variant, setting)
+    queries, keys, rng = facts(3, Q), facts(2), jax.random.key(7)
+
+    @jax.jit
+    def loss(params):
+        prior = built.prepare(params)
+        state = built.write(prior, built.empty(prior), keys, keys)
+        reading = built.read(prior, state, queries, rng)
+        kl = objective.addressing_kl(jnp.zeros_like(reading.weights), reading.log_variance, 0.0)
+        return jnp.sum(jnp.sin(reading.latent)) + jnp.sum(kl)
+
+    gradient = jax.grad(loss)(params)
+    names = ["log_variance"]
+    names += ["variance_by_query"] if setting in ("query", "both") else []
+    names += ["variance_by_memory"] if setting in ("memory", "both") else []
+    for name in names:
+        value, slope = getattr(params, name), getattr(gradient, name)
+        assert jnp.all(slope != 0.0)
+        direction = jnp.float32(np.random.default_rng(5).standard_normal(value.shape))
+
+        def moved(size, name=name, value=value, direction=direction):
+            parts = {field: getattr(params, field) for field in vars(params)}
+            return float(loss(memory.MemoryParams(**parts | {name: value + size * direction})))
+
+        want = (moved(1e-2) - moved(-1e-2)) / 2e-2
+        assert abs(float(jnp.sum(slope * direction)) - want) <= 2e-2 * max(1.0, abs(want)), name
+
+
+@pytest.mark.parametrize("setting", variance.SETTINGS)
+def test_vmap_over_memories_is_a_loop(setting):
+    built, params = drawn("direct", setting)
+    prior = built.prepare(params)
+    episodes = jnp.stack([facts(seed) for seed in (10, 20, 30)])
+
+    def episode(z):
+        return built.read(prior, built.write(prior, built.empty(prior), z, z), z).log_variance
+
+    together = jax.jit(jax.vmap(episode))(episodes)
+    for got, z in zip(together, episodes, strict=True):
+        np.testing.assert_allclose(got, episode(z), rtol=1e-4, atol=1e-5)
+
+
+def test_parts_of_another_shape_are_refused():
+    built, params = drawn("streaming", "both")
+    parts = {field: getattr(params, field) for field in vars(params)}
+    for name, wrong in (
+        ("log_variance", jnp.zeros((1,))),
+        ("variance_by_query", jnp.zeros((1, K))),
+        ("variance_by_memory", jnp.zeros((K, C, 1))),
+    ):
+        odd = object.__new__(memory.MemoryParams)
+        for field, value in (parts | {name: wrong}).items():
+            object.__setattr__(odd, field, value)
+        with pytest.raises(ValueError, match=f"{name} has shape"):
+            built.prepare(odd)
+
+
+@pytest.mark.parametrize("setting", variance.SETTINGS)
+def test_a_model_learns_it_under_the_rules_that_there_are(setting, cpu_devices):
+    values = tiny_config()
+    values["memory"]["variance"] = setting
+    parsed = config.parse(values)
+    skeleton = step.Skeleton(nnx.eval_shape(lambda: model.build(parsed, jax.random.key(0))))
+    slots, latent = values["memory"]["slots"], values["model"]["latent"]
+    want = {
+        "scalar": {"memory/log_variance": ()},
+        "slot": {"memory/log_variance": (slots,)},
+        "query": {"memory/log_variance": (slots,), "memory/variance_by_query": (latent, slots)},
+        "memory": {
+            "memory/log_variance": (slots,),
+            "memory/variance_by_memory": (slots, latent, slots),
+        },
+    }
+    want["both"] = want["query"] | want["memory"]
+    found = {n: leaf.shape for n, leaf in skeleton.parameters.items() if "variance" in n}
+    assert found == want[setting]
+    mesh = sharding.make_mesh((2, 2, 2), cpu_devices)
+    assert sharding.shardings(mesh, skeleton.parameters).keys() == skeleton.parameters.keys()
