@@ -16,8 +16,10 @@ from jaxtyping import Array, Bool, Float
 
 from larimar_jax import rotary
 
-# Keys and values [B, G, S, d], and which queries see them [B, 1 or T, S]. S differs between parts.
-Part = tuple[Float[Array, "_ G _ d"], Float[Array, "_ G _ d"], Bool[Array, "_ _ _"]]
+# Keys [B, G, d, S], values [B, G, S, d], and which queries see them [B, 1 or T, S]. S differs between
+# parts. Both are as a matrix product wants its second factor, so that a cache is not transposed at
+# every step.
+Part = tuple[Float[Array, "_ G d _"], Float[Array, "_ G _ d"], Bool[Array, "_ _ _"]]
 
 # Finite, so that a row with nothing to attend to gives a mean and not NaN.
 MASKED = -1e30
@@ -70,7 +72,7 @@ class Cache:
     Slots of a `Prefix` are not in it: they are passed again with every call.
     """
 
-    key: Float[Array, "L B G M d"]
+    key: Float[Array, "L B G d M"]
     value: Float[Array, "L B G M d"]
 
 
@@ -105,8 +107,8 @@ def attend(query: Float[Array, "B T H d"], parts: Sequence[Part]) -> Float[Array
 
     def scores(part: Part) -> Float[Array, "B G n T S"]:
         key, _, mask = part
-        found = jnp.einsum("bgrd,bgsd->bgrs", grouped, key, preferred_element_type=jnp.float32)
-        found = found.reshape(*rows, key.shape[2]) * size**-0.5
+        found = jnp.einsum("bgrd,bgds->bgrs", grouped, key, preferred_element_type=jnp.float32)
+        found = found.reshape(*rows, key.shape[3]) * size**-0.5
         return jnp.where(mask[:, None, None, :, :], found, MASKED)
 
     found = [scores(part) for part in parts]
@@ -114,7 +116,7 @@ def attend(query: Float[Array, "B T H d"], parts: Sequence[Part]) -> Float[Array
     weights = weights.astype(query.dtype).reshape(batch, groups, -1, weights.shape[-1])
     ends = [0]
     for key, _, _ in parts:
-        ends.append(ends[-1] + key.shape[2])
+        ends.append(ends[-1] + key.shape[3])
     mixed = sum(
         jnp.einsum("bgrs,bgsd->bgrd", weights[..., ends[i] : ends[i + 1]], value)
         for i, (_, value, _) in enumerate(parts)
@@ -138,7 +140,8 @@ def flash_applies(query: Float[Array, "B T H d"]) -> bool:
 
 def _flash(query: Float[Array, "B T H d"], parts: Sequence[Part]) -> Float[Array, "B T O"]:
     batch, length, heads, size = query.shape
-    key, value = (jnp.concatenate([part[i] for part in parts], axis=2) for i in (0, 1))
+    key = jnp.concatenate([key.swapaxes(2, 3) for key, _, _ in parts], axis=2)
+    value = jnp.concatenate([value for _, value, _ in parts], axis=2)
     seen = [jnp.broadcast_to(mask, (batch, length, mask.shape[2])) for *_, mask in parts]
     mask = jnp.concatenate(seen, axis=2)
     # The fused gradient wants even lengths. A key added is seen by nobody, a query is cut off.
@@ -186,7 +189,7 @@ class Attention(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context
-    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B G T d"], Float[Array, "B G T d"]]]:
+    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B G d T"], Float[Array, "B G T d"]]]:
         """What the tokens gather, and their own keys (rotated) and values, as a cache keeps them."""
         shape = (*x.shape[:2], -1, self.head_size)
         query = self.query(x).reshape(shape)
@@ -196,7 +199,7 @@ class Attention(nnx.Module):
             query, key = (
                 rotary.rotate(a, context.turn, interleaved=self.interleaved) for a in (query, key)
             )
-        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+        key, value = key.transpose(0, 2, 3, 1), value.swapaxes(1, 2)
         before = [(k.astype(key.dtype), v.astype(key.dtype), m) for k, v, m in context.before]
         return self.output(attend(query, [*before, (key, value, context.mask)])), (key, value)
 

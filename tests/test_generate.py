@@ -218,3 +218,11 @@ def test_token_ids_go_on_without_a_stop(tiny):
         assert tiny.decoder_tokenizer.decode(row).startswith(text)
     with pytest.raises(ValueError, match="no tokens"):
         generate.continue_ids(tiny.model, [[]], 4)
+
+
+def test_the_likeliest_is_argmax():
+    logits = np.random.default_rng(0).integers(0, 4, (50, 9)).astype(np.float32)
+    logits[1:3, 4] = np.inf, -np.inf
+    np.testing.assert_array_equal(sampling.likeliest(jnp.asarray(logits)), logits.argmax(-1))
+    broken = jnp.full((1, 9), jnp.nan)
+    assert 0 <= int(sampling.likeliest(broken)[0]) < 9

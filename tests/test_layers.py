@@ -17,12 +17,12 @@ def softmax(x):
 
 
 def naive(query, key, value, mask):
-    """Attention in loops; key and value are [B, G, S, d]."""
+    """Attention in loops; key is [B, G, d, S], value [B, G, S, d]."""
     batch, length, heads, size = query.shape
     group = heads // key.shape[1]
     out = np.zeros((batch, length, heads, size))
     for b, t, h in np.ndindex(batch, length, heads):
-        scores = key[b, h // group] @ query[b, t, h] / np.sqrt(size)
+        scores = query[b, t, h] @ key[b, h // group] / np.sqrt(size)
         out[b, t, h] = softmax(np.where(mask[b, t], scores, -np.inf)) @ value[b, h // group]
     return out.reshape(batch, length, -1)
 
@@ -31,6 +31,7 @@ def random_attention(dtype=np.float32, length=3):
     rng = np.random.default_rng(0)
     query = rng.normal(size=(2, length, 6, 8)).astype(dtype)
     key, value = rng.normal(size=(2, 2, 3, 5, 8)).astype(dtype)
+    key = key.swapaxes(2, 3)
     mask = rng.random((2, length, 5)) < 0.7
     mask[..., 0] = True
     return query, key, value, mask
@@ -45,14 +46,14 @@ def test_attend_groups_query_heads_over_key_heads():
 def test_attend_over_parts_equals_attend_over_all():
     query, key, value, mask = map(jnp.asarray, random_attention())
     cuts = [(0, 2), (2, 3), (3, 5)]
-    parts = [(key[:, :, a:b], value[:, :, a:b], mask[:, :, a:b]) for a, b in cuts]
+    parts = [(key[..., a:b], value[:, :, a:b], mask[:, :, a:b]) for a, b in cuts]
     whole = layers.attend(query, [(key, value, mask)])
     np.testing.assert_allclose(layers.attend(query, parts), whole, atol=1e-6)
 
 
 def test_attend_to_nothing_is_finite():
     x = jnp.ones((1, 2, 1, 4))
-    part = (x.swapaxes(1, 2), x.swapaxes(1, 2), jnp.zeros((1, 2, 2), bool))
+    part = (x.transpose(0, 2, 3, 1), x.swapaxes(1, 2), jnp.zeros((1, 2, 2), bool))
     assert np.isfinite(layers.attend(x, [part])).all()
 
 
@@ -60,7 +61,7 @@ def test_softmax_is_float32_in_bfloat16():
     """Equal scores over 1000 keys: weights added up in bfloat16 would be far from 1."""
     x = jnp.ones((1, 1, 1, 4), jnp.bfloat16)
     many = jnp.ones((1, 1, 1000, 4), jnp.bfloat16)
-    out = layers.attend(x, [(many, many, jnp.ones((1, 1, 1000), bool))])
+    out = layers.attend(x, [(many.swapaxes(2, 3), many, jnp.ones((1, 1, 1000), bool))])
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(jnp.float32), 1.0, atol=1e-2)
 
@@ -70,8 +71,8 @@ def test_fused_attention_is_given_the_same_problem(monkeypatch, length):
     """On a GPU in half precision: the fused call, here computed by its XLA twin, gives the same."""
     given = random_attention(jnp.bfloat16, length)
     query, key, value, mask = map(jnp.asarray, given)
-    parts = [(key[:, :, :2], value[:, :, :2], mask[:, :, :2])]
-    parts += [(key[:, :, 2:], value[:, :, 2:], mask[:, :, 2:])]
+    parts = [(key[..., :2], value[:, :, :2], mask[:, :, :2])]
+    parts += [(key[..., 2:], value[:, :, 2:], mask[:, :, 2:])]
     plain = layers.attend(query, parts)
     fused, calls = jax.nn.dot_product_attention, []
 
@@ -120,9 +121,9 @@ def test_a_stack_draws_its_layers_apart_and_scans_in_order():
 
 
 def test_prefix_and_cache_are_pytrees_that_hold_anything():
-    cache = layers.Cache(*[jnp.zeros((2, 1, 1, 4, 8))] * 2)
+    cache = layers.Cache(jnp.zeros((2, 1, 1, 8, 4)), jnp.zeros((2, 1, 1, 4, 8)))
     shapes = jax.tree.map(lambda a: a.shape, cache)
-    assert shapes.key == (2, 1, 1, 4, 8)
+    assert shapes.value == (2, 1, 1, 4, 8)
     assert [str(path[0]) for path, _ in jax.tree.leaves_with_path(cache)] == [".key", ".value"]
 
 

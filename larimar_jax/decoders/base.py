@@ -118,10 +118,10 @@ class Decoder(nnx.Module):
             slots, past, window = layer
             before = ()
             if slots is not None:
-                shown = jnp.broadcast_to(active[:, None, None], (batch, 1, slots[0].shape[2]))
+                shown = jnp.broadcast_to(active[:, None, None], (batch, 1, slots[1].shape[2]))
                 before += ((*slots, shown),)
             if past is not None:
-                stored = jnp.arange(past[0].shape[2], dtype=jnp.int32)
+                stored = jnp.arange(past[1].shape[2], dtype=jnp.int32)
                 old = jnp.broadcast_to(
                     stored < start[:, None, None], (batch, length, stored.shape[0])
                 )
@@ -157,8 +157,8 @@ class Decoder(nnx.Module):
         c = self.config
         if length > c.max_length:
             raise ValueError(f"a cache of {length} exceeds this decoder's {c.max_length} tokens")
-        zeros = jnp.zeros((c.depth, batch, c.kv_heads, length, c.head_size), self.dtype)
-        return Cache(zeros, zeros)
+        value = jnp.zeros((c.depth, batch, c.kv_heads, length, c.head_size), self.dtype)
+        return Cache(value.swapaxes(3, 4), value)
 
     @property
     def embeddings(self) -> Float[Array, "V D"]:
@@ -168,7 +168,7 @@ class Decoder(nnx.Module):
     def _check(self, length: int, prefix, cache: Cache | None, tree: Tree | None) -> None:
         room = self.room(prefix)
         if cache is not None:
-            held = cache.key.shape[3]
+            held = cache.value.shape[3]
             if tree is not None:
                 raise ValueError("tokens that branch cannot be cached: a cache is one sequence")
             if length > held:
@@ -200,29 +200,29 @@ def embed(
     return x + vector.astype(dtype)[:, None, :]
 
 
-def _slots(prefix: Prefix) -> tuple[Float[Array, "L B G P d"], Float[Array, "L B G P d"]]:
+def _slots(prefix: Prefix) -> tuple[Float[Array, "L B G d P"], Float[Array, "L B G P d"]]:
     active = prefix.active[None, :, None, None, None]
     # A masked slot gets weight 0, but 0 times what is not finite would still spread.
-    kept = (jnp.where(active, a, jnp.zeros_like(a)) for a in (prefix.key, prefix.value))
-    return tuple(a.swapaxes(2, 3) for a in kept)
+    key, value = (jnp.where(active, a, jnp.zeros_like(a)) for a in (prefix.key, prefix.value))
+    return key.transpose(0, 1, 3, 4, 2), value.swapaxes(2, 3)
 
 
 def _extend(
     cache: Cache,
-    key: Float[Array, "L B G T d"],
+    key: Float[Array, "L B G d T"],
     value: Float[Array, "L B G T d"],
     start: Int[Array, "B"] | None,
 ) -> Cache:
     """All layers' new keys and values in one write: the scan over layers only reads the cache."""
-
-    def insert(old: Float[Array, "L B G M d"], new: Float[Array, "L B G T d"]):
-        new = new.astype(old.dtype)
-        if start is None:
-            return jax.lax.dynamic_update_slice_in_dim(old, new, 0, axis=3)
-        # One scatter, in place where the cache is donated or carried. (Mapping a slice's update over
-        # rows instead costs a hundred times as much on CPU.)
-        rows = jnp.arange(old.shape[1])[:, None]
-        places = start.astype(jnp.int32)[:, None] + jnp.arange(new.shape[3], dtype=jnp.int32)
-        return old.at[:, rows, :, places].set(new.transpose(1, 3, 0, 2, 4), mode="drop")
-
-    return Cache(insert(cache.key, key), insert(cache.value, value))
+    key, value = key.astype(cache.key.dtype), value.astype(cache.value.dtype)
+    if start is None:
+        insert = jax.lax.dynamic_update_slice_in_dim
+        return Cache(insert(cache.key, key, 0, axis=4), insert(cache.value, value, 0, axis=3))
+    # One scatter, in place where the cache is donated or carried. (Mapping a slice's update over
+    # rows instead costs a hundred times as much on CPU.)
+    rows = jnp.arange(value.shape[1])[:, None]
+    places = start.astype(jnp.int32)[:, None] + jnp.arange(value.shape[3], dtype=jnp.int32)
+    return Cache(
+        cache.key.at[:, rows, :, :, places].set(key.transpose(1, 4, 0, 2, 3), mode="drop"),
+        cache.value.at[:, rows, :, places].set(value.transpose(1, 3, 0, 2, 4), mode="drop"),
+    )
