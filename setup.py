@@ -23,6 +23,7 @@ setup(
         "flax>=0.12.8",
         "gguf>=0.19.0",
         "grain>=0.2.18",
+        "huggingface_hub>=1.0",
         "jax>=0.10.2",
         "jaxtyping>=0.3.11",
         "matplotlib>=3.10",

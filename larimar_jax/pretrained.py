@@ -24,6 +24,7 @@ from larimar_jax.model import Condition, Larimar, assign, build, parameters
 from larimar_jax.train import export
 from larimar_jax.train.step import Skeleton
 from larimar_jax.weights import PACKAGED
+from larimar_jax.weights import locate as locate_tower
 from larimar_jax.weights.tokenizers import TextTooLong, Tokenizer, bucket
 
 CHECKPOINTS = "checkpoints"
@@ -219,11 +220,11 @@ def load(source: str | pathlib.Path = "smol") -> Pretrained:
     for tower in (config.model.encoder, config.model.decoder):
         # Packaged files are pinned by sha256; a folder's content is not known by its name.
         if tower.source is not None and tower.source not in PACKAGED:
-            for file in sorted(pathlib.Path(tower.source).rglob("*")) or [
-                pathlib.Path(tower.source)
-            ]:
-                if file.is_file():
-                    digest.update(hashlib.sha256(file.read_bytes()).digest())
+            found = locate_tower(tower.source)
+            for path_of in sorted(found.rglob("*")) or [found]:
+                if path_of.is_file():
+                    with path_of.open("rb") as file:  # as large as the tower: not read whole
+                        digest.update(hashlib.file_digest(file, "sha256").digest())
     return Pretrained(
         config,
         model,

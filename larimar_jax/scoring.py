@@ -105,7 +105,7 @@ def _branch(model: Larimar, tokenizer: Tokenizer, prompt: str, targets: Sequence
             raise ValueError(
                 f"Target {column} of prompt {prompt!r} is empty: there is nothing to score."
             )
-        answer = tuple(tokenizer.ids(" " + target.strip()))
+        answer = tuple(tokenizer.following(target.strip()))
         limit = model.decoder.config.max_length - 1
         if nodes[()] + len(answer) > limit:
             raise PromptTooLong(

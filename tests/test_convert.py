@@ -324,7 +324,7 @@ def test_tokenizers_of_other_models_are_refused(tmp_path, bases):
     shown = refused(0, tmp_path, bases[::-1])
     assert "the encoder's tokenizer has 50 tokens, its table 40 rows" in shown
     assert "the decoder's tokenizer has 43 tokens, its table 53 rows" in shown
-    assert "no tokenizer file" in refused(0, tmp_path, [tmp_path] * 2, FileNotFoundError)
+    assert "there is no tokenizer in" in refused(0, tmp_path, [tmp_path] * 2, FileNotFoundError)
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path, bases):

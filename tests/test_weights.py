@@ -173,8 +173,9 @@ def tiny_gguf(tmp_path, tensors):
     writer.add_token_list(tokens)
     writer.add_token_types([3] * 3 + [1] * (len(tokens) - 3))
     writer.add_token_merges([" ".join(merge) for merge in merges])
-    names = {new: old for old, new in weights.gguf._NAMES.items()}
-    parts = {new: old for old, new in weights.gguf._LAYER_NAMES.items()}
+    known = weights.gguf.ARCHITECTURES["llama"]
+    names = {new: old for old, new in known.top.items()}
+    parts = {new: old for old, new in known.parts.items()}
     for name, tensor in grown(tensors, len(tokens)).items():
         if name.endswith("q_proj.weight"):
             tensor = interleave(tensor, config.heads)
@@ -183,7 +184,9 @@ def tiny_gguf(tmp_path, tensors):
         if name.startswith("model.layers."):
             _, _, layer, rest = name.split(".", 3)
             name = f"blk.{layer}.{parts[rest.removesuffix('.weight')]}.weight"
-        writer.add_tensor(names.get(name, name), np.ascontiguousarray(tensor))
+        else:
+            name = names[name.removesuffix(".weight")] + ".weight"
+        writer.add_tensor(name, np.ascontiguousarray(tensor))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from larimar_jax import decoders, encoders, registry
-from larimar_jax.weights import fill, folder, gguf, packages, safetensors, tokenizers
+from larimar_jax.weights import fill, folder, gguf, hub, packages, safetensors, tokenizers
 from larimar_jax.weights.fill import WeightsError, Where
 from larimar_jax.weights.tokenizers import TextTooLong, TokenBatch, Tokenizer
 
@@ -24,9 +24,11 @@ __all__ = [
     "fill",
     "folder",
     "gguf",
+    "hub",
     "load_decoder",
     "load_encoder",
     "load_tokenizer",
+    "locate",
     "packages",
     "safetensors",
     "tokenizers",
@@ -92,7 +94,7 @@ def load_tokenizer(source: str) -> Tokenizer:
     Raises:
       FileNotFoundError, WeightsError: as they do.
     """
-    path = _locate(source)
+    path = locate(source)
     if path.is_dir():
         found, said = folder.tokenizer(path), folder.config(path)
     else:
@@ -102,14 +104,21 @@ def load_tokenizer(source: str) -> Tokenizer:
     return found.with_specials(added) if added else found
 
 
-def _locate(source: str) -> pathlib.Path:
+def locate(source: str) -> pathlib.Path:
+    """The folder or GGUF file of a source, fetched if it is a hub id that was not fetched before.
+
+    Raises:
+      FileNotFoundError: there is none; says what was looked for.
+    """
     path = PACKAGED[source]() if source in PACKAGED else pathlib.Path(source)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"there are no weights {source!r}: it is neither a packaged name"
-            f" ({', '.join(PACKAGED)}) nor a folder or GGUF file"
-        )
-    return path
+    if path.exists():
+        return path
+    if hub.is_id(source):
+        return hub.fetch(source)
+    raise FileNotFoundError(
+        f"there are no weights {source!r}: it is neither a packaged name"
+        f" ({', '.join(PACKAGED)}) nor a folder, a GGUF file, or a hub id written as org/name"
+    )
 
 
 def _load(
@@ -120,7 +129,7 @@ def _load(
     remat: bool,
     where: Where | None,
 ) -> tuple[nnx.Module, Tokenizer]:
-    path = _locate(source)
+    path = locate(source)
     if path.is_dir():
         said, extra, tensors = folder.config(path), folder.pooling(path), folder.tensors(path)
     else:
@@ -132,8 +141,10 @@ def _load(
         config = dataclasses.replace(family.from_huggingface(said), **extra)
     except KeyError as error:
         raise WeightsError(f"the configuration of {path} does not say its {error}") from error
-    except ValueError as error:
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
+        # A setting that is not computed; or a text, a null or a 0 where a size belongs.
         raise WeightsError(f"{path}: {error}") from error
+    folder.check_sizes(path, config)
     tokenizer = load_tokenizer(source)
     more = max(tokenizer.vocab_size - config.vocab_size, 0)
     if more and not hasattr(family, "ADDED_TOKENS"):

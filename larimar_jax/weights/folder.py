@@ -1,12 +1,25 @@
-"""A model folder laid out as on Hugging Face: config.json, weights, tokenizer.json."""
+"""A model folder laid out as on Hugging Face: config.json, weights, a tokenizer."""
 
 import json
 import pathlib
 from typing import Any
 
-from larimar_jax.weights.fill import WeightsError
+from larimar_jax.weights import tokenizer_files
+from larimar_jax.weights.fill import Source, WeightsError
 from larimar_jax.weights.safetensors import Safetensors
+from larimar_jax.weights.shards import Shards
 from larimar_jax.weights.tokenizers import Tokenizer
+from larimar_jax.weights.torch_files import TorchFile
+
+# In order of preference: one file before several, safetensors before torch's.
+_WEIGHTS = {
+    "model.safetensors": Safetensors,
+    "model.safetensors.index.json": lambda index: Shards(index, Safetensors),
+    "pytorch_model.bin": TorchFile,
+    "pytorch_model.bin.index.json": lambda index: Shards(index, TorchFile),
+}
+# A model of a trillion parameters has fewer of everything.
+_LARGEST = 1 << 24
 
 
 def config(folder: pathlib.Path) -> dict[str, Any]:
@@ -14,69 +27,112 @@ def config(folder: pathlib.Path) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: no config.json.
-      WeightsError: it is not JSON, or does not say which family the model is of.
+      WeightsError: it is not JSON, does not say which family the model is of, or has a size that
+        no model has.
     """
-    values = _json(folder / "config.json")
+    values = _table(folder / "config.json")
     if values is None:
         raise FileNotFoundError(
             f"{folder} has no config.json; a model folder is laid out as on Hugging Face"
         )
-    if "model_type" not in values:
+    if not isinstance(values.get("model_type"), str):
         raise WeightsError(f"{folder / 'config.json'} does not say its model_type")
     return values
 
 
-def tensors(folder: pathlib.Path) -> Safetensors:
-    """The folder's weights, in one file or in shards.
+def check_sizes(path: object, config: Any) -> None:
+    """Refuses a family's config whose numbers no model has: files are read into such shapes.
 
     Raises:
-      FileNotFoundError: no safetensors there.
-      WeightsError: as `Safetensors`.
+      WeightsError: naming every number that is negative, not finite or beyond all models.
     """
-    for name in ("model.safetensors", "model.safetensors.index.json"):
+    odd = []
+    for name, value in vars(config).items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        wanted = type(config).__annotations__[name]
+        if wanted in (int, float) and not (number and 0 <= value < _LARGEST):
+            odd.append(f"{name} = {value!r}")
+        if wanted is int and number and value != int(value):
+            odd.append(f"{name} = {value!r}")
+    if odd:
+        raise WeightsError(
+            f"the configuration of {path} has sizes that no model has: {', '.join(odd)[:300]}; it is"
+            " damaged or not a model's"
+        )
+
+
+def tensors(folder: pathlib.Path) -> Source:
+    """The folder's weights: safetensors or torch's, in one file or in shards.
+
+    Raises:
+      FileNotFoundError: none of them; names all that were looked for.
+      WeightsError: as the reader of the file that is there.
+    """
+    for name, opened in _WEIGHTS.items():
         if (folder / name).is_file():
-            return Safetensors(folder / name)
-    raise FileNotFoundError(f"{folder} has no model.safetensors")
+            return opened(folder / name)
+    raise FileNotFoundError(f"{folder} has none of {', '.join(_WEIGHTS)}")
 
 
 def tokenizer(folder: pathlib.Path) -> Tokenizer:
-    """The folder's tokenizer, with the special tokens that its configuration names. Raises as
-    `Tokenizer.from_file`."""
-    named = {
-        **(_json(folder / "tokenizer_config.json") or {}),
-        **(_json(folder / "special_tokens_map.json") or {}),
-    }
+    """The folder's tokenizer, with the special tokens that its configuration names.
+
+    From tokenizer.json, or else from vocab.txt, or vocab.json with merges.txt.
+
+    Raises:
+      FileNotFoundError: none of these.
+      WeightsError: a file that is no tokenizer, or a special token that it does not have.
+    """
+    said = _table(folder / "tokenizer_config.json") or {}
+    named = {**said, **(_table(folder / "special_tokens_map.json") or {})}
 
     def token(*roles: str) -> str | None:
         for role in roles:
             value = named.get(role)
+            value = value.get("content") if isinstance(value, dict) else value
+            if value is not None and not isinstance(value, str):
+                raise WeightsError(f"{folder}: {role} of its tokenizer is {value!r}, which is no text")
             if value:
-                return value["content"] if isinstance(value, dict) else value
+                return value
         return None
 
-    return Tokenizer.from_file(
-        folder / "tokenizer.json",
-        bos=token("bos_token", "cls_token"),
-        eos=token("eos_token", "sep_token"),
-        pad=token("pad_token"),
-    )
+    roles = {
+        "bos": token("bos_token", "cls_token"),
+        "eos": token("eos_token", "sep_token"),
+        "pad": token("pad_token"),
+    }
+    if (folder / "tokenizer.json").is_file():
+        return Tokenizer.from_file(folder / "tokenizer.json", **roles)
+    return Tokenizer.framing(tokenizer_files.from_folder(folder, said), str(folder), **roles)
 
 
 def pooling(folder: pathlib.Path) -> dict[str, Any]:
     """How a sentence-transformers folder pools, as settings of an encoder; else nothing.
 
     Raises:
-      WeightsError: a pooling other than the mean.
+      WeightsError: a pooling other than the mean. ([CLS] as sentence-transformers takes it lacks
+        the tanh layer that the paper's has.)
     """
-    said = _json(folder / "1_Pooling" / "config.json")
+    said = _table(folder / "1_Pooling" / "config.json")
     if said is None:
         return {}
     modes = [key for key, on in said.items() if key.startswith("pooling_mode_") and on is True]
     if modes != ["pooling_mode_mean_tokens"]:
-        raise WeightsError(f"{folder} pools by {', '.join(modes)}; mean_tokens is supported")
+        raise WeightsError(
+            f"{folder} pools by {', '.join(modes) or 'nothing'}; mean_tokens is supported"
+        )
     steps = _json(folder / "modules.json") or []
-    normalize = any(step.get("type", "").endswith("Normalize") for step in steps)
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        raise WeightsError(f"{folder / 'modules.json'} is no list of modules")
+    normalize = any(str(step.get("type", "")).endswith("Normalize") for step in steps)
     return {"pooling": "mean", "normalize": normalize}
+
+
+def _table(path: pathlib.Path) -> dict[str, Any] | None:
+    found = _json(path)
+    if found is not None and not isinstance(found, dict):
+        raise WeightsError(f"{path} holds a {type(found).__name__} where settings belong; damaged")
+    return found
 
 
 def _json(path: pathlib.Path) -> Any:
@@ -84,5 +140,5 @@ def _json(path: pathlib.Path) -> Any:
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is not JSON ({error}); it is damaged") from error

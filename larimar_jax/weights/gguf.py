@@ -1,51 +1,75 @@
-"""GGUF files of Llama models, dequantised, under their Hugging Face names.
-
-The header is parsed here: the `gguf` package's reader makes a numpy view per vocabulary entry,
-which takes seconds where this takes a fraction of one. Its dequantisation is used as it is.
-"""
+"""GGUF files of Llama, Mistral, Qwen2 and GPT-2, dequantised, under their Hugging Face names."""
 
 import functools
 import math
 import pathlib
 import re
-import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from larimar_jax import rotary
+from larimar_jax.weights import gguf_header
 from larimar_jax.weights.fill import WeightsError
+from larimar_jax.weights.gguf_header import TensorInfo
 
-# GGUF's value types as `struct` codes.
-_SCALARS = {
-    **{0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?"},
-    **{10: "Q", 11: "q", 12: "d"},
+# Divisors of rotary frequencies, which Hugging Face says by the rule that they follow.
+_DIVISORS = "rope_freqs.weight"
+
+
+class _Architecture(NamedTuple):
+    """llama.cpp's names of tensors, and of a layer's, → Hugging Face's; and how to read them.
+
+    {layer} is a layer's number; a suffix .weight or .bias is kept. transposed: names whose tensors
+    Hugging Face stores (in, out).
+    """
+
+    layer: str
+    parts: Mapping[str, str]
+    top: Mapping[str, str]
+    permuted: bool = False
+    transposed: tuple[str, ...] = ()
+
+
+_LLAMA = _Architecture(
+    layer="model.layers.{layer}.",
+    parts={
+        "attn_norm": "input_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_norm": "post_attention_layernorm",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    },
+    top={"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"},
+    permuted=True,
+)
+ARCHITECTURES = {
+    "llama": _LLAMA,
+    "qwen2": _LLAMA._replace(permuted=False),
+    "gpt2": _Architecture(
+        layer="transformer.h.{layer}.",
+        parts={
+            "attn_norm": "ln_1",
+            "attn_qkv": "attn.c_attn",
+            "attn_output": "attn.c_proj",
+            "ffn_norm": "ln_2",
+            "ffn_up": "mlp.c_fc",
+            "ffn_down": "mlp.c_proj",
+        },
+        top={
+            "token_embd": "transformer.wte",
+            "position_embd": "transformer.wpe",
+            "output_norm": "transformer.ln_f",
+            "output": "lm_head",
+        },
+        transposed=("c_attn.weight", "c_proj.weight", "c_fc.weight"),
+    ),
 }
-_STRING, _ARRAY = 8, 9
-
-# llama.cpp's tensor names → Hugging Face's.
-_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-
-class _Tensor(NamedTuple):
-    shape: tuple[int, ...]
-    kind: int
-    offset: int
 
 
 class Gguf:
@@ -53,7 +77,8 @@ class Gguf:
 
     Raises:
       FileNotFoundError: no such file.
-      WeightsError: a file that is no GGUF of version 2 or 3, is cut short, or holds no Llama.
+      WeightsError: a file that is no GGUF of version 2 or 3, is cut short or damaged, holds tensors
+        of an unknown kind, or a model of another architecture.
     """
 
     def __init__(self, path: str | pathlib.Path):
@@ -61,82 +86,151 @@ class Gguf:
         if not pathlib.Path(path).is_file():
             raise FileNotFoundError(f"there is no weights file at {path}")
         try:
-            self._data = np.memmap(path, np.uint8, mode="r")
-            self.metadata, tensors, start = _header(memoryview(self._data))
-        except (struct.error, UnicodeDecodeError, ValueError, KeyError, MemoryError) as error:
+            header = gguf_header.read(self.path)
+        except gguf_header.BadHeader as error:
             raise self._damaged(error) from error
-        if self.metadata.get("general.architecture") != "llama":
+        self.metadata, self._start = header.metadata, header.start
+        self.architecture = self.metadata.get("general.architecture")
+        if self.architecture not in ARCHITECTURES:
             raise WeightsError(
-                f"{path} holds a {self.metadata.get('general.architecture')!r} model; GGUF files of"
-                " Llama models are what can be read"
+                f"{path} holds a {self.architecture!r} model; GGUF files of"
+                f" {', '.join(ARCHITECTURES)} are what can be read"
             )
-        self._tensors = {_rename(name): tensor for name, tensor in tensors.items()}
-        self._start = start
-        for name, tensor in self._tensors.items():
-            if start + tensor.offset + self._size(tensor) > self._data.size:
-                raise self._damaged(f"tensor {name} ends after the file does")
+        self._names = ARCHITECTURES[self.architecture]
+        self._tensors: dict[str, TensorInfo] = {}
+        for name, tensor in header.tensors.items():
+            said = self._rename(name)
+            if said in self._tensors:
+                raise self._damaged(f"{name} and another tensor are both {said}")
+            self._tensors[said] = tensor
+        self._check(header.size)
+        self._divisors = self._tensors.pop(_DIVISORS, None)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Every tensor's shape in Hugging Face's order, (out, in)."""
-        return {name: tensor.shape for name, tensor in self._tensors.items()}
+        """Every tensor's shape as Hugging Face has it: (out, in), for GPT-2 (in, out)."""
+        return {
+            name: tensor.shape[::-1] if name.endswith(self._names.transposed) else tensor.shape
+            for name, tensor in self._tensors.items()
+        }
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, float32, query and key rows in Hugging Face's order."""
-        import gguf
+        """One tensor, float32, query and key rows in Hugging Face's order.
 
-        tensor = self._tensors[name]
-        begin = self._start + tensor.offset
-        # A plain array: every slice of a memmap costs more, and dequantisation makes many.
-        data = np.asarray(self._data)[begin : begin + self._size(tensor)]
-        # It goes by 16 rows, which are short here; longer ones, of whole blocks still, take half
-        # the time.
-        count = int(np.prod(tensor.shape[:-1], dtype=np.int64))
-        rows = data.reshape(count // math.gcd(count, 32), -1)
-        values = gguf.dequantize(rows, gguf.GGMLQuantizationType(tensor.kind))
-        values = np.asarray(values, np.float32).reshape(tensor.shape)
-        config = self.config()
-        if name.endswith("q_proj.weight"):
-            return _unpermute(values, config["num_attention_heads"])
-        if name.endswith("k_proj.weight"):
-            return _unpermute(values, config["num_key_value_heads"])
+        Raises:
+          WeightsError: the file was cut short since it was opened, or its head counts do not fit.
+        """
+        values = self._read(name, self._tensors[name])
+        if name.endswith(self._names.transposed):
+            return values.T
+        if self._names.permuted and re.search(r"[qk]_proj\.(weight|bias)$", name):
+            kind = "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
+            return self._unpermute(values, self.config()[kind], name)
         return values
 
+    @functools.cached_property
+    def _blocks(self) -> Mapping[int, tuple[int, int]]:
+        """Kinds that are read here → (numbers of a block, bytes of a block)."""
+        import gguf
+
+        plain = ("F32", "F16", "BF16")
+        quantised = gguf.quants._type_traits  # what `gguf.dequantize` knows
+        return {
+            int(kind): size
+            for kind, size in gguf.GGML_QUANT_SIZES.items()
+            if kind.name in plain or kind in quantised
+        }
+
+    def _check(self, size: int) -> None:
+        ends = []
+        for name, tensor in self._tensors.items():
+            if tensor.kind not in self._blocks:
+                raise WeightsError(
+                    f"{self.path}: tensor {name} is of kind {tensor.kind}, which is not read here; it"
+                    " is damaged, or quantised in another way. Take an F16, Q8_0, Q4_0, Q4_1 or"
+                    " K-quant file of the model"
+                )
+            block, _ = self._blocks[tensor.kind]
+            if not tensor.shape or tensor.shape[-1] % block or 0 in tensor.shape:
+                raise self._damaged(f"tensor {name} of shape {tensor.shape} in blocks of {block}")
+            begin = self._start + tensor.offset
+            ends.append((begin, begin + self._size(tensor), name))
+            if ends[-1][1] > size:
+                raise self._damaged(f"tensor {name} ends after the file does")
+        ends.sort()
+        for (_, end, name), (begin, _, other) in zip(ends, ends[1:], strict=False):
+            if begin < end:
+                raise self._damaged(f"tensors {name} and {other} overlap")
+
+    def _size(self, tensor: TensorInfo) -> int:
+        block, size = self._blocks[tensor.kind]
+        return gguf_header.elements(tensor) // block * size
+
+    def _read(self, name: str, tensor: TensorInfo) -> np.ndarray:
+        import gguf
+
+        size = self._size(tensor)
+        # Read and not mapped: pages of a mapped file would count beside what is made of them.
+        data = np.fromfile(self.path, np.uint8, size, offset=self._start + tensor.offset)
+        if data.size != size:
+            raise self._damaged(f"tensor {name} ends after the file does")
+        # It goes by 16 rows, which are short here; longer ones, of whole blocks still, take half
+        # the time.
+        rows = math.prod(tensor.shape[:-1])
+        values = gguf.dequantize(
+            data.reshape(rows // math.gcd(rows, 32), -1), gguf.GGMLQuantizationType(tensor.kind)
+        )
+        return np.asarray(values, np.float32).reshape(tensor.shape)
+
+    def _rename(self, name: str) -> str:
+        """Hugging Face's name; an unknown one stays, and the strict fill will name it."""
+        if match := re.fullmatch(r"blk\.(\d+)\.(\w+)(\.weight|\.bias)", name):
+            layer, part, suffix = match.groups()
+            if part in self._names.parts:
+                return self._names.layer.format(layer=layer) + self._names.parts[part] + suffix
+        if match := re.fullmatch(r"(\w+)(\.weight|\.bias)", name):
+            return self._names.top.get(match[1], match[1]) + match[2]
+        return name
+
+    def _unpermute(self, values: np.ndarray, heads: int, name: str) -> np.ndarray:
+        """Undoes llama.cpp's interleaving: the rows of a head from (i, half) to (half, i)."""
+        if heads < 1 or len(values) % (2 * heads):
+            raise self._damaged(f"{len(values)} rows of {name} for {heads} heads")
+        pairs = values.reshape(heads, len(values) // heads // 2, 2, *values.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(values.shape)
+
     def config(self) -> dict[str, Any]:
-        """The metadata as a Hugging Face config.json would say it."""
-        get = self.metadata.get
+        """The metadata as a Hugging Face config.json would say it.
+
+        Raises:
+          WeightsError: a size that is missing, or a model of experts.
+        """
+        made = _CONFIGS[self.architecture]
+        if self.metadata.get(f"{self.architecture}.expert_count"):
+            raise WeightsError(f"{self.path} holds a mixture of experts, which is not computed here")
         try:
-            heads = self.metadata["llama.attention.head_count"]
-            width = self.metadata["llama.embedding_length"]
-            size = get("llama.attention.key_length") or get("llama.rope.dimension_count")
-            scaling = get("llama.rope.scaling.type", "none")
-            return {
-                "model_type": "llama",
-                "vocab_size": self._tensors["model.embed_tokens.weight"].shape[0],
-                "hidden_size": width,
-                "num_hidden_layers": self.metadata["llama.block_count"],
-                "num_attention_heads": heads,
-                "num_key_value_heads": get("llama.attention.head_count_kv", heads),
-                "head_dim": size or width // heads,
-                "intermediate_size": self.metadata["llama.feed_forward_length"],
-                "max_position_embeddings": self.metadata["llama.context_length"],
-                "rope_parameters": {
-                    "rope_theta": get("llama.rope.freq_base", 10000.0),
-                    "rope_type": "default" if scaling == "none" else scaling,
-                },
-                "rms_norm_eps": self.metadata["llama.attention.layer_norm_rms_epsilon"],
-                "tie_word_embeddings": "lm_head.weight" not in self._tensors,
-            }
+            return made(self)
         except KeyError as error:
             raise WeightsError(f"{self.path} does not say its {error}") from error
 
-    def _size(self, tensor: _Tensor) -> int:
-        import gguf
+    def said(self, key: str, default: Any = None) -> Any:
+        """A number of the architecture's own metadata; KeyError without one and without default."""
+        key = f"{self.architecture}.{key}"
+        value = self.metadata[key] if default is None else self.metadata.get(key, default)
+        if not isinstance(value, int | float | str) or isinstance(value, bool):
+            raise self._damaged(f"{key} is a {type(value).__name__}")
+        return value
 
-        try:
-            block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.kind)]
-        except ValueError as error:
-            raise self._damaged(error) from error
-        return int(np.prod(tensor.shape, dtype=np.int64)) // block * size
+    def rows(self, name: str) -> int:
+        """The number of rows of a tensor; KeyError without it."""
+        return self._tensors[name].shape[0]
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor of that Hugging Face name is there."""
+        return name in self._tensors
+
+    def divisors(self) -> np.ndarray | None:
+        """What the file divides rotary frequencies by, a number per pair, or None."""
+        return None if self._divisors is None else self._read(_DIVISORS, self._divisors)
 
     def _damaged(self, reason: object) -> WeightsError:
         return WeightsError(
@@ -151,67 +245,67 @@ def open_gguf(path: str) -> Gguf:
     return Gguf(path)
 
 
-def _header(data: memoryview) -> tuple[dict[str, Any], dict[str, _Tensor], int]:
-    """Metadata, tensors and where the tensors' bytes begin."""
-    if bytes(data[:4]) != b"GGUF":
-        raise ValueError("it does not begin with 'GGUF'")
-    version, tensors, entries = struct.unpack_from("<IQQ", data, 4)
-    if version not in (2, 3):
-        raise ValueError(f"version {version}, where 2 and 3 are known")
-    at, metadata, table = 24, {}, {}
-
-    def scalar(code: str):
-        nonlocal at
-        (value,) = struct.unpack_from("<" + code, data, at)
-        at += struct.calcsize(code)
-        return value
-
-    def string() -> str:
-        nonlocal at
-        size = scalar("Q")
-        if at + size > len(data):
-            raise ValueError("a string ends after the file does")
-        text = bytes(data[at : at + size]).decode("utf-8")
-        at += size
-        return text
-
-    def value(kind: int):
-        nonlocal at
-        if kind == _STRING:
-            return string()
-        if kind != _ARRAY:
-            return scalar(_SCALARS[kind])
-        kind, count = scalar("I"), scalar("Q")
-        if kind in (_STRING, _ARRAY):
-            return [value(kind) for _ in range(count)]
-        code = f"<{count}{_SCALARS[kind]}"
-        items = struct.unpack_from(code, data, at)
-        at += struct.calcsize(code)
-        return list(items)
-
-    for _ in range(entries):
-        key = string()
-        metadata[key] = value(scalar("I"))
-    for _ in range(tensors):
-        name = string()
-        axes = scalar("I")
-        shape = tuple(scalar("Q") for _ in range(axes))[::-1]  # GGUF names the fastest axis first
-        table[name] = _Tensor(shape, scalar("I"), scalar("Q"))
-    alignment = metadata.get("general.alignment", 32)
-    return metadata, table, -(-at // alignment) * alignment
+def _llama(file: Gguf) -> dict[str, Any]:
+    heads, width = file.said("attention.head_count"), file.said("embedding_length")
+    size = file.said("attention.key_length", 0) or file.said("rope.dimension_count", 0)
+    window = file.said("attention.sliding_window", 0)
+    return {
+        # llama.cpp has Mistral under Llama's name.
+        "model_type": "mistral" if window and file.architecture == "llama" else file.architecture,
+        "vocab_size": file.rows("model.embed_tokens.weight"),
+        "hidden_size": width,
+        "num_hidden_layers": file.said("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": file.said("attention.head_count_kv", heads),
+        "head_dim": size or (width // heads if heads else 0),
+        "intermediate_size": file.said("feed_forward_length"),
+        "max_position_embeddings": file.said("context_length"),
+        "rope_parameters": _rope(file, size or (width // heads if heads else 0)),
+        "rms_norm_eps": file.said("attention.layer_norm_rms_epsilon"),
+        "tie_word_embeddings": not file.has("lm_head.weight"),
+        **({"sliding_window": window} if window else {}),
+        **({"use_sliding_window": False} if file.architecture == "qwen2" else {}),
+    }
 
 
-def _rename(name: str) -> str:
-    """Hugging Face's name; an unknown one stays, and the strict fill will name it."""
-    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name):
-        layer, part = match.groups()
-        if part in _LAYER_NAMES:
-            return f"model.layers.{layer}.{_LAYER_NAMES[part]}.weight"
-    return _NAMES.get(name, name)
+def _rope(file: Gguf, size: int) -> dict[str, Any]:
+    theta = file.said("rope.freq_base", 10000.0)
+    kind = file.said("rope.scaling.type", "none")
+    said = {"rope_theta": theta, "rope_type": "default" if kind == "none" else kind}
+    if kind != "none":
+        said["factor"] = file.said("rope.scaling.factor")
+        said["original_max_position_embeddings"] = file.said(
+            "rope.scaling.original_context_length", file.said("context_length")
+        )
+    divisors = file.divisors()
+    if divisors is None:
+        return said
+    # Llama 3.1 and later: the rule is not in the file, but only one has made such divisors so far.
+    rule = rotary.RopeScaling("llama3", float(divisors.max()), 8192, 1.0, 4.0, 1.0)
+    usual = rotary.frequencies(size, theta) / rotary.frequencies(size, theta, rule)
+    if divisors.shape != usual.shape or not np.allclose(divisors, usual, rtol=1e-3):
+        raise WeightsError(
+            f"{file.path} divides its rotary frequencies by a rule that is not known here; load the"
+            " model from a folder whose config.json says it"
+        )
+    return rotary.to_huggingface(theta, rule)
 
 
-def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes llama.cpp's interleaving: the rows of a head from (i, half) to (half, i)."""
-    out, inputs = weight.shape
-    pairs = weight.reshape(heads, out // heads // 2, 2, inputs)
-    return pairs.swapaxes(1, 2).reshape(out, inputs)
+def _gpt2(file: Gguf) -> dict[str, Any]:
+    return {
+        "model_type": "gpt2",
+        "vocab_size": file.rows("transformer.wte.weight"),
+        "n_embd": file.said("embedding_length"),
+        "n_layer": file.said("block_count"),
+        "n_head": file.said("attention.head_count"),
+        "n_inner": file.said("feed_forward_length"),
+        "n_positions": file.said("context_length"),
+        "layer_norm_epsilon": file.said("attention.layer_norm_epsilon"),
+    }
+
+
+_CONFIGS: Mapping[str, Callable[[Gguf], dict[str, Any]]] = {
+    "llama": _llama,
+    "qwen2": _llama,
+    "gpt2": _gpt2,
+}

@@ -13,6 +13,7 @@ import tokenizers as hf
 from jaxtyping import Bool, Int
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from larimar_jax.weights import tokenizer_files
 from larimar_jax.weights.fill import WeightsError
 from larimar_jax.weights.gguf import open_gguf
 
@@ -20,8 +21,6 @@ from larimar_jax.weights.gguf import open_gguf
 _BOS = ("<BOS>", "<s>", "<|begin_of_text|>", "[CLS]", "<|endoftext|>")
 _EOS = ("<EOS>", "</s>", "<|end_of_text|>", "[SEP]", "<|endoftext|>")
 _PAD = ("<PAD>", "[PAD]", "<pad>", "<|im_end|>")
-
-_SPECIAL, _USER_DEFINED = 3, 4  # llama.cpp's token types
 
 
 class TextTooLong(ValueError):
@@ -84,15 +83,38 @@ class Tokenizer:
             raise WeightsError(
                 f"{path} cannot be read as a tokenizer ({error}); it is damaged or another format"
             ) from error
+        return cls.framing(backend, str(path), bos=bos, eos=eos, pad=pad)
+
+    @classmethod
+    def framing(
+        cls,
+        backend: hf.Tokenizer,
+        path: str,
+        *,
+        bos: str | None = None,
+        eos: str | None = None,
+        pad: str | None = None,
+    ) -> "Tokenizer":
+        """A backend with what its post-processor puts around a text as prefix and suffix.
+
+        Raises:
+          WeightsError: a special token that it does not have.
+        """
         backend.no_truncation()
         backend.no_padding()
-        # What the post-processor puts around a text, seen on one; it differs between files.
-        framed = backend.encode("a").ids
-        plain = backend.encode("a", add_special_tokens=False).ids
-        begin = next(i for i in range(len(framed)) if framed[i : i + len(plain)] == plain)
+        # Seen on one text; it differs between files.
+        try:
+            framed = backend.encode("a").ids
+            plain = backend.encode("a", add_special_tokens=False).ids
+        except Exception as error:  # the library raises bare Exception
+            raise WeightsError(
+                f"{path}: its tokenizer cannot encode a letter ({error}); it is damaged"
+            ) from error
+        places = (i for i in range(len(framed) + 1) if framed[i : i + len(plain)] == plain)
+        begin = next(places, 0)
         return cls(
             backend,
-            *_specials(backend, str(path), bos, eos, pad),
+            *_specials(backend, path, bos, eos, pad),
             prefix=tuple(framed[:begin]),
             suffix=tuple(framed[begin + len(plain) :]),
         )
@@ -106,34 +128,15 @@ class Tokenizer:
         eos: str | None = None,
         pad: str | None = None,
     ) -> "Tokenizer":
-        """The byte-level BPE tokenizer inside a GGUF file; its post-processing adds nothing.
+        """The tokenizer inside a GGUF file; its post-processing adds nothing.
 
-        The file's own bos and eos are not taken: an instruct model names its chat turns there. A
-        byte that the vocabulary lacks (SmolLM2's lacks 21 rare ones) leaves no token.
+        The file's own bos and eos are not taken: an instruct model names its chat turns there.
 
         Raises:
           FileNotFoundError: no such file.
           WeightsError: a damaged file, or a tokenizer of another kind.
         """
-        metadata = open_gguf(str(path)).metadata
-        kind, split = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-        if (kind, split) not in (("gpt2", "smollm"), ("gpt2", "gpt-2")):
-            raise WeightsError(
-                f"{path} holds a {kind!r} tokenizer with {split!r} pre-tokenization; byte-level BPE"
-                " ('gpt2') with 'smollm' or 'gpt-2' is what can be read"
-            )
-        tokens = metadata["tokenizer.ggml.tokens"]
-        # Byte-level tokens hold no space, so that the one in a merge is the separator.
-        merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-        backend = hf.Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        digits = [pre_tokenizers.Digits(individual_digits=True)] if split == "smollm" else []
-        backend.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])
-        backend.decoder = decoders.ByteLevel()
-        types = metadata["tokenizer.ggml.token_type"]
-        named = list(zip(tokens, types, strict=True))
-        backend.add_special_tokens([token for token, kind in named if kind == _SPECIAL])
-        backend.add_tokens([token for token, kind in named if kind == _USER_DEFINED])
+        backend = tokenizer_files.from_gguf(open_gguf(str(path)).metadata, str(path))
         return cls(backend, *_specials(backend, str(path), bos, eos, pad))
 
     @classmethod
@@ -164,6 +167,26 @@ class Tokenizer:
     def framed(self) -> "Tokenizer":
         """The same tokenizer, whose `encode` puts bos and eos around each text."""
         return dataclasses.replace(self, prefix=(self.bos,), suffix=(self.eos,))
+
+    def with_specials(self, names: Sequence[str]) -> "Tokenizer":
+        """The same tokenizer with pad, bos and eos of these names, appended where missing (§2).
+
+        Args:
+          names: of pad, bos and eos, in this order, which is that of their new ids.
+        """
+        backend = hf.Tokenizer.from_str(self.backend.to_str())
+        backend.add_special_tokens([n for n in names if backend.token_to_id(n) is None])
+        pad, bos, eos = map(backend.token_to_id, names)
+        return dataclasses.replace(self, backend=backend, bos=bos, eos=eos, pad=pad)
+
+    def following(self, text: str) -> list[int]:
+        """The tokens of a text that follows another one after a blank."""
+        # SentencePiece's tokenizers put that blank there by themselves.
+        return self.ids(text) if self._puts_a_blank else self.ids(" " + text)
+
+    @functools.cached_property
+    def _puts_a_blank(self) -> bool:
+        return self.backend.encode("a", add_special_tokens=False).tokens[:1] in (["▁a"], ["▁"])
 
     def ids(self, text: str) -> list[int]:
         """The text's own tokens, nothing around them."""
