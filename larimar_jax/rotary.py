@@ -38,6 +38,8 @@ def from_huggingface(config: Mapping[str, Any]) -> tuple[float, RopeScaling | No
       ValueError: a kind of scaling that is not computed here, or one that lacks a number.
     """
     said = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(said, Mapping):
+        raise ValueError(f"rope_parameters are {said!r}, which is no table")
     theta = float(said.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = said.get("rope_type", said.get("type", "default"))
     if kind == "default":

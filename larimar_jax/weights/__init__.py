@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +12,18 @@ from jax.typing import DTypeLike
 
 from larimar_jax import decoders, encoders, registry
 from larimar_jax.weights import fill, folder, gguf, hub, packages, safetensors, tokenizers
-from larimar_jax.weights.fill import WeightsError, Where
+from larimar_jax.weights.fill import Source, WeightsError, Where
 from larimar_jax.weights.tokenizers import TextTooLong, TokenBatch, Tokenizer
 
 __all__ = [
     "PACKAGED",
+    "Source",
     "TextTooLong",
     "TokenBatch",
     "Tokenizer",
     "WeightsError",
     "Where",
+    "describe",
     "fill",
     "folder",
     "gguf",
@@ -121,15 +124,15 @@ def locate(source: str) -> pathlib.Path:
     )
 
 
-def _load(
-    source: str,
-    kind: ModuleType,
-    dtype: DTypeLike,
-    param_dtype: DTypeLike,
-    remat: bool,
-    where: Where | None,
-) -> tuple[nnx.Module, Tokenizer]:
-    path = locate(source)
+def describe(path: pathlib.Path, kind: ModuleType) -> tuple[ModuleType, Any, Source]:
+    """The family, the sizes and the tensors of a folder or GGUF file; no tensor is read.
+
+    Args:
+      kind: `encoders` or `decoders`.
+
+    Raises:
+      FileNotFoundError, WeightsError: as `load_decoder`.
+    """
     if path.is_dir():
         said, extra, tensors = folder.config(path), folder.pooling(path), folder.tensors(path)
     else:
@@ -145,6 +148,19 @@ def _load(
         # A setting that is not computed; or a text, a null or a 0 where a size belongs.
         raise WeightsError(f"{path}: {error}") from error
     folder.check_sizes(path, config)
+    return family, config, tensors
+
+
+def _load(
+    source: str,
+    kind: ModuleType,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
+    remat: bool,
+    where: Where | None,
+) -> tuple[nnx.Module, Tokenizer]:
+    path = locate(source)
+    family, config, tensors = describe(path, kind)
     tokenizer = load_tokenizer(source)
     more = max(tokenizer.vocab_size - config.vocab_size, 0)
     if more and not hasattr(family, "ADDED_TOKENS"):

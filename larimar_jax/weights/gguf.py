@@ -277,6 +277,9 @@ def _rope(file: Gguf, size: int) -> dict[str, Any]:
         said["original_max_position_embeddings"] = file.said(
             "rope.scaling.original_context_length", file.said("context_length")
         )
+    if kind == "yarn":
+        said["beta_fast"] = file.said("rope.scaling.yarn_beta_fast", 32.0)
+        said["beta_slow"] = file.said("rope.scaling.yarn_beta_slow", 1.0)
     divisors = file.divisors()
     if divisors is None:
         return said

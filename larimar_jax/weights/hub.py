@@ -17,7 +17,7 @@ _ALWAYS = (
 )
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
 _TORCH = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin")
-_ID = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?")
+_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?:@[\w./-]+)?")
 
 
 def is_id(source: str) -> bool:

@@ -1,11 +1,12 @@
 """Text ↔ token ids, for both towers, over the `tokenizers` library."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, SupportsInt
 
 import numpy as np
@@ -77,12 +78,8 @@ class Tokenizer:
         path = pathlib.Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"there is no tokenizer file at {path}")
-        try:
+        with _library(f"{path} cannot be read as a tokenizer"):
             backend = hf.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises bare Exception
-            raise WeightsError(
-                f"{path} cannot be read as a tokenizer ({error}); it is damaged or another format"
-            ) from error
         return cls.framing(backend, str(path), bos=bos, eos=eos, pad=pad)
 
     @classmethod
@@ -103,13 +100,9 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         # Seen on one text; it differs between files.
-        try:
+        with _library(f"the tokenizer of {path} cannot encode a letter"):
             framed = backend.encode("a").ids
             plain = backend.encode("a", add_special_tokens=False).ids
-        except Exception as error:  # the library raises bare Exception
-            raise WeightsError(
-                f"{path}: its tokenizer cannot encode a letter ({error}); it is damaged"
-            ) from error
         places = (i for i in range(len(framed) + 1) if framed[i : i + len(plain)] == plain)
         begin = next(places, 0)
         return cls(
@@ -260,6 +253,18 @@ class Tokenizer:
     def hash(self) -> str:
         """sha256 of `to_json`: two tokenizers with the same hash do the same."""
         return hashlib.sha256(self.to_json().encode("utf-8")).hexdigest()
+
+
+@contextlib.contextmanager
+def _library(what: str) -> Iterator[None]:
+    """What the library raises for a bad file, as a WeightsError that begins with `what`."""
+    try:
+        yield
+    except BaseException as error:
+        # It raises bare Exception; and its panics are not even that.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise WeightsError(f"{what} ({error}); it is damaged or of another format") from error
 
 
 def _specials(

@@ -37,7 +37,8 @@ class TorchFile:
         self.path = str(path)
         if not pathlib.Path(path).is_file():
             raise FileNotFoundError(f"there is no weights file at {path}")
-        opened = _Zip if zipfile.is_zipfile(path) else _Legacy
+        with open(path, "rb") as file:
+            opened = _Zip if file.read(4) == b"PK\x03\x04" else _Legacy
         self._file = opened(self.path)
         self.tree: Any = self._file.tree
         self._tensors = {

@@ -1,4 +1,4 @@
-"""Makes tokenizers/: vocabularies as models ship them, and what transformers and SentencePiece make of them.
+"""Makes tokenizers/: vocabularies as models ship them, and what their own libraries make of them.
 
 pip install transformers==5.23.0 sentencepiece==0.2.3; then, in this folder: python make_tokenizers.py
 """
@@ -88,12 +88,11 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    theirs = transformers.GPT2TokenizerFast(vocab=vocabulary, merges=[tuple(m.split(" ")) for m in merges])
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    theirs = transformers.GPT2TokenizerFast(vocab=vocabulary, merges=pairs)
     expected["gpt2"] = [theirs(text)["input_ids"] for text in TEXTS]
     # The same vocabulary under Qwen2's rules.
-    theirs = transformers.Qwen2TokenizerFast(
-        vocab=vocabulary, merges=[tuple(m.split(" ")) for m in merges]
-    )
+    theirs = transformers.Qwen2TokenizerFast(vocab=vocabulary, merges=pairs)
     expected["qwen2"] = [theirs(text)["input_ids"] for text in TEXTS]
     said, expected["sentencepiece"] = sentence_piece()
     (OUT / "sentencepiece.json").write_text(json.dumps(said, ensure_ascii=False))

@@ -1,0 +1,372 @@
+"""Throws damaged files at every reader of weights, tokenizers and configs.
+
+    python tests/fuzz/fuzz.py --minutes 10 --seed 0
+
+Small valid files are changed at random: bytes, lengths, JSON values, pickle instructions that would
+run something. Whatever a file holds, a reader either reads it or raises WeightsError,
+FileNotFoundError or TextTooLong, within 5 s and 1 GB, and runs nothing of it. What breaks that is
+written to tests/fuzz/corpus, which the tests read from then on.
+"""
+
+import argparse
+import functools
+import hashlib
+import io
+import json
+import os
+import pathlib
+import random
+import re
+import resource
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import time
+import traceback
+import zipfile
+
+import numpy as np
+import safetensors.numpy
+
+HERE = pathlib.Path(__file__).parent
+CORPUS, GOLDEN = HERE / "corpus", HERE.parent / "golden"
+SECONDS, MEGABYTES = 5, 1000
+BATCH = 200
+# Where a pickle that runs would leave its trace.
+MARKER = pathlib.Path(tempfile.gettempdir()) / "larimar-fuzz-marker"
+KINDS = ("bin", "ckpt", "config.json", "gguf", "index.json", "legacy", "safetensors")
+KINDS += ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
+
+
+def load(kind: str, path: pathlib.Path) -> None:
+    """Reads a file of that kind as a user's call would, to its last tensor.
+
+    Raises:
+      WeightsError, FileNotFoundError, TextTooLong: what may be wrong with a file.
+    """
+    from larimar_jax import decoders, encoders, weights
+    from larimar_jax.weights.shards import Shards
+    from larimar_jax.weights.torch_files import TorchFile
+
+    if kind in ("safetensors", "gguf", "bin", "ckpt", "legacy", "index.json"):
+        readers = {"safetensors": weights.safetensors.Safetensors, "gguf": weights.gguf.Gguf}
+        if kind == "index.json":
+            for name in ("a", "b"):
+                content = safetensors.numpy.save({name: np.ones(3, np.float32)})
+                (path.parent / f"{name}.safetensors").write_bytes(content)
+            source = Shards(path, weights.safetensors.Safetensors)
+        else:
+            source = readers.get(kind, TorchFile)(path)
+        for name, shape in source.shapes().items():
+            if source.read(name).shape != shape:
+                raise AssertionError(f"{name} is not of the shape that the header says")
+        if kind == "gguf":
+            source.config()
+            weights.Tokenizer.from_gguf(path).encode(["a text"], 32)
+        if kind == "ckpt":
+            source.hyper_parameters  # noqa: B018
+        return
+    folder = path.parent / "folder"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(seeds()["safetensors"])
+    for other in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        if not (kind == "vocab.txt" and other.startswith("tokenizer")):
+            (folder / other).write_bytes(seeds()[other])
+    (folder / kind).write_bytes(path.read_bytes())
+    if kind == "config.json":
+        for family in (decoders, encoders):
+            try:
+                weights.describe(folder, family)
+            except weights.WeightsError:
+                if family is encoders:
+                    raise
+    else:
+        weights.folder.tokenizer(folder).encode(["a text", "né 東京"], 64)
+
+
+@functools.cache
+def seeds() -> dict[str, bytes]:
+    """A small valid file of each kind."""
+    import gguf
+
+    from larimar_jax.weights import Tokenizer
+
+    tensors = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float16)}
+    made = Tokenizer.train(["a few words to learn from"], 280)
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "x.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_block_count(2)
+        writer.add_context_length(64)
+        writer.add_embedding_length(32)
+        writer.add_feed_forward_length(64)
+        writer.add_head_count(4)
+        writer.add_layer_norm_rms_eps(1e-5)
+        vocabulary = made.backend.get_vocab()
+        tokens = sorted(vocabulary, key=vocabulary.get)
+        merges = json.loads(made.backend.to_str())["model"]["merges"]
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("smollm")
+        writer.add_token_list(tokens)
+        writer.add_token_types([3] * 3 + [1] * (len(tokens) - 3))
+        writer.add_token_merges([" ".join(merge) for merge in merges])
+        rows = np.ones((8, 32), np.float32)
+        writer.add_tensor("token_embd.weight", rows)
+        writer.add_tensor("blk.0.attn_q.weight", rows)
+        kind = gguf.GGMLQuantizationType.Q4_1
+        writer.add_tensor("blk.0.ffn_up.weight", gguf.quantize(rows, kind), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        gguf_bytes = path.read_bytes()
+    index = {"metadata": {}, "weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}
+    named = {"bos_token": "<BOS>", "eos_token": {"content": "<EOS>"}, "pad_token": "<PAD>"}
+    return {
+        "bin": (GOLDEN / "torch" / "plain.bin").read_bytes(),
+        "ckpt": (GOLDEN / "torch" / "lightning.ckpt").read_bytes(),
+        "config.json": (GOLDEN / "tiny_qwen2_window" / "config.json").read_bytes(),
+        "gguf": gguf_bytes,
+        "index.json": json.dumps(index).encode(),
+        "legacy": (GOLDEN / "torch" / "legacy.bin").read_bytes(),
+        "safetensors": safetensors.numpy.save(tensors),
+        "tokenizer.json": made.backend.to_str().encode(),
+        "tokenizer_config.json": json.dumps(named).encode(),
+        "vocab.txt": (GOLDEN / "tokenizers" / "cased" / "vocab.txt").read_bytes(),
+    }
+
+
+def mutate(kind: str, rng: random.Random) -> bytes:
+    """A file that was a valid one of that kind."""
+    data = seeds()[kind]
+    for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
+        if kind in ("bin", "ckpt") and rng.random() < 0.7:
+            data = _inside_zip(data, rng)
+        elif kind == "legacy" and rng.random() < 0.4:
+            data = _pickle(data, rng)
+        elif kind.endswith("json") and rng.random() < 0.7:
+            data = _json(data, rng)
+        else:
+            data = _bytes(data, rng)
+    return data
+
+
+_NUMBERS = (0, 1, 2, 7, 8, 9, 255, 1 << 15, 1 << 31, (1 << 32) - 1, 1 << 40, 1 << 62, (1 << 64) - 1)
+
+
+def _bytes(data: bytes, rng: random.Random) -> bytes:
+    out = bytearray(data)
+    if not out:
+        return bytes(rng.randrange(256) for _ in range(rng.randrange(40)))
+    at, size = rng.randrange(len(out)), rng.choice((1, 2, 4, 8, 30, 200))
+    choice = rng.randrange(8)
+    if choice == 0:
+        out[at] ^= 1 << rng.randrange(8)
+    elif choice == 1:
+        out[at] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
+    elif choice == 2:
+        del out[at : at + size]
+    elif choice == 3:
+        out[at:at] = out[at : at + size]
+    elif choice == 4:
+        del out[at:]
+    elif choice == 5:
+        other = seeds()[rng.choice(KINDS)]
+        begin = rng.randrange(len(other))
+        out[at : at + rng.choice((0, size))] = other[begin : begin + size]
+    elif choice == 6:
+        out[at : at + 8] = struct.pack("<Q", rng.choice(_NUMBERS))
+    else:
+        out[at : at + 4] = struct.pack("<I", rng.choice(_NUMBERS) & 0xFFFFFFFF)
+    return bytes(out)
+
+
+def _json(data: bytes, rng: random.Random) -> bytes:
+    """One value of the document becomes another, goes, or comes twice."""
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError):
+        return _bytes(data, rng)
+    places = []
+
+    def walk(node, depth=0):
+        if depth < 6 and isinstance(node, dict | list):
+            items = node.items() if isinstance(node, dict) else enumerate(node)
+            for key, value in list(items)[:60]:
+                places.append((node, key))
+                walk(value, depth + 1)
+
+    walk(document)
+    strange = (None, True, 0, -1, 1.5, 1e308, 1 << 70, "", "x", "../x", [], {}, [[]], {"a": None})
+    if not places or rng.random() < 0.05:
+        return json.dumps(rng.choice(strange)).encode()
+    node, key = rng.choice(places)
+    if rng.random() < 0.2:
+        del node[key]
+    elif isinstance(node, dict) and rng.random() < 0.2:
+        node[rng.choice(("x", "", key + "s"))] = node[key]
+    else:
+        node[key] = rng.choice((*strange, rng.choice(places)[1]))
+    return json.dumps(document).encode()
+
+
+def _evil(rng: random.Random) -> bytes:
+    """Instructions that would run something, at the end or in the middle of a pickle."""
+    command = f"touch {MARKER}".encode()
+    text = b"X" + struct.pack("<I", len(command)) + command
+    code = f"open({str(MARKER)!r}, 'w')".encode()
+    source = b"X" + struct.pack("<I", len(code)) + code
+    module, name, argument = rng.choice(
+        (
+            (b"os", b"system", text),
+            (b"posix", b"system", text),
+            (b"subprocess", b"getoutput", text),
+            (b"builtins", b"eval", source),
+            (b"__builtin__", b"exec", source),
+            (b"torch._utils", b"_rebuild_tensor_v2", text),
+            (b"torch.serialization", b"load", text),
+            (b"torch", b"FloatStorage", text),
+            (b"pytorch_lightning.x", b"os.system", text),
+            (b"transformers.os", b"system", text),
+            (b"builtins", b"getattr", text),
+        )
+    )
+    named = b"c" + module + b"\n" + name + b"\n"
+    short = b"\x8c" + bytes([len(module)]) + module + b"\x8c" + bytes([len(name)]) + name + b"\x93"
+    function = rng.choice((named, short))
+    return rng.choice(
+        (
+            function + argument + b"\x85R",
+            function + argument + b"\x85\x81",
+            function + argument + b"\x85}\x92",
+            b"(" + function + argument + b"o",
+            b"(" + argument + b"i" + module + b"\n" + name + b"\n",
+            function + b"}" + argument + b"Nsb",
+            function + b"(" + argument + b"tR.",
+            argument + b"Q",
+            b"r" + struct.pack("<I", rng.choice(_NUMBERS) & 0xFFFFFFFF),
+            b"2\x86" * rng.choice((3, 60)),
+            b"\x82\x01",
+        )
+    )
+
+
+def _pickle(data: bytes, rng: random.Random) -> bytes:
+    if rng.random() < 0.5 or not data:
+        return _bytes(data, rng)
+    at = rng.choice((rng.randrange(len(data)), max(0, data.rfind(b"."))))
+    return data[:at] + _evil(rng) + data[at:]
+
+
+def _inside_zip(data: bytes, rng: random.Random) -> bytes:
+    """The zip again, whole, with an entry changed: else its checksums would stop everything."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    except Exception:  # noqa: BLE001 - whatever an earlier change made of it
+        return _bytes(data, rng)
+    name = rng.choice([*entries, *[n for n in entries if n.endswith("data.pkl")] * 20])
+    entries[name] = _pickle(entries[name], rng)
+    if rng.random() < 0.05:
+        entries[rng.choice(("x/data.pkl", "data.pkl", "../x", name + "0"))] = entries.pop(name)
+    out = io.BytesIO()
+    how = rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
+    with zipfile.ZipFile(out, "w", how) as archive:
+        for entry, content in entries.items():
+            archive.writestr(entry, content)
+    return out.getvalue()
+
+
+def check(kind: str, data: bytes, folder: pathlib.Path) -> str | None:
+    """What is wrong with how a file is read, or None."""
+    from larimar_jax.weights import TextTooLong, WeightsError
+
+    path = folder / f"x.{kind}"
+    path.write_bytes(data)
+    MARKER.unlink(missing_ok=True)
+    begin, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        load(kind, path)
+    except (WeightsError, FileNotFoundError, TextTooLong) as error:
+        if not str(error).strip():
+            return "an error that says nothing"
+    except BaseException as error:  # noqa: BLE001 - every other kind is a finding
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        return "".join(traceback.format_tb(error.__traceback__)[-2:]) + type(error).__name__
+    if MARKER.exists():
+        return "something in the file was run"
+    if time.monotonic() - begin > SECONDS:
+        return f"it took over {SECONDS} s"
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1000
+    return f"it took {grown:.0f} MB" if grown > MEGABYTES else None
+
+
+def _batch(seed: int, first: int, place: pathlib.Path) -> None:
+    """In a child: so many inputs. `place` says which one is being read, and then what was found."""
+    # A library that allocates what a file says gets an error, and not the machine's memory.
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (grown + (40 << 30), -1))
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(first, first + BATCH):
+            place.write_text(str(number))
+            signal.alarm(4 * SECONDS)
+            kind, data = _input(seed, number)
+            found = check(kind, data, pathlib.Path(folder))
+            signal.alarm(0)
+            if found:
+                _keep(kind, data, found)
+
+
+def _input(seed: int, number: int) -> tuple[str, bytes]:
+    rng = random.Random(f"{seed}/{number}")
+    kind = rng.choice(KINDS)
+    return kind, mutate(kind, rng)
+
+
+def _keep(kind: str, data: bytes, found: str) -> None:
+    CORPUS.mkdir(exist_ok=True)
+    # One file for each way to break: what was found names it, without the numbers in it.
+    name = f"{hashlib.sha256(re.sub(r'[0-9]+', '', found).encode()).hexdigest()[:12]}.{kind}"
+    if not (CORPUS / name).exists():
+        print(f"--- {name}\n{found}", flush=True)
+    if len(data) <= 1 << 16:
+        (CORPUS / name).write_bytes(data)
+
+
+def main() -> int:
+    """Runs batches in children until the time is over; the number of findings is the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    from larimar_jax import decoders, encoders
+
+    decoders.families(), encoders.families(), seeds()
+    before = len(list(CORPUS.glob("*")))
+    end, first, crashes = time.monotonic() + 60 * options.minutes, 0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        place = pathlib.Path(folder) / "number"
+        while time.monotonic() < end:
+            child = os.fork()
+            if child == 0:
+                try:
+                    _batch(options.seed, first, place)
+                finally:
+                    os._exit(0)
+            _, status = os.waitpid(child, 0)
+            if status:
+                crashes += 1
+                number = int(place.read_text())
+                _keep(*_input(options.seed, number), f"the process ended with status {status}")
+            first += BATCH
+    found = len(list(CORPUS.glob("*"))) - before
+    print(f"{first:,} inputs, {found} files kept, {crashes} crashes")
+    return min(found, 100)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
