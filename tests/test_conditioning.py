@@ -98,7 +98,7 @@ def test_a_slot_equals_a_token_with_that_key_and_value(name):
     want, cache = hidden(model, tokens, None, model.empty_cache(3, LENGTH))
     prefix = Prefix(
         embedding=jnp.zeros((3, model.config.width)),
-        key=cache.key.swapaxes(2, 3)[:, :, :1],
+        key=cache.key.transpose(0, 1, 4, 2, 3)[:, :, :1],
         value=cache.value.swapaxes(2, 3)[:, :, :1],
         active=jnp.ones(3, bool),
     )
