@@ -19,7 +19,6 @@ from larimar_jax.session import Session
 from larimar_jax.train import export
 from larimar_jax.weights import folder, ibm, publish, torch_files
 from larimar_jax.weights.fill import WeightsError
-from larimar_jax.weights.safetensors import Safetensors
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "ibm"
 UNSAID = ibm.Unsaid(encoder_head=9, decoder_head=6, scope_threshold=0.9)

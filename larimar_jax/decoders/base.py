@@ -1,7 +1,7 @@
 """What every causal decoder shares: where tokens stand, how a latent enters, the scan, the cache."""
 
 import dataclasses
-from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,29 +27,54 @@ class Tree:
     seen: Bool[Array, "B T T"]
 
 
+class WholeHeads:
+    """Of a config: heads that share the width evenly, each with its own key and value."""
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
+
+    @property
+    def kv_heads(self) -> int:
+        """Every query head has its own key and value."""
+        return self.heads
+
+    @property
+    def head_size(self) -> int:
+        """The width of one head."""
+        return self.width // self.heads
+
+
 class Decoder(nnx.Module):
     """A causal language model that a latent can condition through a `Prefix` (§2).
 
-    A family sets `config` (with width, depth, kv_heads, head_size, vocab_size, max_length), `dtype`,
-    `remat`, `word`, `layers` and `norm`; `head` where it is not tied to the embeddings; and says by
-    `room`, `place`, `turn` and `windows` what its positions do. A block is called as
-    `block(x, context)` and returns x and what its `layers.Attention` returned beside it.
+    A family names its BLOCK, called as `block(x, context)` and returning x and what its
+    `layers.Attention` returned beside it; makes its `norm` (and `head`, where that is not tied to
+    the embeddings) in `top`; and says by `room`, `place`, `turn` and `windows` what its positions
+    do. Its config has width, depth, kv_heads, head_size, vocab_size and max_length.
+
+    Args:
+      config: the family's.
+      dtype: what it computes in; parameters are float32.
+      remat: recompute layers in the backward pass.
     """
 
-    def setup(
-        self,
-        config,
-        block: Callable[[nnx.Rngs], nnx.Module],
-        *,
-        dtype: DTypeLike,
-        remat: bool,
-        rngs: nnx.Rngs,
-    ) -> None:
-        """Sets what all families have; parameters are drawn in a fixed order."""
+    BLOCK: ClassVar[type[nnx.Module]]
+
+    def __init__(
+        self, config: Any, *, dtype: DTypeLike = jnp.float32, remat: bool = False, rngs: nnx.Rngs
+    ):
         self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
         table = nnx.initializers.normal(0.02)
         self.word = nnx.Embed(config.vocab_size, config.width, embedding_init=table, rngs=rngs)
-        self.layers = layers.stack(block, config.depth, rngs)
+        self.layers = layers.stack(
+            lambda rngs: self.BLOCK(config, dtype=dtype, rngs=rngs), config.depth, rngs
+        )
+        self.top(rngs)
+
+    def top(self, rngs: nnx.Rngs) -> None:
+        """Makes what comes before the first layer beside the embeddings, and after the last."""
+        raise NotImplementedError(f"{type(self).__name__} does not make its norm")
 
     def room(self, prefix: Prefix | None) -> int:
         """How many tokens a row may have."""

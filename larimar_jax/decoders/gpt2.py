@@ -5,18 +5,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from larimar_jax import layers
-from larimar_jax.decoders.base import Decoder
+from larimar_jax.decoders.base import Decoder, WholeHeads
 from larimar_jax.layers import Context, Prefix
 
 
 @dataclasses.dataclass(frozen=True)
-class GPT2Config:
+class GPT2Config(WholeHeads):
     """Sizes of a model."""
 
     vocab_size: int
@@ -26,20 +25,6 @@ class GPT2Config:
     mlp: int
     max_length: int = 1024
     norm_eps: float = 1e-5
-
-    def __post_init__(self):
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
-
-    @property
-    def kv_heads(self) -> int:
-        """Every query head has its own key and value."""
-        return self.heads
-
-    @property
-    def head_size(self) -> int:
-        """The width of one head."""
-        return self.width // self.heads
 
 
 class Block(nnx.Module):
@@ -71,19 +56,11 @@ class GPT2(Decoder):
     room for max_length − 1 tokens.
     """
 
-    def __init__(
-        self,
-        config: GPT2Config,
-        *,
-        dtype: DTypeLike = jnp.float32,
-        remat: bool = False,
-        rngs: nnx.Rngs,
-    ):
-        c = config
-        self.setup(
-            c, lambda rngs: Block(c, dtype=dtype, rngs=rngs), dtype=dtype, remat=remat, rngs=rngs
-        )
-        table = nnx.initializers.normal(0.02)
+    BLOCK = Block
+
+    def top(self, rngs: nnx.Rngs) -> None:
+        """The table of positions, and the last norm."""
+        c, table = self.config, nnx.initializers.normal(0.02)
         self.position = nnx.Embed(c.max_length, c.width, embedding_init=table, rngs=rngs)
         self.norm = layers.LayerNorm(c.width, c.norm_eps)
 

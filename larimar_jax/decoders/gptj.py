@@ -5,18 +5,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from larimar_jax import layers, rotary
-from larimar_jax.decoders.base import Decoder
+from larimar_jax.decoders.base import Decoder, WholeHeads
 from larimar_jax.layers import Context
 
 
 @dataclasses.dataclass(frozen=True)
-class GPTJConfig:
+class GPTJConfig(WholeHeads):
     """Sizes of a model. rotary: how many numbers of a head positions rotate."""
 
     vocab_size: int
@@ -29,20 +28,9 @@ class GPTJConfig:
     norm_eps: float
 
     def __post_init__(self):
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
+        super().__post_init__()
         if self.rotary % 2 or not 0 < self.rotary <= self.head_size:
             raise ValueError(f"rotary must be even and at most {self.head_size}, not {self.rotary}")
-
-    @property
-    def kv_heads(self) -> int:
-        """Every query head has its own key and value."""
-        return self.heads
-
-    @property
-    def head_size(self) -> int:
-        """The width of one head."""
-        return self.width // self.heads
 
 
 class Block(nnx.Module):
@@ -75,20 +63,13 @@ class Block(nnx.Module):
 class GPTJ(Decoder):
     """A causal language model that a latent can condition through a `Prefix` (§2)."""
 
-    def __init__(
-        self,
-        config: GPTJConfig,
-        *,
-        dtype: DTypeLike = jnp.float32,
-        remat: bool = False,
-        rngs: nnx.Rngs,
-    ):
-        c = config
-        self.setup(
-            c, lambda rngs: Block(c, dtype=dtype, rngs=rngs), dtype=dtype, remat=remat, rngs=rngs
-        )
+    BLOCK = Block
+
+    def top(self, rngs: nnx.Rngs) -> None:
+        """The last norm and a head of its own."""
+        c = self.config
         self.norm = layers.LayerNorm(c.width, c.norm_eps)
-        self.head = layers.linear(c.width, c.vocab_size, bias=True, dtype=dtype, rngs=rngs)
+        self.head = layers.linear(c.width, c.vocab_size, bias=True, dtype=self.dtype, rngs=rngs)
 
     def turn(self, position: Int[Array, "B T"]) -> rotary.Turn:
         """Rotations of the first `rotary` numbers of every head; θ is 10,000."""

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
@@ -82,21 +81,16 @@ class Block(nnx.Module):
 class Llama(Decoder):
     """A causal language model that a latent can condition through a `Prefix` (§2)."""
 
-    def __init__(
-        self,
-        config: LlamaConfig,
-        *,
-        dtype: DTypeLike = jnp.float32,
-        remat: bool = False,
-        rngs: nnx.Rngs,
-    ):
-        c = config
-        self.setup(
-            c, lambda rngs: Block(c, dtype=dtype, rngs=rngs), dtype=dtype, remat=remat, rngs=rngs
-        )
+    BLOCK = Block
+
+    def top(self, rngs: nnx.Rngs) -> None:
+        """The last norm, and a head where it is not the embeddings."""
+        c = self.config
         self.norm = layers.RMSNorm(c.width, c.norm_eps)
         if not c.tied_head:
-            self.head = layers.linear(c.width, c.vocab_size, bias=False, dtype=dtype, rngs=rngs)
+            self.head = layers.linear(
+                c.width, c.vocab_size, bias=False, dtype=self.dtype, rngs=rngs
+            )
 
     def turn(self, position: Int[Array, "B T"]) -> rotary.Turn:
         """Rotations of whole heads."""
