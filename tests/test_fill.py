@@ -1,7 +1,10 @@
 """Streaming tensors into modules: strictness is in test_weights.py; here where they go and back."""
 
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -136,3 +139,26 @@ def test_templates_of_names(template, name, layer):
     assert match and match.groupdict().get("layer") == layer
     assert not fill.pattern(template).fullmatch(name + "x" if "*" not in template else "x" + name)
     assert not fill.pattern(template).fullmatch(name.replace(".", "_", 1))
+
+
+def test_loading_holds_no_second_copy():
+    """The process grows by the float32 weights and at most half as much again, at its peak."""
+    script = (
+        "import json, resource, jax, jax.numpy as jnp, gguf, tokenizers\n"
+        "from flax import nnx\n"
+        "from larimar_jax import weights\n"
+        "jnp.zeros(3).block_until_ready()\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "before = peak()\n"
+        "model, _ = weights.load_decoder('smollm2')\n"
+        "size = sum(a.nbytes for a in jax.tree.leaves(nnx.state(model)))\n"
+        "print(json.dumps([before, peak(), size]))\n"
+    )
+    # One device: on several, each would hold its own copy of what is replicated.
+    clean = {n: v for n, v in os.environ.items() if n not in ("XLA_FLAGS", "JAX_ENABLE_CHECKS")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=clean, capture_output=True, text=True, check=True
+    )
+    before, after, size = json.loads(done.stdout.splitlines()[-1])
+    assert size == 134_515_008 * 4
+    assert after - before <= 1.5 * size, (after - before) / size
