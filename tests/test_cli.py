@@ -7,7 +7,10 @@ import pytest
 
 from larimar_jax import cli
 
-COMMANDS = ("demo", "edit", "ask", "forget", "list", "train", "bench", "bench counterfact")
+COMMANDS = (
+    "demo", "edit", "ask", "forget", "list", "train", "bench", "bench counterfact", "bench generation",
+    "convert", "convert ibm", "export", "export hf",
+)
 
 
 @pytest.fixture

@@ -1,18 +1,16 @@
-"""Folders laid out as on Hugging Face, and ids of its hub."""
+"""Folders laid out as on Hugging Face."""
 
 import json
 import pathlib
 import shutil
 import struct
 
-import huggingface_hub
 import numpy as np
 import pytest
 import safetensors.numpy
-from huggingface_hub import errors
 
 from larimar_jax import decoders, weights
-from larimar_jax.weights import WeightsError, folder, hub
+from larimar_jax.weights import WeightsError, folder
 from larimar_jax.weights.safetensors import Safetensors
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -175,75 +173,3 @@ def test_kinds_of_numbers_that_are_not_read(tmp_path):
     path.write_bytes(table(a=size))
     with pytest.raises(WeightsError, match=r"a \(F8_E4M3\).*unquantised"):
         Safetensors(path)
-
-
-@pytest.fixture
-def a_hub(monkeypatch, tiny_folder):
-    """A hub with one model, which counts what is asked of it."""
-    asked = []
-
-    def list_files(self, name, revision=None):
-        asked.append(("list", name, revision))
-        if name != "org/tiny":
-            raise errors.RepositoryNotFoundError("404", response=_Response())
-        return ["config.json", "model.safetensors", "pytorch_model.bin", "tf_model.h5"]
-
-    def download(repo_id, revision=None, allow_patterns=None, local_files_only=False):
-        asked.append(("cached" if local_files_only else "fetch", repo_id, revision, allow_patterns))
-        return str(tiny_folder)
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_files)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    return asked
-
-
-class _Response:
-    headers, status_code, request, url = {}, 404, None, ""
-
-    def json(self):
-        return {}
-
-
-def test_a_hub_id_is_a_source(a_hub):
-    model, _ = weights.load_decoder("org/tiny@v2")
-    assert model.config.depth > 0
-    kind, name, revision, patterns = a_hub[1]
-    assert (kind, name, revision) == ("fetch", "org/tiny", "v2")
-    assert "model.safetensors" in patterns and "pytorch_model.bin" not in patterns
-    assert not any("h5" in pattern or pattern == "*" for pattern in patterns)
-
-
-def test_torch_files_are_fetched_where_there_is_nothing_better(a_hub, monkeypatch):
-    monkeypatch.setattr(
-        huggingface_hub.HfApi,
-        "list_repo_files",
-        lambda self, name, revision=None: ["pytorch_model.bin", "onnx/model.safetensors"],
-    )
-    hub.fetch("org/tiny")
-    assert "pytorch_model.bin" in a_hub[0][3] and "model.safetensors" not in a_hub[0][3]
-
-
-def test_without_a_network_the_cache_is_used(a_hub, monkeypatch, tiny_folder):
-    def offline(self, name, revision=None):
-        raise errors.OfflineModeIsEnabled("HF_HUB_OFFLINE=1")
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", offline)
-    assert hub.fetch("org/tiny") == tiny_folder
-    assert a_hub == [("cached", "org/tiny", None, None)]
-
-    def empty(**options):
-        raise errors.LocalEntryNotFoundError("nothing")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", empty)
-    with pytest.raises(FileNotFoundError, match="not in the hub's cache.*hf download org/tiny"):
-        hub.fetch("org/tiny")
-
-
-def test_what_is_nowhere(a_hub):
-    with pytest.raises(FileNotFoundError, match="hub has no 'org/other'"):
-        weights.load_decoder("org/other")
-    with pytest.raises(FileNotFoundError, match="neither a packaged name.*hub id"):
-        weights.load_decoder("gpt5")
-    assert hub.is_id("org/name") and hub.is_id("org/name@main")
-    for path in ("name", "/a/b", "a/b/c", "./a", "a/", "a b/c"):
-        assert not hub.is_id(path), path

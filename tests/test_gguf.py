@@ -1,9 +1,9 @@
-"""GGUF files: every quantisation, every architecture, and files that lie about themselves."""
+"""GGUF files: every quantisation, every architecture, and metadata that no model has."""
 
 import dataclasses
 import json
+import os
 import pathlib
-import struct
 
 import gguf
 import numpy as np
@@ -97,7 +97,9 @@ def test_gpt2(tmp_path):
         attention__layer_norm_epsilon=1e-5,
     )
     source = Gguf(path)
-    assert set(source.shapes()) == {f"transformer.{n.removeprefix('transformer.')}" for n in tensors}
+    assert set(source.shapes()) == {
+        f"transformer.{n.removeprefix('transformer.')}" for n in tensors
+    }
     for name, tensor in tensors.items():
         name = f"transformer.{name.removeprefix('transformer.')}"
         assert source.shapes()[name] == tensor.shape
@@ -201,72 +203,151 @@ def test_other_architectures_are_named(tmp_path):
         Gguf(path).config()
 
 
-def header(version=3, tensors=(), metadata=(), counts=None):
-    """A file written by hand: metadata (name, type, bytes), tensors (name, shape, kind, offset)."""
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_bytes_changed_anywhere_are_read_or_refused(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("changed")
+    whole = bytearray(small(folder / "x.gguf").read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        whole[data.draw(st.integers(0, len(whole) - 129))] = data.draw(st.integers(0, 255))
+    path = folder / "y.gguf"
+    path.write_bytes(whole)
+    try:
+        source = Gguf(path)
+        shapes = source.shapes()
+        assert {name: source.read(name).shape for name in shapes} == shapes
+        source.config()
+    except WeightsError as error:
+        assert str(path) in str(error)
 
-    def text(value):
-        return struct.pack("<Q", len(value)) + value.encode()
 
-    count = counts or (len(tensors), len(metadata) + 1)
-    out = b"GGUF" + struct.pack("<IQQ", version, *count)
-    out += text("general.architecture") + struct.pack("<I", 8) + text("llama")
-    for name, kind, raw in metadata:
-        out += text(name) + struct.pack("<I", kind) + raw
-    for name, shape, kind, offset in tensors:
-        out += text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
-    return out + bytes(-len(out) % 32) + bytes(256)
+SIZES = dict(
+    embedding_length=8,
+    block_count=1,
+    feed_forward_length=8,
+    context_length=64,
+    attention__head_count=2,
+    attention__layer_norm_rms_epsilon=1e-5,
+)
 
 
-GOOD = ("a", (4,), 0, 0)
+def small(path, tensors=None, **changed):
+    """A Llama of one matrix, with a head of four numbers."""
+    ones = np.ones((8, 8), np.float32)
+    given = {"token_embd.weight": ones, "blk.0.attn_q.weight": ones, **(tensors or {})}
+    return write(path, given, **{**SIZES, **changed})
+
+
+def test_nothing_of_a_file_stays_mapped(tmp_path):
+    maps = pathlib.Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("only Linux tells")
+    source = Gguf(small(tmp_path / "x.gguf"))
+    table = source.read("model.embed_tokens.weight")
+    assert table.shape == (8, 8) and "x.gguf" not in maps.read_text()
+
+
+def test_a_file_cut_after_it_was_opened(tmp_path):
+    source = Gguf(small(tmp_path / "x.gguf"))
+    os.truncate(tmp_path / "x.gguf", 600)
+    with pytest.raises(WeightsError, match="shorter than when it was opened"):
+        source.read("model.layers.0.self_attn.q_proj.weight")
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("changed", "message"),
     [
-        (header(version=1), "version 1"),
-        (header(version=3 << 24), "big-endian"),
-        (header(tensors=[GOOD, GOOD]), "'a' is there twice"),
-        (header(metadata=[("k", 0, b"1"), ("k", 0, b"1")]), "'k' is there twice"),
-        (header(tensors=[("a", (4,), 99, 0)]), "of kind 99"),
-        (header(tensors=[("a", (4,), 0, 1 << 40)]), "ends after the file"),
-        (header(tensors=[("a", (1 << 40, 1 << 40), 0, 0)]), "ends after the file"),
-        (header(tensors=[("a", (0,), 0, 0)]), "of shape"),
-        (header(tensors=[("a", (33,), 8, 0)]), "in blocks of 32"),
-        (header(tensors=[("a", (1,) * 9, 0, 0)]), "9 axes"),
-        (header(tensors=[GOOD, ("b", (4,), 0, 8)]), "tensors a and b overlap"),
-        (header(counts=(1 << 60, 1)), "more than it has room for"),
-        (header(counts=(0, 1 << 60)), "more than it has room for"),
-        (header(metadata=[("k", 8, struct.pack("<Q", 1 << 62))]), "ends after the file"),
-        (header(metadata=[("k", 9, struct.pack("<IQ", 8, 1 << 60))]), "more than it has room"),
-        (header(metadata=[("k", 9, struct.pack("<IQ", 4, 1 << 60))]), "more than it has room"),
-        (header(metadata=[("k", 9, struct.pack("<IQ", 9, 1) * 50)]), "nested too deep"),
-        (header(metadata=[("k", 77, b"")]), "a value of type 77"),
-        (header(metadata=[("general.alignment", 4, struct.pack("<I", 0))]), "alignment of 0"),
-        (header(metadata=[("k", 8, struct.pack("<Q", 1) + b"\xff")]), "no UTF-8"),
+        (dict(attention__head_count="2"), "head_count is '2'"),
+        (dict(attention__head_count=2.0), "head_count is '2.0'"),
+        (dict(context_length="long"), "context_length is 'long'"),
+        (dict(attention__layer_norm_rms_epsilon=float("nan")), "epsilon is 'nan'"),
+        (dict(rope__freq_base=float("inf")), "freq_base is 'inf'"),
+        (dict(rope__freq_base=0.0), "freq_base of 0.0"),
+        (dict(rope__dimension_count=2), "turns 2 of the 4 numbers"),
+        (dict(rope__scaling__type="longrope"), "by 'longrope'; none, linear, yarn"),
+        (dict(rope__scaling__type="linear"), "linear rope.scaling.factor is missing or 0"),
+        (dict(rope__scaling__type="yarn", rope__scaling__factor=0.0), "is missing or 0"),
+        (dict(rope__scaling__attn_factor=0.5), "sets rope.scaling.attn_factor"),
+        (dict(rope__scaling__type=3), "scaling.type is '3'"),
     ],
 )
-def test_files_that_lie(tmp_path, content, message):
-    path = tmp_path / "x.gguf"
-    path.write_bytes(content)
+def test_metadata_that_no_model_has(tmp_path, changed, message):
+    path = small(tmp_path / "x.gguf", **changed)
     with pytest.raises(WeightsError, match=message):
-        Gguf(path)
+        Gguf(path).config()
 
 
-@settings(deadline=None, max_examples=60)
-@given(data=st.data())
-def test_a_file_cut_anywhere(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("cut")
-    whole = write(folder / "x.gguf", {"a": np.ones(4, np.float32)}, block_count=2).read_bytes()
-    # What follows the last tensor is padding.
-    end = whole.rindex(np.ones(4, np.float32).tobytes()) + 16
-    path = folder / "y.gguf"
-    path.write_bytes(whole[: data.draw(st.integers(0, end - 1))])
-    with pytest.raises(WeightsError, match="cannot be read as GGUF"):
-        Gguf(path)
+def test_linear_scaling_in_its_newer_and_older_form(tmp_path):
+    rule = rotary.RopeScaling("linear", 4.0, 64, 0.0, 0.0, 1.0)
+    newer = dict(rope__scaling__type="linear", rope__scaling__factor=4.0)
+    for changed in (newer, dict(rope__scaling__factor=4.0), dict(rope__scale_linear=4.0)):
+        said = Gguf(small(tmp_path / "x.gguf", **changed)).config()
+        assert rotary.from_huggingface(said) == (10000.0, rule)
+    for changed in (dict(rope__scaling__type="none"), dict(rope__scale_linear=1.0), {}):
+        plain = Gguf(small(tmp_path / "x.gguf", **changed)).config()
+        assert rotary.from_huggingface(plain) == (10000.0, None)
 
 
-def test_a_good_file_by_hand(tmp_path):
-    path = tmp_path / "x.gguf"
-    path.write_bytes(header(tensors=[GOOD, ("b", (4,), 0, 16)]))
-    assert Gguf(path).shapes() == {"a": (4,), "b": (4,)}
-    np.testing.assert_array_equal(Gguf(path).read("a"), np.zeros(4))
+@pytest.mark.parametrize(
+    ("divisors", "changed"),
+    [
+        ([1.0, 1.0], dict(attention__key_length=1 << 31)),
+        ([1.0, 1.0], dict(rope__scaling__type="linear", rope__scaling__factor=4.0)),
+        ([1.0, 1.0, 1.0], {}),
+        ([1.0, 0.5], {}),
+        ([1.0, float("nan")], {}),
+    ],
+)
+def test_divisors_by_another_rule(tmp_path, divisors, changed):
+    more = {"rope_freqs.weight": np.asarray(divisors, np.float32)}
+    path = small(tmp_path / "x.gguf", more, **changed)
+    with pytest.raises(WeightsError, match="by a rule that is not known"):
+        Gguf(path).config()
+
+
+def test_biases_of_llama_are_permuted_with_their_rows(tmp_path):
+    said, tensors = converted("tiny_llama_biased")
+
+    def interleaved(name, tensor):
+        heads = "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
+        pairs = tensor.reshape(said[heads], 2, -1, *tensor.shape[1:])
+        return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(tensor.shape))
+
+    turned = {n: interleaved(n, t) if "q_" in n or "k_" in n else t for n, t in tensors.items()}
+    source = Gguf(llama_like(tmp_path / "x.gguf", said, turned, "llama"))
+    assert set(source.shapes()) == set(tensors)
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(source.read(name), tensor)
+    family = decoders.family("llama")
+    got, want = family.from_huggingface(source.config()), family.from_huggingface(said)
+    assert (
+        (got.attention_bias, got.mlp_bias) == (want.attention_bias, want.mlp_bias) == ("all", True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("head", "tied"), [("equal", True), ("Q4_0", True), ("other", False), ("Q8_0 of other", False)]
+)
+def test_the_head_of_gpt2_repeats_its_embedding(tmp_path, head, tied):
+    rng = np.random.default_rng(0)
+    rows, other = rng.normal(size=(2, 1500, 32)).astype(np.float32)
+    numbers = other if "other" in head else rows
+    if head[0] == "Q":
+        kind = gguf.GGMLQuantizationType[head[:4]]
+        numbers = (gguf.quantize(numbers, kind), kind)
+    path = write(
+        tmp_path / "x.gguf",
+        {"token_embd.weight": rows, "output.weight": numbers},
+        "gpt2",
+        embedding_length=32,
+        block_count=1,
+        feed_forward_length=64,
+        context_length=64,
+        attention__head_count=2,
+        attention__layer_norm_epsilon=1e-5,
+    )
+    said = Gguf(path).config()
+    assert said["tie_word_embeddings"] is tied
+    if not tied:
+        with pytest.raises(ValueError, match="an untied head"):
+            decoders.family("gpt2").from_huggingface(said)

@@ -198,6 +198,7 @@ class _Theirs:
         self._model.load_state_dict(state, strict=False)  # a tied head is not in it
         self._model.tie_weights()
         self._model.eval()
+        self._model.generation_config.eos_token_id = None  # both sides go on to the last token
 
     def decode(self, ids: np.ndarray, tokens: int) -> np.ndarray:
         """Greedy tokens [rows, tokens], never stopping."""
@@ -207,7 +208,6 @@ class _Theirs:
                 given,
                 attention_mask=self._torch.ones_like(given),
                 max_new_tokens=tokens,
-                min_new_tokens=tokens,
                 do_sample=False,
                 pad_token_id=0,
             )

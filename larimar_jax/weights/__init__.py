@@ -108,10 +108,10 @@ def load_tokenizer(source: str) -> Tokenizer:
 
 
 def locate(source: str) -> pathlib.Path:
-    """The folder or GGUF file of a source, fetched if it is a hub id that was not fetched before.
+    """The folder or GGUF file of a source; a hub id's is fetched where the cache does not have it.
 
     Raises:
-      FileNotFoundError: there is none; says what was looked for.
+      FileNotFoundError: there is none, or none that can be fetched; says what was looked for.
     """
     path = PACKAGED[source]() if source in PACKAGED else pathlib.Path(source)
     if path.exists():
@@ -161,7 +161,8 @@ def _load(
 ) -> tuple[nnx.Module, Tokenizer]:
     path = locate(source)
     family, config, tensors = describe(path, kind)
-    tokenizer = load_tokenizer(source)
+    # Of the path: a hub id could by now mean another revision.
+    tokenizer = load_tokenizer(str(path))
     more = max(tokenizer.vocab_size - config.vocab_size, 0)
     if more and not hasattr(family, "ADDED_TOKENS"):
         raise WeightsError(

@@ -1,5 +1,6 @@
 """A model folder laid out as on Hugging Face: config.json, weights, a tokenizer."""
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -18,8 +19,11 @@ _WEIGHTS = {
     "pytorch_model.bin": TorchFile,
     "pytorch_model.bin.index.json": lambda index: Shards(index, TorchFile),
 }
-# A model of a trillion parameters has fewer of everything.
-_LARGEST = 1 << 24
+# A model of a trillion parameters has fewer of everything, and of layers far fewer: each misfit is
+# told layer by layer.
+_LARGEST, _DEEPEST = 1 << 24, 1 << 12
+# What tokenizer_config.json switches on or off in a tokenizer that is made from a vocabulary.
+_SWITCHES = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
 
 
 def config(folder: pathlib.Path) -> dict[str, Any]:
@@ -27,8 +31,7 @@ def config(folder: pathlib.Path) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: no config.json.
-      WeightsError: it is not JSON, does not say which family the model is of, or has a size that
-        no model has.
+      WeightsError: it is not JSON, or does not say which family the model is of.
     """
     values = _table(folder / "config.json")
     if values is None:
@@ -44,16 +47,19 @@ def check_sizes(path: object, config: Any) -> None:
     """Refuses a family's config whose numbers no model has: files are read into such shapes.
 
     Raises:
-      WeightsError: naming every number that is negative, not finite or beyond all models.
+      WeightsError: naming every one that is no number, a size with a fraction (33.0 too: it is no
+        shape), negative, not finite or beyond all models.
     """
+    kinds = {int: int, float: int | float}
     odd = []
-    for name, value in vars(config).items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        wanted = type(config).__annotations__[name]
-        if wanted in (int, float) and not (number and 0 <= value < _LARGEST):
-            odd.append(f"{name} = {value!r}")
-        if wanted is int and number and value != int(value):
-            odd.append(f"{name} = {value!r}")
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type not in kinds:
+            continue
+        number = isinstance(value, kinds[field.type]) and not isinstance(value, bool)
+        if not number or not 0 <= value < (_DEEPEST if field.name == "depth" else _LARGEST):
+            odd.append(f"{field.name} = {str(value)[:40]!r}" if isinstance(value, str) else
+                       f"{field.name} = {str(value)[:40]}")
     if odd:
         raise WeightsError(
             f"the configuration of {path} has sizes that no model has: {', '.join(odd)[:300]}; it is"
@@ -83,7 +89,14 @@ def tokenizer(folder: pathlib.Path) -> Tokenizer:
       FileNotFoundError: none of these.
       WeightsError: a file that is no tokenizer, or a special token that it does not have.
     """
+    # A null is how these files say that something is not set.
     said = _table(folder / "tokenizer_config.json") or {}
+    said = {name: value for name, value in said.items() if value is not None}
+    odd = [f"{n} = {said[n]!r}" for n in _SWITCHES if not isinstance(said.get(n, True), bool)]
+    if odd:
+        raise WeightsError(
+            f"{folder}: its tokenizer_config.json has {', '.join(odd)[:300]}; true or false belong there"
+        )
     named = {**said, **(_table(folder / "special_tokens_map.json") or {})}
 
     def token(*roles: str) -> str | None:
@@ -139,6 +152,9 @@ def _json(path: pathlib.Path) -> Any:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        # JSON can escape half a character, which no tokenizer takes and no terminal prints.
+        json.dumps(found, ensure_ascii=False).encode("utf-8")
+        return found
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is not JSON ({error}); it is damaged") from error

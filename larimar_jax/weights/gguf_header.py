@@ -17,6 +17,9 @@ _SCALARS = {
 _STRING, _ARRAY = 8, 9
 _NESTED = 3  # real files hold arrays of scalars and strings, and none deeper than this
 _AXES = 4  # GGML's own limit
+# The largest vocabularies bring a million texts and numbers in twenty megabytes. A damaged count can
+# be far larger and still within a file of gigabytes; it would be parsed for minutes.
+_VALUES, _LARGEST = 1 << 22, 1 << 27
 
 
 class TensorInfo(NamedTuple):
@@ -28,11 +31,12 @@ class TensorInfo(NamedTuple):
 
 
 class Header(NamedTuple):
-    """start: where tensors begin. size: of the whole file, both in bytes."""
+    """start: where tensors begin; alignment: of each; size: of the whole file. All are bytes."""
 
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
     start: int
+    alignment: int
     size: int
 
 
@@ -58,7 +62,7 @@ class _Reader:
     """A place in the bytes, and what can be read there."""
 
     def __init__(self, data: mmap.mmap):
-        self._data, self._at = data, 0
+        self._data, self._at, self._left = data, 0, _VALUES
 
     def header(self) -> Header:
         """The whole of it."""
@@ -95,17 +99,22 @@ class _Reader:
         if not isinstance(alignment, int) or alignment not in (1 << n for n in range(3, 21)):
             raise BadHeader(f"an alignment of {alignment!r}")
         start = -(-self._at // alignment) * alignment
-        return Header(metadata, tensors, start, len(self._data))
+        return Header(metadata, tensors, start, alignment, len(self._data))
 
     def _count(self, count: int, least: int, what: str) -> int:
         if count * least > len(self._data) - self._at:
             raise BadHeader(f"it says {count} {what}, more than it has room for")
+        self._left -= count
+        if self._left < 0:
+            raise BadHeader(f"it says {count} {what}, more than the header of any model has")
         return count
 
     def _bytes(self, size: int) -> bytes:
         end = self._at + size
         if end > len(self._data):
             raise BadHeader("its header ends after the file does")
+        if end > _LARGEST:
+            raise BadHeader("its header is longer than that of any model")
         piece, self._at = self._data[self._at : end], end
         return piece
 

@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from larimar_jax.weights.fill import Source, WeightsError
+from larimar_jax.weights.safetensors import once
+
+_LONGEST = 255  # bytes of a file's name, on any file system
 
 
 class Shards:
@@ -63,8 +66,8 @@ class Shards:
 
 def _weight_map(index: pathlib.Path) -> dict[str, str]:
     try:
-        said = json.loads(index.read_text(encoding="utf-8"))
-    except ValueError as error:
+        said = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{index} is not JSON ({error}); it is damaged. Fetch it again") from error
     where = said.get("weight_map") if isinstance(said, dict) else None
     if not isinstance(where, dict) or not where:
@@ -82,4 +85,5 @@ def _plain(file: str) -> str | None:
     """The name where it is that of a file in the same folder."""
     path = pathlib.PurePosixPath(file)
     plain = len(path.parts) == 1 and path.name not in ("", "..") and "\\" not in file
+    plain = plain and len(file.encode("utf-8", "surrogatepass")) <= _LONGEST and "\0" not in file
     return path.name if plain else None

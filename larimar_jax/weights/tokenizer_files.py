@@ -5,6 +5,7 @@ its model splits a text before it merges; those rules are facts about each model
 """
 
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +23,10 @@ _SPLITS = {
     "qwen2": rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}",
 }
 _BYTE_LEVEL = ("default", "gpt-2", "llama-bpe", "qwen2", "smollm")
+
+# Letters of a token; SentencePiece's are a few dozen. Each is tried in all its pairs of halves.
+_LONGEST = 256
+_MOST = 1 << 24  # ids; the largest vocabularies have 2¹⁸
 
 # llama.cpp's kinds of token.
 _UNKNOWN, _SPECIAL, _USER_DEFINED = 2, 3, 4
@@ -45,9 +50,13 @@ def from_gguf(metadata: Mapping[str, Any], path: str) -> hf.Tokenizer:
         raise WeightsError(f"{path}: some of its tokens are there twice; it is damaged")
     if kind == "gpt2" and split in _BYTE_LEVEL:
         merges = _list(metadata, "tokenizer.ggml.merges", path)
+        if not all(isinstance(merge, str) for merge in merges):
+            raise WeightsError(f"{path}: some of its merges are no texts; it is damaged")
         backend = byte_level(vocabulary, merges, split, path)
     elif kind == "llama":
         scores = _list(metadata, "tokenizer.ggml.scores", path)
+        if not all(isinstance(score, float) and math.isfinite(score) for score in scores):
+            raise WeightsError(f"{path}: some of its scores are no numbers; it is damaged")
         unknown = next((t for t, k in zip(tokens, types, strict=True) if k == _UNKNOWN), None)
         prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
         backend = _sentence_piece(vocabulary, scores, unknown, prefix, path)
@@ -80,10 +89,14 @@ def from_folder(folder: pathlib.Path, said: Mapping[str, Any]) -> hf.Tokenizer:
         try:
             vocabulary = json.loads(table.read_text(encoding="utf-8"))
             lines = merges.read_text(encoding="utf-8").split("\n")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise WeightsError(f"{table} or {merges.name} is damaged ({error})") from error
         if not isinstance(vocabulary, dict):
             raise WeightsError(f"{table} is no table of tokens to numbers")
+        odd = [t for t, i in vocabulary.items() if type(i) is not int or not 0 <= i < _MOST]
+        if odd or len(set(vocabulary.values())) != len(vocabulary):
+            what = f"of {odd[0][:40]!r} is no id" if odd else "of two tokens is the same"
+            raise WeightsError(f"{table}: the number {what}; it is damaged")
         rules = [line for line in lines if line and not line.startswith("#version")]
         return byte_level(vocabulary, rules, "gpt-2", str(folder))
     hint = ""
@@ -146,6 +159,8 @@ def _sentence_piece(
     """SentencePiece's BPE: the merge whose result has the best score goes first."""
     if len(scores) != len(vocabulary):
         raise WeightsError(f"{path}: {len(vocabulary)} tokens have {len(scores)} scores; damaged")
+    if max(map(len, vocabulary), default=0) > _LONGEST:
+        raise WeightsError(f"{path} has a token of over {_LONGEST} letters; it is damaged")
     ranked = []
     for token, number in vocabulary.items():
         halves = [(token[:i], token[i:]) for i in range(1, len(token))]
@@ -182,12 +197,11 @@ def _word_piece(path: pathlib.Path, said: Mapping[str, Any]) -> hf.Tokenizer:
     if "[UNK]" not in vocabulary:
         raise WeightsError(f"{path} has no [UNK]; it is no vocabulary of a BERT")
     backend = hf.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    lower = said.get("do_lower_case", True)
     backend.normalizer = normalizers.BertNormalizer(
         clean_text=True,
         handle_chinese_chars=said.get("tokenize_chinese_chars", True),
         strip_accents=said.get("strip_accents"),
-        lowercase=lower,
+        lowercase=said.get("do_lower_case", True),
     )
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()

@@ -11,6 +11,7 @@ import sentencepiece as spm
 import tokenizers as hf
 import transformers
 from tokenizers import models, pre_tokenizers, trainers
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 OUT = pathlib.Path(__file__).parent / "tokenizers"
 CORPUS = [
@@ -20,6 +21,21 @@ CORPUS = [
     "unbelievable internationalisation of tokenizers, tokens, token",
 ]
 TEXTS = [*CORPUS, "", " ", "an unseen 🙂 emoji", "x\r\ny", "ALL CAPS and lower"]
+# What rules of splitting and normalising differ in.
+EDGES = [
+    "it's IT'S it’s we'LL 'tis ''s",
+    "12 123 1234 12345 a1b22 1.5e-10 ٣٤٥ ½ x²",
+    "cafe\u0301 naïve ÅNGSTRÖM straße İstanbul",
+    "one\u00a0two\u2003three\u200bfour",
+    " \n \n\n  x\t\ty \r\n\r\n z   ",
+    "?!...(a) --b-- $5, #1; foo_bar\n\n- item",
+    "東京 は the café 🙂🙂 ok",
+]
+BERT_OPTIONS = {
+    "accents kept": {"do_lower_case": True, "strip_accents": False},
+    "accents stripped": {"do_lower_case": False, "strip_accents": True},
+    "chinese in words": {"do_lower_case": True, "tokenize_chinese_chars": False},
+}
 
 
 def byte_level_vocabulary() -> tuple[dict[str, int], list[str]]:
@@ -36,7 +52,18 @@ def byte_level_vocabulary() -> tuple[dict[str, int], list[str]]:
     return said["vocab"], merges
 
 
-def sentence_piece() -> tuple[dict[str, list], list[list[int]]]:
+class Llama3(TikTokenConverter):
+    """Llama 3's rules over a vocabulary in memory."""
+
+    def __init__(self, vocabulary: dict[str, int], merges: list[tuple[str, str]]):
+        super().__init__()
+        self.known = vocabulary, merges
+
+    def extract_vocab_merges_from_model(self, _: str) -> tuple[dict, list]:
+        return self.known
+
+
+def sentence_piece() -> tuple[dict[str, list], list[list[int]], list[list[int]]]:
     """A SentencePiece BPE with byte fallback: its vocabulary in llama.cpp's terms, and its ids."""
     written = io.BytesIO()
     spm.SentencePieceTrainer.train(
@@ -60,12 +87,12 @@ def sentence_piece() -> tuple[dict[str, list], list[list[int]]]:
         "scores": [model.get_score(i) for i in ids],
         "types": [next((kind for test, kind in kinds if test(i)), 1) for i in ids],
     }
-    return said, [model.encode(text) for text in TEXTS]
+    return said, model.encode(TEXTS), model.encode(EDGES)
 
 
 def main() -> None:
     OUT.mkdir(exist_ok=True)
-    expected = {"texts": TEXTS}
+    expected, edges = {"texts": TEXTS}, {"texts": EDGES}
     # BERT's: pieces of words, cased and not.
     letters = sorted({c for text in CORPUS for c in text if not c.isspace()})
     pieces = ["the", "The", "token", "##s", "##izers", "fox", "cafe", "café", "un", "##believable"]
@@ -83,6 +110,11 @@ def main() -> None:
             vocab=str(folder / "vocab.txt"), do_lower_case=lower
         )
         expected[name] = [theirs(text)["input_ids"] for text in TEXTS]
+        edges[name] = [theirs(text)["input_ids"] for text in EDGES]
+    for name, options in BERT_OPTIONS.items():
+        theirs = transformers.BertTokenizerFast(vocab=str(OUT / "cased" / "vocab.txt"), **options)
+        ids = [theirs(text)["input_ids"] for text in EDGES]
+        edges[name] = {"said": options, "ids": ids}
     vocabulary, merges = byte_level_vocabulary()
     folder = OUT / "gpt2"
     folder.mkdir(exist_ok=True)
@@ -91,12 +123,16 @@ def main() -> None:
     pairs = [tuple(merge.split(" ")) for merge in merges]
     theirs = transformers.GPT2TokenizerFast(vocab=vocabulary, merges=pairs)
     expected["gpt2"] = [theirs(text)["input_ids"] for text in TEXTS]
+    edges["gpt2"] = [theirs(text)["input_ids"] for text in EDGES]
     # The same vocabulary under Qwen2's rules.
     theirs = transformers.Qwen2TokenizerFast(vocab=vocabulary, merges=pairs)
     expected["qwen2"] = [theirs(text)["input_ids"] for text in TEXTS]
-    said, expected["sentencepiece"] = sentence_piece()
+    edges["qwen2"] = [theirs(text)["input_ids"] for text in EDGES]
+    edges["llama-bpe"] = [Llama3(vocabulary, pairs).converted().encode(t).ids for t in EDGES]
+    said, expected["sentencepiece"], edges["sentencepiece"] = sentence_piece()
     (OUT / "sentencepiece.json").write_text(json.dumps(said, ensure_ascii=False))
     (OUT / "expected.json").write_text(json.dumps(expected, ensure_ascii=False))
+    (OUT / "edges.json").write_text(json.dumps(edges, ensure_ascii=False))
 
 
 if __name__ == "__main__":
