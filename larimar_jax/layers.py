@@ -4,15 +4,17 @@ Parameters are float32; a tower's `dtype` is what it computes in. Softmax, norms
 in float32 whatever that is.
 """
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import rotary
 
@@ -20,6 +22,21 @@ from larimar_jax import rotary
 # parts. Both are as a matrix product wants its second factor, so that a cache is not transposed at
 # every step.
 Part = tuple[Float[Array, "_ G d _"], Float[Array, "_ G _ d"], Bool[Array, "_ _ _"]]
+
+Remat = Literal["none", "dots", "layers"]
+
+# Where a tower's parameters are split: (regex on the path in the tower, an axis of the mesh or None
+# for each of its axes); the first that is found counts. What reads the residual stream is split by
+# its output, what writes to it by its input, so that one all-reduce for attention and one for the MLP
+# is all that "tensor" costs. A third item, "optional": not every model of the family has it.
+SHARDING = (
+    (r"/lora_(in|out)$", (), "optional"),  # small, and used as a whole
+    (r"^layers/.*(output|down)/kernel$", (None, "tensor", "fsdp")),
+    (r"^layers/.*kernel$", (None, "fsdp", "tensor")),
+    (r"^layers/.*(bias|scale)$", ()),
+    (r"^word/embedding$", ("tensor", "fsdp")),
+    (r"^norm/", ()),
+)
 
 # Finite, so that a row with nothing to attend to gives a mean and not NaN.
 MASKED = -1e30
@@ -90,6 +107,45 @@ class Context:
     before: tuple[Part, ...] = ()
 
 
+class Placement(NamedTuple):
+    """Where a training step wants activations and tables, as functions of an array."""
+
+    rows: Callable[[Array], Array]
+    whole: Callable[[Array], Array]
+
+
+# Models never see a mesh; what traces them may say where things are to live.
+_PLACEMENT: contextvars.ContextVar[Placement | None] = contextvars.ContextVar(
+    "placement", default=None
+)
+
+
+@contextlib.contextmanager
+def placed_by(placement: Placement) -> Iterator[None]:
+    """While it is open, what is traced places its activations and tables by `placement`.
+
+    XLA would else be free to split activations as it splits a neighbouring parameter, by their width,
+    and to gather all rows of a batch for it.
+    """
+    token = _PLACEMENT.set(placement)
+    try:
+        yield
+    finally:
+        _PLACEMENT.reset(token)
+
+
+def rows(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """x, with its rows where they belong."""
+    placement = _PLACEMENT.get()
+    return x if placement is None else placement.rows(x)
+
+
+def look_up(table: nnx.Embed, index: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
+    """Rows of an embedding table, which is whole while they are looked up."""
+    placement, values = _PLACEMENT.get(), table.embedding[...]
+    return (values if placement is None else placement.whole(values))[index]
+
+
 def attend(query: Float[Array, "B T H d"], parts: Sequence[Part]) -> Float[Array, "B T O"]:
     """Softmax attention over all parts together; each of G key heads serves H / G query heads.
 
@@ -100,7 +156,7 @@ def attend(query: Float[Array, "B T H d"], parts: Sequence[Part]) -> Float[Array
         return _flash(query, parts)
     batch, length, heads, size = query.shape
     groups = parts[0][0].shape[1]
-    rows = (batch, groups, heads // groups, length)
+    lead = (batch, groups, heads // groups, length)
     # Batch axes first, as matrix products want them: otherwise every call would transpose keys.
     grouped = query.reshape(batch, length, groups, -1, size).transpose(0, 2, 3, 1, 4)
     grouped = grouped.reshape(batch, groups, -1, size)
@@ -108,7 +164,7 @@ def attend(query: Float[Array, "B T H d"], parts: Sequence[Part]) -> Float[Array
     def scores(part: Part) -> Float[Array, "B G n T S"]:
         key, _, mask = part
         found = jnp.einsum("bgrd,bgds->bgrs", grouped, key, preferred_element_type=jnp.float32)
-        found = found.reshape(*rows, key.shape[3]) * size**-0.5
+        found = found.reshape(*lead, key.shape[3]) * size**-0.5
         return jnp.where(mask[:, None, None, :, :], found, MASKED)
 
     found = [scores(part) for part in parts]
@@ -121,7 +177,7 @@ def attend(query: Float[Array, "B T H d"], parts: Sequence[Part]) -> Float[Array
         jnp.einsum("bgrs,bgsd->bgrd", weights[..., ends[i] : ends[i + 1]], value)
         for i, (_, value, _) in enumerate(parts)
     )
-    return mixed.reshape(*rows, size).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads * size)
+    return mixed.reshape(*lead, size).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads * size)
 
 
 def flash_applies(query: Float[Array, "B T H d"]) -> bool:
@@ -266,19 +322,24 @@ def scan_layers(
     x: Float[Array, "B T D"],
     inputs: Any,
     *,
-    remat: bool,
+    remat: Remat,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """Runs stacked layers in order; `inputs` and what `call` returns beside x lead with L.
 
-    One scan, so that compile time does not grow with depth. With `remat` the backward pass
-    recomputes each layer from its input.
+    One scan, so that compile time does not grow with depth. `remat` says what the backward pass
+    computes again: nothing ("none"), all but products with parameters ("dots": attention, norms and
+    activations), or each layer from its input ("layers").
     """
     graph, state = nnx.split(layers)
 
     def step(x, layer):
         state, inputs = layer
-        return call(nnx.merge(graph, state), x, inputs)
+        x, out = call(nnx.merge(graph, state), rows(x), inputs)
+        return rows(x), out
 
-    if remat:
-        step = jax.checkpoint(step, prevent_cse=False)  # the scan already keeps them apart
-    return jax.lax.scan(step, x, (state, inputs))
+    if remat != "none":
+        kept = jax.checkpoint_policies
+        policy = kept.dots_with_no_batch_dims_saveable if remat == "dots" else kept.nothing_saveable
+        # The scan already keeps them apart.
+        step = jax.checkpoint(step, prevent_cse=False, policy=policy)
+    return jax.lax.scan(step, rows(x), (state, inputs))

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from larimar_jax import decoders, encoders, weights
-from larimar_jax.config import Config, make_memory
+from larimar_jax import decoders, encoders, lora, weights
+from larimar_jax.config import make_memory
 from larimar_jax.decoders.base import Tree
 from larimar_jax.layers import Cache, Prefix
 from larimar_jax.memory.contract import MemoryParams
+from larimar_jax.settings import Config
 
 
 @jax.tree_util.register_dataclass
@@ -196,13 +197,43 @@ def build(config: Config, key: jax.Array, where: weights.Where | None = None) ->
 
     Raises:
       FileNotFoundError: where a source's package is not installed; the message names the command.
+      ValueError: a source whose sizes are not those that the config gives with it; names them.
     """
     rngs = nnx.Rngs(params=key)
-    dtype = jnp.dtype(config.model.dtype)
-    encoder = _tower(config.model.encoder, encoders, weights.load_encoder, config, rngs, dtype, where)
-    decoder = _tower(config.model.decoder, decoders, weights.load_decoder, config, rngs, dtype, where)
+    towers = (
+        (config.model.encoder, encoders, weights.load_encoder),
+        (config.model.decoder, decoders, weights.load_decoder),
+    )
+    made = (_tower(tower, kind, load, config, rngs, where) for tower, kind, load in towers)
+    return _assemble(config, *made, rngs)
+
+
+def abstract(config: Config) -> Larimar:
+    """The model that `build` makes, of shapes alone; of sources no tensor is read.
+
+    Raises:
+      FileNotFoundError: where a source is not there and its sizes are not in the config.
+    """
+    towers = ((config.model.encoder, encoders), (config.model.decoder, decoders))
+    known = []
+    for tower, kind in towers:
+        if tower.sizes is None:
+            known.append(weights.sizes(tower.source, kind))
+        else:
+            known.append((kind.family(tower.family), tower.sizes))
+    dtype, remat = jnp.dtype(config.model.dtype), config.model.remat
+
+    def make() -> Larimar:
+        rngs = nnx.Rngs(params=0)
+        parts = (family.MODEL(s, dtype=dtype, remat=remat, rngs=rngs) for family, s in known)
+        return _assemble(config, *parts, rngs)
+
+    return nnx.eval_shape(make)
+
+
+def _assemble(config: Config, encoder: nnx.Module, decoder: nnx.Module, rngs: nnx.Rngs) -> Larimar:
     words = config.model.lexicon
-    return Larimar(
+    made = Larimar(
         encoder,
         decoder,
         make_memory(config).init(rngs.params()),
@@ -214,15 +245,35 @@ def build(config: Config, key: jax.Array, where: weights.Where | None = None) ->
         else Lexicon(words.entries, config.model.latent, words.gain, words.decay),
         rngs=rngs,
     )
+    if config.model.lora is not None:
+        lora.attach(made, config.model.lora, rngs)
+    return made
 
 
-def _tower(tower, module, load, config: Config, rngs: nnx.Rngs, dtype, where) -> nnx.Module:
-    if tower.source is not None:
-        prefix = module.__name__.rpartition(".")[2].removesuffix("s") + "/"
-        inside = None if where is None else lambda name, shape: where(prefix + name, shape)
-        return load(tower.source, dtype=dtype, remat=config.model.remat, where=inside)[0]
-    family = module.family(tower.family)
-    return family.MODEL(tower.sizes, dtype=dtype, remat=config.model.remat, rngs=rngs)
+def _tower(tower, kind, load, config: Config, rngs: nnx.Rngs, where) -> nnx.Module:
+    dtype, remat = jnp.dtype(config.model.dtype), config.model.remat
+    if tower.source is None:
+        return kind.family(tower.family).MODEL(tower.sizes, dtype=dtype, remat=remat, rngs=rngs)
+    name = kind.__name__.rpartition(".")[2].removesuffix("s")
+    if tower.sizes is not None:
+        _same_sizes(f"model.{name}", tower, *weights.sizes(tower.source, kind))
+    inside = None if where is None else lambda path, shape: where(f"{name}/{path}", shape)
+    return load(tower.source, dtype=dtype, remat=remat, where=inside)[0]
+
+
+def _same_sizes(where: str, tower, family, sizes) -> None:
+    told = {"family": tower.family, **dataclasses.asdict(tower.sizes)}
+    found = {"family": family.__name__.rpartition(".")[2], **dataclasses.asdict(sizes)}
+    differ = [
+        f"{key}: {told.get(key)!r} in the config, {found.get(key)!r} in the weights"
+        for key in sorted(told.keys() | found.keys())
+        if told.get(key) != found.get(key)
+    ]
+    if differ:
+        raise ValueError(
+            f"{where}: the weights {tower.source!r} are not of the sizes that the config gives:\n  "
+            + "\n  ".join(differ)
+        )
 
 
 def parameters(model: nnx.Module) -> Mapping[str, Array]:

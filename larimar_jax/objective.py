@@ -1,36 +1,69 @@
 """The training objective (Eq. 1), one named term each."""
 
+import math
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from larimar_jax.config import ObjectiveConfig
 from larimar_jax.model import Condition, Larimar
+from larimar_jax.settings import ObjectiveConfig
+
+# Maps f(shared, an episode's arrays…) over episodes; a mesh maps it device by device.
+Over = Callable[[Callable], Callable]
+
+
+def over_rows(function: Callable) -> Callable:
+    """The map over episodes where there is no mesh: `vmap`."""
+
+    def mapped(shared, *episodes):
+        return jax.vmap(function, in_axes=(None, *(0 for _ in episodes)))(shared, *episodes)
+
+    return mapped
+
+
+def counts(batch: dict[str, Array], weights: ObjectiveConfig) -> dict[str, Float[Array, ""]]:
+    """What the terms of a batch are divided by: tokens for cross-entropies, facts for the KL."""
+    mask = batch["decoder_mask"][..., 1:]
+    tokens = mask.size if weights.count_padding else mask.sum()
+    facts = batch["encoder_mask"].any(axis=-1).sum()
+    return {
+        name: jnp.maximum(jnp.asarray(n, jnp.int32), 1).astype(jnp.float32)
+        for name, n in (("tokens", tokens), ("facts", facts))
+    }
 
 
 def losses(
     model: Larimar,
     memory,
     batch: dict[str, Array],
-    rng: jax.Array | None,
+    keys: Key[Array, " B"] | None,
     weights: ObjectiveConfig,
     beta: Float[Array, ""],
+    *,
+    divide: dict[str, Float[Array, ""]] | None = None,
+    over: Over = over_rows,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Eq. 1, negated so that it is minimised: B episodes of E facts, each with a memory of its own.
 
     Args:
       batch: encoder_tokens int32 [B,E,S], encoder_mask bool [B,E,S], decoder_tokens int32 [B,E,T]
         (`<BOS> text <EOS>`), decoder_mask bool [B,E,T].
-      rng: for the observation noise ξ and the addressing noise σ_W; None for neither.
+      keys: one per episode, for the observation noise ξ and the addressing noise σ_W; None for
+        neither.
       beta: the weight of the KL term at this step.
+      divide: the `counts` of a larger batch that this one is a part of: the parts' losses then add
+        up to its loss.
+      over: how to map over episodes.
 
     Returns:
       The loss and its terms: reconstruction, autoencoding, kl and language, in nats; the
       cross-entropies per token, the KL per fact. A term whose weight is 0 is not computed.
     """
+    divide = counts(batch, weights) if divide is None else divide
     encodings = model.encode(batch["encoder_tokens"], batch["encoder_mask"])
-    reading = read_back(model, memory, encodings, rng)
-    facts = encodings.shape[0] * encodings.shape[1]
+    reading = read_back(model, memory, encodings, keys, over)
     latents = {
         "reconstruction": reading.latent,
         "autoencoding": encodings,
@@ -38,37 +71,41 @@ def losses(
     }
     used = [name for name in latents if getattr(weights, name) != 0.0]
     # One decoder pass over all routes: the rows are independent, and one large GEMM beats three.
-    stacked = jnp.concatenate([latents[name].reshape(facts, -1) for name in used])
-    tokens = batch["decoder_tokens"].reshape(facts, -1)
-    mask = batch["decoder_mask"].reshape(facts, -1)
-    repeat = (len(used), 1)
-    entropies = token_losses(
-        model, jnp.tile(tokens, repeat), jnp.tile(mask, repeat), model.condition(stacked)
-    ).reshape(len(used), -1)
-    counted = jnp.ones_like(mask[:, 1:]) if weights.count_padding else mask[:, 1:]
-    tokens_counted = jnp.maximum(counted.sum(), 1).astype(jnp.float32)
-    terms = {name: total.sum() / tokens_counted for name, total in zip(used, entropies, strict=True)}
+    # Routes lie beside each other within an episode, so that rows stay on their episode's device.
+    rows = (encodings.shape[0], len(used), encodings.shape[1])
+    stacked = jnp.stack([latents[name] for name in used], axis=1).reshape(math.prod(rows), -1)
+
+    def tiled(array):
+        wide = jnp.broadcast_to(array[:, None], (*rows, array.shape[-1]))
+        return wide.reshape(math.prod(rows), -1)
+
+    tokens, mask = tiled(batch["decoder_tokens"]), tiled(batch["decoder_mask"])
+    entropies = token_losses(model, tokens, mask, model.condition(stacked)).reshape(*rows, -1)
+    sums = entropies.sum(axis=(0, 2, 3))
+    terms = {name: sums[i] / divide["tokens"] for i, name in enumerate(used)}
     present = batch["encoder_mask"].any(axis=-1)
     divergence = addressing_kl(reading.weights, reading.log_variance, weights.free_bits)
-    terms["kl"] = jnp.where(present, divergence, 0.0).sum() / jnp.maximum(present.sum(), 1).astype(
-        jnp.float32
-    )
+    terms["kl"] = jnp.where(present, divergence, 0.0).sum() / divide["facts"]
     loss = beta * terms["kl"] + sum(getattr(weights, name) * terms[name] for name in used)
     return loss, terms
 
 
-def read_back(model: Larimar, memory, encodings: Float[Array, "B E C"], rng: jax.Array | None):
+def read_back(
+    model: Larimar,
+    memory,
+    encodings: Float[Array, "B E C"],
+    keys: Key[Array, " B"] | None,
+    over: Over = over_rows,
+):
     """Writes each episode into its own memory and reads every fact back by its own encoding (§3)."""
     prior = memory.prepare(model.memory.params())
 
-    def one(episode, key):
+    def one(prior, episode, key=None):
         noise, weight = (None, None) if key is None else jax.random.split(key)
         state = memory.write(prior, memory.empty(prior), episode, episode, rng=noise)
         return memory.read(prior, state, episode, rng=weight)
 
-    if rng is None:
-        return jax.vmap(lambda episode: one(episode, None))(encodings)
-    return jax.vmap(one)(encodings, jax.random.split(rng, encodings.shape[0]))
+    return over(one)(prior, encodings) if keys is None else over(one)(prior, encodings, keys)
 
 
 def token_losses(

@@ -16,11 +16,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import config as configs
 from larimar_jax import generate, scoring
-from larimar_jax.config import Config
 from larimar_jax.data import vocabulary
 from larimar_jax.memory.contract import Prior
 from larimar_jax.memory.streaming import Streaming
 from larimar_jax.model import Condition, Larimar, assign, build, parameters
+from larimar_jax.settings import Config
 from larimar_jax.train import export
 from larimar_jax.train.step import Skeleton
 from larimar_jax.weights import PACKAGED

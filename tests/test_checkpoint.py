@@ -29,7 +29,8 @@ def _stream():
 def _state(mesh_shape, step=0):
     """(params, memory, optimizer) on a mesh, different at each step."""
     mesh = sharding.make_mesh(mesh_shape)
-    where = sharding.shardings(mesh, PARAMS, [("kernel", P("fsdp", "tensor")), ("scale", P())])
+    rules = [("kernel", P("fsdp", "tensor"), False), ("scale", P(), False)]
+    where = sharding.shardings(mesh, PARAMS, rules)
     params = sharding.place(jax.tree.map(lambda a: a + np.float32(step), PARAMS), where)
     memory = sharding.place(MEMORY, sharding.replicated(mesh))
     optimizer = optax.adam(1e-3).init(params)

@@ -25,7 +25,7 @@ def test_shipped_configs_parse(path):
 def test_all_offences_are_named_at_once():
     values = tiny_config()
     values["train"]["stepz"] = values["train"].pop("steps")
-    values["data"]["episode"] = "three"
+    values["data"]["batch"] = "three"
     values["model"]["decoder"]["family"] = "gpt5"
     values["memory"]["ridge"] = 1.0
     values["memory"]["initial"] = "ones"
@@ -34,7 +34,7 @@ def test_all_offences_are_named_at_once():
     for words in (
         "train.stepz: unknown key",
         "train.steps: missing",
-        "data.episode: expected int, got 'three'",
+        "data.batch: expected int, got 'three'",
         "no 'gpt5'",
         "memory.ridge: unknown key",
         "memory.initial: must be one of",

@@ -162,7 +162,7 @@ def test_hyper_parameters_reach_the_config(tmp_path, bases):
     for number in (0, 1, 2):  # a dict, a Namespace, an AttributeDict
         converted(number, tmp_path / str(number), bases)
         made = pretrained.load(tmp_path / str(number)).config
-        assert made.data.episode == 7 and made.objective.kl == 0.25
+        assert made.data.episode == (7,) and made.objective.kl == 0.25
         assert made.memory.hyperparameters["noise"] == 1e-5
         assert made.editing.scope_threshold == 0.9
 

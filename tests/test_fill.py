@@ -63,7 +63,13 @@ def test_tensors_stream_onto_a_mesh(shape):
     family, skeleton = abstract("tiny_llama")
     mesh = sharding.make_mesh(shape)
     whole = fill.fill(skeleton, family.KEYS, source("tiny_llama"))
-    place = sharding.where(mesh)
+    table = [(pattern, P(*axes), bool(more)) for pattern, axes, *more in family.SHARDING]
+    shapes = {"/".join(map(str, p)): a for p, a in nnx.to_flat_state(nnx.state(skeleton))}
+    places = sharding.shardings(mesh, shapes, table)
+
+    def place(name, _):
+        return places[name]
+
     parted = fill.fill(skeleton, family.KEYS, source("tiny_llama"), where=place)
     split = 0
     for (path, one), (_, other) in zip(

@@ -110,7 +110,7 @@ def test_a_stack_draws_its_layers_apart_and_scans_in_order():
     extra = jnp.arange(3.0)
     outs = [
         layers.scan_layers(stack, lambda f, x, e: (f(x) + e, e * 2), x, extra, remat=remat)
-        for remat in (False, True)
+        for remat in ("none", "dots", "layers")
     ]
     want = x
     for layer in range(3):

@@ -72,7 +72,7 @@ def test_a_row_out_of_scope_has_no_innovation(tiny):
 def test_equation_1_is_the_weighted_sum_of_its_terms(tiny):
     weights = tiny.config.objective
     memory = config.make_memory(tiny.config)
-    rng, beta = jax.random.key(3), jnp.float32(0.25)
+    rng, beta = jax.random.split(jax.random.key(3), 2), jnp.float32(0.25)
     loss, terms = objective.losses(tiny.model, memory, batch_of(tiny), rng, weights, beta)
     total = terms["reconstruction"] + terms["autoencoding"] + terms["language"] + beta * terms["kl"]
     np.testing.assert_allclose(loss, total, rtol=1e-6)

@@ -23,7 +23,7 @@ def test_a_mesh_takes_the_devices_it_is_given(cpu_devices):
 
 
 def test_the_first_matching_rule_counts():
-    rules = [("special", P()), ("kernel$", P("fsdp", "tensor"))]
+    rules = [("special", P(), False), ("kernel$", P("fsdp", "tensor"), False), ("no", P(), True)]
     assert sharding.match(rules, ["a/kernel", "special/kernel"]) == {
         "a/kernel": P("fsdp", "tensor"),
         "special/kernel": P(),
@@ -31,20 +31,20 @@ def test_the_first_matching_rule_counts():
 
 
 def test_every_rule_and_parameter_that_does_not_fit_is_named_at_once():
-    rules = [("kernel$", P()), ("nowhere", P()), ("never", P())]
+    rules = [("kernel$", P(), False), ("nowhere", P(), False), ("never", P(), False)]
     with pytest.raises(sharding.ShardingRuleError) as error:
         sharding.match(rules, ["a/kernel", "b/scale", "c/bias"])
     assert all(text in str(error.value) for text in ("'nowhere'", "'never'", "b/scale", "c/bias"))
     with pytest.raises(sharding.ShardingRuleError, match="fewer axes than the rule"):
         sharding.shardings(
-            sharding.make_mesh((8, 1, 1)), _shapes(a=(3,)), [("a", P(None, "fsdp"))]
+            sharding.make_mesh((8, 1, 1)), _shapes(a=(3,)), [("a", P(None, "fsdp"), False)]
         )
 
 
 def test_an_axis_that_does_not_divide_is_dropped_and_said(caplog):
     caplog.set_level("INFO")
     mesh = sharding.make_mesh((2, 2, 2))
-    rules = [(".", P("tensor", "fsdp"))]
+    rules = [(".", P("tensor", "fsdp"), False)]
     found = sharding.shardings(mesh, _shapes(odd=(7, 4), even=(8, 4)), rules)
     assert found["odd"].spec == P(None, "fsdp")
     assert found["even"].spec == P("tensor", "fsdp")
@@ -53,7 +53,7 @@ def test_an_axis_that_does_not_divide_is_dropped_and_said(caplog):
 
 def test_batches_and_parameters_lie_where_their_specs_say():
     mesh = sharding.make_mesh((2, 2, 2))
-    where = sharding.shardings(mesh, _shapes(a=(4, 6)), [("a", P("fsdp", "tensor"))])
+    where = sharding.shardings(mesh, _shapes(a=(4, 6)), [("a", P("fsdp", "tensor"), False)])
     placed = sharding.place({"a": np.arange(24.0, dtype=np.float32).reshape(4, 6)}, where)
     assert {shard.data.shape for shard in placed["a"].addressable_shards} == {(2, 3)}
     batch = sharding.place_batch({"tokens": np.arange(24, dtype=np.int32).reshape(8, 3)}, mesh)

@@ -46,7 +46,7 @@ def family(name):
 
 
 @functools.cache
-def abstract(name, dtype="float32", remat=False):
+def abstract(name, dtype="float32", remat="none"):
     config = family(name).from_huggingface(folder.config(GOLDEN / name))
     config = dataclasses.replace(config, **folder.pooling(GOLDEN / name))
     return nnx.eval_shape(
@@ -55,7 +55,7 @@ def abstract(name, dtype="float32", remat=False):
 
 
 @functools.cache
-def tiny(name, dtype="float32", remat=False):
+def tiny(name, dtype="float32", remat="none"):
     source = folder.tensors(GOLDEN / name)
     return fill(abstract(name, dtype, remat), family(name).KEYS, source)
 
@@ -96,7 +96,7 @@ pool = nnx.jit(lambda model, tokens, mask: model(tokens, mask))
 
 
 @functools.cache
-def computed(name, remat=False):
+def computed(name, remat="none"):
     """(loss, logits or pooled vectors, gradients by path) of the golden batch."""
     tokens, real = tokens_of(name)
 
@@ -174,9 +174,10 @@ def test_every_gradient_matches_torch(name):
     assert not {path: e for path, e in error.items() if e > max(1e-3 * norms[path], rounding)}
 
 
+@pytest.mark.parametrize("remat", ["dots", "layers"])
 @pytest.mark.parametrize("name", BOTH)
-def test_remat_changes_no_gradient(name):
-    got, want = computed(name, remat=True)[2], computed(name)[2]
+def test_remat_changes_no_gradient(name, remat):
+    got, want = computed(name, remat=remat)[2], computed(name)[2]
     whole = np.sqrt(sum(np.sum(np.square(gradient)) for gradient in want.values()))
     for path in want:
         assert np.linalg.norm(got[path] - want[path]) <= 1e-6 * whole, path

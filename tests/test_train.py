@@ -70,8 +70,9 @@ def tiny(tmp_path_factory) -> configs.Config:
             slots_per_layer=1,
             tied_slots=True,
             lexicon=None,
+            lora=None,
             dtype="float32",
-            remat=False,
+            remat="none",
         ),
         memory=dict(
             variant="newton_schulz",
@@ -96,26 +97,38 @@ def tiny(tmp_path_factory) -> configs.Config:
         data=dict(
             corpus=str(corpus),
             unit="sentence",
-            episode=2,
+            episode=(2,),
             batch=8,
             encoder_tokens=20,
             decoder_tokens=20,
             vocabulary=300,
+            workers=0,
             seed=0,
         ),
         train=dict(
             steps=STEPS,
+            optimizer="adamw",
             learning_rate=2e-2,
             warmup_steps=2,
             decay="linear",
             weight_decay=0.01,
             clip_norm=1.0,
+            accumulate=1,
+            ema=0.0,
             frozen=["^encoder/position/"],
+            start_from=None,
             mesh=(1, 1, 1),
+            layout="zero3",
+            memory_layout="replicated",
+            on_bad_step="stop",
+            spike=0.0,
             log_every=5,
             evaluate_every=12,
+            edits=0,
             checkpoint_every=8,
             keep=2,
+            best=None,
+            stall=0.0,
             seed=0,
         ),
         editing=dict(ridge=1e-2, scope_threshold=0.65),
@@ -267,7 +280,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_cause(tiny, tmp_p
 
 def _batch(config: configs.Config) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    shape = (config.data.batch, config.data.episode, config.data.encoder_tokens)
+    shape = (config.data.batch, config.data.episode[0], config.data.encoder_tokens)
     mask = np.arange(shape[-1]) < rng.integers(4, shape[-1], shape[:2])[..., None]
     tokens = rng.integers(0, 300, shape).astype(np.int32)
     return dict(encoder_tokens=tokens, encoder_mask=mask, decoder_tokens=tokens, decoder_mask=mask)
@@ -277,7 +290,7 @@ def _two_steps(config: configs.Config, mesh_shape):
     mesh = sharding.make_mesh(mesh_shape)
     skeleton, parameters = initialise(config, mesh)
     stepper = Stepper(config, skeleton, mesh)
-    frozen = {name: parameters[name] for name in stepper.frozen}
+    frozen = stepper.freeze(parameters)
     state = stepper.begin({name: parameters[name] for name in stepper.trained})
     batch, losses = sharding.place_batch(_batch(config), mesh), []
     for _ in range(2):
@@ -317,7 +330,7 @@ def test_a_step_that_is_not_finite_leaves_the_state_as_it_was(tiny, one_device):
     _, _, stepper = one_device
     mesh = sharding.make_mesh((1, 1, 1))
     skeleton, parameters = initialise(tiny, mesh)
-    frozen = {name: parameters[name] for name in stepper.frozen}
+    frozen = stepper.freeze(parameters)
     params = {name: parameters[name] for name in stepper.trained}
     params["decoder/word/embedding"] = params["decoder/word/embedding"] * jnp.float32(np.nan)
     state = stepper.begin(params)

@@ -8,10 +8,11 @@ from types import ModuleType
 
 from larimar_jax import registry
 
-# Sizes, module, names in Hugging Face's files, and sizes from and to Hugging Face's config.json.
+# Sizes, module, names in Hugging Face's files, where its parameters are split, and sizes from and to
+# Hugging Face's config.json.
 # A file may add MODEL_TYPES, if it computes other model types than the one it is called after, and
 # ADDED_TOKENS, if its vocabulary gets special tokens of ours (§2).
-FAMILY = ("CONFIG", "MODEL", "KEYS", "from_huggingface", "to_huggingface")
+FAMILY = ("CONFIG", "MODEL", "KEYS", "SHARDING", "from_huggingface", "to_huggingface")
 
 
 def families() -> Mapping[str, ModuleType]:

@@ -56,13 +56,18 @@ class Decoder(nnx.Module):
     Args:
       config: the family's.
       dtype: what it computes in; parameters are float32.
-      remat: recompute layers in the backward pass.
+      remat: what the backward pass computes again (`layers.scan_layers`).
     """
 
     BLOCK: ClassVar[type[nnx.Module]]
 
     def __init__(
-        self, config: Any, *, dtype: DTypeLike = jnp.float32, remat: bool = False, rngs: nnx.Rngs
+        self,
+        config: Any,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        remat: layers.Remat = "none",
+        rngs: nnx.Rngs,
     ):
         self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
         table = nnx.initializers.normal(0.02)
@@ -128,7 +133,7 @@ class Decoder(nnx.Module):
         active = jnp.zeros((batch,), bool) if prefix is None else prefix.active
         position = index + active.astype(jnp.int32)[:, None]
 
-        x = embed(self.embeddings, tokens, prefix, self.dtype)
+        x = embed(self.word, tokens, prefix, self.dtype)
         x = self.place(x, position)
         turn, windows = self.turn(position), self.windows()
         slots = None if prefix is None else _slots(prefix)
@@ -211,13 +216,13 @@ class Decoder(nnx.Module):
 
 
 def embed(
-    table: Float[Array, "V D"],
+    table: nnx.Embed,
     tokens: Int[Array, "B T"],
     prefix: Prefix | None,
     dtype: DTypeLike,
 ) -> Float[Array, "B T D"]:
     """Token embeddings, plus the latent's vector on every token of an active row (§2)."""
-    x = table[tokens].astype(dtype)
+    x = layers.look_up(table, tokens).astype(dtype)
     if prefix is None:
         return x
     # Selected, not multiplied: an inactive row stays untouched even by a latent that is not finite.

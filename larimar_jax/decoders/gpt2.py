@@ -72,7 +72,7 @@ class GPT2(Decoder):
         self, x: Float[Array, "B T D"], position: Int[Array, "B T"]
     ) -> Float[Array, "B T D"]:
         """Adds learned positions."""
-        return x + self.position.embedding[...][position].astype(x.dtype)
+        return x + layers.look_up(self.position, position).astype(x.dtype)
 
 
 def from_huggingface(config: Mapping[str, Any]) -> GPT2Config:
@@ -128,6 +128,7 @@ def to_huggingface(config: GPT2Config) -> dict[str, Any]:
 CONFIG = GPT2Config
 MODEL = GPT2
 ADDED_TOKENS = ("<PAD>", "<BOS>", "<EOS>")
+SHARDING = (*layers.SHARDING, (r"^position/embedding$", (None, "fsdp")))
 
 _LAYER = "[transformer.]h.{layer}."
 _FUSED = _LAYER + "attn.c_attn."

@@ -121,6 +121,11 @@ def to_huggingface(config: GPTJConfig) -> dict[str, Any]:
 CONFIG = GPTJConfig
 MODEL = GPTJ
 ADDED_TOKENS = ("<PAD>", "<BOS>", "<EOS>")
+SHARDING = (
+    *layers.SHARDING,
+    (r"^head/kernel$", ("fsdp", "tensor")),
+    (r"^head/bias$", ("tensor",)),
+)
 
 _LAYER = "[transformer.]h.{layer}."
 

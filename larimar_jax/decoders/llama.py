@@ -196,6 +196,7 @@ def to_huggingface(config: LlamaConfig) -> dict[str, Any]:
 CONFIG = LlamaConfig
 MODEL = Llama
 MODEL_TYPES = ("llama", "mistral", "qwen2")
+SHARDING = (*layers.SHARDING, (r"^head/kernel$", ("fsdp", "tensor"), "optional"))
 
 _LAYER = "model.layers.{layer}."
 _SELF = _LAYER + "self_attn."

@@ -68,7 +68,7 @@ class Bert(nnx.Module):
         config: BertConfig,
         *,
         dtype: DTypeLike = jnp.float32,
-        remat: bool = False,
+        remat: layers.Remat = "none",
         rngs: nnx.Rngs,
     ):
         c, dtype = config, jnp.dtype(dtype)
@@ -98,10 +98,12 @@ class Bert(nnx.Module):
                 f"{length} tokens, but this encoder has {self.config.max_length} positions;"
                 " split the text or encode it with truncate=True"
             )
-        tables = (self.word, self.position, self.kind)
-        word, position, kind = (table.embedding[...] for table in tables)
-        rows = (word[tokens], position[:length], kind[0])
-        x = self.norm(sum(row.astype(jnp.float32) for row in rows)).astype(self.dtype)
+        looked_up = (
+            layers.look_up(self.word, tokens),
+            layers.look_up(self.position, jnp.arange(length)),
+            layers.look_up(self.kind, jnp.zeros((), jnp.int32)),
+        )
+        x = self.norm(sum(row.astype(jnp.float32) for row in looked_up)).astype(self.dtype)
 
         def call(block, x, _):
             return block(x, mask[:, None, :]), None
@@ -172,6 +174,12 @@ def to_huggingface(config: BertConfig) -> dict[str, Any]:
 
 CONFIG = BertConfig
 MODEL = Bert
+SHARDING = (
+    *layers.SHARDING,
+    (r"^(position|kind)/embedding$", (None, "fsdp")),
+    (r"^pooler/kernel$", ("fsdp", "tensor"), "optional"),
+    (r"^pooler/bias$", (), "optional"),
+)
 
 _WORDS = "[bert.]embeddings."
 _LAYER = "[bert.]encoder.layer.{layer}."

@@ -24,10 +24,10 @@ from jax.experimental import multihost_utils
 
 from larimar_jax import config as configs
 from larimar_jax import lexicon
-from larimar_jax.config import Config
 from larimar_jax.data import corpus, episodes, vocabulary
 from larimar_jax.model import Larimar
 from larimar_jax.pretrained import Pretrained
+from larimar_jax.settings import Config
 from larimar_jax.train import checkpoint, export, report, sharding
 from larimar_jax.train.metrics import MetricsLog
 from larimar_jax.train.step import Stepper, TrainState, initialise
@@ -91,11 +91,11 @@ def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> Outc
     )
     skeleton, parameters = initialise(config, mesh)
     stepper = Stepper(config, skeleton, mesh)
-    frozen = {name: parameters[name] for name in stepper.frozen}
+    frozen = stepper.freeze(parameters)
     state = stepper.begin({name: parameters[name] for name in stepper.trained})
     del parameters
     stream = iter(
-        episodes.episodes(pieces, config.data.episode, config.data.batch, config.data.seed)
+        episodes.episodes(pieces, config.data.episode[0], config.data.batch, config.data.seed)
     )
     saved = _Saved(checkpoint.Checkpoints(run_dir / "checkpoints", config.train.keep), stepper)
     hashes = dict(zip(("encoder", "decoder"), (t.hash for t in tokenizers), strict=True))
@@ -210,7 +210,9 @@ class _Saved:
     def _items(state: TrainState) -> dict[str, Any]:
         memory = {n: leaf for n, leaf in state.params.items() if n.startswith("memory/")}
         params = {n: leaf for n, leaf in state.params.items() if n not in memory}
-        return dict(params=params, memory=memory, optimizer=state.optimizer)
+        # What the optimiser and the policy on bad steps remember.
+        remembered = (state.optimizer, state.average, state.loss)
+        return dict(params=params, memory=memory, optimizer=remembered)
 
     def save(self, step: int, state: TrainState, stream, meta: Mapping[str, Any]) -> None:
         self.checkpoints.save(step, **self._items(state), data=stream, meta=meta)
@@ -234,7 +236,7 @@ class _Saved:
         return TrainState(
             step=jax.device_put(np.int32(restored.step), self._stepper.state_shardings.step),
             params={name: params[name] for name in self._stepper.trained},
-            optimizer=restored.optimizer,
+            **dict(zip(("optimizer", "average", "loss"), restored.optimizer, strict=True)),
         )
 
 
@@ -292,7 +294,7 @@ class _Run:
 
     def _held_out(self, pieces: episodes.Pieces) -> list[dict[str, jax.Array]]:
         """The same batches at every evaluation; too few pieces for one are used more than once."""
-        size = (self._config.data.batch, self._config.data.episode)
+        size = (self._config.data.batch, max(self._config.data.episode))
         if not len(pieces):
             raise episodes.TooFewPieces(
                 "no document of data.corpus is held out, or none of its pieces fits "

@@ -1,4 +1,4 @@
-"""AdamW with warm-up, decay and clipping, over the parameters that are trained and no others."""
+"""The optimiser with warm-up, decay and clipping, over the parameters that are trained and no others."""
 
 import math
 import re
@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from larimar_jax.config import TrainConfig
+from larimar_jax import lora
+from larimar_jax.settings import TrainConfig
 
 Leaf = TypeVar("Leaf")
 Schedule = Callable[[jax.Array], jax.Array]
@@ -25,7 +26,8 @@ def partition(
     """Splits parameters into (trained, frozen) by regexes found in their '/'-joined paths.
 
     Frozen ones stay out of the differentiated arguments, so that they cost neither a gradient nor
-    optimiser state.
+    optimiser state. Low-rank factors are trained and the maps that they change are frozen, whatever
+    the patterns say.
 
     Raises:
         FreezeError: naming every regex that matches nothing, or saying that all is frozen.
@@ -38,6 +40,7 @@ def partition(
             "\n  " + "\n  ".join(sorted(parameters))
         )
     held = {name for name in parameters if any(p.search(name) for p in patterns)}
+    held = {name for name in held | lora.changed(parameters) if not lora.is_factor(name)}
     if len(held) == len(parameters):
         raise FreezeError("train.frozen freezes every parameter; nothing is left to train.")
     trained = {name: leaf for name, leaf in parameters.items() if name not in held}
@@ -50,15 +53,13 @@ def learning_rate(train: TrainConfig) -> Schedule:
     The first step already has 1/warmup of the peak: a step at rate 0 would be spent for nothing.
 
     Raises:
-        ValueError: an unknown decay, or a warm-up longer than the run.
+        ValueError: a warm-up longer than the run.
     """
     shapes: dict[str, Callable[[jax.Array], jax.Array]] = {
         "cosine": lambda done: 0.5 * (1.0 + jnp.cos(math.pi * done)),
         "linear": lambda done: 1.0 - done,
         "constant": jnp.ones_like,
     }
-    if train.decay not in shapes:
-        raise ValueError(f"train.decay is {train.decay!r}; known: {', '.join(shapes)}")
     if train.warmup_steps > train.steps:
         raise ValueError(
             f"train.warmup_steps ({train.warmup_steps}) is more than train.steps ({train.steps})"
@@ -85,16 +86,29 @@ def decayed(name: str) -> bool:
 
 
 def make(train: TrainConfig) -> optax.GradientTransformation:
-    """AdamW with global-norm clipping (clip_norm 0: none) for a dict of parameters by path."""
+    """AdamW, Adam or Adafactor with global-norm clipping (clip_norm 0: none), for a dict by path.
+
+    Adafactor (arXiv 1804.04235) has no momentum and keeps a row and a column of second moments for a
+    matrix. Its rate is not scaled by the parameter's size and its decay is times the rate, so that
+    both settings mean what they do for AdamW.
+    """
+    rate = learning_rate(train)
+
+    def mask(parameters):
+        return {name: decayed(name) for name in parameters}
+
+    kinds = {
+        "adamw": lambda: optax.adamw(rate, weight_decay=train.weight_decay, mask=mask),
+        "adam": lambda: optax.adam(rate),
+        "adafactor": lambda: optax.chain(
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.add_decayed_weights(train.weight_decay, mask=mask),
+            optax.scale_by_learning_rate(rate),
+        ),
+    }
     steps = [] if train.clip_norm == 0 else [optax.clip_by_global_norm(train.clip_norm)]
-    steps.append(
-        optax.adamw(
-            learning_rate(train),
-            weight_decay=train.weight_decay,
-            mask=lambda parameters: {name: decayed(name) for name in parameters},
-        )
-    )
-    inner = optax.chain(*steps)
+    inner = optax.chain(*steps, kinds[train.optimizer]())
 
     def update(gradients, state, parameters=None):
         # Optax raises float decays to integer step counts, which strict promotion forbids.

@@ -1,13 +1,14 @@
-"""Where arrays live: a mesh, one table of rules for parameters, and the batch.
+"""Where arrays live: a mesh, the table of rules for parameters, and the batch.
 
 Models never see any of this. Axes: `data` splits the batch, `fsdp` splits batch and parameters,
 `tensor` splits the matrices of attention and MLPs. Episodes are independent, so everything that the
-memory computes is split along the batch by the same annotation, without a collective.
+memory computes is mapped over them device by device, without a collective.
 """
 
 import logging
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,23 +16,14 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from larimar_jax.layers import Placement
+
 P = PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
-# (regex, spec) by precedence. Layers are stacked, so their kernels have a leading axis L. What reads
-# the residual stream is split along its output, what writes to it along its input: then one
-# all-reduce per attention and per MLP is all that `tensor` costs.
-RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    # The prior memory: every episode writes its own posterior from it, wherever that episode is. The
-    # lexicon: small, and read as a whole by every row.
-    (r"^(memory|lexicon)/", P()),
-    (r"layers/.*(output|down)/kernel$", P(None, "tensor", "fsdp")),
-    (r"layers/.*kernel$", P(None, "fsdp", "tensor")),
-    (r"/embedding$", P("tensor", "fsdp")),
-    (r"/kernel$", P("fsdp", "tensor")),
-    (r"/(bias|scale|tokens|directions)$", P()),
-)
+# A regex on '/'-joined parameter paths, where what it finds is split, and whether a model may lack it.
+Rule = tuple[str, PartitionSpec, bool]
 
 log = logging.getLogger(__name__)
 
@@ -69,21 +61,50 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
     )
 
 
-def match(rules: Sequence[tuple[str, PartitionSpec]], names: Sequence[str]) -> dict[str, P]:
+def rules(model: Any, memory_layout: str = "replicated") -> list[Rule]:
+    """The table for a Larimar, in order of precedence: its own parameters, then each tower's family's.
+
+    Args:
+        model: a Larimar, abstract or not.
+        memory_layout: "slots" splits M₀ over fsdp by its K rows. It is gathered once a step, so that
+            every episode still writes its own posterior where it is.
+    """
+    slots = P("fsdp") if memory_layout == "slots" else P()
+    own: list[Rule] = [
+        (r"^memory/(prior|variance_by_memory)$", slots, False),
+        (r"^memory/", P(), False),
+        (r"^lexicon/", P(), True),
+        (r"^to_(latent|slots|embedding)/kernel$", P("fsdp", "tensor"), False),
+    ]
+    for name in ("encoder", "decoder"):
+        table = sys.modules[type(getattr(model, name)).__module__].SHARDING
+        for pattern, axes, *optional in table:
+            # Every name of a tower begins with it; the pattern's own start is behind that.
+            start = f"^{name}/" if pattern.startswith("^") else f"^{name}/.*"
+            own.append((start + pattern.removeprefix("^"), P(*axes), bool(optional)))
+    return own
+
+
+def match(table: Sequence[Rule], names: Sequence[str]) -> dict[str, P]:
     """The spec of each parameter: the first rule whose regex is found in its path.
 
     Args:
-        rules: (regex, spec) in order of precedence.
+        table: rules in order of precedence.
         names: '/'-joined parameter paths.
     Raises:
-        ShardingRuleError: naming every rule that matches no parameter and every parameter that no
-            rule matches. A rule behind another that takes all its parameters counts as matching:
-            order is how exceptions are written.
+        ShardingRuleError: naming every rule that matches no parameter (and is not optional) and every
+            parameter that no rule matches. A rule behind another that takes all its parameters counts
+            as matching: order is how exceptions are written.
     """
-    compiled = [(re.compile(pattern), spec) for pattern, spec in rules]
-    idle = [regex.pattern for regex, _ in compiled if not any(map(regex.search, names))]
+    compiled = [(re.compile(pattern), spec, optional) for pattern, spec, optional in table]
+    idle = [
+        regex.pattern
+        for regex, _, optional in compiled
+        if not optional and not any(map(regex.search, names))
+    ]
     found = {
-        name: next((spec for regex, spec in compiled if regex.search(name)), None) for name in names
+        name: next((spec for regex, spec, _ in compiled if regex.search(name)), None)
+        for name in names
     }
     orphans = sorted(name for name, spec in found.items() if spec is None)
     if idle or orphans:
@@ -92,15 +113,14 @@ def match(rules: Sequence[tuple[str, PartitionSpec]], names: Sequence[str]) -> d
         raise ShardingRuleError(
             "Sharding rules and parameters do not fit:\n  "
             + "\n  ".join(lines)
-            + "\nThe table is RULES in train/sharding.py; order counts, the first match wins."
+            + "\nThe table of a tower is SHARDING in its family's file; order counts, the first match"
+            " wins."
         )
     return found
 
 
 def shardings(
-    mesh: Mesh,
-    parameters: Mapping[str, Any],
-    rules: Sequence[tuple[str, PartitionSpec]] | None = None,
+    mesh: Mesh, parameters: Mapping[str, Any], table: Sequence[Rule]
 ) -> dict[str, NamedSharding]:
     """A NamedSharding for each parameter.
 
@@ -109,11 +129,11 @@ def shardings(
 
     Args:
         parameters: arrays or ShapeDtypeStructs by '/'-joined path.
-        rules: (regex, spec) in order; default `RULES`.
+        table: rules in order.
     Raises:
         ShardingRuleError: as `match`, or a spec with more axes than the parameter.
     """
-    specs = match(RULES if rules is None else rules, list(parameters))
+    specs = match(table, list(parameters))
     too_long = [n for n, spec in specs.items() if len(spec) > len(parameters[n].shape)]
     if too_long:
         raise ShardingRuleError(
@@ -126,25 +146,41 @@ def shardings(
     }
 
 
-def where(
-    mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]] | None = None
-) -> Callable[[str, tuple[int, ...]], NamedSharding]:
-    """`shardings` for one parameter at a time: a function of its path and shape.
+def without(where: NamedSharding, axis: str) -> NamedSharding:
+    """The same sharding, whole along one axis of the mesh."""
+    return NamedSharding(where.mesh, P(*(None if part == axis else part for part in where.spec)))
 
-    For loading, which knows a tower and not yet the model; it can't see that a rule is idle.
 
-    Raises (when called):
-        ShardingRuleError: no rule matches the parameter.
+def fitting(where: NamedSharding, shape: tuple[int, ...], like: tuple[int, ...]) -> NamedSharding:
+    """`where`, for state of a parameter of shape `like` that lacks some of its axes.
+
+    Adafactor's statistics are rows and columns of a parameter: they are small, and whole everywhere.
     """
-    table = RULES if rules is None else rules
+    return where if shape == like else replicated(where.mesh)
 
-    def one(name: str, shape: tuple[int, ...]) -> NamedSharding:
-        fitting = [spec for pattern, spec in table if re.search(pattern, name)]
-        if not fitting:
-            raise ShardingRuleError(f"parameter {name} is matched by no sharding rule")
-        return NamedSharding(mesh, _fit(mesh, name, shape, fitting[0]))
 
-    return one
+def per_episode(mesh: Mesh) -> Callable[[Callable], Callable]:
+    """Maps a function over episodes, each on the device where it lives: no device sees another's.
+
+    The mapped function takes what all episodes share (whole on every device) and then arrays that
+    lead with B.
+    """
+
+    def over(function: Callable) -> Callable:
+        def mapped(shared: Any, *episodes: Any) -> Any:
+            def local(shared: Any, *episodes: Any) -> Any:
+                rows = (None, *(0 for _ in episodes))
+                return jax.vmap(function, in_axes=rows)(shared, *episodes)
+
+            inner = (P(), *(BATCH for _ in episodes))
+            # Replication is not checked: the function is the same on all devices along "tensor".
+            return jax.shard_map(
+                local, mesh=mesh, in_specs=inner, out_specs=BATCH, check_vma=False
+            )(shared, *episodes)
+
+        return mapped
+
+    return over
 
 
 def _fit(mesh: Mesh, name: str, shape: tuple[int, ...], spec: PartitionSpec) -> PartitionSpec:
@@ -166,6 +202,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis (episodes B) over data and fsdp."""
     return NamedSharding(mesh, BATCH)
+
+
+def part_sharding(mesh: Mesh) -> NamedSharding:
+    """Parts of a batch, one after the other, each with its episodes over data and fsdp."""
+    return NamedSharding(mesh, P(None, *BATCH))
+
+
+def placement(mesh: Mesh) -> Placement:
+    """Rows of activations stay with their episodes; a table is gathered before it is looked up in."""
+
+    def to(where: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+        return lambda x: jax.lax.with_sharding_constraint(x, where)
+
+    return Placement(rows=to(batch_sharding(mesh)), whole=to(replicated(mesh)))
 
 
 def place(tree: Any, where: Any) -> Any:

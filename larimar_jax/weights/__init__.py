@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from larimar_jax import decoders, encoders, registry
+from larimar_jax import decoders, encoders, layers, registry
 from larimar_jax.weights import fill, folder, gguf, hub, packages, safetensors, tokenizers
 from larimar_jax.weights.fill import Source, WeightsError, Where
 from larimar_jax.weights.tokenizers import TextTooLong, TokenBatch, Tokenizer
@@ -33,6 +33,7 @@ __all__ = [
     "load_tokenizer",
     "locate",
     "packages",
+    "sizes",
     "safetensors",
     "tokenizers",
 ]
@@ -46,7 +47,7 @@ def load_encoder(
     *,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
-    remat: bool = False,
+    remat: layers.Remat = "none",
     where: Where | None = None,
 ) -> tuple[nnx.Module, Tokenizer]:
     """A pretrained encoder and its tokenizer.
@@ -57,7 +58,7 @@ def load_encoder(
       dtype: what the tower computes in.
       param_dtype: what its parameters are kept in; bfloat16 halves their memory, for a tower that
         is not trained.
-      remat: recompute layers in the backward pass.
+      remat: what the backward pass computes again (`layers.scan_layers`).
       where: each parameter's sharding, by its '/'-joined path and shape; None is one device.
 
     Raises:
@@ -72,7 +73,7 @@ def load_decoder(
     *,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
-    remat: bool = False,
+    remat: layers.Remat = "none",
     where: Where | None = None,
 ) -> tuple[nnx.Module, Tokenizer]:
     """A pretrained decoder and its tokenizer.
@@ -151,18 +152,22 @@ def describe(path: pathlib.Path, kind: ModuleType) -> tuple[ModuleType, Any, Sou
     return family, config, tensors
 
 
-def _load(
-    source: str,
-    kind: ModuleType,
-    dtype: DTypeLike,
-    param_dtype: DTypeLike,
-    remat: bool,
-    where: Where | None,
-) -> tuple[nnx.Module, Tokenizer]:
+def sizes(source: str, kind: ModuleType) -> tuple[ModuleType, Any]:
+    """The family and the sizes of what `load_encoder` and `load_decoder` make; no tensor is read.
+
+    Args:
+      kind: `encoders` or `decoders`.
+
+    Raises:
+      FileNotFoundError, WeightsError: as they do.
+    """
     path = locate(source)
-    family, config, tensors = describe(path, kind)
-    # Of the path: a hub id could by now mean another revision.
-    tokenizer = load_tokenizer(str(path))
+    family, config, _ = describe(path, kind)
+    return family, _with_added(path, family, config, load_tokenizer(str(path)))
+
+
+def _with_added(path: pathlib.Path, family: ModuleType, config: Any, tokenizer: Tokenizer) -> Any:
+    """The sizes with rows for tokens that were added to the tokenizer (§2)."""
     more = max(tokenizer.vocab_size - config.vocab_size, 0)
     if more and not hasattr(family, "ADDED_TOKENS"):
         raise WeightsError(
@@ -170,7 +175,24 @@ def _load(
             f" {config.vocab_size} rows; they are of different models, or tokens were added to the"
             " tokenizer alone"
         )
-    config = dataclasses.replace(config, vocab_size=config.vocab_size + more)
+    return dataclasses.replace(config, vocab_size=config.vocab_size + more)
+
+
+def _load(
+    source: str,
+    kind: ModuleType,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
+    remat: layers.Remat,
+    where: Where | None,
+) -> tuple[nnx.Module, Tokenizer]:
+    path = locate(source)
+    family, config, tensors = describe(path, kind)
+    # Of the path: a hub id could by now mean another revision.
+    tokenizer = load_tokenizer(str(path))
+    rows = config.vocab_size
+    config = _with_added(path, family, config, tokenizer)
+    more = config.vocab_size - rows
     abstract = nnx.eval_shape(
         lambda: family.MODEL(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0))
     )
