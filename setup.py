@@ -20,6 +20,9 @@ setup(
     # Lower bounds are the versions that the tests ran with. Nothing is capped: JAX 0.11 and later
     # want Python 3.12, which pip resolves from their own metadata.
     install_requires=[
+        "absl-py>=2.1",
+        "array_record>=0.8.1",
+        "datasets>=4.0",
         "flax>=0.12.8",
         "gguf>=0.19.0",
         "grain>=0.2.18",
@@ -35,11 +38,11 @@ setup(
         "rich>=13.9",
         "safetensors>=0.8.0",
         "tensorboardX>=2.6.5",
+        "tensorflow-datasets>=4.9.9",
         "tokenizers>=0.23.3",
     ],
     extras_require={
         "test": ["beartype>=0.23", "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6"],
-        "hub": ["datasets>=4"],  # Benchmarks by their Hugging Face id instead of by file.
         "compare": ["torch>=2.7", "transformers>=5"],  # `larimar bench generation` alone.
         "lint": ["ruff>=0.8"],
     },

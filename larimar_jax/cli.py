@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from larimar_jax import formats
+from larimar_jax import formats, runs
 
 PACKAGE = Path(__file__).resolve().parent
 DEFAULT_SESSION = "larimar-session.safetensors"
@@ -29,12 +29,16 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 2 for an error it explains, 130 when stopped."""
+    """Runs one command; returns the exit code.
+
+    0, 1 where a plan does not fit, 2 for an error that it explains, 75 where a run was told to stop
+    and wants to go on later, 130 when interrupted.
+    """
     # LAPACK calls here are small, and its threads would wait for those of XLA on the same cores.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     arguments = parser().parse_args(argv)
     try:
-        arguments.command(arguments)
+        return arguments.command(arguments) or 0
     except KeyboardInterrupt:
         print(f"\nlarimar: stopped. {arguments.resume}".rstrip(), file=sys.stderr)
         return 130
@@ -48,7 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"larimar: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def explained(error: Exception) -> bool:
@@ -155,24 +158,6 @@ def parser() -> argparse.ArgumentParser:
     _session(made)
 
     made = add(
-        "train",
-        train,
-        "train a model, or go on with a run that was stopped",
-        "larimar train --config=configs/tiny.py --run runs/tiny --set train.steps=200",
-        "The same command goes on from the last checkpoint.",
-    )
-    made.add_argument("--config", required=True, metavar="FILE", help="a file with get_config()")
-    made.add_argument("--run", required=True, metavar="DIR", help="folder of the run")
-    made.add_argument(
-        "--set",
-        dest="overrides",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="settings that differ from the file, such as train.steps=200",
-    )
-    made = add(
         "bench",
         bench,
         "run a benchmark, or go on with one that was stopped",
@@ -181,9 +166,10 @@ def parser() -> argparse.ArgumentParser:
     )
     made.fill = lambda made: _benchmarks(made, shared)
 
-    for name, (summary, example, fill) in formats.COMMANDS.items():
-        # What runs is the format's to say.
-        fill(add(name, None, summary, example), shared)
+    resumes = {"train": "The same command goes on from the last checkpoint."}
+    for name, (summary, example, fill) in (runs.COMMANDS | formats.COMMANDS).items():
+        # What runs is theirs to say.
+        fill(add(name, None, summary, example, resumes.get(name, "")), shared)
     return top
 
 
@@ -300,22 +286,6 @@ def _open(name: str):
     from larimar_jax.session import Session
 
     return Session.load(path)
-
-
-def train(arguments: argparse.Namespace) -> None:
-    """larimar train"""
-    from larimar_jax import config
-    from larimar_jax.train import loop
-
-    values = config.override(config.load_dict(_config(arguments.config)), arguments.overrides)
-    loop.train(config.parse(values), arguments.run)
-
-
-def _config(name: str) -> Path:
-    """A config by its path from here, or from the clone that the package is installed from."""
-    path = Path(name)
-    beside = PACKAGE.parent / path
-    return beside if not path.exists() and beside.exists() else path
 
 
 def bench(arguments: argparse.Namespace) -> None:

@@ -96,6 +96,18 @@ def pinv(a: Float[Array, "m n"], cutoff: float | None = None) -> Float[Array, "n
     return _tall_pinv(a, cutoff) if m >= n else _tall_pinv(a.T, cutoff).T
 
 
+@_one_at_a_time
+def _singular_values(a):
+    return jnp.linalg.svd(jnp.linalg.qr(a, mode="r"), compute_uv=False)
+
+
+def matrix_condition(a: Float[Array, "m n"]) -> Float[Array, ""]:
+    """The 2-norm condition number of a matrix: its largest singular value over its smallest."""
+    a = a.astype(jnp.float32)
+    values = _singular_values(a if a.shape[0] >= a.shape[1] else a.T)
+    return values[0] / values[-1]
+
+
 def newton_schulz_pinv(
     a: Float[Array, "m n"], steps: int = 15, log_start: float = -5.0
 ) -> Float[Array, "n m"]:

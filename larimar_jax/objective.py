@@ -98,7 +98,12 @@ def read_back(
     over: Over = over_rows,
 ):
     """Writes each episode into its own memory and reads every fact back by its own encoding (§3)."""
-    prior = memory.prepare(model.memory.params())
+    with jax.named_scope("memory"):
+        return _read_back(memory, model.memory.params(), encodings, keys, over)
+
+
+def _read_back(memory, params, encodings, keys, over: Over):
+    prior = memory.prepare(params)
 
     def one(prior, episode, key=None):
         noise, weight = (None, None) if key is None else jax.random.split(key)
@@ -106,6 +111,15 @@ def read_back(
         return memory.read(prior, state, episode, rng=weight)
 
     return over(one)(prior, encodings) if keys is None else over(one)(prior, encodings, keys)
+
+
+def untouched(
+    model: Larimar, batch: dict[str, Array], divide: dict[str, Float[Array, ""]]
+) -> Float[Array, ""]:
+    """Nats per token of the texts to the base LM: no slot, no embedding, as if there were no memory."""
+    tokens, mask = (batch[name].reshape(-1, batch[name].shape[-1]) for name in
+                    ("decoder_tokens", "decoder_mask"))
+    return token_losses(model, tokens, mask, None).sum() / divide["tokens"]
 
 
 def token_losses(

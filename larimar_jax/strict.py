@@ -63,9 +63,7 @@ def _scalar(kind: Any, value: Any, path: str, problems: list[str], special: Spec
         if value is None and type(None) in arguments:
             return None
         # A real hyperparameter is annotated "float or a traced array"; a file gives the float.
-        kind = next(
-            a for a in arguments if a in (int, float, str, bool) or dataclasses.is_dataclass(a)
-        )
+        kind = next(a for a in arguments if _of_a_file(a))
         return build(kind, value, path, problems, special)
     if origin is tuple:
         size = None if arguments[-1] is Ellipsis else len(arguments)
@@ -88,3 +86,9 @@ def _scalar(kind: Any, value: Any, path: str, problems: list[str], special: Spec
         problems.append(f"{path}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
         return None
     return float(value) if kind is float else value
+
+
+def _of_a_file(kind: Any) -> bool:
+    """Whether a config file can hold it: a number, a text, a choice, a section."""
+    simple = kind in (int, float, str, bool) or typing.get_origin(kind) is typing.Literal
+    return simple or dataclasses.is_dataclass(kind)

@@ -15,6 +15,8 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".cache/jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Tokenised corpora of the tests, apart from those of whoever runs them.
+os.environ["LARIMAR_CACHE"] = str(pathlib.Path(__file__).parents[1] / ".cache/corpora")
 
 import jax
 import pytest

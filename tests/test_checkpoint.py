@@ -76,7 +76,7 @@ def _restore(folder, mesh=(1, 1, 1), **options):
 def test_a_restore_is_exact_on_any_mesh(written, mesh):
     restored, stream = _restore(written, mesh)
     assert restored.step == 4 and restored.meta["config"] == {"a": 1}
-    assert set(restored.meta["versions"]) >= {"jax", "flax", "grain"}
+    assert set(restored.meta["environment"]["packages"]) >= {"jax", "flax", "grain"}
     for name, array in PARAMS.items():
         np.testing.assert_array_equal(restored.params[name], array + np.float32(4))
     for name, array in MEMORY.items():

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from larimar_jax.data import corpus, counterfact, episodes, zsre
+from larimar_jax.data import corpus, counterfact, episodes, pieces, zsre
 from larimar_jax.data.records import MalformedRecord
-from larimar_jax.weights import Tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -146,7 +145,7 @@ def test_sentences_end_where_people_would_end_them():
         'J. Smith, Jr. of the U.S. Army met Dr. Who at 5 p.m. on Jan. 3. "It rained." '
         "He left (St. Paul is far). Did he? Yes! 2001 was later, e.g. in Rome."
     )
-    assert corpus.sentences(text) == [
+    assert pieces.sentences(text) == [
         "J. Smith, Jr. of the U.S. Army met Dr. Who at 5 p.m. on Jan. 3.",
         '"It rained."',
         "He left (St. Paul is far).",
@@ -154,35 +153,49 @@ def test_sentences_end_where_people_would_end_them():
         "Yes!",
         "2001 was later, e.g. in Rome.",
     ]
-    assert corpus.sentences("  ") == []
+    assert pieces.sentences("  ") == []
 
 
 def test_chunks_hold_whole_words_and_no_more_tokens_than_asked():
     words = "one two three four five six seven unbelievably eight".split()
-    found = corpus.chunks(" ".join(words), 10, lambda text: len(text.strip()))
+    found = pieces.chunks(" ".join(words), 10, lambda text: len(text.strip()))
     assert all(len(chunk.replace(" ", "")) <= 10 for chunk in found)
     assert " ".join(found).split() == [word for word in words if len(word) <= 10]
 
 
+def _documents(name):
+    return list(corpus.open_corpus(str(name)).documents())
+
+
 def test_corpora_come_by_name_and_by_path(tmp_path):
     (tmp_path / "a.txt").write_text("First one.\nStill first.\n\n\nSecond.")
-    assert [d.text for d in corpus.documents(str(tmp_path / "a.txt"))] == [
-        "First one. Still first.",
-        "Second.",
-    ]
+    assert [d.text for d in _documents(tmp_path / "a.txt")] == ["First one. Still first.", "Second."]
     (tmp_path / "a.jsonl").write_text('{"text": "One.", "title": "A"}\n{"text": "Two."}\n')
-    assert [d.title for d in corpus.documents(str(tmp_path / "a.jsonl"))] == ["A", "Two."]
+    assert [d.title for d in _documents(tmp_path / "a.jsonl")] == ["A", "Two."]
     (tmp_path / "b.jsonl").write_text('{"text": "One."}\n{"title": "A"}\n')
     with pytest.raises(MalformedRecord, match=r"b.jsonl, record 1: field 'text'"):
-        corpus.documents(str(tmp_path / "b.jsonl"))
+        _documents(tmp_path / "b.jsonl")
     with pytest.raises(FileNotFoundError, match="wikipedia-summaries"):
-        corpus.documents("wikipedia")
-    with pytest.raises(ValueError, match="sentence, chunk"):
-        corpus.pieces([], "word", 4, len)
+        corpus.open_corpus("wikipedia")
+
+
+def test_a_corpus_is_another_when_its_file_is(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("One.")
+    first = corpus.open_corpus(str(path))
+    assert corpus.open_corpus(str(path)).identity == first.identity
+    assert list(first.documents()) == list(first.documents())
+    path.write_text("Two.")
+    assert corpus.open_corpus(str(path)).identity != first.identity
+
+
+def test_pieces_are_distinct():
+    texts = [corpus.Document("a", "One two three. Four five."), corpus.Document("b", "Four five.")]
+    assert list(pieces.pieces(texts, "sentence", 9, len)) == ["One two three.", "Four five."]
 
 
 def test_wikipedia_summaries_split_by_title():
-    documents = corpus.documents("wikipedia-summaries")
+    documents = _documents("wikipedia-summaries")
     held_out = [d.title for d in documents if d.held_out]
     assert len(documents) == 10_033
     assert 0.03 < len(held_out) / len(documents) < 0.05
@@ -190,32 +203,21 @@ def test_wikipedia_summaries_split_by_title():
     assert held_out[:3] == ["Actor", "Alternative rock", "Ancient Egyptian literature"]
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.train(["the cat sat on the mat and the dog ran after the cat"] * 3, 280)
-
-
-def test_pieces_are_framed_and_too_long_ones_dropped(tokenizer):
-    texts = ["the cat", "the mat and the dog", "zebra quickly jumped over lazy foxes again"]
-    pieces, dropped = episodes.tokenise(texts, tokenizer.framed(), tokenizer, 24, 16)
-    assert (len(pieces), dropped) == (2, 1)
-    for row, text in enumerate(texts[:2]):
-        ids = tokenizer.ids(text)
-        real = pieces.decoder_tokens[row][pieces.decoder_mask[row]].tolist()
-        assert real == [tokenizer.bos, *ids, tokenizer.eos]
-        assert pieces.decoder_mask[row].sum() == len(ids) + 2
-        assert (pieces.decoder_tokens[row][len(ids) + 2 :] == tokenizer.pad).all()
-        seen = pieces.encoder_tokens[row][pieces.encoder_mask[row]].tolist()
-        assert seen == [tokenizer.bos, *ids, tokenizer.eos]
-    with pytest.raises(episodes.TooFewPieces):
-        episodes.tokenise([], tokenizer, tokenizer, 16, 16)
-
-
-def _numbered(count: int) -> episodes.Pieces:
+@dataclasses.dataclass
+class _Numbered:
     """Pieces whose tokens are their own number."""
-    tokens = np.repeat(np.arange(count, dtype=np.int32)[:, None], 3, axis=1)
-    mask = np.ones((count, 3), bool)
-    return episodes.Pieces(tokens, mask, tokens, mask)
+
+    count: int
+
+    def __len__(self):
+        return self.count
+
+    def gather(self, rows):
+        tokens = np.repeat(rows[..., None].astype(np.int32), 3, axis=2)
+        mask = np.ones(tokens.shape, bool)
+        return dict(
+            encoder_tokens=tokens, encoder_mask=mask, decoder_tokens=tokens, decoder_mask=mask
+        )
 
 
 def _rows(batch) -> np.ndarray:
@@ -224,7 +226,7 @@ def _rows(batch) -> np.ndarray:
 
 def test_episodes_hold_different_texts_in_an_order_that_the_seed_decides():
     def epoch(seed):
-        stream = iter(episodes.episodes(_numbered(50), 4, 3, seed))
+        stream = iter(episodes.episodes(_Numbered(50), (4,), 3, seed))
         return np.concatenate([_rows(next(stream)) for _ in range(4)])
 
     first = epoch(0)
@@ -232,33 +234,65 @@ def test_episodes_hold_different_texts_in_an_order_that_the_seed_decides():
     assert len(np.unique(first)) == 48  # One pass: no text twice.
     np.testing.assert_array_equal(first, epoch(0))
     assert (first != epoch(1)).any()
-    two = list(episodes.episodes(_numbered(24), 4, 3, 0, epochs=2))
+    two = list(episodes.episodes(_Numbered(24), (4,), 3, 0, epochs=2))
     assert len(two) == 4
     first, second = (np.concatenate([_rows(b) for b in two[i : i + 2]]) for i in (0, 2))
     assert (first != second).any()
 
 
 def test_processes_share_each_batch():
-    whole = iter(episodes.episodes(_numbered(50), 4, 6, 5))
-    parts = [iter(episodes.episodes(_numbered(50), 4, 6, 5, process=(i, 3))) for i in range(3)]
+    whole = iter(episodes.episodes(_Numbered(50), (4,), 6, 5))
+    parts = [iter(episodes.episodes(_Numbered(50), (4,), 6, 5, process=(i, 3))) for i in range(3)]
     for _ in range(5):
         together = np.concatenate([_rows(next(part)) for part in parts])
         assert sorted(together.tolist()) == sorted(_rows(next(whole)).tolist())
     with pytest.raises(ValueError, match="do not divide"):
-        episodes.episodes(_numbered(50), 4, 5, 0, process=(0, 2))
+        episodes.episodes(_Numbered(50), (4,), 5, 0, process=(0, 2))
 
 
 def test_an_iterator_goes_on_where_its_state_was_taken():
-    stream = iter(episodes.episodes(_numbered(50), 4, 3, 0))
+    stream = iter(episodes.episodes(_Numbered(50), (4,), 3, 0))
     for _ in range(7):  # Past the first epoch.
         next(stream)
     state = stream.get_state()
     expected = [_rows(next(stream)) for _ in range(3)]
-    again = iter(episodes.episodes(_numbered(50), 4, 3, 0))
+    again = iter(episodes.episodes(_Numbered(50), (4,), 3, 0))
     again.set_state(state)
     np.testing.assert_array_equal(expected, [_rows(next(again)) for _ in range(3)])
 
 
 def test_too_small_a_corpus_says_so():
     with pytest.raises(episodes.TooFewPieces, match="11 pieces do not fill one batch of 3"):
-        episodes.episodes(_numbered(11), 4, 3, 0)
+        episodes.episodes(_Numbered(11), (4,), 3, 0)
+
+
+def test_sizes_are_mixed_and_an_epoch_is_all_pieces():
+    def batches(process=None, seed=1):
+        return list(episodes.episodes(_Numbered(130), (2, 5, 3), 4, seed, epochs=3, process=process))
+
+    whole = batches()
+    sizes = [_rows(batch).shape[1] for batch in whole]
+    assert len(whole) == 3 * 9 and all(sorted(sizes[i : i + 3]) == [2, 3, 5] for i in range(0, 27, 3))
+    assert len(set(map(tuple, np.reshape(sizes, (9, 3))))) > 1
+    for epoch in range(3):
+        rows = np.concatenate([_rows(b).ravel() for b in whole[9 * epoch : 9 * epoch + 9]])
+        assert len(np.unique(rows)) == len(rows) == 120
+    halves = [batches((i, 2)) for i in range(2)]
+    for one, parts in zip(whole, zip(*halves, strict=True), strict=True):
+        np.testing.assert_array_equal(_rows(one), np.concatenate([_rows(p) for p in parts]))
+
+
+def test_workers_and_their_state(tmp_path):
+    def stream():
+        return iter(episodes.episodes(_Numbered(50), (4, 2), 3, 0, workers=2))
+
+    alone = iter(episodes.episodes(_Numbered(50), (4, 2), 3, 0))
+    expected = [_rows(next(alone)) for _ in range(6)]
+    first = stream()
+    for batch in expected[:3]:
+        np.testing.assert_array_equal(_rows(next(first)), batch)
+    state = first.get_state()
+    again = stream()
+    again.set_state(state)
+    for batch in expected[3:]:
+        np.testing.assert_array_equal(_rows(next(again)), batch)

@@ -47,14 +47,14 @@ FLOORS = {
     "convert": 5,
     "demo": 6,
     "formats": 6,
+    "runs": 6,
     "cli": 6,
 }
 APART = ("encoders", "decoders", "memory")
-# Imported only where somebody asks for a data set by its id, or for a comparison of speeds, as
-# setup.py's extras `hub` and `compare`.
-OPTIONAL = {"datasets", "torch", "transformers"}
+# Imported only for a comparison of speeds: setup.py's extra `compare`.
+OPTIONAL = {"torch", "transformers"}
 # What an import is called where its distribution is called something else.
-DISTRIBUTIONS = {"orbax": "orbax-checkpoint"}
+DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "absl": "absl-py"}
 
 
 def dotted(path):

@@ -15,7 +15,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from larimar_jax import config as configs
-from larimar_jax.train import export, loop, metrics, sharding
+from larimar_jax.train import export, folder, guard, loop, metrics, sharding
 from larimar_jax.train.step import Stepper, initialise
 
 ROOT = Path(__file__).parents[1]
@@ -139,12 +139,12 @@ def tiny(tmp_path_factory) -> configs.Config:
 @pytest.fixture(scope="module")
 def whole(tiny, tmp_path_factory):
     """A run from beginning to end: (its folder, its outcome)."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    return folder, loop.train(tiny, folder, progress=False)
+    run = tmp_path_factory.mktemp("whole") / "run"
+    return run, loop.train(tiny, run, progress=False)
 
 
-def _losses(folder: Path) -> dict[int, float]:
-    lines = metrics.read(folder / "metrics.jsonl")
+def _losses(run: Path) -> dict[int, float]:
+    lines = metrics.read(run / "metrics.jsonl")
     return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
 
 
@@ -153,9 +153,9 @@ def _train(config: configs.Config, **changes) -> configs.Config:
 
 
 def test_the_loss_falls_and_everything_is_written_down(tiny, whole):
-    folder, outcome = whole
+    run, outcome = whole
     assert outcome.finished and outcome.step == STEPS
-    lines = metrics.read(folder / "metrics.jsonl")
+    lines = metrics.read(run / "metrics.jsonl")
     evaluations = {line["step"]: line for line in lines if line["kind"] == "evaluation"}
     assert list(evaluations) == [0, 12, 24]
     start, end = evaluations[0]["reconstruction"], evaluations[24]["reconstruction"]
@@ -166,8 +166,8 @@ def test_the_loss_falls_and_everything_is_written_down(tiny, whole):
     assert [line["step"] for line in training] == list(range(1, STEPS + 1))
     assert {"reconstruction", "autoencoding", "language", "kl", "beta"} < set(training[0])
     assert training[0]["tokens_per_second"] > 0
-    assert list((folder / "tensorboard").iterdir())
-    assert json.loads((folder / "config.json").read_text()) == configs.to_dict(tiny)
+    assert list((run / "tensorboard").iterdir())
+    assert json.loads((run / "config.json").read_text()) == configs.to_dict(tiny)
 
 
 def test_the_export_holds_the_model_that_was_trained(tiny, whole):
@@ -202,8 +202,8 @@ loop.train(config.parse(json.loads(sys.argv[2])), sys.argv[3], progress=False)
 
 
 def test_a_killed_run_goes_on_bit_for_bit(tiny, whole, quick_compilation, tmp_path):
-    folder = tmp_path / "run"
-    values = json.dumps(quick_compilation), json.dumps(configs.to_dict(tiny)), str(folder)
+    run = tmp_path / "run"
+    values = json.dumps(quick_compilation), json.dumps(configs.to_dict(tiny)), str(run)
     killed = subprocess.run(
         [sys.executable, "-c", _KILLED, *values],
         cwd=ROOT,
@@ -212,13 +212,13 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny, whole, quick_compilation, tmp_pa
         timeout=300,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    before = _losses(folder)
+    before = _losses(run)
     assert max(before) == 19
-    saved = [int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit()]
+    saved = [int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit()]
     assert saved and max(saved) < 19
-    assert loop.train(tiny, folder, progress=False).finished
-    _same_run(folder, whole[0])
-    assert all(_losses(folder)[step] == loss for step, loss in before.items())
+    assert loop.train(tiny, run, progress=False).finished
+    _same_run(run, whole[0])
+    assert all(_losses(run)[step] == loss for step, loss in before.items())
 
 
 def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(tiny, whole, tmp_path, monkeypatch, capfd):
@@ -251,19 +251,19 @@ def _same_run(one: Path, other: Path) -> None:
 
 
 def test_a_folder_of_another_config_is_refused_and_harmless_changes_are_not(tiny, whole):
-    folder, outcome = whole
+    run, outcome = whole
     other = dataclasses.replace(
         _train(tiny, learning_rate=0.1), data=dataclasses.replace(tiny.data, seed=9)
     )
-    with pytest.raises(loop.OtherRun) as error:
-        loop.train(other, folder, progress=False)
+    with pytest.raises(folder.OtherRun) as error:
+        loop.train(other, run, progress=False)
     assert "data.seed: 0 in the folder, 9 now" in str(error.value)
     assert "train.learning_rate: 0.02 in the folder, 0.1 now" in str(error.value)
-    before = (folder / "metrics.jsonl").read_text()
-    again = loop.train(_train(tiny, log_every=1, mesh=(8, 1, 1)), folder, progress=False)
+    before = (run / "metrics.jsonl").read_text()
+    again = loop.train(_train(tiny, log_every=1, mesh=(8, 1, 1)), run, progress=False)
     assert again.finished and again.step == STEPS
     assert again.evaluation["language"] == pytest.approx(outcome.evaluation["language"], rel=1e-5)
-    assert (folder / "metrics.jsonl").read_text() == before
+    assert (run / "metrics.jsonl").read_text() == before
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_cause(tiny, tmp_path, monkeypatch):
@@ -273,7 +273,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_cause(tiny, tmp_p
         return skeleton, {**parameters, name: parameters[name].at[5, 3].set(jnp.inf)}
 
     monkeypatch.setattr(loop, "initialise", poisoned)
-    with pytest.raises(loop.NonFiniteLoss, match="step 1: .* is parameter decoder/word/embedding"):
+    with pytest.raises(guard.BadStep, match="step 1: .* is parameter decoder/word/embedding"):
         loop.train(tiny, tmp_path, progress=False)
     assert not list((tmp_path / "checkpoints").iterdir())
 

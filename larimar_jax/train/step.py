@@ -12,10 +12,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
-from larimar_jax import layers, model, objective
+from larimar_jax import layers, linalg, model, objective
 from larimar_jax.config import make_memory
 from larimar_jax.settings import Config
-from larimar_jax.train import optimizer, sharding
+from larimar_jax.train import edits, flops, optimizer, sharding
 
 Metrics = dict[str, Array]
 
@@ -111,6 +111,7 @@ class Stepper:
     def __init__(self, config: Config, skeleton: Skeleton, mesh: Mesh):
         self._config, self._skeleton, self._mesh = config, skeleton, mesh
         self._memory = make_memory(config)
+        self._flops: dict[int, int] = {}
         self._optimizer = optimizer.make(config.train)
         self._rate = optimizer.learning_rate(config.train)
         self._over = sharding.per_episode(mesh)
@@ -152,8 +153,14 @@ class Stepper:
             out_shardings=(self.state_shardings, whole),
             donate_argnums=0,
         )
+        # What `step` compiles, for whoever wants to look inside.
+        self.traced: Callable[..., tuple[TrainState, Metrics]] = self._step
         self.evaluate: Callable[..., Metrics] = jax.jit(
             self._evaluate, in_shardings=(None, self._frozen, self._batch), out_shardings=whole
+        )
+
+        self.edit: Callable[..., Metrics] = jax.jit(
+            self._edits, in_shardings=(None, self._frozen, whole), out_shardings=whole
         )
 
     def abstract(self) -> TrainState:
@@ -173,6 +180,17 @@ class Stepper:
         }
         frozen = {name: self._skeleton.parameters[name] for name in self.frozen}
         return self.abstract(), _placed(frozen, self._frozen), _placed(batch, self._batch)
+
+    def flops(self, episode: int) -> int:
+        """FLOPs of a step's matrix products on all devices, without what remat computes again."""
+        if episode not in self._flops:
+            config, stepper = self._config, self
+            if config.model.remat != "none":
+                lean = dataclasses.replace(config.model, remat="none")
+                config = dataclasses.replace(config, model=lean)
+                stepper = Stepper(config, Skeleton(model.abstract(config)), self._mesh)
+            self._flops[episode] = flops.count(stepper.traced, *stepper.arguments(episode))
+        return self._flops[episode]
 
     def freeze(self, parameters: Mapping[str, Array]) -> dict[str, Array]:
         """The frozen ones of all parameters, where a step wants them."""
@@ -276,7 +294,18 @@ class Stepper:
         weights = dataclasses.replace(
             self._config.objective, reconstruction=1.0, autoencoding=1.0, language=1.0
         )
-        return self._losses(params, frozen, batch, None, weights, jnp.float32(0.0), None)[1]
+        terms = self._losses(params, frozen, batch, None, weights, jnp.float32(0.0), None)[1]
+        larimar = self._skeleton.model({**params, **frozen})
+        with layers.placed_by(sharding.placement(self._mesh)):
+            base = objective.untouched(larimar, batch, objective.counts(batch, weights))
+        condition = linalg.matrix_condition(larimar.memory.prior[...])
+        return {**terms, "base": base, "memory_condition": condition}
+
+    def _edits(
+        self, params: dict[str, Array], frozen: dict[str, Array], texts: dict[str, Array]
+    ) -> Metrics:
+        larimar = self._skeleton.model({**params, **frozen})
+        return edits.score(larimar, texts, self._config.editing.ridge)
 
     def _losses(self, params, frozen, batch, keys, weights, beta, divide):
         larimar = self._skeleton.model({**params, **frozen})

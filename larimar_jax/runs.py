@@ -1,0 +1,144 @@
+"""`larimar train` and `larimar plan`: a run, and what it will take.
+
+Everything heavy is imported inside its command, as in cli.py.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+# A device's peak and its link, of an A100: dense bfloat16 and NVLink 3, one direction (data sheet).
+A100_FLOPS, A100_LINK = 312e12, 300e9
+
+
+def _run(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--config", required=True, metavar="FILE", help="a file with get_config()")
+    made.add_argument(
+        "--set",
+        dest="overrides",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings that differ from the file, such as train.steps=200",
+    )
+
+
+def train_options(made: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
+    """The options of `larimar train`."""
+    made.description = (
+        "Trains a model, or goes on with a run that was stopped. SIGTERM saves and ends with exit "
+        "code 75, which asks to be run again; so does a run whose peers have died. Several processes, "
+        "on one host or on many, are one run: each is given the same command and its place."
+    )
+    _run(made)
+    made.add_argument("--run", required=True, metavar="DIR", help="folder of the run, seen by all")
+    made.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="where process 0 listens; without it, what LARIMAR_COORDINATOR, LARIMAR_PROCESSES and "
+        "LARIMAR_PROCESS say, or SLURM; else one process",
+    )
+    made.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    made.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
+    made.set_defaults(command=train)
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """larimar train"""
+    from larimar_jax import config
+    from larimar_jax.train import distributed
+
+    place = (arguments.coordinator, arguments.processes, arguments.process)
+    distributed.initialise(distributed.place(*place, os.environ))
+    from larimar_jax.train import loop
+
+    values = config.override(config.load_dict(find(arguments.config)), arguments.overrides)
+    outcome = loop.train(config.parse(values), arguments.run)
+    return 0 if outcome.finished else distributed.RETRY
+
+
+def plan_options(made: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
+    """The options of `larimar plan`."""
+    made.description = (
+        "Compiles the real training step for devices that need not be there, and says what each would "
+        "hold, send and compute. Weights are not needed where the config gives the towers' sizes."
+    )
+    _run(made)
+    made.add_argument("--devices", type=int, required=True, metavar="N", help="how many")
+    made.add_argument("--memory", default="80GB", metavar="SIZE", help="of each (%(default)s)")
+    made.add_argument(
+        "--flops",
+        type=float,
+        default=A100_FLOPS,
+        metavar="RATE",
+        help="FLOP/s that a device reaches (%(default).3g, the peak of an A100 in bfloat16: take what "
+        "yours reaches)",
+    )
+    made.add_argument(
+        "--link",
+        type=float,
+        default=A100_LINK,
+        metavar="RATE",
+        help="bytes/s that a device sends (%(default).3g, NVLink 3)",
+    )
+    made.add_argument("--json", action="store_true", help="numbers for a program")
+    made.set_defaults(command=plan)
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """larimar plan; exit code 1 where it does not fit."""
+    # Before JAX starts: it makes as many devices as it is told then.
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={arguments.devices}"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from larimar_jax.train import plan as plans
+
+    memory = plans.parse(arguments.memory)
+    config = plans.load(find(arguments.config), arguments.overrides, arguments.devices)
+    print("compiling the step", file=sys.stderr)
+    found = plans.plan(config)
+    if arguments.json:
+        print(json.dumps(plans.numbers(found, memory, arguments.flops, arguments.link), indent=1))
+    else:
+        print(plans.show(found, memory, arguments.flops, arguments.link))
+    if found.fits(memory):
+        return 0
+    tried = []
+    for what, changed in plans.changes(config):
+        tried.append(what)
+        print(f"compiling with {' '.join(tried)}", file=sys.stderr)
+        found = plans.plan(changed)
+        if found.fits(memory):
+            print(f"\nit fits ({found.total / 1e9:.2f} GB) with\n  --set " + " ".join(tried))
+            return 1
+    print(
+        f"\nnone of these makes it fit ({found.total / 1e9:.2f} GB left): {' '.join(tried)}. Take more "
+        "devices, a smaller data.batch, or train less of it (train.frozen, model.lora)."
+    )
+    return 1
+
+
+def find(name: str) -> Path:
+    """A config by its path from here, or from the clone that the package is installed from."""
+    path = Path(name)
+    beside = PACKAGE.parent / path
+    return beside if not path.exists() and beside.exists() else path
+
+
+# name: (what it does, an example, its options), for cli.py.
+COMMANDS = {
+    "train": (
+        "train a model, or go on with a run that was stopped",
+        "larimar train --config=configs/tiny.py --run runs/tiny --set train.steps=200",
+        train_options,
+    ),
+    "plan": (
+        "say whether a run will fit its devices, and how long it will take",
+        "larimar plan --config=configs/larimar_6b.py --devices 8 --memory 80GB",
+        plan_options,
+    ),
+}

@@ -1,0 +1,141 @@
+"""Several processes as one run: who they are, and how they end when one of them is lost."""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+
+# What a process ends with that wants to be run again: EX_TEMPFAIL of sysexits.h. The scripts in
+# launch/ look for it.
+RETRY = 75
+
+# Seconds. A peer that does not beat for so long is dead, and so is a coordinator that cannot be
+# reached for so long at the start.
+HEARTBEAT, START = 100, 300
+
+_OURS = ("LARIMAR_COORDINATOR", "LARIMAR_PROCESSES", "LARIMAR_PROCESS")
+
+
+class PlaceError(ValueError):
+    """What says which process this is does not add up."""
+
+
+class Place(NamedTuple):
+    """coordinator: host:port where process 0 listens. count, index: of processes."""
+
+    coordinator: str
+    count: int
+    index: int
+
+
+def place(
+    coordinator: str | None,
+    count: int | None,
+    index: int | None,
+    environment: Mapping[str, str],
+) -> Place | None:
+    """Which process this is: from arguments, LARIMAR_* or SLURM's variables; None if it is the only one.
+
+    SLURM says how many tasks there are and which this is; where process 0 listens has to be said,
+    as LARIMAR_COORDINATOR (launch/slurm.sbatch does).
+
+    Raises:
+        PlaceError: some of the three are said and not all, or they are no numbers that fit.
+    """
+    said = [coordinator, count, index]
+    origin = ("--coordinator", "--processes", "--process")
+    if all(value is None for value in said):
+        said, origin = [environment.get(name) for name in _OURS], _OURS
+        if said[0] and said[1] is None and said[2] is None and "SLURM_PROCID" in environment:
+            slurm = ("SLURM_NTASKS", "SLURM_PROCID")
+            said[1:], origin = [environment.get(name) for name in slurm], (_OURS[0], *slurm)
+    if all(value in (None, "") for value in said):
+        return None
+    missing = [name for name, value in zip(origin, said, strict=True) if value in (None, "")]
+    if missing:
+        raise PlaceError(
+            f"{', '.join(missing)}: missing. Several processes need all of {', '.join(origin)}; one "
+            "needs none of them."
+        )
+    try:
+        found = Place(str(said[0]), int(said[1]), int(said[2]))
+    except ValueError as error:
+        raise PlaceError(f"{origin[1]} and {origin[2]} are numbers, not {said[1:]}") from error
+    if not 0 <= found.index < found.count:
+        raise PlaceError(
+            f"{origin[2]} is {found.index} of {found.count}: processes are counted from 0"
+        )
+    if ":" not in found.coordinator:
+        raise PlaceError(f"{origin[0]} is {found.coordinator!r}; write it as host:port")
+    return found if found.count > 1 else None
+
+
+def initialise(where: Place | None, *, heartbeat: int = HEARTBEAT, start: int = START) -> None:
+    """Joins the other processes; with None there are none. Before anything of JAX is used.
+
+    JAX's coordination service ends every process when one of them has not been heard of for
+    `heartbeat` seconds.
+
+    Raises:
+        PlaceError: the others did not come within `start` seconds.
+    """
+    if where is None:
+        return
+    try:
+        jax.distributed.initialize(
+            where.coordinator,
+            where.count,
+            where.index,
+            initialization_timeout=start,
+            heartbeat_timeout_seconds=heartbeat,
+        )
+    except RuntimeError as error:
+        raise PlaceError(
+            f"process {where.index} of {where.count} could not join the others at "
+            f"{where.coordinator} within {start} s ({' '.join(str(error).split())[:200]}). Is process "
+            "0 running there, is the port open between the hosts, and does every process have the "
+            "same coordinator and count?"
+        ) from error
+
+
+class Watchdog:
+    """Ends the process when no step has come for `seconds`; a collective whose peer hangs never returns.
+
+    As a context: `with Watchdog(900) as dog`, and `dog.beat()` after every step. 0 seconds: never.
+    The process ends with RETRY, after the stacks of all its threads on stderr.
+    """
+
+    def __init__(self, seconds: float):
+        self._seconds, self._beaten, self._done = seconds, time.monotonic(), threading.Event()
+
+    def __enter__(self) -> "Watchdog":
+        if self._seconds:
+            self.beat()
+            threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._done.set()
+
+    def beat(self) -> None:
+        """A step is done."""
+        self._beaten = time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._done.wait(min(1.0, self._seconds / 10)):
+            silent = time.monotonic() - self._beaten
+            if silent > self._seconds:
+                sys.stderr.write(
+                    f"larimar: no step for {silent:.0f} s (train.stall is {self._seconds:g}). A peer "
+                    "or the storage hangs; this process ends, and asks to be run again. Where it "
+                    "waits:\n"
+                )
+                sys.stderr.flush()
+                faulthandler.dump_traceback(all_threads=True)
+                # Not sys.exit: what hangs holds the main thread, and would hold the exit too.
+                os._exit(RETRY)
