@@ -7,7 +7,9 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent
 # A device's peak and its link, of an A100: dense bfloat16 and NVLink 3, one direction (data sheet).
@@ -57,8 +59,28 @@ def train(arguments: argparse.Namespace) -> int:
     from larimar_jax.train import loop
 
     values = config.override(config.load_dict(find(arguments.config)), arguments.overrides)
-    outcome = loop.train(config.parse(values), arguments.run)
-    return 0 if outcome.finished else distributed.RETRY
+    return outcome(lambda: loop.train(config.parse(values), arguments.run))
+
+
+def outcome(run: Callable[[], Any]) -> int:
+    """The exit code of a run: 0 when it is finished, 75 when it is to be run again.
+
+    That is after SIGTERM, and where a peer was lost: the collective that waits for it fails then, and
+    nothing here can be waited for any more, not even at exit.
+    """
+    import jax
+
+    from larimar_jax.train import distributed
+
+    try:
+        return 0 if run().finished else distributed.RETRY
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        said = " ".join(str(error).split())[:300]
+        print(f"larimar: a peer was lost ({said}); this asks to be run again", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(distributed.RETRY)
 
 
 def plan_options(made: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from larimar_jax.data.corpus import sentences
+from larimar_jax.data.pieces import sentences
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from larimar_jax import cli
+from larimar_jax import cli, runs
 
 COMMANDS = (
     "demo", "edit", "ask", "forget", "list", "train", "bench", "bench counterfact", "bench generation",
@@ -108,12 +108,12 @@ def test_stopping_by_hand_says_how_to_go_on(monkeypatch, capsys):
     def stopped(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "train", stopped)
+    monkeypatch.setattr(runs, "train", stopped)
     assert cli.main(["train", "--config", "a", "--run", "b"]) == 130
     assert "goes on from the last checkpoint" in capsys.readouterr().err
 
 
 def test_a_config_is_found_from_any_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert cli._config("tests/conftest.py").exists()
-    assert cli._config("configs/none.py") == cli.Path("configs/none.py")
+    assert runs.find("tests/conftest.py").exists()
+    assert runs.find("configs/none.py") == cli.Path("configs/none.py")

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -40,6 +41,7 @@ FLOORS = {
     "train.optimizer": 4,
     "train.checkpoint": 4,
     "train.export": 4,
+    "train.environment": 4,
     "train": 5,
     "pretrained": 5,
     "session": 5,
@@ -98,6 +100,18 @@ def test_imports_go_down(path):
         first, theirs = own.split(".")[0], other.split(".")[0]
         if first in APART and theirs in APART:
             assert first == theirs, f"{own} imports {other}: {', '.join(APART)} stay apart"
+
+
+def test_importing_touches_no_device():
+    """Several processes join after the imports and before JAX looks for devices."""
+    script = (
+        "import sys; from jax._src import xla_bridge; import importlib;"
+        "[importlib.import_module(name) for name in sys.argv[1:]];"
+        "sys.exit(bool(xla_bridge._backends))"
+    )
+    names = [".".join(("larimar_jax", dotted(path))).rstrip(".") for path in MODULES]
+    done = subprocess.run([sys.executable, "-c", script, *names], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_import_is_declared():

@@ -9,6 +9,7 @@ ones; the checksums find what was damaged later, on the disk.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import re
@@ -23,7 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from larimar_jax.train import environment
+from larimar_jax.train.environment import describe
 
 ARRAYS = ("params", "memory", "optimizer")
 
@@ -104,7 +105,7 @@ class Checkpoints:
                         "step": step,
                         "processes": jax.process_count(),
                         "evaluation": None if evaluation is None else dict(evaluation),
-                        "environment": environment.describe(),
+                        "environment": describe(),
                         "checksums": sums,
                     }
                 ),
@@ -228,7 +229,7 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """
     found = {}
     for item in ("params", "memory"):
-        metadata = _HANDLER.metadata(_step_folder(path) / item).item_metadata.tree
+        metadata = _reader().metadata(_step_folder(path) / item).item_metadata.tree
         found |= {name.replace(".", "/"): tuple(leaf.shape) for name, leaf in metadata.items()}
     return found
 
@@ -255,7 +256,7 @@ def load_parts(path: Path, like: Mapping[str, jax.Array]) -> dict[str, jax.Array
             name: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
             for name, leaf in named.items()
         }
-        read = _HANDLER.restore(
+        read = _reader().restore(
             folder / item,
             args=ocp.args.PyTreeRestore(item=named, restore_args=wanted, partial_restore=True),
         )
@@ -267,7 +268,10 @@ def load_parts(path: Path, like: Mapping[str, jax.Array]) -> dict[str, jax.Array
     return found
 
 
-_HANDLER = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+@functools.cache
+def _reader() -> ocp.Checkpointer:
+    # Made when it is needed: it asks JAX for its devices, and several processes join before that.
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
 
 def _step_folder(path: Path) -> Path:
