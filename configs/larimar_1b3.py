@@ -1,6 +1,6 @@
 """Larimar-1.3B of the paper: BERT-large and GPT-2 large, episodes of 16 facts (its config C3).
 
-command   launch/multi_gpu.sh configs/larimar_1b3.py runs/larimar_1b3
+command   launch/local.sh configs/larimar_1b3.py runs/larimar_1b3
 hardware  8 A100 with 80 GB; `larimar plan --config configs/larimar_1b3.py` says what it needs of each
 expected  perplexity 14.6 on WikiText-103 (the paper's; 2 epochs of 7.6 million chunks)
 """

@@ -1,6 +1,6 @@
 """Larimar-6B of the paper: BERT-large and GPT-J-6B, episodes of 5 facts (its config C1).
 
-command   launch/multi_gpu.sh configs/larimar_6b.py runs/larimar_6b
+command   launch/local.sh configs/larimar_6b.py runs/larimar_6b
 hardware  8 A100 with 80 GB; `larimar plan --config configs/larimar_6b.py` says what it needs of each
 expected  perplexity 15.9 on WikiText-103 (the paper's; 10 epochs of 7.6 million chunks)
 """

@@ -13,10 +13,7 @@ ROOT = Path(__file__).parents[1]
 # What each process runs: `larimar train` in all but argv, with a death in the middle where told.
 _SCRIPT = """
 import json, os, signal, sys
-settings, values, run, place, death, stall = map(json.loads, sys.argv[1:])
-import jax
-for name, value in settings.items():
-    jax.config.update(name, value)
+values, run, place, death = map(json.loads, sys.argv[1:])
 from larimar_jax import config, runs
 from larimar_jax.train import distributed, loop, step
 distributed.initialise(distributed.Place(*place) if place else None, heartbeat=10, start=60)
@@ -44,7 +41,7 @@ def free_port() -> int:
         return listening.getsockname()[1]
 
 
-def start(settings, values, run, *, count=1, devices=8, deaths=None):
+def start(values, run, *, count=1, devices=8, deaths=None):
     """Starts `count` processes with `devices` in all; `deaths` is {index: {step, signal}}."""
     coordinator = f"127.0.0.1:{free_port()}"
     environment = os.environ | {
@@ -56,7 +53,7 @@ def start(settings, values, run, *, count=1, devices=8, deaths=None):
     for index in range(count):
         place = [coordinator, count, index] if count > 1 else None
         death = (deaths or {}).get(index)
-        said = [json.dumps(x) for x in (settings, values, str(run), place, death, 0)]
+        said = [json.dumps(x) for x in (values, str(run), place, death)]
         line = [sys.executable, "-c", _SCRIPT, *said]
         started.append(
             subprocess.Popen(

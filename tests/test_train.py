@@ -12,128 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+import world
 
 from larimar_jax import config as configs
 from larimar_jax.train import export, folder, guard, loop, metrics, sharding
 from larimar_jax.train.step import Stepper, initialise
 
 ROOT = Path(__file__).parents[1]
-STEPS = 24
-
-
-def _texts() -> list[str]:
-    """A world of 600 sentences in which the subject, and nothing else, tells the rest."""
-    rng = np.random.default_rng(0)
-    syllables = ["ba", "do", "ki", "lu", "me", "no", "pa", "ri", "so", "tu"]
-    words = ["".join(rng.choice(syllables, 2)) for _ in range(600)]
-    verbs, places = ["likes", "sees", "finds"], ["rome", "oslo", "cairo", "lima"]
-    return [f"{w.title()} {rng.choice(verbs)} {rng.choice(places)}." for w in words]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory):
-    """Programs this small take seconds to optimise and milliseconds to run; and they recur."""
-    settings = dict(
-        jax_disable_most_optimizations=True,
-        jax_compilation_cache_dir=str(tmp_path_factory.mktemp("compiled")),
-        jax_persistent_cache_min_compile_time_secs=0.0,
-        jax_persistent_cache_min_entry_size_bytes=-1,
-    )
-    before = dict(
-        jax_disable_most_optimizations=False,
-        **{name: getattr(jax.config, name) for name in list(settings)[1:]},
-    )
-    for values in (settings, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is settings:
-            yield settings
+STEPS = world.STEPS
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> configs.Config:
     """The smallest Larimar that learns, over a corpus of its own."""
-    corpus = tmp_path_factory.mktemp("corpus") / "world.jsonl"
-    lines = (json.dumps({"text": text}) + "\n" for text in dict.fromkeys(_texts()))
-    corpus.write_text("".join(lines))
-    tower = dict(vocab_size=300, width=16, depth=1, heads=2, mlp=32, max_length=20)
-    values = dict(
-        name="test",
-        model=dict(
-            encoder=dict(
-                family="bert", **tower, type_vocab=1, norm_eps=1e-6, pooling="mean", normalize=False
-            ),
-            decoder=dict(family="gpt2", **tower, norm_eps=1e-5),
-            latent=16,
-            slots_per_layer=1,
-            tied_slots=True,
-            lexicon=None,
-            lora=None,
-            dtype="float32",
-            remat="none",
-        ),
-        memory=dict(
-            variant="newton_schulz",
-            slots=8,
-            initial="identity",
-            noise=1e-6,
-            initial_log_variance=-6.0,
-            variance="scalar",
-            address="posterior",
-            steps=15,
-            log_start=-5.0,
-        ),
-        objective=dict(
-            reconstruction=1.0,
-            autoencoding=1.0,
-            kl=1e-3,
-            kl_cycles=2,
-            free_bits=0.0,
-            language=1.0,
-            count_padding=False,
-        ),
-        data=dict(
-            corpus=str(corpus),
-            unit="sentence",
-            episode=(2,),
-            batch=8,
-            encoder_tokens=20,
-            decoder_tokens=20,
-            vocabulary=300,
-            workers=0,
-            seed=0,
-        ),
-        train=dict(
-            steps=STEPS,
-            optimizer="adamw",
-            learning_rate=2e-2,
-            warmup_steps=2,
-            decay="linear",
-            weight_decay=0.01,
-            clip_norm=1.0,
-            accumulate=1,
-            ema=0.0,
-            frozen=["^encoder/position/"],
-            start_from=None,
-            mesh=(1, 1, 1),
-            layout="zero3",
-            memory_layout="replicated",
-            on_bad_step="stop",
-            spike=0.0,
-            log_every=5,
-            evaluate_every=12,
-            edits=0,
-            checkpoint_every=8,
-            keep=2,
-            best=None,
-            stall=0.0,
-            seed=0,
-        ),
-        editing=dict(ridge=1e-2, scope_threshold=0.65),
-    )
-    return configs.load(values)
+    return world.config(world.write(tmp_path_factory.mktemp("corpus") / "world.jsonl"))
 
 
 @pytest.fixture(scope="module")
@@ -195,15 +87,13 @@ class Deadly(MetricsLog):
             os.kill(os.getpid(), signal.SIGKILL)
 
 loop.MetricsLog = Deadly
-for name, value in json.loads(sys.argv[1]).items():
-    jax.config.update(name, value)
-loop.train(config.parse(json.loads(sys.argv[2])), sys.argv[3], progress=False)
+loop.train(config.parse(json.loads(sys.argv[1])), sys.argv[2], progress=False)
 """
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tiny, whole, quick_compilation, tmp_path):
+def test_a_killed_run_goes_on_bit_for_bit(tiny, whole, tmp_path):
     run = tmp_path / "run"
-    values = json.dumps(quick_compilation), json.dumps(configs.to_dict(tiny)), str(run)
+    values = json.dumps(configs.to_dict(tiny)), str(run)
     killed = subprocess.run(
         [sys.executable, "-c", _KILLED, *values],
         cwd=ROOT,

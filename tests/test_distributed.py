@@ -1,0 +1,142 @@
+"""Two real processes: the losses of one, and an end in bounded time when one of them is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import processes
+import pytest
+import world
+
+from larimar_jax import config as configs
+from larimar_jax.train import distributed, export, metrics
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory):
+    corpus = world.write(tmp_path_factory.mktemp("corpus") / "world.jsonl")
+    made = world.config(
+        corpus, mesh=[2, 4, 1], steps=STEPS, checkpoint_every=4, evaluate_every=20, edits=4
+    )
+    return configs.to_dict(made)
+
+
+def _losses(run):
+    lines = metrics.read(run / "metrics.jsonl")
+    return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
+
+
+@pytest.fixture(scope="module")
+def two(values, tmp_path_factory):
+    """The folder of a run of two processes that nothing disturbed."""
+    run = tmp_path_factory.mktemp("two") / "run"
+    ends = processes.finish(processes.start(values, run, count=2))
+    assert [code for code, _ in ends] == [0, 0], ends
+    return run
+
+
+def test_two_processes_have_the_losses_of_one(values, two, tmp_path):
+    run = tmp_path / "run"
+    [(code, said)] = processes.finish(processes.start(values, run))
+    assert code == 0, said
+    one, other = _losses(run), _losses(two)
+    assert list(one) == list(other) == list(range(1, STEPS + 1))
+    assert one[STEPS] < 0.8 * one[1]
+    np.testing.assert_allclose(list(other.values()), list(one.values()), rtol=1e-5)
+    mine, theirs = (export.load_exported(f / "model.safetensors")[0] for f in (run, two))
+    assert mine.keys() == theirs.keys()
+    for name, array in mine.items():
+        np.testing.assert_allclose(theirs[name], array, atol=3e-3, err_msg=name)
+
+
+def test_a_killed_process_ends_the_others_and_the_run_goes_on_bit_for_bit(values, two, tmp_path):
+    run = tmp_path / "run"
+    begun = time.monotonic()
+    deaths = {1: {"step": 11, "signal": "SIGKILL"}}
+    ends = processes.finish(processes.start(values, run, count=2, deaths=deaths))
+    # 134 in a shell: JAX's coordination service ends a process whose peer is gone.
+    assert ends[1][0] == -signal.SIGKILL and ends[0][0] in (-signal.SIGABRT, distributed.RETRY), ends
+    assert time.monotonic() - begun < 120
+    before = _losses(run)
+    assert 8 <= max(before) < STEPS
+    ends = processes.finish(processes.start(values, run, count=2))
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert _losses(run) == _losses(two)
+    assert all(_losses(run)[step] == loss for step, loss in before.items())
+
+
+def test_a_hung_process_ends_the_others(values, tmp_path):
+    values = json.loads(json.dumps(values))
+    values["train"]["stall"] = 8.0
+    deaths = {1: {"step": 3, "signal": "SIGSTOP"}}
+    started = processes.start(values, tmp_path / "run", count=2, deaths=deaths)
+    (code, said), _ = processes.finish(started[:1], 120)[0], started[1].kill()
+    started[1].communicate()
+    # Whichever is first: the watchdog, or the heartbeat that a stopped process does not send.
+    assert code in (distributed.RETRY, -signal.SIGABRT), said
+
+
+def test_sigterm_stops_all_after_the_same_step(values, tmp_path):
+    deaths = {0: {"step": 4, "signal": "SIGTERM"}}
+    ends = processes.finish(processes.start(values, tmp_path / "run", count=2, deaths=deaths))
+    assert [code for code, _ in ends] == [distributed.RETRY] * 2, ends
+    steps = _losses(tmp_path / "run")
+    assert 4 <= max(steps) < STEPS
+    assert (tmp_path / "run" / "checkpoints" / str(max(steps))).is_dir()
+
+
+def test_the_watchdog_ends_a_process_that_does_not_move():
+    script = (
+        "import time; from larimar_jax.train.distributed import Watchdog\n"
+        "with Watchdog(0.5) as dog:\n"
+        "    for _ in range(4): time.sleep(0.25); dog.beat()\n"
+        "    print('moved', flush=True); time.sleep(60)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
+    assert done.returncode == distributed.RETRY and done.stdout == "moved\n"
+    assert "no step for" in done.stderr and "time.sleep" not in done.stdout
+
+
+def test_a_process_knows_its_place():
+    ours = dict(LARIMAR_COORDINATOR="a:1", LARIMAR_PROCESSES="3", LARIMAR_PROCESS="2")
+    slurm = dict(LARIMAR_COORDINATOR="a:1", SLURM_NTASKS="3", SLURM_PROCID="2")
+    want = distributed.Place("a:1", 3, 2)
+    assert distributed.place("a:1", 3, 2, {}) == want
+    assert distributed.place(None, None, None, ours) == want
+    assert distributed.place(None, None, None, slurm) == want
+    assert distributed.place(None, None, None, dict(SLURM_PROCID="0", SLURM_NTASKS="1")) is None
+    assert distributed.place(None, None, None, {}) is None
+    assert distributed.place("a:1", 1, 0, {}) is None
+
+
+@pytest.mark.parametrize(
+    "said, environment, message",
+    [
+        (("a:1", None, 0), {}, "--processes: missing"),
+        ((None,) * 3, dict(LARIMAR_PROCESS="0"), "LARIMAR_COORDINATOR, LARIMAR_PROCESSES: missing"),
+        (("a:1", 2, 2), {}, "counted from 0"),
+        (("a", 2, 0), {}, "host:port"),
+        (("a:1", "x", 0), {}, "numbers"),
+    ],
+)
+def test_a_place_that_does_not_add_up(said, environment, message):
+    with pytest.raises(distributed.PlaceError, match=message):
+        distributed.place(*said, environment)
+
+
+def test_nobody_there_is_an_error_and_not_a_wait():
+    script = (
+        "from larimar_jax.train import distributed as d;"
+        f"d.initialise(d.Place('127.0.0.1:{processes.free_port()}', 2, 1), start=2)"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=90, env=environment
+    )
+    assert done.returncode != 0 and "DEADLINE_EXCEEDED" in done.stderr + done.stdout

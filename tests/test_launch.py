@@ -1,0 +1,95 @@
+"""Launch scripts, by what they say they would run."""
+
+import json
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from larimar_jax import cli
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+SCRIPTS = sorted(path.name for path in LAUNCH.iterdir())
+ARGUMENTS = {
+    "local.sh": ["configs/tiny.py", "runs/a b"],
+    "slurm.sbatch": ["configs/tiny.py", "runs/a b"],
+    "jobset.sh": ["larimar", "registry/image:1", "4", "configs/tiny.py", "runs/a b"],
+}
+
+
+def _run(script, *arguments, **environment):
+    # Nothing but the shell's own tools: a dry run must not look for srun or kubectl.
+    environment = {"PATH": "/usr/bin:/bin", **environment}
+    line = ["bash", str(LAUNCH / script), *arguments]
+    return subprocess.run(line, capture_output=True, text=True, env=environment)
+
+
+def _words(script, said: str) -> list[str]:
+    if script != "jobset.sh":
+        return shlex.split(said.splitlines()[-1])
+    lines = (line.strip() for line in said.splitlines())
+    return ["larimar", *(line[3:-1].replace("''", "'") for line in lines if line.startswith("- '"))]
+
+
+def test_every_script_is_tested():
+    assert SCRIPTS == sorted(ARGUMENTS)
+
+
+@pytest.mark.parametrize("script", ARGUMENTS)
+def test_a_dry_run_shows_a_command_that_larimar_takes(script):
+    more = ["train.steps=3", "train.frozen=[\"it's\"]"]
+    done = _run(script, "--dry-run", *ARGUMENTS[script], *more)
+    assert done.returncode == 0, done.stderr
+    words = _words(script, done.stdout)
+    words = words[words.index("larimar") + 1 :]
+    taken = cli.parser().parse_args(words)
+    assert (taken.config, taken.run) == ("configs/tiny.py", "runs/a b")
+    assert taken.overrides[-2:] == more and "train.mesh=[1,-1,1]" in taken.overrides
+
+
+@pytest.mark.parametrize("script", ARGUMENTS)
+def test_what_is_missing_is_said(script):
+    done = _run(script, "--dry-run", *ARGUMENTS[script][:-1])
+    assert done.returncode == 2 and "needed" in done.stderr and script in done.stderr
+    shown = _run(script, "--help")
+    assert shown.returncode == 0 and script in shown.stdout
+
+
+def _tools(tmp_path, **scripts):
+    for name, body in scripts.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    return f"{tmp_path}:/usr/bin:/bin"
+
+
+@pytest.mark.parametrize("code, again", [(0, False), (1, False), (75, True), (134, True)])
+def test_slurm_puts_a_job_in_again_where_it_asks_for_that(tmp_path, code, again):
+    log = tmp_path / "log"
+    path = _tools(
+        tmp_path, srun=f"exit {code}", scontrol=f'[ "$1" = show ] && echo node7 || echo "$@" > {log}'
+    )
+    done = _run("slurm.sbatch", *ARGUMENTS["slurm.sbatch"], PATH=path, SLURM_JOB_ID="42")
+    assert done.returncode == code
+    assert log.exists() == again
+    assert not again or log.read_text() == "requeue 42\n"
+
+
+def test_slurm_names_the_first_node_as_coordinator(tmp_path):
+    path = _tools(tmp_path, scontrol="printf 'node7\\nnode8\\n'")
+    done = _run("slurm.sbatch", "--dry-run", "a", "b", PATH=path, SLURM_JOB_ID="42")
+    assert done.stdout.startswith("LARIMAR_COORDINATOR=node7:20042\n")
+
+
+def test_the_jobset_is_a_manifest(tmp_path):
+    yaml = pytest.importorskip("yaml")
+    done = _run("jobset.sh", "--dry-run", *ARGUMENTS["jobset.sh"])
+    found = yaml.safe_load(done.stdout)
+    job = found["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert found["kind"] == "JobSet" and job["parallelism"] == job["completions"] == 4
+    assert 75 in job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"]
+    container = job["template"]["spec"]["containers"][0]
+    names = {entry["name"]: entry.get("value") for entry in container["env"]}
+    assert names["LARIMAR_PROCESSES"] == "4" and "LARIMAR_PROCESS" in names
+    assert names["LARIMAR_COORDINATOR"] == "larimar-node-0-0.larimar:12345"
+    assert container["args"][0] == "train" and json.dumps(found)
