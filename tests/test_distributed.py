@@ -122,7 +122,11 @@ def test_a_process_knows_its_place():
         ((None,) * 3, dict(LARIMAR_PROCESS="0"), "LARIMAR_COORDINATOR, LARIMAR_PROCESSES: missing"),
         (("a:1", 2, 2), {}, "counted from 0"),
         (("a", 2, 0), {}, "host:port"),
-        (("a:1", "x", 0), {}, "numbers"),
+        (
+            (None,) * 3,
+            dict(LARIMAR_COORDINATOR="a:1", LARIMAR_PROCESSES="x", LARIMAR_PROCESS="0"),
+            "numbers",
+        ),
     ],
 )
 def test_a_place_that_does_not_add_up(said, environment, message):

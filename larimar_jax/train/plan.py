@@ -221,6 +221,7 @@ def numbers(found: Plan, memory: float, rate: float, link: float) -> dict[str, A
         "parameters": found.parameters,
         "bytes_per_device": {**found.bytes, "together": found.total},
         "bytes_sent_per_device": {kind: moved for kind, (_, moved) in found.collectives.items()},
+        "memory_collectives": found.memory_collectives,
         "flops": found.flops,
         "model_flops": found.model_flops,
         "seconds_computing": computing,

@@ -1,0 +1,60 @@
+"""Low-rank changes: nothing at the start, the same merged as apart, and strict about their place."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny_config
+from flax import nnx
+
+from larimar_jax import config, lora, model
+
+
+def _build(modules="^decoder/layers/(attention/(query|value)|up)$", attached=True):
+    values = tiny_config()
+    values["model"]["lora"] = dict(rank=3, scale=0.5, modules=modules) if attached else None
+    return model.build(config.parse(values), jax.random.key(0))
+
+
+def _logits(larimar):
+    tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
+    return larimar.decoder.logits(larimar.hidden(tokens)[0])
+
+
+def _moved(larimar):
+    """The same model with factors that do something."""
+    draw = np.random.default_rng(0)
+    arrays = {
+        name: draw.normal(0, 0.3, leaf.shape).astype(np.float32)
+        for name, leaf in model.parameters(larimar).items()
+        if lora.is_factor(name)
+    }
+    model.assign(larimar, arrays, origin="this test")
+    return larimar
+
+
+def test_at_the_start_it_changes_nothing():
+    np.testing.assert_array_equal(_logits(_build()), _logits(_build(attached=False)))
+
+
+def test_the_factors_are_of_the_chosen_maps_and_the_maps_count_as_changed():
+    names = set(model.parameters(_build()))
+    more = names - set(model.parameters(_build(attached=False)))
+    maps = ("attention/query", "attention/value", "up")
+    assert more == {f"decoder/layers/{m}/{f}" for m in maps for f in lora.FACTORS}
+    assert lora.changed(names) == {f"decoder/layers/{m}/{p}" for m in maps for p in ("kernel", "bias")}
+
+
+def test_merged_it_says_the_same_and_is_the_plain_model():
+    apart = _moved(_build())
+    want = _logits(apart)
+    assert np.abs(want - _logits(_build(attached=False))).max() > 1e-3
+    lora.merge(apart)
+    np.testing.assert_allclose(_logits(apart), want, rtol=1e-5, atol=1e-6)
+    assert set(model.parameters(apart)) == set(model.parameters(_build(attached=False)))
+    assert not [n for _, n in nnx.iter_modules(apart) if isinstance(n, lora.LoraLinear)]
+
+
+def test_a_regex_that_finds_no_map_names_those_there_are():
+    with pytest.raises(ValueError, match="decoder/layers/attention/query"):
+        _build("^decoder/layers/attention/kweri$")
