@@ -1,5 +1,6 @@
 """Folders laid out as on Hugging Face."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -94,6 +95,18 @@ def test_settings_that_no_model_has(tiny_folder, change):
     (tiny_folder / "config.json").write_text(json.dumps(said | change))
     with pytest.raises(WeightsError):
         weights.load_decoder(str(tiny_folder))
+
+
+@pytest.mark.parametrize(("theta", "said"), [(1e8, True), (1e15, False), (np.nan, False)])
+def test_a_number_with_a_point_may_be_larger_than_a_size(theta, said):
+    config = json.loads((GOLDEN / "tiny_llama" / "config.json").read_text())
+    sizes = decoders.family("llama").from_huggingface(config)
+    sizes = dataclasses.replace(sizes, rope_theta=theta)
+    if said:
+        folder.check_sizes("x", sizes)
+        return
+    with pytest.raises(WeightsError, match="rope_theta = "):
+        folder.check_sizes("x", sizes)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gptj", "llama", "mistral", "qwen2"])
