@@ -21,7 +21,7 @@ _WEIGHTS = {
 }
 # A model of a trillion parameters has fewer of everything, and of layers far fewer: each misfit is
 # told layer by layer.
-_LARGEST, DEEPEST = 1 << 24, 1 << 12
+LARGEST, DEEPEST = 1 << 24, 1 << 12
 _FINITE = 1e15  # beyond every base of rotary positions, which are the largest numbers with a point
 # What tokenizer_config.json switches on or off in a tokenizer that is made from a vocabulary.
 _SWITCHES = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
@@ -51,7 +51,7 @@ def check_sizes(path: object, config: Any) -> None:
       WeightsError: naming every one that is no number, a size with a fraction (33.0 too: it is no
         shape), negative, not finite or beyond all models.
     """
-    kinds = {int: (int, _LARGEST), float: (int | float, _FINITE)}
+    kinds = {int: (int, LARGEST), float: (int | float, _FINITE)}
     odd = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

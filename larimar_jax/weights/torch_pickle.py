@@ -106,9 +106,10 @@ def load(file: bytes | mmap.mmap, path: str) -> Any:
     ) as error:
         if isinstance(error, WeightsError):
             raise
+        reason = str(error) or type(error).__name__
         raise WeightsError(
-            f"{path} cannot be read as a torch file ({str(error) or type(error).__name__}); it is damaged"
-            " or was cut short while being fetched. Fetch it again"
+            f"{path} cannot be read as a torch file ({reason}); it is damaged or was"
+            " cut short while being fetched. Fetch it again"
         ) from error
     raise AssertionError("genops ends with STOP or raises")
 
