@@ -23,6 +23,8 @@ _WEIGHTS = {
 # told layer by layer.
 LARGEST, DEEPEST = 1 << 24, 1 << 12
 _FINITE = 1e15  # beyond every base of rotary positions, which are the largest numbers with a point
+# What a sentence-transformers model may do, one after the other.
+_STEPS = ("Transformer", "Pooling", "Normalize")
 # What tokenizer_config.json switches on or off in a tokenizer that is made from a vocabulary.
 _SWITCHES = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
 
@@ -125,9 +127,19 @@ def pooling(folder: pathlib.Path) -> dict[str, Any]:
     """How a sentence-transformers folder pools, as settings of an encoder; else nothing.
 
     Raises:
-      WeightsError: a pooling other than the mean. ([CLS] as sentence-transformers takes it lacks
-        the tanh layer that the paper's has.)
+      WeightsError: a pooling other than the mean, or a step that is not computed here, such as a
+        dense layer. ([CLS] as sentence-transformers takes it lacks the tanh layer that the paper's
+        has.)
     """
+    steps = _json(folder / "modules.json") or []
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        raise WeightsError(f"{folder / 'modules.json'} is no list of modules")
+    kinds = [str(step.get("type", "")).rpartition(".")[2] for step in steps]
+    if odd := [kind[:40] for kind in kinds if kind not in _STEPS]:
+        raise WeightsError(
+            f"{folder / 'modules.json'} has steps {', '.join(odd)[:200]}, which are not computed here;"
+            f" {', '.join(_STEPS)} are. Take a model without them"
+        )
     said = _table(folder / "1_Pooling" / "config.json")
     if said is None:
         return {}
@@ -136,11 +148,7 @@ def pooling(folder: pathlib.Path) -> dict[str, Any]:
         raise WeightsError(
             f"{folder} pools by {', '.join(modes) or 'nothing'}; mean_tokens is supported"
         )
-    steps = _json(folder / "modules.json") or []
-    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
-        raise WeightsError(f"{folder / 'modules.json'} is no list of modules")
-    normalize = any(str(step.get("type", "")).endswith("Normalize") for step in steps)
-    return {"pooling": "mean", "normalize": normalize}
+    return {"pooling": "mean", "normalize": "Normalize" in kinds}
 
 
 def _table(path: pathlib.Path) -> dict[str, Any] | None:
