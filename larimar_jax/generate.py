@@ -232,11 +232,19 @@ def continue_ids(
     """The max_tokens likeliest tokens after each prompt, whatever they are: no text, no stop.
 
     Raises:
-      PromptTooLong: as `generate`. ValueError: a prompt without tokens.
+      PromptTooLong: as `generate`. ValueError: a prompt without tokens, or an id that the decoder
+        has no row for.
     """
+    rows = model.decoder.config.vocab_size
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt has no tokens; give it at least its beginning-of-text token")
-    ends = np.zeros(model.decoder.config.vocab_size, bool)
+    for row, prompt in enumerate(prompts):
+        if not all(0 <= token < rows for token in prompt):
+            raise ValueError(
+                f"prompt {row} has token ids from {min(prompt)} to {max(prompt)}, and the decoder's"
+                f" vocabulary goes from 0 to {rows - 1}; encode it with the decoder's own tokenizer"
+            )
+    ends = np.zeros(rows, bool)
     run = _Run(model, prompts, condition, max_tokens, Sampling(0.0, 0, 1.0, None), ends, 0)
     run.advance(max_tokens - 1)
     return np.asarray(run.tokens, np.int32).reshape(len(prompts), max_tokens)
@@ -247,17 +255,23 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return [tokenizer.bos, *tokenizer.ids(prompt.rstrip())]
 
 
-def fit_rows(condition: Condition, prompts: int, rows: int) -> Condition:
-    """The condition with exactly so many rows: cut, or with rows of zeros, not active, at its end.
-
-    Raises:
-      ValueError: it has fewer rows than there are prompts.
-    """
+def check_rows(condition: Condition, prompts: int) -> None:
+    """Raises ValueError where a condition has fewer rows than there are prompts."""
     given = condition.innovation.shape[0]
     if given < prompts:
         raise ValueError(
             f"the condition has {given} rows for {prompts} prompts; row i of it belongs to prompt i"
         )
+
+
+def fit_rows(condition: Condition, prompts: int, rows: int) -> Condition:
+    """The condition with exactly so many rows: cut, or with rows of zeros, not active, at its end.
+
+    Raises:
+      ValueError: as `check_rows`.
+    """
+    check_rows(condition, prompts)
+    given = condition.innovation.shape[0]
     if given == rows:
         return condition
 

@@ -93,7 +93,8 @@ class Pretrained:
         outputs = None
         for first in range(0, len(texts), _TEXTS):
             rows = order[first : first + _TEXTS]
-            width = bucket(int(lengths[rows].max()))
+            # The last bucket may end beyond the positions that the encoder has.
+            width = min(bucket(int(lengths[rows].max())), limit)
             height = min(_TEXTS, 1 << max(0, len(rows) - 1).bit_length())
             ids = np.full((height, width), self.encoder_tokenizer.pad, np.int32)
             mask = np.zeros((height, width), bool)

@@ -21,6 +21,9 @@ class RopeScaling:
     original_length: tokens of the first training; unused by 'linear'.
     slow, fast: turns within original_length below which a frequency is divided and above which it
     is kept; it is blended between. Unused by 'linear'.
+
+    Raises:
+      ValueError: a number that its kind cannot be computed with.
     """
 
     kind: Literal["linear", "llama3", "yarn"]
@@ -30,17 +33,32 @@ class RopeScaling:
     fast: float
     magnitude: float
 
+    def __post_init__(self):
+        numbers = [self.factor, self.magnitude]
+        if self.kind != "linear":
+            numbers += [self.original_length, self.fast, self.fast - self.slow]
+        if self.kind == "yarn":
+            numbers.append(self.slow)
+        if not all(0 < number < math.inf for number in numbers) or not 0 <= self.slow:
+            raise ValueError(
+                f"{self} cannot be computed: factor, magnitude and lengths are finite and above 0, and"
+                " fast is above slow; the model's configuration is damaged"
+            )
+
 
 def from_huggingface(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """θ and the scaling that a config.json asks for, in its older or newer form.
 
     Raises:
-      ValueError: a kind of scaling that is not computed here, or one that lacks a number.
+      ValueError: a kind of scaling that is not computed here, one that lacks a number, or a number
+        that it cannot be computed with.
     """
     said = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(said, Mapping):
         raise ValueError(f"rope_parameters are {said!r}, which is no table")
     theta = float(said.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    if not 1 < theta < math.inf:
+        raise ValueError(f"rope_theta is {theta}; a finite number above 1 belongs there")
     kind = said.get("rope_type", said.get("type", "default"))
     if kind == "default":
         return theta, None

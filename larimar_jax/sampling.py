@@ -1,11 +1,14 @@
 """Drawing the next token: greedy, temperature, top-k, top-p."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+LEAST_TEMPERATURE = 1e-6
 
 
 class Draw(NamedTuple):
@@ -34,10 +37,13 @@ class Sampling:
     rng: jax.Array | None = None
 
     def __post_init__(self):
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        # Logits are divided by it: by less they overflow, and what is drawn is NaN.
+        drawn = LEAST_TEMPERATURE <= self.temperature < math.inf
+        if not (self.temperature == 0 or drawn) or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
                 f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}: the first"
-                " two are at least 0, top_p is above 0 and at most 1"
+                f" two are at least 0, the temperature 0 or finite and at least {LEAST_TEMPERATURE},"
+                " top_p is above 0 and at most 1"
             )
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
             raise ValueError("top_k and top_p choose among draws; set a temperature above 0")
@@ -86,7 +92,10 @@ def likeliest(logits: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
 def truncate(
     logits: Float[Array, "*rows V"], top_k: Int[Array, ""], top_p: Float[Array, ""]
 ) -> Float[Array, "*rows V"]:
-    """−∞ on all but the top_k likeliest (0: all), and of these all but the fewest with top_p."""
+    """−∞ on all but the top_k likeliest (0: all), and of these all but the fewest with top_p.
+
+    Of equally likely ones the first come first.
+    """
     ordered = jnp.sort(logits, axis=-1, descending=True)
     size = logits.shape[-1]
     count = jnp.where(top_k > 0, jnp.minimum(top_k, size), size)
@@ -97,4 +106,7 @@ def truncate(
     likelier = jnp.concatenate([jnp.zeros_like(before[..., :1]), before[..., :-1]], axis=-1)
     kept = (likelier < top_p) & (rank < count)
     least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= least, logits, -jnp.inf)
+    above, equal = logits > least, logits == least
+    room = jnp.sum(kept, axis=-1, keepdims=True) - jnp.sum(above, axis=-1, keepdims=True)
+    first = equal & (jnp.cumsum(equal, axis=-1) <= room)
+    return jnp.where(above | first, logits, -jnp.inf)

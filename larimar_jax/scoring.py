@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax.decoders.base import Tree
-from larimar_jax.generate import LENGTH_BUCKET, PromptTooLong, prompt_ids, steps_bucket
+from larimar_jax.generate import LENGTH_BUCKET, PromptTooLong, check_rows, prompt_ids, steps_bucket
 from larimar_jax.model import Condition, Larimar
 from larimar_jax.weights.tokenizers import Tokenizer
 
@@ -42,7 +42,8 @@ def score(
       float32 [n, c].
 
     Raises:
-      ValueError: for an empty target. PromptTooLong: where a prompt and a target exceed the
+      ValueError: for an empty target, one without tokens, or a condition of fewer rows than there are
+        prompts. PromptTooLong: where a prompt and a target exceed the
         decoder's positions.
     """
     width = len(candidates[0]) if len(candidates) else 0
@@ -51,6 +52,8 @@ def score(
             f"{len(prompts)} prompts need as many rows of candidates, all of one length; got "
             f"{[len(targets) for targets in candidates]}."
         )
+    if condition is not None:
+        check_rows(condition, len(prompts))
     scores = np.full((len(prompts), width), np.nan, np.float32)
     if not scores.size:
         return scores
@@ -106,6 +109,11 @@ def _branch(model: Larimar, tokenizer: Tokenizer, prompt: str, targets: Sequence
                 f"Target {column} of prompt {prompt!r} is empty: there is nothing to score."
             )
         answer = tuple(tokenizer.following(target.strip()))
+        if not answer:
+            raise ValueError(
+                f"Target {column} of prompt {prompt[:60]!r}, {target[:60]!r}, has no tokens: the "
+                "decoder's tokenizer leaves nothing of it, so there is nothing to score."
+            )
         limit = model.decoder.config.max_length - 1
         if nodes[()] + len(answer) > limit:
             raise PromptTooLong(

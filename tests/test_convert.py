@@ -17,7 +17,7 @@ from larimar_jax.data import vocabulary
 from larimar_jax.memory.variance import SETTINGS
 from larimar_jax.session import Session
 from larimar_jax.train import export
-from larimar_jax.weights import folder, ibm, publish, torch_files
+from larimar_jax.weights import folder, ibm, publish, torch_files, torch_pickle
 from larimar_jax.weights.fill import WeightsError
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "ibm"
@@ -286,6 +286,30 @@ def test_where_sizes_are_missing_the_other_names_are_still_in_the_error(changed,
         "missing: model.memory.w_logvar",
         "unused: odd",
     ]
+
+
+@pytest.mark.parametrize("number", [7, 1_000_000, 999_999_999])
+def test_a_lone_name_does_not_make_a_model_of_as_many_layers(changed, tmp_path, bases, number):
+    def change(tensors):
+        tensors[f"model.encoder.encoder.layer.{number}.output.dense.bias"] = np.zeros(8, np.float32)
+
+    changed(change)
+    shown = refused(0, tmp_path, bases)
+    assert f"layers: model.encoder.encoder.layer.{number} is the last of" in shown
+    assert f"missing: model.encoder.encoder.layer.{number}.output.dense.weight" in shown
+
+
+def test_odd_hyperparameters_are_in_the_one_error(changed, tmp_path, bases):
+    nested = torch_pickle.Opaque(torch_pickle.Global("pathlib", "PosixPath"), ())
+    for _ in range(60):
+        nested = (nested, nested)
+    odd = {"ordering": nested, "beta": "much", "learning_rate": None, "episode_sizes": [3, nested],
+           "pseudoinverse_approx_step": 0, "observation_noise_std": float("nan"),
+           "w_logvar_setting": 10**5000}
+    changed(lambda _: None, odd)
+    shown = refused(0, tmp_path, bases)
+    assert all(f"{name} is " in shown for name in odd) and "beta is 'much'" in shown
+    assert len(shown) < 20_000
 
 
 def test_what_was_trained_otherwise_is_refused_with_every_reason(changed, tmp_path, bases):

@@ -1,5 +1,6 @@
 """Streaming tensors into modules: strictness is in test_weights.py; here where they go and back."""
 
+import functools
 import json
 import os
 import pathlib
@@ -168,3 +169,53 @@ def test_loading_holds_no_second_copy():
     before, after, size = json.loads(done.stdout.splitlines()[-1])
     assert size == 134_515_008 * 4
     assert after - before <= 1.5 * size, (after - before) / size
+
+
+class Stub:
+    """A source of one tensor."""
+
+    path = "x.safetensors"
+
+    def __init__(self, name, value):
+        self.name, self.value = name, value
+
+    def shapes(self):
+        return {self.name: self.value if isinstance(self.value, tuple) else self.value.shape}
+
+    def read(self, name):
+        return self.value
+
+
+@pytest.mark.parametrize("shape", [(1,) * 65, (0, 1 << 63), (1 << 62, 1 << 62), (1 << 80,)])
+def test_a_shape_that_numpy_lacks_is_one_of_the_misfits(shape):
+    family, skeleton = abstract("tiny_gpt2")
+    with pytest.raises(weights.WeightsError, match="misshapen: transformer.wpe.weight gives"):
+        fill.fill(skeleton, family.KEYS, Stub("transformer.wpe.weight", shape))
+
+
+def test_a_layer_of_too_many_digits_is_no_layer():
+    name = f"transformer.h.{'1' * 5000}.ln_1.weight"
+    family, skeleton = abstract("tiny_gpt2")
+    with pytest.raises(weights.WeightsError, match="unused: transformer.h.1111"):
+        fill.fill(skeleton, family.KEYS, Stub(name, (32,)))
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (np.float32([1.0, 7e4]), "float16", "70000.0, which float16 cannot"),
+        (np.float64([1.0, -1e39]), "float32", "which float32 cannot"),
+        (np.float32([1.0, np.nan]), "float32", "not finite"),
+        (np.float32([1.0, 6e4]), "float16", None),
+    ],
+)
+def test_numbers_stay_finite_in_the_dtype_that_they_are_kept_in(value, dtype, message):
+    norm = functools.partial(nnx.LayerNorm, 2, use_bias=False, param_dtype=dtype)
+    module = nnx.eval_shape(lambda: norm(rngs=nnx.Rngs(0)))
+    keys = [("a", "scale", "copy")]
+    if message is None:
+        kept = fill.fill(module, keys, Stub("a", value)).scale
+        np.testing.assert_array_equal(kept, value.astype(dtype))
+        return
+    with pytest.raises(weights.WeightsError, match=message):
+        fill.fill(module, keys, Stub("a", value))

@@ -1,5 +1,6 @@
 """Folders laid out as on Hugging Face."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -48,8 +49,50 @@ def test_more_tokens_than_rows_is_an_error_elsewhere(tmp_path):
     shutil.copytree(GOLDEN / "tiny_llama", tmp_path, dirs_exist_ok=True)
     for file in ("vocab.json", "merges.txt"):
         shutil.copy(GOLDEN / "tokenizers" / "gpt2" / file, tmp_path)
-    with pytest.raises(WeightsError, match="the tokenizer has 400 tokens and the embedding table"):
+    with pytest.raises(WeightsError, match="the tokenizer has ids up to 399 and the embedding table"):
         weights.load_decoder(str(tmp_path))
+
+
+@pytest.mark.parametrize(("rows", "fits"), [(0, True), (-1, False)])
+def test_only_tokens_of_ours_become_new_rows(tiny_folder, rows, fits):
+    path = tiny_folder / "model.safetensors"
+    source = Safetensors(path)
+    tensors = {n: source.read(n) for n in source.shapes()}
+    size = len(tensors["transformer.wte.weight"]) + rows
+    tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"][:size]
+    safetensors.numpy.save_file(tensors, path)
+    said = json.loads((tiny_folder / "config.json").read_text())
+    (tiny_folder / "config.json").write_text(json.dumps(said | {"vocab_size": size}))
+    if fits:
+        assert weights.load_decoder(str(tiny_folder))[0].config.vocab_size == size + 3
+        return
+    with pytest.raises(WeightsError, match="of different models"):
+        weights.load_decoder(str(tiny_folder))
+
+
+def test_a_table_needs_a_row_for_the_largest_id(tiny_folder):
+    rows = json.loads((tiny_folder / "vocab.json").read_text())
+    rows[max(rows, key=rows.get)] = 900  # and none between
+    (tiny_folder / "vocab.json").write_text(json.dumps(rows))
+    assert folder.tokenizer(tiny_folder).vocab_size == 901
+    with pytest.raises(WeightsError, match="has ids up to 900"):
+        weights.load_decoder(str(tiny_folder))
+
+
+def test_a_file_of_a_folder_is_no_model(tiny_folder):
+    for call in (weights.load_decoder, weights.load_tokenizer):
+        with pytest.raises(WeightsError, match="give the folder"):
+            call(str(tiny_folder / "model.safetensors"))
+
+
+def test_steps_that_are_not_computed_are_an_error(tmp_path):
+    shutil.copytree(GOLDEN / "tiny_bert_mean", tmp_path, dirs_exist_ok=True)
+    assert folder.pooling(tmp_path) == {"pooling": "mean", "normalize": True}
+    steps = json.loads((tmp_path / "modules.json").read_text())
+    steps.insert(2, {"idx": 2, "path": "2_Dense", "type": "sentence_transformers.models.Dense"})
+    (tmp_path / "modules.json").write_text(json.dumps(steps))
+    with pytest.raises(WeightsError, match="has steps Dense, which are not computed"):
+        folder.pooling(tmp_path)
 
 
 def test_weights_are_looked_for_in_order(tiny_folder):
@@ -94,6 +137,18 @@ def test_settings_that_no_model_has(tiny_folder, change):
     (tiny_folder / "config.json").write_text(json.dumps(said | change))
     with pytest.raises(WeightsError):
         weights.load_decoder(str(tiny_folder))
+
+
+@pytest.mark.parametrize(("theta", "said"), [(1e8, True), (1e15, False), (np.nan, False)])
+def test_a_number_with_a_point_may_be_larger_than_a_size(theta, said):
+    config = json.loads((GOLDEN / "tiny_llama" / "config.json").read_text())
+    sizes = decoders.family("llama").from_huggingface(config)
+    sizes = dataclasses.replace(sizes, rope_theta=theta)
+    if said:
+        folder.check_sizes("x", sizes)
+        return
+    with pytest.raises(WeightsError, match="rope_theta = "):
+        folder.check_sizes("x", sizes)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gptj", "llama", "mistral", "qwen2"])

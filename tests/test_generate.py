@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers as hf
 from flax import nnx
+from tokenizers import decoders, models
 
 from larimar_jax import generate, sampling, scoring
+from larimar_jax.weights import Tokenizer
 
 PROMPTS = ["Fact 1 is", "The capital of Japan is the city of", "new"]
 
@@ -142,6 +145,43 @@ def test_an_unfinished_character_is_held_back(tiny):
         assert "né 東京".startswith(text[:sure])
 
 
+def test_a_target_without_tokens_is_named(tiny, monkeypatch):
+    monkeypatch.setattr(type(tiny.decoder_tokenizer), "following", lambda *_: [])
+    with pytest.raises(ValueError, match="Target 0 of prompt 'Fact', 'new', has no tokens"):
+        scoring._branch(tiny.model, tiny.decoder_tokenizer, "Fact", ["new"])
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer():
+    """A SentencePiece-like tokenizer: words, and a token for each byte."""
+    names = ["<s>", "</s>", "▁a", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend = hf.Tokenizer(models.BPE({n: i for i, n in enumerate(names)}, [], byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return Tokenizer(backend, 0, 1, 1)
+
+
+@pytest.mark.parametrize("stop", ["", "\n", ("\nx", "é\n")])
+@pytest.mark.parametrize(
+    "said",
+    ["é東".encode()[:-1], "é\n東".encode()[:-2], b"\xff\xc3\xa9\xffx", "a😀\nx".encode() + b"\xf0\x9f"],
+)
+def test_bytes_that_are_no_character_leave_the_others(byte_tokenizer, said, stop):
+    reader = generate._Reader(byte_tokenizer, stop)
+    ids = [2, *(3 + byte for byte in said)]
+    whole = reader.text(ids)[0]
+    expected = "a" + said.decode("utf-8", "replace")
+    stops = [expected.find(s) for s in ((stop,) if isinstance(stop, str) else stop) if s in expected]
+    assert whole == (expected[: min(stops)] if stop and stops else expected)
+    given = ""
+    for length in range(1, len(ids) + 1):
+        text, sure = reader.text(ids[:length])
+        assert text[:sure].startswith(given)
+        given = text[:sure]
+    assert whole.startswith(given)
+
+
 def test_a_new_length_or_number_of_rows_seldom_compiles(tiny):
     words = "Fact 1 is the capital of Japan".split()
     sizes = []
@@ -162,9 +202,11 @@ def test_top_k_and_top_p_against_a_plain_reading():
     assert kept(0, 1.0) == [{0, 1, 2, 3}] * 2
     assert kept(1, 1.0) == [{0}, {2}]
     assert kept(9, 1.0) == [{0, 1, 2, 3}] * 2
-    assert kept(0, 0.6) == [{0, 2}, {0, 1, 2}]
+    assert kept(0, 0.6) == [{0, 2}, {0, 2}]  # of equals, the first
     assert kept(0, 0.5)[0] == {0}
-    assert kept(2, 0.9)[0] == {0, 2}
+    assert kept(2, 0.9) == [{0, 2}, {0, 2}]
+    even = sampling.truncate(jnp.zeros((1, 8)), jnp.int32(3), jnp.float32(1.0))
+    np.testing.assert_array_equal(np.flatnonzero(np.isfinite(even)), [0, 1, 2])
     assert kept(0, 1e-6) == [{0}, {2}]
 
 
@@ -180,6 +222,9 @@ def test_draws_follow_the_distribution():
     ("options", "message"),
     [
         (dict(temperature=-1.0), "at least 0"),
+        (dict(temperature=float("nan")), "0 or finite"),
+        (dict(temperature=float("inf")), "0 or finite"),
+        (dict(temperature=1e-7), "at least 1e-06"),
         (dict(temperature=1.0, top_p=0.0), "top_p"),
         (dict(top_k=5), "set a temperature"),
         (dict(top_p=0.5), "set a temperature"),
@@ -193,6 +238,8 @@ def test_options_that_make_no_sense(tiny, options, message):
         list(tiny.stream(PROMPTS, every=0))
     with pytest.raises(ValueError, match="2 rows for 3 prompts"):
         tiny.generate(PROMPTS, tiny.model.condition(jnp.zeros((2, 16))))
+    with pytest.raises(ValueError, match="2 rows for 3 prompts"):
+        tiny.score(PROMPTS, [("new",)] * 3, tiny.model.condition(jnp.zeros((2, 16))))
 
 
 def test_many_candidates_share_their_prompt(tiny, condition):
@@ -218,6 +265,9 @@ def test_token_ids_go_on_without_a_stop(tiny):
         assert tiny.decoder_tokenizer.decode(row).startswith(text)
     with pytest.raises(ValueError, match="no tokens"):
         generate.continue_ids(tiny.model, [[]], 4)
+    for odd in (-1, tiny.model.decoder.config.vocab_size):
+        with pytest.raises(ValueError, match="prompt 1 has token ids from"):
+            generate.continue_ids(tiny.model, [[1], [1, odd]], 4)
 
 
 def test_the_likeliest_is_argmax():

@@ -1,5 +1,8 @@
 """The checkpoint that ships: it loads by name, and a fact goes into a real language model and out."""
 
+import types
+
+import numpy as np
 import pytest
 
 from larimar_jax import pretrained
@@ -54,3 +57,25 @@ def test_a_session_is_no_model(smol, tmp_path):
     Session(smol).save(path)
     with pytest.raises(export.ExportError, match="holds a session and not a model"):
         pretrained.load(path)
+
+
+def test_a_text_may_fill_all_positions_of_an_encoder(tiny, monkeypatch):
+    """30 positions, which no bucket of 8 ends at."""
+    widths = []
+
+    def encode(graph, state, ids, mask):
+        widths.append(ids.shape[1])
+        return np.ones((len(ids), 3), np.float32), np.ones((len(ids), 2), np.float32)
+
+    monkeypatch.setattr(pretrained, "_encode", encode)
+    config = types.SimpleNamespace(max_length=30)
+    stub = types.SimpleNamespace(
+        model=types.SimpleNamespace(encoder=types.SimpleNamespace(config=config)),
+        encoder_tokenizer=tiny.encoder_tokenizer,
+        graph=None,
+        state=None,
+    )
+    full = "0" * 28  # with bos and eos
+    assert int(tiny.encoder_tokenizer.encode([full]).mask.sum()) == 30
+    assert pretrained.Pretrained.encode(stub, [full, "0"]).embedding.shape == (2, 3)
+    assert widths == [30]

@@ -89,6 +89,17 @@ def test_what_is_written_is_read_back(scaling):
         ({"rope_type": "dynamic", "factor": 2.0}, "dynamic"),
         ({"type": "linear"}, "does not say its 'factor'"),
         ({"rope_type": "llama3", "factor": 8.0}, "does not say its 'low_freq_factor'"),
+        ({"type": "linear", "factor": 0}, "cannot be computed"),
+        ({"type": "linear", "factor": -2.0}, "cannot be computed"),
+        ({"type": "linear", "factor": float("nan")}, "cannot be computed"),
+        ({"type": "yarn", "factor": 2.0, "attention_factor": 0.0}, "cannot be computed"),
+        ({"type": "yarn", "factor": 2.0, "beta_slow": 32.0}, "cannot be computed"),
+        (
+            {"type": "llama3", "factor": 2.0, "low_freq_factor": 4, "high_freq_factor": 4},
+            "cannot be computed",
+        ),
+        ({"type": "yarn", "factor": 2.0, "rope_theta": 1.0}, "rope_theta is 1.0"),
+        ({"rope_theta": float("inf")}, "rope_theta is inf"),
     ],
 )
 def test_what_is_not_computed_is_said(said, message):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from larimar_jax.weights import Tokenizer, WeightsError, folder, tokenizer_files
+from larimar_jax.weights import TextTooLong, Tokenizer, WeightsError, folder, tokenizer_files
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "tokenizers"
 EDGES = json.loads((GOLDEN / "edges.json").read_text())
@@ -79,6 +79,13 @@ def test_special_tokens_that_are_there_keep_their_ids():
     assert one.pad == one.bos == one.eos == one.vocab_size - 1
     rest = one.with_specials(NAMES)
     assert (rest.eos, rest.pad, rest.bos) == (one.eos, one.vocab_size, one.vocab_size + 1)
+
+
+def test_a_length_without_room_for_any_token():
+    made = Tokenizer.train(["a few words"], 280).framed()
+    assert made.encode(["a few words"], 2, truncate=True).mask.all()
+    with pytest.raises(TextTooLong, match="2 tokens stand around every text, the limit is 1"):
+        made.encode(["a few words"], 1, truncate=True)
 
 
 GROWN = folder.tokenizer(GOLDEN / "gpt2").with_specials(NAMES)

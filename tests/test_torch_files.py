@@ -110,6 +110,9 @@ def tensor_pickle(offset=0, shape=(2,), strides=(1,), count=2, key="0", kind="Fl
     return out.getvalue()
 
 
+TENSOR = tensor_pickle()
+
+
 def test_a_tensor_written_by_hand(tmp_path):
     path = zipped(tmp_path / "x.bin", tensor_pickle(), **{"0": np.float32([1, 2]).tobytes()})
     np.testing.assert_array_equal(TorchFile(path).read("t"), [1, 2])
@@ -124,6 +127,8 @@ def test_a_tensor_written_by_hand(tmp_path):
         (dict(shape=(-1,)), "no counts"),
         (dict(strides=(-1,)), "no counts"),
         (dict(shape=(2, 1)), "no counts"),
+        (dict(shape=(1,) * 65, strides=(1,) * 65), "no counts"),
+        (dict(shape=(0, 1 << 63), strides=(1, 1)), "no counts"),
         (dict(count=-2), "kind, name and size"),
         (dict(kind="ComplexFloatStorage"), "asks for torch.ComplexFloatStorage"),
     ],
@@ -138,9 +143,77 @@ def test_storages_that_are_not_there_or_too_short(tmp_path):
     path = zipped(tmp_path / "x.bin", tensor_pickle())
     with pytest.raises(WeightsError, match="storage 0 is missing"):
         TorchFile(path).read("t")
-    path = zipped(tmp_path / "y.bin", tensor_pickle(), **{"0": bytes(7)})
-    with pytest.raises(WeightsError, match="shorter than it says"):
-        TorchFile(path).read("t")
+    for size in (7, 9):
+        path = zipped(tmp_path / "y.bin", tensor_pickle(), **{"0": bytes(size)})
+        with pytest.raises(WeightsError, match=f"storage 0 has {size} bytes, not the 8"):
+            TorchFile(path).read("t")
+
+
+def test_compressed_entries_do_not_unpack_to_more_than_was_said(tmp_path):
+    """What a deflated file of a few kilobytes may make: not gigabytes."""
+
+    def deflated(content=TENSOR, order=b"little", how=zipfile.ZIP_DEFLATED):
+        with zipfile.ZipFile(tmp_path / "x.bin", "w", how) as archive:
+            archive.writestr("x/data.pkl", content)
+            archive.writestr("x/byteorder", order)
+            archive.writestr("x/data/0", np.float32([1, 2]).tobytes())
+        return tmp_path / "x.bin"
+
+    np.testing.assert_array_equal(TorchFile(deflated()).read("t"), [1, 2])
+    with pytest.raises(WeightsError, match="data.pkl says 2000001 bytes"):
+        TorchFile(deflated(b"]" * 2_000_000 + b"."))
+    big = TorchFile(deflated(order=b"big" + bytes(1 << 22)))
+    assert not big._file.big_endian
+    with pytest.raises(WeightsError, match="compressed by method 14"):
+        TorchFile(deflated(how=zipfile.ZIP_LZMA))
+
+
+def test_pickles_beyond_all_real_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_pickle, "_INSTRUCTIONS", 100)
+    with pytest.raises(WeightsError, match="over 100 instructions"):
+        torch_pickle.load(b"]" * 100 + b".", "x.bin")
+    monkeypatch.setattr(torch_pickle, "LIMIT", 50)
+    with pytest.raises(WeightsError, match="or 50 bytes"):
+        torch_pickle.load(b"]" * 60 + b".", "x.bin")
+    (tmp_path / "x.bin").write_bytes(b"\x80\x02" + b"]" * 60 + b".")
+    with pytest.raises(WeightsError, match="or 50 bytes"):
+        TorchFile(tmp_path / "x.bin")
+
+
+DOUBLING = b"K\x01" + b"2\x86" * 40  # spelled out, 2⁴⁰ numbers
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        # {path: 1, path: 1}, the path an Opaque of such a tuple.
+        (b"}cpathlib\nPosixPath\n" + DOUBLING + b"\x85Rq\x00K\x01sh\x00K\x01s.", "of a Opaque twice"),
+        # One list of 1000 pairs, copied for every call.
+        (
+            b"]q\x00(" + b"K\x01K\x02\x86" * 1000 + b"e0" + b"ctorch\nSize\nh\x00\x85R.",
+            "a Size of 1000 items",
+        ),
+        (
+            b"](" + b"".join(b"M%bK\x01\x86" % i.to_bytes(2, "little") for i in range(99)) + b"eq\x000"
+            + b"ccollections\nOrderedDict\nq\x010" + b"h\x01h\x00\x85R0" * 99 + b"N.",
+            "an? OrderedDict of 99 items",
+        ),
+        (b"}(" + b"K\x01" * 17 + b"tK\x01s.", "named by a tuple"),
+        (b"}\x8a\x09" + bytes(8) + b"\x01K\x01s.", "named by a int"),
+    ],
+)
+def test_pickles_that_make_much_of_little(content, message):
+    with pytest.raises(WeightsError, match=message):
+        torch_pickle.load(content, "x.bin")
+
+
+def test_no_memory_is_an_error_of_the_file(monkeypatch):
+    def step(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(torch_pickle._Machine, "step", step)
+    with pytest.raises(WeightsError, match="MemoryError"):
+        torch_pickle.load(b"].", "x.bin")
 
 
 def test_a_changed_byte_of_a_storage_is_noticed(tmp_path):
@@ -220,6 +293,19 @@ def test_shards(sharded):
     source = Shards(sharded(a="a.bin", b="b.bin"), TorchFile)
     assert source.shapes() == {"a": (2,), "b": (2,)}
     np.testing.assert_array_equal(source.read("b"), [1, 2])
+
+
+def test_one_file_at_a_time_keeps_a_storage(tmp_path):
+    raw = {"0": np.float32([1, 2]).tobytes()}
+    for name in "ab":
+        part = tensor_pickle(shape=(1,)).replace(b"t", name.encode(), 1)
+        zipped(tmp_path / f"{name}.bin", part, **raw)
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "a.bin", "b": "b.bin"}}))
+    source = Shards(index, TorchFile)
+    for name in "aab":
+        source.read(name)
+    assert [source._files[name]._held is None for name in "ab"] == [True, False]
 
 
 @pytest.mark.parametrize(

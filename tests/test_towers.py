@@ -353,6 +353,12 @@ def rope(kind, **numbers):
             {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
             "layer_types alternate",
         ),
+        ("qwen2_window", {"layer_types": "sliding"}, "no list of 3 kinds"),
+        ("qwen2_window", {"use_sliding_window": "yes"}, "use_sliding_window is 'yes'"),
+        ("qwen2_window", {"max_window_layers": "1"}, "max_window_layers is '1'"),
+        ("mistral", {"sliding_window": "5"}, "sliding_window is '5'"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ("gpt2", {"activation_function": "relu"}, "relu"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scaling by layer"),
         ("gpt2", {"scale_attn_weights": False}, "unscaled attention"),
@@ -367,6 +373,22 @@ def test_settings_that_are_not_computed_are_errors(name, change, message):
     said = folder.config(GOLDEN / f"tiny_{name}")
     with pytest.raises(ValueError, match=message):
         family(f"tiny_{name}").from_huggingface({**said, **change})
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out", "sizes"),
+    [
+        ("qwen2_window", {"use_sliding_window"}, dict(window=0)),
+        ("qwen2_window", {"max_window_layers", "layer_types"}, dict(window=0)),  # of 28 layers on
+        ("qwen2_window", {"sliding_window"}, dict(window=4096, unwindowed=1)),
+        ("mistral", {"sliding_window"}, dict(window=4096, unwindowed=0)),
+        ("bert", {"layer_norm_eps", "type_vocab_size"}, dict(norm_eps=1e-12, type_vocab=2)),
+    ],
+)
+def test_what_is_not_said_is_as_hugging_face_has_it(name, left_out, sizes):
+    said = folder.config(GOLDEN / f"tiny_{name}")
+    made = family(f"tiny_{name}").from_huggingface({n: v for n, v in said.items() if n not in left_out})
+    assert {n: getattr(made, n) for n in sizes} == sizes
 
 
 def test_sizes_that_do_not_fit_are_errors():

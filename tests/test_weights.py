@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 
@@ -364,3 +365,6 @@ def test_tokenizer_files_that_cannot_be_read(tmp_path):
 
 def test_a_gguf_file_is_parsed_once(tiny_gguf):
     assert open_gguf(str(tiny_gguf)) is open_gguf(str(tiny_gguf))
+    before = open_gguf(str(tiny_gguf))
+    os.utime(tiny_gguf, ns=(0, 0))
+    assert open_gguf(str(tiny_gguf)) is not before

@@ -116,6 +116,11 @@ def from_huggingface(config: Mapping[str, Any]) -> LlamaConfig:
     if act != "silu":
         raise ValueError(f"this {config['model_type']} has hidden_act {act!r}; silu is computed")
     theta, scaling = rotary.from_huggingface(config)
+    for said in (config, config.get("rope_parameters") or {}):
+        if said.get("partial_rotary_factor") not in (None, 1):
+            raise ValueError(
+                f"partial_rotary_factor is {said['partial_rotary_factor']!r}; whole heads are turned"
+            )
     heads, width = config["num_attention_heads"], config["hidden_size"]
     bias = "all" if config.get("attention_bias", False) else "none"
     window, unwindowed = _windows(config)
@@ -141,12 +146,24 @@ def from_huggingface(config: Mapping[str, Any]) -> LlamaConfig:
 
 def _windows(config: Mapping[str, Any]) -> tuple[int, int]:
     """(window, how many layers come before it), (0, 0) where no layer has one."""
-    depth, window = config["num_hidden_layers"], config.get("sliding_window") or 0
-    if config["model_type"] == "llama" or not config.get("use_sliding_window", True):
+    if config["model_type"] == "llama":
         return 0, 0
-    first = config.get("max_window_layers", 0) if config["model_type"] == "qwen2" else 0
-    kinds = config.get("layer_types")
+    # What Hugging Face takes where nothing is said.
+    usual = {"sliding_window": 4096, "max_window_layers": 28, "use_sliding_window": False}
+    if config["model_type"] != "qwen2":
+        usual |= {"max_window_layers": 0, "use_sliding_window": True}
+    said = {name: config.get(name, value) for name, value in usual.items()}
+    said["sliding_window"] = said["sliding_window"] or 0  # null is none
+    if odd := [n for n, value in usual.items() if type(said[n]) is not type(value)]:
+        raise ValueError(", ".join(f"{n} is {said[n]!r}" for n in odd) + ", which does not belong there")
+    depth, window, kinds = config["num_hidden_layers"], said["sliding_window"], config.get("layer_types")
+    if not said["use_sliding_window"]:
+        return 0, 0
+    # A Mistral has a window from its first layer on, whatever else is said.
+    first = said["max_window_layers"] if config["model_type"] == "qwen2" else 0
     if kinds is not None:
+        if not isinstance(kinds, list) or len(kinds) != depth:
+            raise ValueError(f"layer_types is no list of {depth} kinds of layers")
         first = kinds.index("sliding_attention") if "sliding_attention" in kinds else depth
         if any(kind != "sliding_attention" for kind in kinds[first:]):
             raise ValueError(

@@ -150,8 +150,9 @@ def from_huggingface(config: Mapping[str, Any]) -> BertConfig:
         heads=config["num_attention_heads"],
         mlp=config["intermediate_size"],
         max_length=config["max_position_embeddings"],
-        type_vocab=config["type_vocab_size"],
-        norm_eps=config["layer_norm_eps"],
+        # Hugging Face leaves out what is as usual.
+        type_vocab=config.get("type_vocab_size", 2),
+        norm_eps=config.get("layer_norm_eps", 1e-12),
     )
 
 

@@ -102,7 +102,8 @@ def load_tokenizer(source: str) -> Tokenizer:
     if path.is_dir():
         found, said = folder.tokenizer(path), folder.config(path)
     else:
-        found, said = Tokenizer.from_gguf(path), gguf.open_gguf(str(path)).config()
+        said = _gguf(path).config()
+        found = Tokenizer.from_gguf(path)
     family = registry.by_type(decoders.families()).get(said["model_type"])
     added = getattr(family, "ADDED_TOKENS", ())
     return found.with_specials(added) if added else found
@@ -137,7 +138,7 @@ def describe(path: pathlib.Path, kind: ModuleType) -> tuple[ModuleType, Any, Sou
     if path.is_dir():
         said, extra, tensors = folder.config(path), folder.pooling(path), folder.tensors(path)
     else:
-        tensors = gguf.open_gguf(str(path))
+        tensors = _gguf(path)
         said, extra = tensors.config(), {}
     try:
         family = kind.family(said["model_type"])
@@ -150,6 +151,15 @@ def describe(path: pathlib.Path, kind: ModuleType) -> tuple[ModuleType, Any, Sou
         raise WeightsError(f"{path}: {error}") from error
     folder.check_sizes(path, config)
     return family, config, tensors
+
+
+def _gguf(path: pathlib.Path) -> gguf.Gguf:
+    if path.suffix in (".safetensors", ".bin", ".pt", ".ckpt", ".json"):
+        raise WeightsError(
+            f"{path} is one file of a model and does not hold all of it; give the folder that it is"
+            " in, with its config.json and tokenizer, or a GGUF file"
+        )
+    return gguf.open_gguf(str(path))
 
 
 def sizes(source: str, kind: ModuleType) -> tuple[ModuleType, Any]:
@@ -169,9 +179,9 @@ def sizes(source: str, kind: ModuleType) -> tuple[ModuleType, Any]:
 def _with_added(path: pathlib.Path, family: ModuleType, config: Any, tokenizer: Tokenizer) -> Any:
     """The sizes with rows for tokens that were added to the tokenizer (§2)."""
     more = max(tokenizer.vocab_size - config.vocab_size, 0)
-    if more and not hasattr(family, "ADDED_TOKENS"):
+    if more > len(getattr(family, "ADDED_TOKENS", ())):
         raise WeightsError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens and the embedding table"
+            f"{path}: the tokenizer has ids up to {tokenizer.vocab_size - 1} and the embedding table"
             f" {config.vocab_size} rows; they are of different models, or tokens were added to the"
             " tokenizer alone"
         )

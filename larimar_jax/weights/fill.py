@@ -148,7 +148,7 @@ def pattern(template: str) -> re.Pattern[str]:
     pieces = re.split(r"(\{layer\}|[\[\]()|*])", template)
     return re.compile(
         "".join(
-            r"(?P<layer>\d+)" if p == "{layer}" else marks.get(p, re.escape(p)) for p in pieces
+            r"(?P<layer>[0-9]{1,9})" if p == "{layer}" else marks.get(p, re.escape(p)) for p in pieces
         )
     )
 
@@ -200,12 +200,12 @@ def _check(
         if earlier := filled.get((use.target, use.layer)):
             problems.append(f"filled twice: {target}, by {earlier} and {use.name}")
         filled[use.target, use.layer] = use.name
-        # A stand-in of the right shape that owns one number.
-        blank = np.broadcast_to(np.zeros((), np.int8), shapes[use.name])
         try:
+            # A stand-in of the right shape that owns one number.
+            blank = np.broadcast_to(np.zeros((), np.int8), shapes[use.name])
             got = TRANSFORMS[use.transform](blank).shape
-        except ValueError:  # not divisible, or too few axes
-            got = blank.shape
+        except (ValueError, OverflowError):  # not divisible, too few axes, or such as NumPy lacks
+            got = shapes[use.name]
         if got != row:
             problems.append(f"misshapen: {use.name} gives {got}, {target} is {row}")
     for path, leaf in wanted.items():
@@ -240,7 +240,7 @@ def _read(
         first = use.layer
         if use.layer is not None and not any(b[0][0] <= first < b[0][1] for b in parts):
             continue  # another process' layer
-        tensor = _finite(use, source)
+        tensor = _finite(use, source, dtype)
         if axis is not None:
             # Neither likely nor unlikely, and the same wherever it is computed.
             mean = tensor.mean(axis=axis, keepdims=True, dtype=np.float64)
@@ -272,12 +272,23 @@ def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
-def _finite(use: _Use, source: Source) -> np.ndarray:
+def _finite(use: _Use, source: Source, dtype: np.dtype) -> np.ndarray:
     tensor = TRANSFORMS[use.transform](source.read(use.name))
+    if not tensor.size:
+        return tensor
+    # NaN is the least and the largest of what it is in, and rounding keeps the order.
+    ends = np.stack([tensor.min(), tensor.max()])
     # A damaged file often still parses; what it then holds seldom stays finite.
-    if not np.isfinite(tensor).all():
+    if not np.isfinite(ends).all():
         raise WeightsError(
             f"{source.path}: tensor {use.name} holds values that are not finite; the file is"
             " damaged or its quantisation was misread. Fetch it again"
+        )
+    with np.errstate(over="ignore"):
+        kept = ends.astype(dtype)
+    if not np.isfinite(kept).all():
+        raise WeightsError(
+            f"{source.path}: tensor {use.name} holds {ends[abs(ends).argmax()]}, which {dtype} cannot"
+            " hold; the file is damaged, or its parameters have to be kept in a wider type (float32)"
         )
     return tensor

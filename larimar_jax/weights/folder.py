@@ -21,7 +21,10 @@ _WEIGHTS = {
 }
 # A model of a trillion parameters has fewer of everything, and of layers far fewer: each misfit is
 # told layer by layer.
-_LARGEST, _DEEPEST = 1 << 24, 1 << 12
+LARGEST, DEEPEST = 1 << 24, 1 << 12
+_FINITE = 1e15  # beyond every base of rotary positions, which are the largest numbers with a point
+# What a sentence-transformers model may do, one after the other.
+_STEPS = ("Transformer", "Pooling", "Normalize")
 # What tokenizer_config.json switches on or off in a tokenizer that is made from a vocabulary.
 _SWITCHES = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
 
@@ -50,14 +53,15 @@ def check_sizes(path: object, config: Any) -> None:
       WeightsError: naming every one that is no number, a size with a fraction (33.0 too: it is no
         shape), negative, not finite or beyond all models.
     """
-    kinds = {int: int, float: int | float}
+    kinds = {int: (int, LARGEST), float: (int | float, _FINITE)}
     odd = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.type not in kinds:
             continue
-        number = isinstance(value, kinds[field.type]) and not isinstance(value, bool)
-        if not number or not 0 <= value < (_DEEPEST if field.name == "depth" else _LARGEST):
+        kind, limit = kinds[field.type]
+        number = isinstance(value, kind) and not isinstance(value, bool)
+        if not number or not 0 <= value < (DEEPEST if field.name == "depth" else limit):
             odd.append(f"{field.name} = {str(value)[:40]!r}" if isinstance(value, str) else
                        f"{field.name} = {str(value)[:40]}")
     if odd:
@@ -123,9 +127,19 @@ def pooling(folder: pathlib.Path) -> dict[str, Any]:
     """How a sentence-transformers folder pools, as settings of an encoder; else nothing.
 
     Raises:
-      WeightsError: a pooling other than the mean. ([CLS] as sentence-transformers takes it lacks
-        the tanh layer that the paper's has.)
+      WeightsError: a pooling other than the mean, or a step that is not computed here, such as a
+        dense layer. ([CLS] as sentence-transformers takes it lacks the tanh layer that the paper's
+        has.)
     """
+    steps = _json(folder / "modules.json") or []
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        raise WeightsError(f"{folder / 'modules.json'} is no list of modules")
+    kinds = [str(step.get("type", "")).rpartition(".")[2] for step in steps]
+    if odd := [kind[:40] for kind in kinds if kind not in _STEPS]:
+        raise WeightsError(
+            f"{folder / 'modules.json'} has steps {', '.join(odd)[:200]}, which are not computed here;"
+            f" {', '.join(_STEPS)} are. Take a model without them"
+        )
     said = _table(folder / "1_Pooling" / "config.json")
     if said is None:
         return {}
@@ -134,11 +148,7 @@ def pooling(folder: pathlib.Path) -> dict[str, Any]:
         raise WeightsError(
             f"{folder} pools by {', '.join(modes) or 'nothing'}; mean_tokens is supported"
         )
-    steps = _json(folder / "modules.json") or []
-    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
-        raise WeightsError(f"{folder / 'modules.json'} is no list of modules")
-    normalize = any(str(step.get("type", "")).endswith("Normalize") for step in steps)
-    return {"pooling": "mean", "normalize": normalize}
+    return {"pooling": "mean", "normalize": "Normalize" in kinds}
 
 
 def _table(path: pathlib.Path) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping
@@ -254,9 +255,16 @@ class Gguf:
         )
 
 
-@functools.lru_cache(maxsize=2)
 def open_gguf(path: str) -> Gguf:
-    """The file at `path`, parsed once for its tensors and its tokenizer."""
+    """The file at `path`, parsed once for its tensors and its tokenizer; again once it changed."""
+    if not os.path.isfile(path):
+        return Gguf(path)  # which says so
+    status = os.stat(path)
+    return _opened(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2)
+def _opened(path: str, size: int, mtime_ns: int) -> Gguf:
     return Gguf(path)
 
 

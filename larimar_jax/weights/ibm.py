@@ -14,6 +14,7 @@ import numpy as np
 
 from larimar_jax import decoders, encoders
 from larimar_jax.memory.variance import SETTINGS
+from larimar_jax.weights import folder, ibm_settings
 from larimar_jax.weights.fill import Keys, Source, WeightsError, pattern
 
 _ENCODER, _DECODER, _MEMORY = "model.encoder.", "model.decoder.", "model.memory."
@@ -85,12 +86,17 @@ def describe(source: Source, hyper: Mapping[str, Any] | None, unsaid: Unsaid) ->
         "ordering": False,  # else a bidirectional LSTM over the episode
     }
     odd = [
-        f"{key} is {hyper[key]!r}; {value!r} is what the tensors say or what is computed here"
+        f"{key} is {ibm_settings.shown(hyper[key])}; {value!r} is what the tensors say or what is"
+        " computed here"
         for key, value in said.items()
         if key in hyper and hyper[key] != value
     ]
     if any(name.startswith(_MEMORY + "lstm_z.") for name in sizes.shapes):
         odd.append(f"{_MEMORY}lstm_z.*: the episode is ordered by an LSTM, which is not computed here")
+    asked = ibm_settings.Asked(hyper, odd)
+    training = ibm_settings.training(asked)
+    steps = asked.count("pseudoinverse_approx_step", 15)
+    noise = asked.number("observation_noise_std", 1e-6)
     if odd:
         raise WeightsError(
             f"{source.path} was trained as a model that cannot be converted:\n  " + "\n  ".join(odd)
@@ -113,14 +119,14 @@ def describe(source: Source, hyper: Mapping[str, Any] | None, unsaid: Unsaid) ->
             variant="newton_schulz",
             slots=slots,
             initial="identity" if hyper.get("identity", True) else "normal",
-            noise=float(hyper.get("observation_noise_std", 1e-6)),
+            noise=noise,
             initial_log_variance=0.0,
             variance=setting,
             address="posterior",
-            steps=int(hyper.get("pseudoinverse_approx_step", 15)),
+            steps=steps,
             log_start=float(source.read(start).item()) if start in sizes.shapes else -5.0,
         ),
-        **_training(hyper),
+        **training,
         editing=dict(ridge=1e-2, scope_threshold=unsaid.scope_threshold),
     )
     view = View(source, _parts(sizes.shapes, slots, latent, setting))
@@ -160,6 +166,7 @@ class _Sizes:
 
     def __init__(self, source: Source):
         self.shapes, self.problems = source.shapes(), []
+        self._layers: dict[str, list[int]] = {}
 
     def of(self, name: str, axes: int) -> tuple[int, ...]:
         shape = self.shapes.get(name)
@@ -171,9 +178,21 @@ class _Sizes:
         return (0,) * axes
 
     def depth(self, prefix: str) -> int:
-        """The number of layers, by the names `prefix` + number + '.'."""
-        layer = re.compile(re.escape(prefix) + r"(\d+)\.")
-        return 1 + max((int(m[1]) for name in self.shapes if (m := layer.match(name))), default=0)
+        """The number of layers, by the names `prefix` + number + '.'; all have to be there."""
+        return len(self.layers(prefix))
+
+    def layers(self, prefix: str) -> list[int]:
+        """The layers' numbers; a problem where one is missing in between, or no model has so many."""
+        if prefix not in self._layers:
+            layer = re.compile(re.escape(prefix) + r"([0-9]{1,9})\.")
+            found = sorted({int(m[1]) for name in self.shapes if (m := layer.match(name))})
+            if found and (found[-1] >= len(found) or len(found) >= folder.DEEPEST):
+                self.problems.append(
+                    f"layers: {prefix}{found[-1]} is the last of {len(found)} that are there; from 0"
+                    f" on all belong there, and fewer than {folder.DEEPEST}"
+                )
+            self._layers[prefix] = found or [0]
+        return self._layers[prefix]
 
     def heads(self, width: int, given: int | None, family: str, option: str) -> int:
         size = HEAD_SIZES[family] if given is None else given
@@ -186,25 +205,30 @@ class _Sizes:
 
     def unmatched(self, keys: Keys) -> list[str]:
         """Names that no row knows, and rows that no name fills, beyond those in `problems`."""
-        depths = {_ENCODER: self.depth(_ENCODER + "encoder.layer."), _BLOCKS: self.depth(_BLOCKS + "h.")}
-        table = [pattern(template) for template, _, _ in keys]
+        layers = {
+            _ENCODER: self.layers(_ENCODER + "encoder.layer."),
+            _BLOCKS: self.layers(_BLOCKS + "h."),
+        }
+        table = [(pattern(template), template) for template, _, _ in keys]
         # σ_W has a name for each setting; View's stand in the table.
         known = (_VARIANCE, _VARIANCE + ".weight")
-        found = [
-            f"unused: {n}"
-            for n in self.shapes
-            if n not in known and not any(p.fullmatch(n) for p in table)
-        ]
+        found, filled = [], set()
+        for name in self.shapes:
+            hits = [(m, template) for p, template in table if (m := p.fullmatch(name))]
+            filled |= {(template, int(m.groupdict().get("layer") or 0)) for m, template in hits}
+            if name not in known and not hits:
+                found.append(f"unused: {name}")
         found += [] if any(n in known for n in self.shapes) else [f"missing: {_VARIANCE}"]
+        said = {*self.problems, *found}
         for template, target, _ in keys:
-            layered = _ENCODER if template.startswith(_ENCODER) else _BLOCKS
             if target is None or _VARIANCE in template:
                 continue
-            for layer in range(depths[layered]) if "{layer}" in template else (0,):
-                row = pattern(template.replace("{layer}", str(layer)))
-                name = re.sub(r"\(([^|)]*).*?\)", r"\1", template)
+            name = re.sub(r"\(([^|)]*).*?\)", r"\1", template)
+            numbers = layers[_ENCODER if template.startswith(_ENCODER) else _BLOCKS]
+            for layer in numbers if "{layer}" in template else (0,):
                 line = "missing: " + name.replace("{layer}", str(layer))
-                if not any(map(row.fullmatch, self.shapes)) and line not in self.problems + found:
+                if (template, layer) not in filled and line not in said:
+                    said.add(line)
                     found.append(line)
         return found
 
@@ -321,57 +345,3 @@ def _left(shapes: Mapping[str, tuple[int, ...]], keys: Keys, latent: int) -> lis
     names -= {HEAD, _MEMORY + "ben_cohen_memory_init"}
     half = f"{_LATENT}, rows {latent} to {2 * latent - 1} (the latent's log-variance)"
     return sorted(names) + ([half] if shapes.get(_LATENT, (0,))[0] == 2 * latent else [])
-
-
-def _training(hyper: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections that editing does not read: how §5 trains, as far as the checkpoint says otherwise."""
-    episodes = hyper.get("episode_sizes")
-    longest = max(episodes) if isinstance(episodes, (list, tuple)) and episodes else 16
-    return dict(
-        objective=dict(
-            reconstruction=float(hyper.get("rec_strength", 1.0)),
-            autoencoding=float(hyper.get("ae_strength", 1.0)),
-            kl=float(hyper.get("beta", 0.5)),
-            kl_cycles=10 if hyper.get("use_beta_schedule", True) else 0,
-            free_bits=float(hyper.get("dim_target_kl", 0.0)),
-            language=float(hyper.get("decode_rec_strength", 1.0)),
-            count_padding=True,
-        ),
-        data=dict(
-            corpus="wikipedia-summaries",
-            unit="chunk",
-            episode=(longest,),
-            batch=1,
-            encoder_tokens=64,
-            decoder_tokens=64,
-            vocabulary=0,
-            workers=0,
-            seed=0,
-        ),
-        train=dict(
-            steps=1000,
-            optimizer="adamw",
-            learning_rate=float(hyper.get("learning_rate", 5e-5)),
-            warmup_steps=0,
-            decay="linear",
-            weight_decay=float(hyper.get("weight_decay", 0.0)),
-            clip_norm=1.0,
-            accumulate=1,
-            ema=0.0,
-            frozen=(),
-            start_from=None,
-            mesh=(1, 1, 1),
-            layout="zero3",
-            memory_layout="replicated",
-            on_bad_step="stop",
-            spike=0.0,
-            log_every=10,
-            evaluate_every=100,
-            edits=0,
-            checkpoint_every=100,
-            keep=2,
-            best=None,
-            stall=0.0,
-            seed=0,
-        ),
-    )

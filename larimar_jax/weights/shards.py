@@ -37,6 +37,7 @@ class Shards:
             )
         files = {file: open_file(index.parent / file) for file in sorted(set(where.values()))}
         self._shapes, self._files = {}, {}
+        self._last: Source | None = None
         problems = []
         for file, source in files.items():
             for name, shape in source.shapes().items():
@@ -61,7 +62,11 @@ class Shards:
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, as its file's reader gives it."""
-        return self._files[name].read(name)
+        file = self._files[name]
+        if self._last not in (None, file) and hasattr(self._last, "release"):
+            self._last.release()  # else every file would keep a storage for its next tensor
+        self._last = file
+        return file.read(name)
 
 
 def _weight_map(index: pathlib.Path) -> dict[str, str]:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -201,7 +202,8 @@ class Tokenizer:
           truncate: cut a text that is too long (prefix and suffix stay).
 
         Raises:
-          TextTooLong: a text exceeds `length`; the message names it. Only without truncate.
+          TextTooLong: a text exceeds `length`; the message names it. With truncate, only where
+            `length` does not hold prefix and suffix.
         """
         if isinstance(texts, str):
             raise TypeError("encode takes a list of texts, not one text")
@@ -212,6 +214,10 @@ class Tokenizer:
         ]
         if length is None:
             length = bucket(max(map(len, bodies), default=0) + around, multiple)
+        if bodies and around > length:
+            raise TextTooLong(
+                f"{around} tokens stand around every text, the limit is {length}; raise the length"
+            )
         ids = np.full((len(bodies), length), self.pad, np.int32)
         mask = np.zeros((len(bodies), length), bool)
         for row, (text, body) in enumerate(zip(texts, bodies, strict=True)):
@@ -227,13 +233,46 @@ class Tokenizer:
         return TokenBatch(ids, mask)
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
-        """The text of some tokens; special ones leave nothing."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+        """The text of some tokens; special ones leave nothing.
 
-    @property
+        What is no UTF-8 becomes U+FFFD, and nothing beside it changes: as bytes are added, the text
+        only grows behind an unfinished character.
+        """
+        ids = [int(i) for i in ids]
+        if self._bytes:
+            ids = self._mended(ids)
+        return self.backend.decode(ids, skip_special_tokens=True)
+
+    @functools.cached_property
+    def _bytes(self) -> tuple[int, ...]:
+        """The ids of the 256 bytes that SentencePiece spells unknown characters with, or none."""
+        ids = tuple(self.backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        spelled = None not in ids and self.backend.decode([ids[b] for b in "é".encode()]) == "é"
+        return ids if spelled else ()
+
+    @functools.cached_property
+    def _byte_of(self) -> dict[int, int]:
+        return {token: byte for byte, token in enumerate(self._bytes)}
+
+    def _mended(self, ids: list[int]) -> list[int]:
+        """The same text in ids that spell U+FFFD themselves.
+
+        The library makes U+FFFD of all bytes in a row where the last are unfinished: characters
+        that were there already, and the line's end that a stop waits for, would be lost.
+        """
+        mended = []
+        for is_byte, run in itertools.groupby(ids, self._byte_of.__contains__):
+            if is_byte:
+                text = bytes(self._byte_of[i] for i in run).decode("utf-8", "replace")
+                run = (self._bytes[byte] for byte in text.encode())
+            mended += run
+        return mended
+
+    @functools.cached_property
     def vocab_size(self) -> int:
-        """Number of tokens, special ones included."""
-        return self.backend.get_vocab_size(with_added_tokens=True)
+        """1 + the largest id, special tokens included: the rows that a table needs."""
+        ids = self.backend.get_vocab(with_added_tokens=True).values()
+        return 1 + max(ids, default=-1)
 
     def to_json(self) -> str:
         """All of it as text, for a checkpoint."""

@@ -17,8 +17,8 @@ from larimar_jax.weights.torch_pickle import Opaque, Storage, Tensor
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the format before torch 1.6
 _PIECE = 1 << 22
-# The largest real one, of a 70B model in one file with its optimiser, is a few megabytes.
-_PICKLE_LIMIT = 1 << 28
+# torch compresses nothing. A pickle that another program compressed is a tenth of itself at least.
+_PICKLE_RATIO = 100
 
 
 class TorchFile:
@@ -49,6 +49,10 @@ class TorchFile:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Every tensor's shape; no numbers are read."""
         return {name: tensor.shape for name, tensor in self._tensors.items()}
+
+    def release(self) -> None:
+        """Forgets the storage that was read last, which may be as large as a tensor."""
+        self._held = None
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, in the dtype of the file.
@@ -113,11 +117,19 @@ class _Zip:
                         " and no name twice"
                     )
                 self._prefix = pickles[0].removesuffix("data.pkl")
-                if archive.getinfo(pickles[0]).file_size > _PICKLE_LIMIT:
-                    raise WeightsError(f"{path}: its data.pkl alone is over {_PICKLE_LIMIT} bytes")
-                content = archive.read(pickles[0])
+                entry = archive.getinfo(pickles[0])
+                most = min(torch_pickle.LIMIT, _PICKLE_RATIO * entry.compress_size + 4096)
+                if entry.file_size > most:
+                    raise WeightsError(
+                        f"{path}: its data.pkl says {entry.file_size} bytes, over {most}; no model's"
+                        " is as large, or it was compressed in order to grow. Do not use the file"
+                    )
+                content = archive.read(_packed(entry))
                 order = self._prefix + "byteorder"
-                self.big_endian = order in names and archive.read(order)[:4] == b"big"
+                self.big_endian = False
+                if order in names:
+                    with archive.open(_packed(archive.getinfo(order))) as file:
+                        self.big_endian = file.read(8) == b"big"
         except _BROKEN as error:
             raise self._damaged(error) from error
         self.tree = torch_pickle.load(content, path)
@@ -128,14 +140,17 @@ class _Zip:
             with zipfile.ZipFile(self.path) as archive:
                 entry = archive.getinfo(f"{self._prefix}data/{storage.key}")
                 width = 1 if storage.dtype is None else storage.dtype.itemsize
-                if entry.file_size < storage.count * width:
-                    raise self._damaged(f"storage {storage.key} is shorter than it says")
+                if entry.file_size != storage.count * width:
+                    raise self._damaged(
+                        f"storage {storage.key} has {entry.file_size} bytes, not the"
+                        f" {storage.count * width} that it says"
+                    )
                 # A compressed entry can say any size; no file is a thousandth of what it holds.
                 if entry.file_size > 1032 * (entry.compress_size + 1):
                     raise self._damaged(f"storage {storage.key} says an impossible size")
                 raw = np.empty(entry.file_size, np.uint8)
                 at = 0
-                with archive.open(entry) as file:
+                with archive.open(_packed(entry)) as file:
                     while piece := file.read(_PIECE):
                         raw[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
                         at += len(piece)
@@ -208,6 +223,13 @@ _BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, Runtim
            struct.error, ValueError)
 
 
+def _packed(entry: zipfile.ZipInfo) -> zipfile.ZipInfo:
+    """The entry, where it is stored or deflated: what else there is asks for memory by itself."""
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"an entry compressed by method {entry.compress_type}")
+    return entry
+
+
 def _storages(tree: Any) -> dict[str, Storage]:
     """Storages by key, of every tensor in nested containers."""
     found, todo, seen = {}, [tree], set()
@@ -228,6 +250,8 @@ def _storages(tree: Any) -> dict[str, Storage]:
 
 
 def _damaged(path: str, reason: object) -> WeightsError:
+    if isinstance(reason, WeightsError):  # it says so already
+        return reason
     return WeightsError(
         f"{path} cannot be read as a torch file ({reason}); it is damaged or was cut short while"
         " being fetched. Fetch it again"

@@ -7,76 +7,22 @@ lies become a `Tensor`. A name outside a short list is an error.
 """
 
 import dataclasses
+import io
 import math
 import mmap
 import pickletools
 import struct
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
+from larimar_jax.weights import torch_names
 from larimar_jax.weights.fill import WeightsError
 
-# torch's storage classes and dtypes → NumPy's.
-_DTYPES = {
-    "Float": np.dtype(np.float32),
-    "Double": np.dtype(np.float64),
-    "Half": np.dtype(np.float16),
-    "BFloat16": np.dtype(ml_dtypes.bfloat16),
-    "Long": np.dtype(np.int64),
-    "Int": np.dtype(np.int32),
-    "Short": np.dtype(np.int16),
-    "Char": np.dtype(np.int8),
-    "Byte": np.dtype(np.uint8),
-    "Bool": np.dtype(np.bool_),
-}
-_BY_NAME = {
-    "float32": "Float",
-    "float": "Float",
-    "float64": "Double",
-    "double": "Double",
-    "float16": "Half",
-    "half": "Half",
-    "bfloat16": "BFloat16",
-    "int64": "Long",
-    "int32": "Int",
-    "int16": "Short",
-    "int8": "Char",
-    "uint8": "Byte",
-    "bool": "Bool",
-}
-
-# What a checkpoint may name beside tensors: kept as inert records. Modules and all below them.
-_RECORDED = (
-    "argparse",
-    "lightning",
-    "lightning_fabric",
-    "lightning_utilities",
-    "omegaconf",
-    "pathlib",
-    "pytorch_lightning",
-    "torch.optim",
-    "transformers",
-)
-_NAMES = {
-    "builtins": "bool bytearray complex dict float frozenset int list object range set slice str tuple",
-    "collections": "Counter OrderedDict defaultdict deque",
-    "copyreg": "_reconstructor",
-    "_codecs": "encode",
-    "numpy": "dtype ndarray",
-    "numpy.core.multiarray": "scalar _reconstruct",
-    "numpy._core.multiarray": "scalar _reconstruct",
-    "torch": "Size Tensor device dtype",
-    "torch._tensor": "_rebuild_from_type_v2 Tensor",
-    "torch._utils": "_rebuild_tensor _rebuild_tensor_v2 _rebuild_tensor_v3 _rebuild_parameter"
-    " _rebuild_parameter_with_state",
-    "torch.nn.parameter": "Parameter Buffer",
-    "torch.serialization": "_get_layout",
-    "torch.storage": "TypedStorage UntypedStorage",
-}
-# Python 2's names of what is listed above.
-_OLD = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+# The largest real pickle, of a 70B model in one file with its optimiser, is a few megabytes, and a
+# tensor takes some 40 instructions. More could be made to take any amount of memory.
+LIMIT, _INSTRUCTIONS, _COPIED = 1 << 25, 1 << 22, 1 << 20
+_AXES = 64  # NumPy's own limit
 
 
 class Global(NamedTuple):
@@ -89,7 +35,7 @@ class Global(NamedTuple):
         return f"{self.module}.{self.name}"
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Opaque:
     """An object that would have been made: what of, from what, and what it was given since."""
 
@@ -97,6 +43,10 @@ class Opaque:
     arguments: Any
     state: Any = None
     items: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        # Without its parts: tuples that hold each other twice could be spelled out for ever.
+        return f"<{self.made_by}>"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,20 +86,30 @@ def load(file: bytes | mmap.mmap, path: str) -> Any:
 
     Raises:
       WeightsError: a name that is not on the list (nothing was run), a tensor of a kind that is not
-        read here, or a damaged pickle.
+        read here, a pickle beyond all real ones, or a damaged one.
     """
-    machine = _Machine(path)
+    start = file.tell() if isinstance(file, mmap.mmap) else 0
+    content = io.BytesIO(file[start : start + LIMIT + 1])
+    size = content.getbuffer().nbytes
+    machine = _Machine(path, min(size, _COPIED))
     try:
-        for opcode, argument, _ in pickletools.genops(file):
+        for count, (opcode, argument, at) in enumerate(pickletools.genops(content)):
+            if count >= _INSTRUCTIONS or at >= LIMIT:
+                raise ValueError(f"a pickle of over {_INSTRUCTIONS} instructions or {LIMIT} bytes")
             if opcode.name == "STOP":
+                if isinstance(file, mmap.mmap):
+                    file.seek(start + content.tell())
                 return machine.pop()
             machine.step(opcode.name, argument)
-    except (ValueError, IndexError, OverflowError, struct.error, RecursionError) as error:
+    except (
+        ValueError, IndexError, OverflowError, struct.error, RecursionError, MemoryError
+    ) as error:
         if isinstance(error, WeightsError):
             raise
+        reason = str(error) or type(error).__name__
         raise WeightsError(
-            f"{path} cannot be read as a torch file ({error or type(error).__name__}); it is damaged"
-            " or was cut short while being fetched. Fetch it again"
+            f"{path} cannot be read as a torch file ({reason}); it is damaged or was"
+            " cut short while being fetched. Fetch it again"
         ) from error
     raise AssertionError("genops ends with STOP or raises")
 
@@ -157,8 +117,9 @@ def load(file: bytes | mmap.mmap, path: str) -> Any:
 class _Machine:
     """The stack, the memo, and one method that knows every instruction."""
 
-    def __init__(self, path: str):
-        self._path, self._stack, self._memo = path, [], {}
+    def __init__(self, path: str, copied: int):
+        """copied: how many items calls may copy; every item of a real file is copied once at most."""
+        self._path, self._stack, self._memo, self._copied = path, [], {}, copied
 
     def pop(self) -> Any:
         """The topmost value; IndexError without one."""
@@ -267,18 +228,15 @@ class _Machine:
             raise ValueError(f"entries for a {type(made).__name__}")
         for key, value in zip(map(_key, items[::2]), items[1::2], strict=True):
             if key in made:
-                raise ValueError(f"the entry {str(key)[:80]!r} twice")
+                said = repr(key[:80]) if isinstance(key, str) else f"of a {type(key).__name__}"
+                raise ValueError(f"the entry {said} twice")
             made[key] = value
 
     def _global(self, module: Any, name: Any) -> Global:
         if not isinstance(module, str) or not isinstance(name, str):
             raise ValueError("a name that is no text")
-        module = _OLD.get(module, module)
-        kept = any(module == known or module.startswith(known + ".") for known in _RECORDED)
-        listed = name in _NAMES.get(module, "").split()
-        storage = module in ("torch", "torch.cuda") and name.removesuffix("Storage") in _DTYPES
-        dtype = module == "torch" and name in _BY_NAME
-        if not (kept or listed or storage or dtype):
+        module = torch_names.OLD.get(module, module)
+        if not torch_names.listed(module, name):
             raise WeightsError(
                 f"{self._path} asks for {module[:80]}.{name[:80]}, which a file of weights has no use"
                 " for; nothing of it was run. If you trust where it is from, load it with torch and"
@@ -294,7 +252,7 @@ class _Machine:
             raise ValueError("a storage that is a view of another")
         if not isinstance(kind, Global) or not isinstance(key, str) or not _counts(count):
             raise ValueError("a storage that does not say its kind, name and size")
-        dtype = _DTYPES.get(kind.name.removesuffix("Storage"))
+        dtype = torch_names.DTYPES.get(kind.name.removesuffix("Storage"))
         if dtype is None and kind.name != "UntypedStorage":
             raise ValueError(f"a storage of {kind.name}")
         return Storage(key, dtype, count)
@@ -318,6 +276,11 @@ class _Machine:
             pairs = arguments[0] if arguments else ()
             if not isinstance(pairs, list | tuple):
                 raise ValueError(f"a {made_by.name} of a {type(pairs).__name__}")
+            # One list, memorised, could be copied by every instruction of the file.
+            self._copied -= len(pairs)
+            if self._copied < 0 or (made_by.name == "Size" and len(pairs) > _AXES):
+                raise ValueError(f"a {made_by.name} of {len(pairs)} items, more than the file is long"
+                                 " or a shape has axes")
             if made_by.name == "Size":
                 return tuple(pairs)
             made: dict[Any, Any] = {}
@@ -345,28 +308,34 @@ _LITERALS = frozenset(
 
 
 def _counts(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 def _key(value: Any) -> Any:
-    """A value that hashes at once: nested tuples could be made to take for ever."""
-    if isinstance(value, Opaque | str | int | float | bytes | Global) or value is None:
+    """A value that hashes at once: large numbers and tuples are hashed anew each time."""
+    if isinstance(value, Opaque | bytes | Global) or value is None or _scalar(value):
         return value
-    if isinstance(value, tuple) and all(isinstance(v, str | int | float) for v in value):
+    if isinstance(value, tuple) and len(value) <= 16 and all(map(_scalar, value)):
         return value
     raise ValueError(f"an entry named by a {type(value).__name__}")
+
+
+def _scalar(value: Any) -> bool:
+    return isinstance(value, str | float) or (isinstance(value, int) and abs(value) < 1 << 64)
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, named: tuple[Any, ...]) -> Tensor:
     if not isinstance(storage, Storage):
         raise ValueError("a tensor without a storage")
     whole = isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides)
+    # First, since a product of many or of large numbers takes for ever.
+    whole = whole and len(shape) <= _AXES
     if not whole or not all(map(_counts, (offset, *shape, *strides))):
         raise ValueError("a tensor whose place, shape or strides are no counts")
     dtype = storage.dtype
     if named:
-        known = _BY_NAME.get(named[0].name) if isinstance(named[0], Global) else None
-        dtype = _DTYPES.get(known)
+        known = torch_names.BY_NAME.get(named[0].name) if isinstance(named[0], Global) else None
+        dtype = torch_names.DTYPES.get(known)
     if dtype is None:
         raise ValueError("a tensor of an unknown kind of number")
     held = storage.count if storage.dtype is not None else storage.count // dtype.itemsize
