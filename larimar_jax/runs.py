@@ -129,16 +129,16 @@ def plan(arguments: argparse.Namespace) -> int:
         print(plans.show(found, memory, arguments.flops, arguments.link))
     if found.fits(memory):
         return 0
-    tried = []
+    what: dict[str, str] = {}
     for what, changed in plans.changes(config):
-        tried.append(what)
-        print(f"compiling with {' '.join(tried)}", file=sys.stderr)
+        line = " ".join(f"{key}={value}" for key, value in what.items())
+        print(f"compiling with {line}", file=sys.stderr)
         found = plans.plan(changed)
         if found.fits(memory):
-            print(f"\nit fits ({found.total / 1e9:.2f} GB) with\n  --set " + " ".join(tried))
+            print(f"\nit fits ({found.total / 1e9:.2f} GB) with\n  --set {line}")
             return 1
     print(
-        f"\nnone of these makes it fit ({found.total / 1e9:.2f} GB left): {' '.join(tried)}. Take more "
+        f"\nnothing makes it fit ({found.total / 1e9:.2f} GB at the least, with {what}). Take more "
         "devices, a smaller data.batch, or train less of it (train.frozen, model.lora)."
     )
     return 1

@@ -1,5 +1,6 @@
 """Plans of real sizes, compiled here for devices that are not here."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from larimar_jax import config as configs
 from larimar_jax.train import flops, hlo, plan
 
 ROOT = Path(__file__).parents[1]
@@ -21,10 +23,10 @@ TOWERS = {
 }
 
 
-def _plan(*arguments):
+def _plan(*arguments, optimized=True):
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    # As a user compiles it: with all optimisations.
-    environment.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
+    if optimized:  # As a user compiles it.
+        environment.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
     line = [sys.executable, "-m", "larimar_jax.cli", "plan", *arguments]
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
 
@@ -48,11 +50,28 @@ def test_the_papers_models_fit_a_node(name):
     assert found["model_flops"] > 0 and found["flops"] > 1.15 * found["model_flops"]
 
 
-def test_what_does_not_fit_is_told_what_to_change(tmp_path):
-    done = _plan("--config", "configs/tiny.py", "--devices", "2", "--memory", "20MB",
-                 "--set", "train.mesh=[2,1,1]")
+def test_what_does_not_fit_is_told_what_to_change():
+    # Whole parameters and moments on both devices do not fit; split over them they do.
+    small = ["train.mesh=[2,1,1]", "data.batch=2", "data.episode=[2]", "model.encoder.mlp=4096"]
+    line = ["--config", "configs/tiny.py", "--devices", "2", "--memory", "40MB", "--set", *small]
+    done = _plan(*line, optimized=False)
     assert done.returncode == 1, done.stderr
-    assert "does NOT fit" in done.stdout and "--set train.mesh=[1,2,1]" in done.stdout
+    assert "does NOT fit" in done.stdout and "--set train.mesh=[1,2,1]\n" in done.stdout
+
+
+def test_changes_are_cumulative_and_in_the_order_of_their_cost():
+    config = configs.load(ROOT / "configs" / "tiny.py")
+    train = dataclasses.replace(config.train, mesh=(2, 2, 1), layout="zero2")
+    said = [list(what.items()) for what, _ in plan.changes(dataclasses.replace(config, train=train))]
+    assert said[-1] == [
+        ("train.mesh", "[1,4,1]"),
+        ("train.layout", "zero3"),
+        ("model.dtype", "bfloat16"),
+        ("model.remat", "layers"),
+        ("train.accumulate", "2"),
+        ("train.optimizer", "adafactor"),
+    ]
+    assert [dict(one)["model.remat"] for one in said[3:5]] == ["dots", "layers"]
 
 
 @pytest.mark.parametrize("text, size", [("80GB", 80e9), ("40 GiB", 40 * 2**30), ("24e9", 24e9)])
@@ -87,7 +106,7 @@ def test_flops_count_loops_branches_and_devices():
     assert flops.count(jax.grad(jax.checkpoint(loss)), square) > plain
     branch = flops.count(lambda a, b: jax.lax.cond(a.sum() > 0, lambda: a @ b, lambda: a @ b + 1), a, b)
     assert branch == one
-    mesh = jax.make_mesh((8,), ("x",))
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     specs = dict(in_specs=(jax.P("x"), jax.P()), out_specs=jax.P("x"))
     split = jax.shard_map(lambda a, b: a @ b, mesh=mesh, **specs)
     assert flops.count(split, jnp.zeros((24, 4)), b) == 8 * one

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import typing
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 
 from larimar_jax import config as configs
 from larimar_jax import model
+from larimar_jax.layers import Remat
 from larimar_jax.settings import Config
 from larimar_jax.train import flops, hlo, sharding
 from larimar_jax.train.step import Skeleton, Stepper
@@ -103,17 +105,22 @@ def plan(config: Config) -> Plan:
     )
 
 
-def changes(config: Config) -> Iterator[tuple[str, Config]]:
-    """Settings to change where a step does not fit, each on top of those before: (what, config).
+def changes(config: Config) -> Iterator[tuple[dict[str, str], Config]]:
+    """Settings to change where a step does not fit, each on top of those before.
 
     In order of what they cost: nothing, time, and at last the optimiser's quality.
-    """
 
-    def say(section: str, **settings: Any) -> tuple[str, Config]:
+    Returns:
+        ({key: value} as `--set` takes them, all up to here; the config with them)
+    """
+    said: dict[str, str] = {}
+
+    def say(section: str, **settings: Any) -> tuple[dict[str, str], Config]:
         nonlocal config
         changed = dataclasses.replace(getattr(config, section), **settings)
         config = dataclasses.replace(config, **{section: changed})
-        return ", ".join(f"{section}.{k}={_json(v)}" for k, v in settings.items()), config
+        said.update({f"{section}.{key}": _json(value) for key, value in settings.items()})
+        return dict(said), config
 
     data, fsdp, tensor = config.train.mesh
     if data > 1:
@@ -122,9 +129,9 @@ def changes(config: Config) -> Iterator[tuple[str, Config]]:
         yield say("train", layout="zero3")
     if config.model.dtype != "bfloat16":
         yield say("model", dtype="bfloat16")
-    for remat in ("dots", "layers"):
-        if ("none", "dots", "layers").index(config.model.remat) < ("dots", "layers").index(remat) + 1:
-            yield say("model", remat=remat)
+    levels = typing.get_args(Remat)
+    for remat in levels[levels.index(config.model.remat) + 1 :]:
+        yield say("model", remat=remat)
     ways = data * fsdp
     while config.data.batch % (2 * config.train.accumulate * ways) == 0:
         yield say("train", accumulate=2 * config.train.accumulate)
