@@ -10,7 +10,7 @@ import world
 
 from larimar_jax import config as configs
 from larimar_jax.data import corpus, episodes, pieces, store
-from larimar_jax.train import hlo, sharding
+from larimar_jax.train import guard, hlo, sharding
 from larimar_jax.train.step import Stepper, initialise
 from larimar_jax.weights import Tokenizer
 
@@ -143,3 +143,46 @@ def test_bfloat16_computes_and_masters_stay_float32(run):
     losses, state, _ = trained((config, batches))
     assert losses[-1] < 0.85 * losses[0]
     assert {str(leaf.dtype) for leaf in state.params.values()} == {"float32"}
+
+
+def test_a_spike_is_skipped_and_the_run_goes_on(run):
+    config, batches = run
+    settings = dict(on_bad_step="skip", spike=0.5)
+    _, state, stepper = trained(run, 12, **settings)
+    frozen = stepper.freeze(initialise(config, sharding.make_mesh((1, 1, 1)))[1])
+    wrong = {**batches[0], "decoder_tokens": batches[0]["decoder_tokens"][:, :, ::-1].copy()}
+    mesh = sharding.make_mesh((1, 1, 1))
+    before = jax.device_get((state.params, state.optimizer, state.loss))
+    state, found = stepper.step(state, frozen, sharding.place_batch(wrong, mesh))
+    assert not found["sound"] and found["loss"] > found["usual_loss"] + 0.5
+    assert int(state.step) == 13
+    after = jax.device_get((state.params, state.optimizer, state.loss))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    state, found = stepper.step(state, frozen, sharding.place_batch(batches[13], mesh))
+    assert found["sound"] and int(state.step) == 14
+
+
+def _found(**changes):
+    usual = dict(
+        sound=np.bool_(True), loss=1.0, gradient_norm=1.0, usual_loss=1.0, terms={"kl": 0.5},
+        gradient_squares=np.array([1.0, 4.0]),
+    )
+    return usual | changes
+
+
+def test_the_guard_skips_a_few_and_names_the_cause(run):
+    train = dataclasses.replace(run[0].train, on_bad_step="skip", spike=0.5)
+    watch = guard.Guard(train, ["a", "b"])
+    good = {"a": jnp.ones(2)}
+    assert watch.look(1, _found(), good) is None
+    spike = _found(sound=np.bool_(False), loss=3.0)
+    said = watch.look(2, spike, good)
+    assert "step 2: the loss is 3" in said and "usual 1;" in said and "that of b; skipped" in said
+    broken = dict(sound=np.bool_(False), loss=np.nan)
+    for count in range(2, guard.MOST):
+        assert f"{count} in a row" in watch.look(3, _found(**broken, terms={"kl": np.nan}), good)
+    with pytest.raises(guard.BadStep, match="10th in a row"):
+        watch.look(4, _found(**broken, gradient_squares=np.array([1.0, np.nan])), good)
+    watch = guard.Guard(dataclasses.replace(train, on_bad_step="stop"), ["a", "b"])
+    with pytest.raises(guard.BadStep, match="gradient of b"):
+        watch.look(4, _found(**broken, gradient_squares=np.array([1.0, np.nan])), good)

@@ -15,7 +15,8 @@ import pytest
 import world
 
 from larimar_jax import config as configs
-from larimar_jax.train import export, folder, guard, loop, metrics, sharding
+from larimar_jax.settings import StartConfig
+from larimar_jax.train import export, folder, guard, loop, metrics, sharding, start
 from larimar_jax.train.step import Stepper, initialise
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +33,8 @@ def tiny(tmp_path_factory) -> configs.Config:
 def whole(tiny, tmp_path_factory):
     """A run from beginning to end: (its folder, its outcome)."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    return run, loop.train(tiny, run, progress=False)
+    # Neither changes a step's result.
+    return run, loop.train(_train(tiny, edits=6, best="reconstruction"), run, progress=False)
 
 
 def _losses(run: Path) -> dict[int, float]:
@@ -57,15 +59,23 @@ def test_the_loss_falls_and_everything_is_written_down(tiny, whole):
     training = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in training] == list(range(1, STEPS + 1))
     assert {"reconstruction", "autoencoding", "language", "kl", "beta"} < set(training[0])
-    assert training[0]["tokens_per_second"] > 0
+    assert training[0]["tokens_per_second"] > 0 and 0 < training[-1]["utilisation"] < 1.5
+    parts = [training[-1][f"gradient_norm_{part}"] ** 2 for part in
+             ("encoder", "decoder", "memory", "to_latent", "to_slots", "to_embedding")]
+    assert sum(parts) == pytest.approx(training[-1]["gradient_norm"] ** 2, rel=1e-4)
+    # Texts that were written are likelier than to the same decoder without a memory.
+    last = evaluations[24]
+    assert {"base", "memory_condition", "edit_success_base"} <= set(last)
+    assert last["memory_condition"] >= 1 and last["base"] > 0
+    assert last["edit_gain"] > 0 and 0 <= last["edit_success"] <= 1
     assert list((run / "tensorboard").iterdir())
-    assert json.loads((run / "config.json").read_text()) == configs.to_dict(tiny)
+    assert json.loads((run / "config.json").read_text())["data"] == configs.to_dict(tiny)["data"]
 
 
 def test_the_export_holds_the_model_that_was_trained(tiny, whole):
     skeleton, parameters = initialise(tiny, sharding.make_mesh((1, 1, 1)))
     arrays, meta = export.load_exported(whole[0] / "model.safetensors", skeleton.parameters)
-    assert configs.parse(meta["config"]) == tiny and meta["step"] == STEPS
+    assert configs.parse(meta["config"]).model == tiny.model and meta["step"] == STEPS
     # Towers made from scratch have no other source, so that their frozen parameters are in it too.
     assert set(arrays) == set(skeleton.parameters)
     frozen = "encoder/position/embedding"
@@ -166,6 +176,34 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_cause(tiny, tmp_p
     with pytest.raises(guard.BadStep, match="step 1: .* is parameter decoder/word/embedding"):
         loop.train(tiny, tmp_path, progress=False)
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("place", ["", "model.safetensors", "checkpoints/24"])
+def test_parameters_come_from_another_run(tiny, whole, place):
+    mesh = sharding.make_mesh((1, 4, 2))
+    _, parameters = initialise(_train(tiny, mesh=(1, 4, 2)), mesh)
+    said = StartConfig(str(whole[0] / place), ("^memory/", "up/kernel$"))
+    found = start.replace(parameters, said)
+    arrays, _ = export.load_exported(whole[0] / "model.safetensors")
+    taken = {"memory/prior", "memory/log_variance"}
+    taken |= {f"{tower}/layers/up/kernel" for tower in ("encoder", "decoder")}
+    for name, leaf in found.items():
+        want = arrays[name] if name in taken else parameters[name]
+        np.testing.assert_array_equal(leaf, want, err_msg=name)
+        assert leaf.sharding == parameters[name].sharding
+    with pytest.raises(start.StartError, match="'nowhere' matches no parameter there"):
+        start.replace(parameters, dataclasses.replace(said, parameters=("nowhere",)))
+    other = {n: a[..., :1] if n == "memory/prior" else a for n, a in parameters.items()}
+    other.pop("decoder/layers/up/kernel")
+    with pytest.raises(start.StartError) as error:
+        start.replace(other, said)
+    assert "memory/prior: (8, 16) there, (8, 1) in this model" in str(error.value)
+    assert "decoder/layers/up/kernel: this model has no such parameter" in str(error.value)
+
+
+def test_a_place_without_parameters_is_named(tiny, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        start.replace({}, StartConfig(str(tmp_path), ("a",)))
 
 
 def _batch(config: configs.Config) -> dict[str, np.ndarray]:
