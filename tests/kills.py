@@ -5,7 +5,7 @@ checked bit for bit. It is as asynchronous as a real run: the steps go on while 
 
 What is promised, of the last `save` that had returned before the kill, of step s, with saves every
 `interval` steps: the restored step is s or s - interval, so that at most the checkpoint that was being
-written is lost, and none that was whole. In steps of work: less than an interval since s, and one
+written is lost, and none that was whole. In steps of work: at most an interval since s, and one
 interval more where s was still being written.
 """
 

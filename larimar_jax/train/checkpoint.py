@@ -24,7 +24,7 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 
-from larimar_jax.train import checksums
+from larimar_jax.train.checksums import array_checksums, json_checksum, named, unnamed
 from larimar_jax.train.environment import describe
 
 ARRAYS = ("params", "memory", "optimizer")
@@ -98,15 +98,15 @@ class Checkpoints:
             CheckpointError: this one, or the one before it, could not be written.
         """
         trees = dict(params=params, memory=memory, optimizer=optimizer)
-        items = {name: checksums.named(tree) for name, tree in trees.items()}
-        sums: dict[str, Any] = {n: checksums.of_arrays(arrays) for n, arrays in items.items()}
+        items = {name: named(tree) for name, tree in trees.items()}
+        sums: dict[str, Any] = {n: array_checksums(arrays) for n, arrays in items.items()}
         meta = {
             **meta,
             "step": step,
             "processes": jax.process_count(),
             "evaluation": None if evaluation is None else dict(evaluation),
             "environment": describe(),
-            "checksums": {**sums, "data": checksums.of_json(data.get_state())},
+            "checksums": {**sums, "data": json_checksum(data.get_state())},
         }
         with self._written():
             # Here and not in Orbax's own `save`, so that the step that failed is the one named.
@@ -118,7 +118,7 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     **{name: ocp.args.StandardSave(arrays) for name, arrays in items.items()},
                     data=grain.checkpoint.CheckpointSave(data),
-                    meta=ocp.args.JsonSave({**meta, "checksum": checksums.of_json(meta)}),
+                    meta=ocp.args.JsonSave({**meta, "checksum": json_checksum(meta)}),
                 ),
             )
 
@@ -176,20 +176,20 @@ class Checkpoints:
         # Each process takes its share of every batch, so one's count of batches holds for all.
         state = self.directory / str(step) / "data" / f"process_0-of-{meta['processes']}.json"
         place = json.loads(state.read_text(encoding="utf-8"))
-        if meta["checksums"].get("data") not in (None, checksums.of_json(place)):
+        if meta["checksums"].get("data") not in (None, json_checksum(place)):
             raise ValueError("checksum of data differs")
-        places = {n: ocp.args.StandardRestore(checksums.named(tree)) for n, tree in wanted.items()}
+        places = {n: ocp.args.StandardRestore(named(tree)) for n, tree in wanted.items()}
         if meta["processes"] == jax.process_count():
             places["data"] = grain.checkpoint.CheckpointRestore(data)
         restored = self._manager.restore(step, args=ocp.args.Composite(**places))
         if "data" not in places:
             data.set_state(place)
         for name in ARRAYS:
-            sums = checksums.of_arrays(restored[name])
+            sums = array_checksums(restored[name])
             wrong = sorted(k for k, v in meta["checksums"][name].items() if sums.get(k) != v)
             if wrong:
                 raise ValueError(f"checksum of {name} differs: {', '.join(wrong)}")
-        return [checksums.unnamed(tree, restored[name]) for name, tree in wanted.items()]
+        return [unnamed(tree, restored[name]) for name, tree in wanted.items()]
 
     def _set_aside(self, failures: list[tuple[int, Exception]], outcome: str) -> None:
         for step, error in failures:
@@ -288,7 +288,7 @@ def _meta(folder: Path) -> dict[str, Any]:
     meta = json.loads((folder / "meta" / "metadata").read_text(encoding="utf-8"))
     said = meta.pop("checksum", None)
     # The first checkpoints had no checksum of their meta, and none of the iterator's state.
-    if said not in (None, checksums.of_json(meta)):
+    if said not in (None, json_checksum(meta)):
         raise ValueError("checksum of meta differs")
     return meta
 
@@ -305,11 +305,15 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
         path: the folder of a run, or of one of its checkpoints.
     Raises:
         FileNotFoundError: there is no checkpoint.
+        CheckpointError: it is damaged.
     """
-    found = {}
-    for item in ("params", "memory"):
-        metadata = _reader().metadata(_step_folder(path) / item).item_metadata.tree
-        found |= {name.replace(".", "/"): tuple(leaf.shape) for name, leaf in metadata.items()}
+    folder, found = _step_folder(path), {}
+    with _readable(folder):
+        for item in ("params", "memory"):
+            metadata = _reader().metadata(folder / item).item_metadata
+            if metadata is None:
+                raise ValueError(f"no metadata of {item}")
+            found |= {n.replace(".", "/"): tuple(leaf.shape) for n, leaf in metadata.tree.items()}
     return found
 
 
@@ -324,8 +328,14 @@ def load_parts(path: Path, like: Mapping[str, jax.Array]) -> dict[str, jax.Array
         CheckpointError: they are damaged, or other than `like` says; names which.
     """
     folder = _step_folder(path)
-    try:
+    with _readable(folder):
         return _parts(folder, like)
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # Damage shows as nearly any type.
         raise CheckpointError(
             f"{folder} cannot be read: {_brief(error)}\nIt may be damaged; give the folder of "
@@ -340,17 +350,17 @@ def _parts(folder: Path, like: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         mine = {name: leaf for name, leaf in like.items() if name.startswith("memory/") == inside}
         if not mine:
             continue
-        named = {name.replace("/", "."): leaf for name, leaf in mine.items()}
+        leaves = {name.replace("/", "."): leaf for name, leaf in mine.items()}
         wanted = {
             name: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
-            for name, leaf in named.items()
+            for name, leaf in leaves.items()
         }
         read = _reader().restore(
             folder / item,
-            args=ocp.args.PyTreeRestore(item=named, restore_args=wanted, partial_restore=True),
+            args=ocp.args.PyTreeRestore(item=leaves, restore_args=wanted, partial_restore=True),
         )
-        sums = checksums.of_arrays(read)
-        wrong = sorted(n for n in named if sums[n] != meta["checksums"][item][n])
+        sums = array_checksums(read)
+        wrong = sorted(n for n in leaves if sums[n] != meta["checksums"][item][n])
         if wrong:
             raise ValueError(f"checksum of {', '.join(wrong)} differs")
         found |= {name: read[name.replace("/", ".")] for name in mine}
@@ -378,4 +388,7 @@ def _step_folder(path: Path) -> Path:
 
 
 def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    said = " ".join(str(error).split())
+    if len(said) > 400:  # What the system says comes last.
+        said = f"{said[:200]} … {said[-200:]}"
+    return f"{type(error).__name__}: {said}"

@@ -41,12 +41,12 @@ def _sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {name: total(array) for name, array in arrays.items()}
 
 
-def of_arrays(arrays: Mapping[str, Any]) -> dict[str, int]:
+def array_checksums(arrays: Mapping[str, Any]) -> dict[str, int]:
     """Each array's bits summed modulo 2³²: on the device, and the same on every mesh."""
     return {name: int(value) for name, value in jax.device_get(_sums(dict(arrays))).items()}
 
 
-def of_json(value: Any) -> int:
+def json_checksum(value: Any) -> int:
     """A CRC-32 of what JSON can hold, whatever the order and the spacing of its file."""
     # There and back first: JSON has no tuples, and its keys are texts.
     plain = json.loads(json.dumps(value))
