@@ -40,6 +40,7 @@ FLOORS = {
     "train.sharding": 4,
     "train.optimizer": 4,
     "train.checkpoint": 4,
+    "train.checksums": 4,
     "train.export": 4,
     "train.environment": 4,
     "train": 5,
