@@ -74,7 +74,9 @@ def rules(model: Any, memory_layout: str = "replicated") -> list[Rule]:
         (r"^memory/(prior|variance_by_memory)$", slots, False),
         (r"^memory/", P(), False),
         (r"^lexicon/", P(), True),
-        (r"^to_(latent|slots|embedding)/kernel$", P("fsdp", "tensor"), False),
+        # Not over tensor as well: XLA's partitioner (jaxlib 0.10) then computes a wrong gradient through
+        # the slots' heads where a device has one episode. tests/test_layouts.py would see it.
+        (r"^to_(latent|slots|embedding)/kernel$", P("fsdp"), False),
     ]
     for name in ("encoder", "decoder"):
         table = sys.modules[type(getattr(model, name)).__module__].SHARDING
@@ -175,7 +177,7 @@ def per_episode(mesh: Mesh) -> Callable[[Callable], Callable]:
             inner = (P(), *(BATCH for _ in episodes))
             # Replication is not checked: the function is the same on all devices along "tensor".
             return jax.shard_map(
-                local, mesh=mesh, in_specs=inner, out_specs=BATCH, check_vma=False
+                local, mesh=mesh, in_specs=inner, out_specs=BATCH, check_vma=True
             )(shared, *episodes)
 
         return mapped

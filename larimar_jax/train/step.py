@@ -210,6 +210,8 @@ class Stepper:
         # A function of seed and step alone, so that a resumed run needs no random state.
         rng = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         keys = jax.random.split(rng, config.data.batch)
+        # Every device draws all keys: split over devices, drawing them would take an exchange.
+        keys = jax.lax.with_sharding_constraint(keys, sharding.replicated(self._mesh))
         beta = objective.beta_schedule(
             state.step, config.train.steps, config.objective.kl, config.objective.kl_cycles
         )
