@@ -1,0 +1,412 @@
+"""Speed of one training step, beside the same step in torch with Hugging Face towers.
+
+Both sides begin with the same random weights and are given the same batch, in float32: encoder,
+write and read of every episode's memory, decoder through all routes of Eq. 1, gradients of all
+parameters, global-norm clipping, AdamW. Before anything is timed, their loss, its terms and their
+gradients' norm must agree. Then they run in turns within one process, so that a machine's moods hit
+both, with a plain matrix product (what the machine can do), the step fed by the input pipeline, the
+step without memory, and the memory's own forward and backward pass.
+
+The comparison needs torch and transformers (`pip install 'larimar-jax[compare]'`).
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from larimar_jax import config as configs
+from larimar_jax import objective
+from larimar_jax.bench.runner import Record
+from larimar_jax.data import episodes
+from larimar_jax.memory.contract import Reading
+from larimar_jax.settings import Config
+from larimar_jax.train import sharding
+from larimar_jax.train.step import Stepper, initialise
+
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "training_step.py"
+# How far loss, terms and gradient norm of the two sides may lie apart, relative to them.
+AGREEMENT = 1e-4
+# Rows and columns of the matrix product that stands for what the machine can do.
+_GEMM = 2048
+
+
+class Disagreement(ValueError):
+    """The two sides do not compute the same, so that their times say nothing about each other."""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `larimar bench training`."""
+    parser.add_argument("--config", default=CONFIG, metavar="FILE", help="model and batch (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=7, help="timings of each (7)")
+    parser.add_argument("--alone", action="store_true", help="without torch beside it")
+
+
+def experiment(args: argparse.Namespace) -> "Training":
+    """The experiment of a parsed command line.
+
+    Raises:
+        ModuleNotFoundError: torch or transformers is missing, and --alone is not given.
+        ValueError: the config has what the torch side does not compute.
+    """
+    missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
+    if missing and not args.alone:
+        raise ModuleNotFoundError(
+            f"the comparison needs {' and '.join(missing)}: pip install 'larimar-jax[compare]',"
+            " or time this project alone with --alone"
+        )
+    return Training(configs.load(args.config), args.repeats, alone=args.alone)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One timing of everything."""
+
+    case_id: str
+
+
+class Training:
+    """See the head of this file; an experiment as in `runner.Experiment`."""
+
+    name = "training"
+    chunk = 1
+
+    def __init__(self, config: Config, repeats: int, *, alone: bool):
+        problems = comparable(config) if not alone else []
+        if len(config.data.episode) != 1:
+            problems.append("data.episode: one size is timed, give one")
+        if problems:
+            raise ValueError("this config cannot be timed:\n  " + "\n  ".join(problems))
+        self._config, self._alone = config, alone
+        self.cases = [Case(str(repeat)) for repeat in range(repeats)]
+        self.settings: Mapping[str, Any] = {
+            "config": configs.to_dict(config),
+            "repeats": repeats,
+            "alone": alone,
+        }
+        self._sides: dict[str, Callable[[], None]] | None = None
+        self._apart: dict[str, float] = {}
+
+    def run(self, cases: Sequence[Case]) -> list[Record]:
+        """Seconds of everything, one after the other; all of it has run once before.
+
+        Raises:
+            Disagreement: the two sides do not compute the same.
+        """
+        if self._sides is None:
+            self._sides = self._prepare()
+            for side in self._sides.values():
+                side()
+        records = []
+        for case in cases:
+            seconds = {}
+            for name, side in self._sides.items():
+                begin = time.perf_counter()
+                side()
+                seconds[name] = time.perf_counter() - begin
+            records.append({"case_id": case.case_id, "seconds": seconds, "apart": self._apart})
+        return records
+
+    def _prepare(self) -> dict[str, Callable[[], None]]:
+        ours = Ours(self._config)
+        sides = {"step": ours.step}
+        if not self._alone:
+            from larimar_jax.bench import torch_step
+
+            theirs = torch_step.Theirs(self._config, ours.model())
+            self._apart = agreement(ours.losses(), theirs.losses(ours.batch))
+            sides["torch"] = lambda: theirs.step(ours.batch)
+        return sides | {
+            "gemm": _gemm(),
+            "pipeline": ours.step_of_pipeline,
+            "step again": ours.step,
+            "without memory": ours.step_without_memory,
+            "memory": ours.memory,
+        }
+
+    def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Medians, and what the issue of speed asks: ratios of medians of one run."""
+        times = {
+            name: [record["seconds"][name] for record in records]
+            for name in records[0]["seconds"]
+        }
+        seconds = {name: statistics.median(values) for name, values in times.items()}
+        # A step on a constant batch is timed twice a round, once beside each of what it is held to.
+        step, again = seconds["step"], seconds["step again"]
+        work = matrix_flops(self._config)
+        data = self._config.data
+        facts = data.batch * data.episode[0]
+        tokens = facts * (data.encoder_tokens + data.decoder_tokens)
+        rate, gemm = sum(work.values()) / step, 2 * _GEMM**3 / seconds["gemm"]
+        result = {
+            "seconds": seconds,
+            # Distance of the middle half, relative to the median: how noisy the machine was.
+            "spread": {name: _spread(values) for name, values in times.items()},
+            "tokens_per_second": tokens / step,
+            "episodes_per_second": data.batch / step,
+            "flops": work,
+            "gemm_flops_per_second": gemm,
+            "step_flops_per_second": rate,
+            "utilisation": rate / gemm,
+            "memory_share": {
+                "timed alone": seconds["memory"] / step,
+                "by difference": 1.0 - seconds["without memory"] / again,
+            },
+            "pipeline_over_constant": again / seconds["pipeline"],
+        }
+        if not self._alone:
+            result["torch_tokens_per_second"] = tokens / seconds["torch"]
+            result["ratio"] = seconds["torch"] / step
+            result["apart"] = records[0]["apart"]
+        return result
+
+    def show(self, summary: Mapping[str, Any], console: Console) -> None:
+        """What was timed, and what follows from it."""
+        timed = Table("", "seconds", "spread")
+        for name, seconds in summary["seconds"].items():
+            timed.add_row(name, f"{seconds:.3f}", f"{summary['spread'][name]:.0%}")
+        console.print(timed)
+        found = Table("", "measured")
+        if not self._alone:
+            found.add_row("tokens/s, torch", f"{summary['torch_tokens_per_second']:.1f}")
+            found.add_row("throughput over torch's", f"{summary['ratio']:.3f}")
+            found.add_row("losses apart (relative)", f"{max(summary['apart'].values()):.1e}")
+        share = summary["memory_share"]
+        for name, value in (
+            ("tokens/s", f"{summary['tokens_per_second']:.1f}"),
+            ("GFLOP/s of the step", f"{summary['step_flops_per_second'] / 1e9:.1f}"),
+            ("GFLOP/s of a matrix product", f"{summary['gemm_flops_per_second'] / 1e9:.1f}"),
+            ("utilisation", f"{summary['utilisation']:.1%}"),
+            ("memory's share, timed alone", f"{share['timed alone']:.2%}"),
+            ("memory's share, by difference", f"{share['by difference']:.2%}"),
+            ("with pipeline over constant batch", f"{summary['pipeline_over_constant']:.3f}"),
+        ):
+            found.add_row(name, value)
+        console.print(found)
+
+
+def comparable(config: Config) -> list[str]:
+    """What of a config the torch side does not compute, one line each."""
+    model, data, train = config.model, config.data, config.train
+    towers = (model.encoder, model.decoder)
+    needed = (
+        ("model.encoder", "bert of given sizes", towers[0].family == "bert"),
+        ("model.decoder", "gpt2 of given sizes", towers[1].family == "gpt2"),
+        ("model.*.source", "no pretrained weights", all(t.source is None for t in towers)),
+        ("model.encoder.pooling", "cls", getattr(towers[0].sizes, "pooling", "cls") == "cls"),
+        ("model.encoder.normalize", "False", not getattr(towers[0].sizes, "normalize", False)),
+        ("model.slots_per_layer", "1", model.slots_per_layer == 1),
+        ("model.tied_slots", "True", model.tied_slots),
+        ("model.lexicon", "None", model.lexicon is None),
+        ("model.lora", "None", model.lora is None),
+        ("model.dtype", "float32", model.dtype == "float32"),
+        ("memory.variant", "direct", config.memory.variant == "direct"),
+        ("memory.variance", "scalar", config.memory.hyperparameters.get("variance") == "scalar"),
+        ("memory.address", "posterior",
+         config.memory.hyperparameters.get("address") == "posterior"),
+        ("data.episode", "at most memory.slots facts",
+         max(data.episode) <= config.memory.hyperparameters.get("slots", 0)),
+        ("objective.*", "no weight of zero", 0.0 not in _weights(config)),
+        ("objective.kl_cycles", "0", config.objective.kl_cycles == 0),
+        ("train.optimizer", "adamw", train.optimizer == "adamw"),
+        ("train.clip_norm", "above 0", train.clip_norm > 0),
+        ("train.frozen", "nothing", not train.frozen),
+        ("train.accumulate", "1", train.accumulate == 1),
+        ("train.ema", "0", train.ema == 0.0),
+    )
+    return [f"{key}: beside torch only {only}" for key, only, fine in needed if not fine]
+
+
+def _weights(config: Config) -> tuple[float, ...]:
+    goal = config.objective
+    return goal.reconstruction, goal.autoencoding, goal.language
+
+
+def matrix_flops(config: Config) -> dict[str, float]:
+    """FLOPs of a step's matrix products by part: 2·m·n·k each, three times for the backward pass.
+
+    Attention is counted as it is computed, over the whole T x T square. Factorisations, elementwise
+    work and the optimiser count nothing.
+    """
+    model, data = config.model, config.data
+    encoder, decoder = model.encoder.sizes, model.decoder.sizes
+    facts = data.batch * data.episode[0]
+    routes = facts * sum(weight != 0.0 for weight in _weights(config))
+    length = data.decoder_tokens - 1
+    slots, latent = config.memory.hyperparameters["slots"], model.latent
+    slot_width = model.slots_per_layer * (1 if model.tied_slots else 2)
+
+    def layers(sizes, rows: int, tokens: int, keys: int) -> float:
+        projections = 8 * sizes.width**2 + 4 * sizes.width * sizes.mlp
+        return rows * tokens * sizes.depth * (projections + 4 * sizes.width * keys)
+
+    pooler = encoder.width if getattr(encoder, "pooling", "") == "cls" else 0
+    forward = {
+        "encoder": layers(encoder, facts, data.encoder_tokens, data.encoder_tokens)
+        + 2 * facts * encoder.width * (pooler + latent),
+        # Keys of all facts, twice W†Z and W M, and the projection that explains a read.
+        "memory": 2 * facts * data.episode[0] * (slots + latent) * 4 + 2 * facts * latent * slots,
+        "conditioning": 2 * routes * latent * decoder.width * (slot_width * decoder.depth + 1),
+        "decoder": layers(decoder, routes, length, length + model.slots_per_layer),
+        "logits": 2 * routes * length * decoder.width * decoder.vocab_size,
+    }
+    return {name: 3.0 * flops for name, flops in forward.items()}
+
+
+def agreement(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, float]:
+    """How far apart the two sides are, relative to theirs, by name.
+
+    Raises:
+        Disagreement: more than AGREEMENT, or not finite; names every one.
+    """
+    apart = {name: abs(ours[name] - said) / max(abs(said), 1e-12) for name, said in theirs.items()}
+    bad = [name for name, value in apart.items() if not value <= AGREEMENT]
+    if bad:
+        lines = (f"{name}: {ours[name]:.7g} here, {theirs[name]:.7g} in torch" for name in bad)
+        raise Disagreement(
+            f"the two sides differ by more than {AGREEMENT:g}, so that they do not do the same work:"
+            "\n  " + "\n  ".join(lines) + "\nLook for a version of transformers that computes"
+            " differently, or for a change in larimar_jax/objective.py that"
+            " larimar_jax/bench/torch_step.py does not follow."
+        )
+    return apart
+
+
+def draw_pieces(config: Config, count: int) -> episodes.Pieces:
+    """Random token ids of lengths from half the room to all of it, padded as texts would be."""
+    draw = np.random.default_rng(config.data.seed)
+    made = {}
+    for name, tower in (("encoder", config.model.encoder), ("decoder", config.model.decoder)):
+        length = getattr(config.data, f"{name}_tokens")
+        used = draw.integers(length // 2, length + 1, (count, 1))
+        mask = np.arange(length) < used
+        ids = draw.integers(1, tower.sizes.vocab_size, (count, length), dtype=np.int32)
+        made |= {f"{name}_tokens": np.where(mask, ids, 0).astype(np.int32), f"{name}_mask": mask}
+    return episodes.Pieces(**made)
+
+
+class _NoMemory:
+    """In place of a memory: a read is the query itself, addressed by its first K numbers."""
+
+    def __init__(self, memory: Any):
+        self._slots = memory.slots
+
+    def prepare(self, params: Any) -> Any:
+        return params
+
+    def empty(self, prior: Any) -> None:
+        return None
+
+    def write(self, prior: Any, state: None, keys: Any, values: Any, rng: Any = None) -> None:
+        return None
+
+    def read(self, prior: Any, state: None, queries: jax.Array, rng: Any = None) -> Reading:
+        weights = jnp.resize(queries, (queries.shape[0], self._slots))
+        variance = jnp.broadcast_to(prior.log_variance, weights.shape)
+        return Reading(queries, weights, variance, jnp.ones(queries.shape[0], jnp.float32))
+
+
+class _WithoutMemory(Stepper):
+    def __init__(self, config: Config, skeleton: Any, mesh: jax.sharding.Mesh):
+        super().__init__(config, skeleton, mesh)
+        self._memory = _NoMemory(self._memory)
+
+
+class Ours:
+    """`train.step` on one device, and parts of it.
+
+    batch: the constant one, numpy, as `episodes.episodes` yields it.
+    """
+
+    def __init__(self, config: Config):
+        self._config, self._mesh = config, sharding.make_mesh(config.train.mesh, jax.devices()[:1])
+        self._skeleton, parameters = initialise(config, self._mesh)
+        self._stepper = Stepper(config, self._skeleton, self._mesh)
+        self._without = _WithoutMemory(config, self._skeleton, self._mesh)
+        self._frozen = self._stepper.freeze(parameters)
+        self._state = self._stepper.begin({n: parameters[n] for n in self._stepper.trained})
+        episode, batch = config.data.episode[0], config.data.batch
+        pieces = draw_pieces(config, 64 * episode * batch)
+        self._stream = iter(episodes.episodes(pieces, episode, batch, config.data.seed))
+        self.batch = next(self._stream)
+        self._constant = sharding.place_batch(self.batch, self._mesh)
+        draw = np.random.default_rng(0)
+        shape = (batch, episode, config.model.latent)
+        self._encodings = jnp.asarray(draw.standard_normal(shape, dtype=np.float32))
+        self._memory_pass = jax.jit(self._memory_gradients)
+
+    def model(self):
+        """The model of the parameters as they now are."""
+        return self._skeleton.model({**self._state.params, **self._frozen})
+
+    def losses(self) -> dict[str, float]:
+        """Loss, its terms and the gradients' norm on the constant batch, without any noise."""
+        goal, memory = self._config.objective, configs.make_memory(self._config)
+
+        def loss(params, batch):
+            model = self._skeleton.model({**params, **self._frozen})
+            return objective.losses(model, memory, batch, None, goal, jnp.float32(goal.kl))
+
+        def both(params, batch):
+            (total, terms), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch)
+            squares = (jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradients))
+            return {"loss": total, **terms, "gradient_norm": jnp.sqrt(sum(squares))}
+
+        found = jax.jit(both)(self._state.params, self._constant)
+        return {name: float(value) for name, value in found.items()}
+
+    def step(self) -> None:
+        """One step on the constant batch."""
+        self._run(self._stepper, self._constant)
+
+    def step_of_pipeline(self) -> None:
+        """One step on the next batch of the input pipeline."""
+        self._run(self._stepper, sharding.place_batch(next(self._stream), self._mesh))
+
+    def step_without_memory(self) -> None:
+        """One step in which latents reach the decoder without passing the memory."""
+        self._run(self._without, self._constant)
+
+    def memory(self) -> None:
+        """Write and read of the batch's episodes, and the gradients of both."""
+        jax.block_until_ready(self._memory_pass(self._state.params, self._encodings))
+
+    def _run(self, stepper: Stepper, batch: Mapping[str, jax.Array]) -> None:
+        self._state, metrics = stepper.step(self._state, self._frozen, batch)
+        jax.block_until_ready((self._state, metrics))
+
+    def _memory_gradients(self, params, encodings):
+        memory = configs.make_memory(self._config)
+        keys = jax.random.split(jax.random.key(0), encodings.shape[0])
+        mine = {name: leaf for name, leaf in params.items() if name.startswith("memory/")}
+
+        def of(mine, encodings):
+            model = self._skeleton.model({**params, **mine, **self._frozen})
+            reading = objective.read_back(model, memory, encodings, keys)
+            # As random a direction as any: a sum of latents has too simple a gradient.
+            kl = objective.addressing_kl(reading.weights, reading.log_variance, 0.0)
+            return jnp.sum(jnp.sin(reading.latent)) + jnp.sum(kl)
+
+        return jax.grad(of, argnums=(0, 1))(mine, encodings)
+
+
+def _gemm() -> Callable[[], None]:
+    key = jax.random.key(0)
+    left, right = (jax.random.normal(k, (_GEMM, _GEMM), jnp.float32) for k in jax.random.split(key))
+    product = jax.jit(jnp.matmul)
+    return lambda: product(left, right).block_until_ready()
+
+
+def _spread(values: Sequence[float]) -> float:
+    low, high = np.quantile(values, (0.25, 0.75))
+    return float((high - low) / statistics.median(values))
