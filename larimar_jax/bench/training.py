@@ -37,8 +37,11 @@ from larimar_jax.train.step import Stepper, initialise
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "training_step.py"
 # How far loss, terms and gradient norm of the two sides may lie apart, relative to them.
 AGREEMENT = 1e-4
-# Rows and columns of the matrix product that stands for what the machine can do.
-_GEMM = 2048
+# Rows and columns of the matrix product that stands for what the machine can do, and how many of
+# them are timed together.
+_GEMM, _PRODUCTS = 2048, 10
+# Seconds before each timing.
+_REST = 0.5
 
 
 class Disagreement(ValueError):
@@ -110,11 +113,25 @@ class Training:
         records = []
         for case in cases:
             seconds = {}
+            cpu = {}
             for name, side in self._sides.items():
-                begin = time.perf_counter()
+                # Threads of the side before may still be spinning for more work.
+                time.sleep(_REST)
+                begin, used = time.perf_counter(), time.process_time()
                 side()
+                cpu[name] = time.process_time() - used
                 seconds[name] = time.perf_counter() - begin
-            records.append({"case_id": case.case_id, "seconds": seconds, "apart": self._apart})
+            records.append(
+                {
+                    "case_id": case.case_id,
+                    "seconds": seconds,
+            "best_seconds": best,
+            # Of all threads: what other programs on the machine disturb least.
+            "cpu_seconds": {name: statistics.median(values) for name, values in cpu.items()},
+                    "cpu_seconds": cpu,
+                    "apart": self._apart,
+                }
+            )
         return records
 
     def _prepare(self) -> dict[str, Callable[[], None]]:
@@ -135,11 +152,11 @@ class Training:
         }
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Medians, and what the issue of speed asks: ratios of medians of one run."""
-        times = {
-            name: [record["seconds"][name] for record in records]
-            for name in records[0]["seconds"]
-        }
+        """Medians of each, and their ratios."""
+        times, cpu = (
+            {name: [record[kind][name] for record in records] for name in records[0]["seconds"]}
+            for kind in ("seconds", "cpu_seconds")
+        )
         seconds = {name: statistics.median(values) for name, values in times.items()}
         # A step on a constant batch is timed twice a round, once beside each of what it is held to.
         step, again = seconds["step"], seconds["step again"]
@@ -147,9 +164,13 @@ class Training:
         data = self._config.data
         facts = data.batch * data.episode[0]
         tokens = facts * (data.encoder_tokens + data.decoder_tokens)
-        rate, gemm = sum(work.values()) / step, 2 * _GEMM**3 / seconds["gemm"]
+        rate, products = sum(work.values()) / step, 2 * _GEMM**3 * _PRODUCTS
+        gemm, best = products / seconds["gemm"], {n: min(values) for n, values in times.items()}
         result = {
             "seconds": seconds,
+            "best_seconds": best,
+            # Of all threads: what other programs on the machine disturb least.
+            "cpu_seconds": {name: statistics.median(values) for name, values in cpu.items()},
             # Distance of the middle half, relative to the median: how noisy the machine was.
             "spread": {name: _spread(values) for name, values in times.items()},
             "tokens_per_second": tokens / step,
@@ -158,6 +179,7 @@ class Training:
             "gemm_flops_per_second": gemm,
             "step_flops_per_second": rate,
             "utilisation": rate / gemm,
+            "utilisation_of_best": sum(work.values()) / best["step"] / (products / best["gemm"]),
             "memory_share": {
                 "timed alone": seconds["memory"] / step,
                 "by difference": 1.0 - seconds["without memory"] / again,
@@ -167,19 +189,23 @@ class Training:
         if not self._alone:
             result["torch_tokens_per_second"] = tokens / seconds["torch"]
             result["ratio"] = seconds["torch"] / step
+            result["ratio_of_best"] = best["torch"] / best["step"]
             result["apart"] = records[0]["apart"]
         return result
 
     def show(self, summary: Mapping[str, Any], console: Console) -> None:
         """What was timed, and what follows from it."""
-        timed = Table("", "seconds", "spread")
+        timed = Table("", "seconds", "spread", "best", "CPU seconds")
         for name, seconds in summary["seconds"].items():
-            timed.add_row(name, f"{seconds:.3f}", f"{summary['spread'][name]:.0%}")
+            best, cpu = (summary[kind][name] for kind in ("best_seconds", "cpu_seconds"))
+            spread = f"{summary['spread'][name]:.0%}"
+            timed.add_row(name, f"{seconds:.3f}", spread, f"{best:.3f}", f"{cpu:.3f}")
         console.print(timed)
         found = Table("", "measured")
         if not self._alone:
             found.add_row("tokens/s, torch", f"{summary['torch_tokens_per_second']:.1f}")
             found.add_row("throughput over torch's", f"{summary['ratio']:.3f}")
+            found.add_row("  of the best of each", f"{summary['ratio_of_best']:.3f}")
             found.add_row("losses apart (relative)", f"{max(summary['apart'].values()):.1e}")
         share = summary["memory_share"]
         for name, value in (
@@ -187,6 +213,7 @@ class Training:
             ("GFLOP/s of the step", f"{summary['step_flops_per_second'] / 1e9:.1f}"),
             ("GFLOP/s of a matrix product", f"{summary['gemm_flops_per_second'] / 1e9:.1f}"),
             ("utilisation", f"{summary['utilisation']:.1%}"),
+            ("  of the best of each", f"{summary['utilisation_of_best']:.1%}"),
             ("memory's share, timed alone", f"{share['timed alone']:.2%}"),
             ("memory's share, by difference", f"{share['by difference']:.2%}"),
             ("with pipeline over constant batch", f"{summary['pipeline_over_constant']:.3f}"),
@@ -404,7 +431,12 @@ def _gemm() -> Callable[[], None]:
     key = jax.random.key(0)
     left, right = (jax.random.normal(k, (_GEMM, _GEMM), jnp.float32) for k in jax.random.split(key))
     product = jax.jit(jnp.matmul)
-    return lambda: product(left, right).block_until_ready()
+
+    def products() -> None:
+        for _ in range(_PRODUCTS):
+            product(left, right).block_until_ready()
+
+    return products
 
 
 def _spread(values: Sequence[float]) -> float:
