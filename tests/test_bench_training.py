@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from larimar_jax import config as configs
-from larimar_jax.bench import runner, training
-from larimar_jax.train.step import Stepper
+from larimar_jax.bench import jax_step, runner, training
+from larimar_jax.train import flops, sharding
+from larimar_jax.train.step import Stepper, initialise
 
 
 @pytest.fixture(scope="module")
@@ -53,39 +54,23 @@ def test_a_run_is_recorded_and_taken_up(config, tmp_path):
 
 
 def test_the_step_without_memory_decodes_the_encodings(config):
-    ours = training.Ours(config)
+    ours = jax_step.Ours(config)
     state, frozen = ours._state, ours._frozen
     batch = ours._constant
     terms = ours._without.step(state, frozen, batch)[1]["terms"]
     assert terms["reconstruction"] == pytest.approx(float(terms["autoencoding"]), rel=1e-6)
 
 
-def _products(jaxpr) -> int:
-    """FLOPs of the matrix products of a jaxpr, loops as often as they run."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            ((axes, _), _), left = equation.params["dimension_numbers"], equation.invars[0].aval
-            depth = int(np.prod([left.shape[axis] for axis in axes]))
-            total += 2 * int(np.prod(equation.outvars[0].aval.shape)) * depth
-        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        for value in equation.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                total += times * _products(inner) if hasattr(inner, "eqns") else 0
-    return total
-
-
 def test_flops_are_those_of_the_products_in_the_traced_step(config):
-    skeleton = training.initialise(config, mesh := training.sharding.make_mesh((1, 1, 1)))[0]
-    traced = {}
-    for name, kind in (("whole", Stepper), ("without", training._WithoutMemory)):
-        made = kind(config, skeleton, mesh)
-        traced[name] = _products(jax.make_jaxpr(made._step)(*made.arguments(3)).jaxpr)
+    mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+    skeleton = initialise(config, mesh)[0]
+    whole = Stepper(config, skeleton, mesh).flops(3)
+    made = jax_step.WithoutMemory(config, skeleton, mesh)
+    without = flops.count(made.step, *made.arguments(3))
     said = training.matrix_flops(config)
-    # The memory's own products are small, and some of them stand inside factorisations.
-    assert sum(said.values()) - said["memory"] == pytest.approx(traced["without"], rel=0.02)
-    assert traced["without"] < traced["whole"]
+    # The traced step has the memory's factorisations' products as well.
+    assert sum(said.values()) - said["memory"] == pytest.approx(without, rel=0.02)
+    assert without < whole
 
 
 class _Theirs:
@@ -97,7 +82,7 @@ class _Theirs:
         self._config = config
 
     def losses(self, batch):
-        ours = training.Ours(self._config)
+        ours = jax_step.Ours(self._config)
         return {name: value * type(self).factor for name, value in ours.losses().items()}
 
     def step(self, batch):
@@ -138,7 +123,7 @@ def test_the_torch_step_computes_the_same(config):
     pytest.importorskip("transformers")
     from larimar_jax.bench import torch_step
 
-    ours = training.Ours(config)
+    ours = jax_step.Ours(config)
     theirs = torch_step.Theirs(config, ours.model())
     training.agreement(ours.losses(), theirs.losses(ours.batch))
 

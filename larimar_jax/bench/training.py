@@ -19,20 +19,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from larimar_jax import config as configs
-from larimar_jax import objective
+from larimar_jax.bench import jax_step
 from larimar_jax.bench.runner import Record
-from larimar_jax.data import episodes
-from larimar_jax.memory.contract import Reading
 from larimar_jax.settings import Config
-from larimar_jax.train import sharding
-from larimar_jax.train.step import Stepper, initialise
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "training_step.py"
 # How far loss, terms and gradient norm of the two sides may lie apart, relative to them.
@@ -98,7 +92,7 @@ class Training:
             "alone": alone,
         }
         self._sides: dict[str, Callable[[], None]] | None = None
-        self._apart: dict[str, float] = {}
+        self._found: Record = {"apart": {}}
 
     def run(self, cases: Sequence[Case]) -> list[Record]:
         """Seconds of everything, one after the other; all of it has run once before.
@@ -112,8 +106,7 @@ class Training:
                 side()
         records = []
         for case in cases:
-            seconds = {}
-            cpu = {}
+            seconds, cpu = {}, {}
             for name, side in self._sides.items():
                 # Threads of the side before may still be spinning for more work.
                 time.sleep(_REST)
@@ -121,30 +114,22 @@ class Training:
                 side()
                 cpu[name] = time.process_time() - used
                 seconds[name] = time.perf_counter() - begin
-            records.append(
-                {
-                    "case_id": case.case_id,
-                    "seconds": seconds,
-            "best_seconds": best,
-            # Of all threads: what other programs on the machine disturb least.
-            "cpu_seconds": {name: statistics.median(values) for name, values in cpu.items()},
-                    "cpu_seconds": cpu,
-                    "apart": self._apart,
-                }
-            )
+            record = {"case_id": case.case_id, "seconds": seconds, "cpu_seconds": cpu}
+            records.append(record | self._found)
         return records
 
     def _prepare(self) -> dict[str, Callable[[], None]]:
-        ours = Ours(self._config)
+        ours = jax_step.Ours(self._config)
+        self._found["flops_in_trace"] = ours.flops
         sides = {"step": ours.step}
         if not self._alone:
             from larimar_jax.bench import torch_step
 
             theirs = torch_step.Theirs(self._config, ours.model())
-            self._apart = agreement(ours.losses(), theirs.losses(ours.batch))
+            self._found["apart"] = agreement(ours.losses(), theirs.losses(ours.batch))
             sides["torch"] = lambda: theirs.step(ours.batch)
         return sides | {
-            "gemm": _gemm(),
+            "gemm": jax_step.products(_GEMM, _PRODUCTS),
             "pipeline": ours.step_of_pipeline,
             "step again": ours.step,
             "without memory": ours.step_without_memory,
@@ -176,6 +161,7 @@ class Training:
             "tokens_per_second": tokens / step,
             "episodes_per_second": data.batch / step,
             "flops": work,
+            "flops_in_trace": records[0]["flops_in_trace"],
             "gemm_flops_per_second": gemm,
             "step_flops_per_second": rate,
             "utilisation": rate / gemm,
@@ -259,7 +245,7 @@ def _weights(config: Config) -> tuple[float, ...]:
     return goal.reconstruction, goal.autoencoding, goal.language
 
 
-def matrix_flops(config: Config) -> dict[str, float]:
+def matrix_flops(config: Config) -> dict[str, int]:
     """FLOPs of a step's matrix products by part: 2·m·n·k each, three times for the backward pass.
 
     Attention is counted as it is computed, over the whole T x T square. Factorisations, elementwise
@@ -273,7 +259,7 @@ def matrix_flops(config: Config) -> dict[str, float]:
     slots, latent = config.memory.hyperparameters["slots"], model.latent
     slot_width = model.slots_per_layer * (1 if model.tied_slots else 2)
 
-    def layers(sizes, rows: int, tokens: int, keys: int) -> float:
+    def layers(sizes, rows: int, tokens: int, keys: int) -> int:
         projections = 8 * sizes.width**2 + 4 * sizes.width * sizes.mlp
         return rows * tokens * sizes.depth * (projections + 4 * sizes.width * keys)
 
@@ -287,7 +273,7 @@ def matrix_flops(config: Config) -> dict[str, float]:
         "decoder": layers(decoder, routes, length, length + model.slots_per_layer),
         "logits": 2 * routes * length * decoder.width * decoder.vocab_size,
     }
-    return {name: 3.0 * flops for name, flops in forward.items()}
+    return {name: 3 * flops for name, flops in forward.items()}
 
 
 def agreement(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, float]:
@@ -307,136 +293,6 @@ def agreement(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[st
             " larimar_jax/bench/torch_step.py does not follow."
         )
     return apart
-
-
-def draw_pieces(config: Config, count: int) -> episodes.Pieces:
-    """Random token ids of lengths from half the room to all of it, padded as texts would be."""
-    draw = np.random.default_rng(config.data.seed)
-    made = {}
-    for name, tower in (("encoder", config.model.encoder), ("decoder", config.model.decoder)):
-        length = getattr(config.data, f"{name}_tokens")
-        used = draw.integers(length // 2, length + 1, (count, 1))
-        mask = np.arange(length) < used
-        ids = draw.integers(1, tower.sizes.vocab_size, (count, length), dtype=np.int32)
-        made |= {f"{name}_tokens": np.where(mask, ids, 0).astype(np.int32), f"{name}_mask": mask}
-    return episodes.Pieces(**made)
-
-
-class _NoMemory:
-    """In place of a memory: a read is the query itself, addressed by its first K numbers."""
-
-    def __init__(self, memory: Any):
-        self._slots = memory.slots
-
-    def prepare(self, params: Any) -> Any:
-        return params
-
-    def empty(self, prior: Any) -> None:
-        return None
-
-    def write(self, prior: Any, state: None, keys: Any, values: Any, rng: Any = None) -> None:
-        return None
-
-    def read(self, prior: Any, state: None, queries: jax.Array, rng: Any = None) -> Reading:
-        weights = jnp.resize(queries, (queries.shape[0], self._slots))
-        variance = jnp.broadcast_to(prior.log_variance, weights.shape)
-        return Reading(queries, weights, variance, jnp.ones(queries.shape[0], jnp.float32))
-
-
-class _WithoutMemory(Stepper):
-    def __init__(self, config: Config, skeleton: Any, mesh: jax.sharding.Mesh):
-        super().__init__(config, skeleton, mesh)
-        self._memory = _NoMemory(self._memory)
-
-
-class Ours:
-    """`train.step` on one device, and parts of it.
-
-    batch: the constant one, numpy, as `episodes.episodes` yields it.
-    """
-
-    def __init__(self, config: Config):
-        self._config, self._mesh = config, sharding.make_mesh(config.train.mesh, jax.devices()[:1])
-        self._skeleton, parameters = initialise(config, self._mesh)
-        self._stepper = Stepper(config, self._skeleton, self._mesh)
-        self._without = _WithoutMemory(config, self._skeleton, self._mesh)
-        self._frozen = self._stepper.freeze(parameters)
-        self._state = self._stepper.begin({n: parameters[n] for n in self._stepper.trained})
-        episode, batch = config.data.episode[0], config.data.batch
-        pieces = draw_pieces(config, 64 * episode * batch)
-        self._stream = iter(episodes.episodes(pieces, episode, batch, config.data.seed))
-        self.batch = next(self._stream)
-        self._constant = sharding.place_batch(self.batch, self._mesh)
-        draw = np.random.default_rng(0)
-        shape = (batch, episode, config.model.latent)
-        self._encodings = jnp.asarray(draw.standard_normal(shape, dtype=np.float32))
-        self._memory_pass = jax.jit(self._memory_gradients)
-
-    def model(self):
-        """The model of the parameters as they now are."""
-        return self._skeleton.model({**self._state.params, **self._frozen})
-
-    def losses(self) -> dict[str, float]:
-        """Loss, its terms and the gradients' norm on the constant batch, without any noise."""
-        goal, memory = self._config.objective, configs.make_memory(self._config)
-
-        def loss(params, batch):
-            model = self._skeleton.model({**params, **self._frozen})
-            return objective.losses(model, memory, batch, None, goal, jnp.float32(goal.kl))
-
-        def both(params, batch):
-            (total, terms), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch)
-            squares = (jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradients))
-            return {"loss": total, **terms, "gradient_norm": jnp.sqrt(sum(squares))}
-
-        found = jax.jit(both)(self._state.params, self._constant)
-        return {name: float(value) for name, value in found.items()}
-
-    def step(self) -> None:
-        """One step on the constant batch."""
-        self._run(self._stepper, self._constant)
-
-    def step_of_pipeline(self) -> None:
-        """One step on the next batch of the input pipeline."""
-        self._run(self._stepper, sharding.place_batch(next(self._stream), self._mesh))
-
-    def step_without_memory(self) -> None:
-        """One step in which latents reach the decoder without passing the memory."""
-        self._run(self._without, self._constant)
-
-    def memory(self) -> None:
-        """Write and read of the batch's episodes, and the gradients of both."""
-        jax.block_until_ready(self._memory_pass(self._state.params, self._encodings))
-
-    def _run(self, stepper: Stepper, batch: Mapping[str, jax.Array]) -> None:
-        self._state, metrics = stepper.step(self._state, self._frozen, batch)
-        jax.block_until_ready((self._state, metrics))
-
-    def _memory_gradients(self, params, encodings):
-        memory = configs.make_memory(self._config)
-        keys = jax.random.split(jax.random.key(0), encodings.shape[0])
-        mine = {name: leaf for name, leaf in params.items() if name.startswith("memory/")}
-
-        def of(mine, encodings):
-            model = self._skeleton.model({**params, **mine, **self._frozen})
-            reading = objective.read_back(model, memory, encodings, keys)
-            # As random a direction as any: a sum of latents has too simple a gradient.
-            kl = objective.addressing_kl(reading.weights, reading.log_variance, 0.0)
-            return jnp.sum(jnp.sin(reading.latent)) + jnp.sum(kl)
-
-        return jax.grad(of, argnums=(0, 1))(mine, encodings)
-
-
-def _gemm() -> Callable[[], None]:
-    key = jax.random.key(0)
-    left, right = (jax.random.normal(k, (_GEMM, _GEMM), jnp.float32) for k in jax.random.split(key))
-    product = jax.jit(jnp.matmul)
-
-    def products() -> None:
-        for _ in range(_PRODUCTS):
-            product(left, right).block_until_ready()
-
-    return products
 
 
 def _spread(values: Sequence[float]) -> float:
