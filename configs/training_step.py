@@ -66,7 +66,7 @@ def get_config() -> ConfigDict:
                 corpus="wikipedia-summaries",
                 unit="chunk",
                 episode=(8,),
-                batch=2,
+                batch=1,
                 encoder_tokens=64,
                 decoder_tokens=64,
                 vocabulary=0,

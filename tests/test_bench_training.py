@@ -93,6 +93,10 @@ def test_both_sides_run_in_turns_and_are_taken_up(config, theirs, tmp_path):
         "ratio_of_best": best,
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected)
+    used = {
+        name: np.median([line["cpu_seconds"][name] for line in lines]) for name in ("torch", "step")
+    }
+    assert found["of_cpu_seconds"]["ratio"] == pytest.approx(used["torch"] / used["step"])
     share = found["memory_share"]
     assert share["timed alone"] == pytest.approx(median["memory"] / median["step"])
     assert share["by difference"] == pytest.approx(

@@ -142,7 +142,10 @@ class Training:
             {name: [record[kind][name] for record in records] for name in records[0]["seconds"]}
             for kind in ("seconds", "cpu_seconds")
         )
-        seconds = {name: statistics.median(values) for name, values in times.items()}
+        seconds, cpu = (
+            {name: statistics.median(values) for name, values in kind.items()}
+            for kind in (times, cpu)
+        )
         # A step on a constant batch is timed twice a round, once beside each of what it is held to.
         step, again = seconds["step"], seconds["step again"]
         work = matrix_flops(self._config)
@@ -155,7 +158,7 @@ class Training:
             "seconds": seconds,
             "best_seconds": best,
             # Of all threads: what other programs on the machine disturb least.
-            "cpu_seconds": {name: statistics.median(values) for name, values in cpu.items()},
+            "cpu_seconds": cpu,
             # Distance of the middle half, relative to the median: how noisy the machine was.
             "spread": {name: _spread(values) for name, values in times.items()},
             "tokens_per_second": tokens / step,
@@ -172,7 +175,13 @@ class Training:
             },
             "pipeline_over_constant": again / seconds["pipeline"],
         }
+        result["of_cpu_seconds"] = {
+            "utilisation": sum(work.values()) / cpu["step"] / (products / cpu["gemm"]),
+            "memory_share": 1.0 - cpu["without memory"] / cpu["step again"],
+            "pipeline_over_constant": cpu["step again"] / cpu["pipeline"],
+        }
         if not self._alone:
+            result["of_cpu_seconds"]["ratio"] = cpu["torch"] / cpu["step"]
             result["torch_tokens_per_second"] = tokens / seconds["torch"]
             result["ratio"] = seconds["torch"] / step
             result["ratio_of_best"] = best["torch"] / best["step"]
@@ -187,24 +196,34 @@ class Training:
             spread = f"{summary['spread'][name]:.0%}"
             timed.add_row(name, f"{seconds:.3f}", spread, f"{best:.3f}", f"{cpu:.3f}")
         console.print(timed)
-        found = Table("", "measured")
+        found = Table("", "measured", "best of each", "of CPU seconds")
+        cpu, share = summary["of_cpu_seconds"], summary["memory_share"]
+        rows: list[tuple[str, ...]] = [("tokens/s", f"{summary['tokens_per_second']:.1f}")]
         if not self._alone:
-            found.add_row("tokens/s, torch", f"{summary['torch_tokens_per_second']:.1f}")
-            found.add_row("throughput over torch's", f"{summary['ratio']:.3f}")
-            found.add_row("  of the best of each", f"{summary['ratio_of_best']:.3f}")
-            found.add_row("losses apart (relative)", f"{max(summary['apart'].values()):.1e}")
-        share = summary["memory_share"]
-        for name, value in (
-            ("tokens/s", f"{summary['tokens_per_second']:.1f}"),
+            apart = max(summary["apart"].values())
+            ratios = (summary["ratio"], summary["ratio_of_best"], cpu["ratio"])
+            rows += [
+                ("tokens/s, torch", f"{summary['torch_tokens_per_second']:.1f}"),
+                ("throughput over torch's", *(f"{ratio:.3f}" for ratio in ratios)),
+                ("losses apart (relative)", f"{apart:.1e}"),
+            ]
+        used = (summary["utilisation"], summary["utilisation_of_best"], cpu["utilisation"])
+        fed = (summary["pipeline_over_constant"], cpu["pipeline_over_constant"])
+        rows += [
             ("GFLOP/s of the step", f"{summary['step_flops_per_second'] / 1e9:.1f}"),
             ("GFLOP/s of a matrix product", f"{summary['gemm_flops_per_second'] / 1e9:.1f}"),
-            ("utilisation", f"{summary['utilisation']:.1%}"),
-            ("  of the best of each", f"{summary['utilisation_of_best']:.1%}"),
+            ("utilisation", *(f"{value:.1%}" for value in used)),
             ("memory's share, timed alone", f"{share['timed alone']:.2%}"),
-            ("memory's share, by difference", f"{share['by difference']:.2%}"),
-            ("with pipeline over constant batch", f"{summary['pipeline_over_constant']:.3f}"),
-        ):
-            found.add_row(name, value)
+            (
+                "memory's share, by difference",
+                f"{share['by difference']:.2%}",
+                "",
+                f"{cpu['memory_share']:.2%}",
+            ),
+            ("with pipeline over constant batch", f"{fed[0]:.3f}", "", f"{fed[1]:.3f}"),
+        ]
+        for row in rows:
+            found.add_row(*row)
         console.print(found)
 
 
