@@ -1,0 +1,319 @@
+"""Speed of one training step, beside the same step in torch with Hugging Face towers.
+
+Both sides begin with the same random weights and are given the same batch, in float32: encoder,
+write and read of every episode's memory, decoder through all routes of Eq. 1, gradients of all
+parameters, global-norm clipping, AdamW. Before anything is timed, their loss, its terms and their
+gradients' norm must agree. Then they run in turns within one process, so that a machine's moods hit
+both, with a plain matrix product (what the machine can do), the step fed by the input pipeline, the
+step without memory, and the memory's own forward and backward pass.
+
+The comparison needs torch and transformers (`pip install 'larimar-jax[compare]'`).
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from larimar_jax import config as configs
+from larimar_jax.bench import jax_step
+from larimar_jax.bench.runner import Record
+from larimar_jax.settings import Config
+
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "training_step.py"
+# How far loss, terms and gradient norm of the two sides may lie apart, relative to them.
+AGREEMENT = 1e-4
+# Rows and columns of the matrix product that stands for what the machine can do, and how many of
+# them are timed together.
+_GEMM, _PRODUCTS = 2048, 10
+# Seconds before each timing.
+_REST = 0.5
+
+
+class Disagreement(ValueError):
+    """The two sides do not compute the same, so that their times say nothing about each other."""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `larimar bench training`."""
+    parser.add_argument("--config", default=CONFIG, metavar="FILE", help="model and batch (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=7, help="timings of each (7)")
+    parser.add_argument("--alone", action="store_true", help="without torch beside it")
+
+
+def experiment(args: argparse.Namespace) -> "Training":
+    """The experiment of a parsed command line.
+
+    Raises:
+        ModuleNotFoundError: torch or transformers is missing, and --alone is not given.
+        ValueError: the config has what the torch side does not compute.
+    """
+    missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
+    if missing and not args.alone:
+        raise ModuleNotFoundError(
+            f"the comparison needs {' and '.join(missing)}: pip install 'larimar-jax[compare]',"
+            " or time this project alone with --alone"
+        )
+    return Training(configs.load(args.config), args.repeats, alone=args.alone)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One timing of everything."""
+
+    case_id: str
+
+
+class Training:
+    """See the head of this file; an experiment as in `runner.Experiment`."""
+
+    name = "training"
+    chunk = 1
+
+    def __init__(self, config: Config, repeats: int, *, alone: bool):
+        problems = comparable(config) if not alone else []
+        if len(config.data.episode) != 1:
+            problems.append("data.episode: one size is timed, give one")
+        if problems:
+            raise ValueError("this config cannot be timed:\n  " + "\n  ".join(problems))
+        self._config, self._alone = config, alone
+        self.cases = [Case(str(repeat)) for repeat in range(repeats)]
+        self.settings: Mapping[str, Any] = {
+            "config": configs.to_dict(config),
+            "repeats": repeats,
+            "alone": alone,
+        }
+        self._sides: dict[str, Callable[[], None]] | None = None
+        self._found: Record = {"apart": {}}
+
+    def run(self, cases: Sequence[Case]) -> list[Record]:
+        """Seconds of everything, one after the other; all of it has run once before.
+
+        Raises:
+            Disagreement: the two sides do not compute the same.
+        """
+        if self._sides is None:
+            self._sides = self._prepare()
+            for side in self._sides.values():
+                side()
+        records = []
+        for case in cases:
+            seconds, cpu = {}, {}
+            for name, side in self._sides.items():
+                # Threads of the side before may still be spinning for more work.
+                time.sleep(_REST)
+                begin, used = time.perf_counter(), time.process_time()
+                side()
+                cpu[name] = time.process_time() - used
+                seconds[name] = time.perf_counter() - begin
+            record = {"case_id": case.case_id, "seconds": seconds, "cpu_seconds": cpu}
+            records.append(record | self._found)
+        return records
+
+    def _prepare(self) -> dict[str, Callable[[], None]]:
+        ours = jax_step.Ours(self._config)
+        self._found["flops_in_trace"] = ours.flops
+        sides = {"step": ours.step}
+        if not self._alone:
+            from larimar_jax.bench import torch_step
+
+            theirs = torch_step.Theirs(self._config, ours.model())
+            self._found["apart"] = agreement(ours.losses(), theirs.losses(ours.batch))
+            sides["torch"] = lambda: theirs.step(ours.batch)
+        return sides | {
+            "gemm": jax_step.products(_GEMM, _PRODUCTS),
+            "pipeline": ours.step_of_pipeline,
+            "step again": ours.step,
+            "without memory": ours.step_without_memory,
+            "memory": ours.memory,
+        }
+
+    def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Medians of each, and their ratios."""
+        times, cpu = (
+            {name: [record[kind][name] for record in records] for name in records[0]["seconds"]}
+            for kind in ("seconds", "cpu_seconds")
+        )
+        seconds, cpu = (
+            {name: statistics.median(values) for name, values in kind.items()}
+            for kind in (times, cpu)
+        )
+        # A step on a constant batch is timed twice a round, once beside each of what it is held to.
+        step, again = seconds["step"], seconds["step again"]
+        work = matrix_flops(self._config)
+        data = self._config.data
+        facts = data.batch * data.episode[0]
+        tokens = facts * (data.encoder_tokens + data.decoder_tokens)
+        rate, products = sum(work.values()) / step, 2 * _GEMM**3 * _PRODUCTS
+        gemm, best = products / seconds["gemm"], {n: min(values) for n, values in times.items()}
+        result = {
+            "seconds": seconds,
+            "best_seconds": best,
+            # Of all threads: what other programs on the machine disturb least.
+            "cpu_seconds": cpu,
+            # Distance of the middle half, relative to the median: how noisy the machine was.
+            "spread": {name: _spread(values) for name, values in times.items()},
+            "tokens_per_second": tokens / step,
+            "episodes_per_second": data.batch / step,
+            "flops": work,
+            "flops_in_trace": records[0]["flops_in_trace"],
+            "gemm_flops_per_second": gemm,
+            "step_flops_per_second": rate,
+            "utilisation": rate / gemm,
+            "utilisation_of_best": sum(work.values()) / best["step"] / (products / best["gemm"]),
+            "memory_share": {
+                "timed alone": seconds["memory"] / step,
+                "by difference": 1.0 - seconds["without memory"] / again,
+            },
+            "pipeline_over_constant": again / seconds["pipeline"],
+        }
+        result["of_cpu_seconds"] = {
+            "utilisation": sum(work.values()) / cpu["step"] / (products / cpu["gemm"]),
+            "memory_share": 1.0 - cpu["without memory"] / cpu["step again"],
+            "pipeline_over_constant": cpu["step again"] / cpu["pipeline"],
+        }
+        if not self._alone:
+            result["of_cpu_seconds"]["ratio"] = cpu["torch"] / cpu["step"]
+            result["torch_tokens_per_second"] = tokens / seconds["torch"]
+            result["ratio"] = seconds["torch"] / step
+            result["ratio_of_best"] = best["torch"] / best["step"]
+            result["apart"] = records[0]["apart"]
+        return result
+
+    def show(self, summary: Mapping[str, Any], console: Console) -> None:
+        """What was timed, and what follows from it."""
+        timed = Table("", "seconds", "spread", "best", "CPU seconds")
+        for name, seconds in summary["seconds"].items():
+            best, cpu = (summary[kind][name] for kind in ("best_seconds", "cpu_seconds"))
+            spread = f"{summary['spread'][name]:.0%}"
+            timed.add_row(name, f"{seconds:.3f}", spread, f"{best:.3f}", f"{cpu:.3f}")
+        console.print(timed)
+        found = Table("", "measured", "best of each", "of CPU seconds")
+        cpu, share = summary["of_cpu_seconds"], summary["memory_share"]
+        rows: list[tuple[str, ...]] = [("tokens/s", f"{summary['tokens_per_second']:.1f}")]
+        if not self._alone:
+            apart = max(summary["apart"].values())
+            ratios = (summary["ratio"], summary["ratio_of_best"], cpu["ratio"])
+            rows += [
+                ("tokens/s, torch", f"{summary['torch_tokens_per_second']:.1f}"),
+                ("throughput over torch's", *(f"{ratio:.3f}" for ratio in ratios)),
+                ("losses apart (relative)", f"{apart:.1e}"),
+            ]
+        used = (summary["utilisation"], summary["utilisation_of_best"], cpu["utilisation"])
+        fed = (summary["pipeline_over_constant"], cpu["pipeline_over_constant"])
+        rows += [
+            ("GFLOP/s of the step", f"{summary['step_flops_per_second'] / 1e9:.1f}"),
+            ("GFLOP/s of a matrix product", f"{summary['gemm_flops_per_second'] / 1e9:.1f}"),
+            ("utilisation", *(f"{value:.1%}" for value in used)),
+            ("memory's share, timed alone", f"{share['timed alone']:.2%}"),
+            (
+                "memory's share, by difference",
+                f"{share['by difference']:.2%}",
+                "",
+                f"{cpu['memory_share']:.2%}",
+            ),
+            ("with pipeline over constant batch", f"{fed[0]:.3f}", "", f"{fed[1]:.3f}"),
+        ]
+        for row in rows:
+            found.add_row(*row)
+        console.print(found)
+
+
+def comparable(config: Config) -> list[str]:
+    """What of a config the torch side does not compute, one line each."""
+    model, data, train = config.model, config.data, config.train
+    towers = (model.encoder, model.decoder)
+    needed = (
+        ("model.encoder", "bert of given sizes", towers[0].family == "bert"),
+        ("model.decoder", "gpt2 of given sizes", towers[1].family == "gpt2"),
+        ("model.*.source", "no pretrained weights", all(t.source is None for t in towers)),
+        ("model.encoder.pooling", "cls", getattr(towers[0].sizes, "pooling", "cls") == "cls"),
+        ("model.encoder.normalize", "False", not getattr(towers[0].sizes, "normalize", False)),
+        ("model.slots_per_layer", "1", model.slots_per_layer == 1),
+        ("model.tied_slots", "True", model.tied_slots),
+        ("model.lexicon", "None", model.lexicon is None),
+        ("model.lora", "None", model.lora is None),
+        ("model.dtype", "float32", model.dtype == "float32"),
+        ("memory.variant", "direct", config.memory.variant == "direct"),
+        ("memory.variance", "scalar", config.memory.hyperparameters.get("variance") == "scalar"),
+        ("memory.address", "posterior",
+         config.memory.hyperparameters.get("address") == "posterior"),
+        ("data.episode", "at most memory.slots facts",
+         max(data.episode) <= config.memory.hyperparameters.get("slots", 0)),
+        ("objective.*", "no weight of zero", 0.0 not in _weights(config)),
+        ("objective.kl_cycles", "0", config.objective.kl_cycles == 0),
+        ("train.optimizer", "adamw", train.optimizer == "adamw"),
+        ("train.clip_norm", "above 0", train.clip_norm > 0),
+        ("train.frozen", "nothing", not train.frozen),
+        ("train.accumulate", "1", train.accumulate == 1),
+        ("train.ema", "0", train.ema == 0.0),
+    )
+    return [f"{key}: beside torch only {only}" for key, only, fine in needed if not fine]
+
+
+def _weights(config: Config) -> tuple[float, ...]:
+    goal = config.objective
+    return goal.reconstruction, goal.autoencoding, goal.language
+
+
+def matrix_flops(config: Config) -> dict[str, int]:
+    """FLOPs of a step's matrix products by part: 2·m·n·k each, three times for the backward pass.
+
+    Attention is counted as it is computed, over the whole T x T square. Factorisations, elementwise
+    work and the optimiser count nothing.
+    """
+    model, data = config.model, config.data
+    encoder, decoder = model.encoder.sizes, model.decoder.sizes
+    facts = data.batch * data.episode[0]
+    routes = facts * sum(weight != 0.0 for weight in _weights(config))
+    length = data.decoder_tokens - 1
+    slots, latent = config.memory.hyperparameters["slots"], model.latent
+    slot_width = model.slots_per_layer * (1 if model.tied_slots else 2)
+
+    def layers(sizes, rows: int, tokens: int, keys: int) -> int:
+        projections = 8 * sizes.width**2 + 4 * sizes.width * sizes.mlp
+        return rows * tokens * sizes.depth * (projections + 4 * sizes.width * keys)
+
+    pooler = encoder.width if getattr(encoder, "pooling", "") == "cls" else 0
+    forward = {
+        "encoder": layers(encoder, facts, data.encoder_tokens, data.encoder_tokens)
+        + 2 * facts * encoder.width * (pooler + latent),
+        # Keys of all facts, twice W†Z and W M, and the projection that explains a read.
+        "memory": 2 * facts * data.episode[0] * (slots + latent) * 4 + 2 * facts * latent * slots,
+        "conditioning": 2 * routes * latent * decoder.width * (slot_width * decoder.depth + 1),
+        "decoder": layers(decoder, routes, length, length + model.slots_per_layer),
+        "logits": 2 * routes * length * decoder.width * decoder.vocab_size,
+    }
+    return {name: 3 * flops for name, flops in forward.items()}
+
+
+def agreement(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, float]:
+    """How far apart the two sides are, relative to theirs, by name.
+
+    Raises:
+        Disagreement: more than AGREEMENT, or not finite; names every one.
+    """
+    apart = {name: abs(ours[name] - said) / max(abs(said), 1e-12) for name, said in theirs.items()}
+    bad = [name for name, value in apart.items() if not value <= AGREEMENT]
+    if bad:
+        lines = (f"{name}: {ours[name]:.7g} here, {theirs[name]:.7g} in torch" for name in bad)
+        raise Disagreement(
+            f"the two sides differ by more than {AGREEMENT:g}, so that they do not do the same work:"
+            "\n  " + "\n  ".join(lines) + "\nLook for a version of transformers that computes"
+            " differently, or for a change in larimar_jax/objective.py that"
+            " larimar_jax/bench/torch_step.py does not follow."
+        )
+    return apart
+
+
+def _spread(values: Sequence[float]) -> float:
+    low, high = np.quantile(values, (0.25, 0.75))
+    return float((high - low) / statistics.median(values))

@@ -1,0 +1,147 @@
+"""The benchmark of a training step on tiny towers: what it records, counts and refuses."""
+
+import argparse
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from larimar_jax import config as configs
+from larimar_jax.bench import jax_step, runner, torch_step, training
+from larimar_jax.train import flops, sharding
+from larimar_jax.train.step import Stepper, initialise
+
+
+@pytest.fixture(scope="module")
+def config():
+    values = configs.load_dict(training.CONFIG)
+    towers, data = values["model"], values["data"]
+    towers["encoder"] |= dict(vocab_size=90, width=24, depth=2, heads=4, mlp=40)
+    towers["decoder"] |= dict(vocab_size=110, width=32, depth=3, heads=4, mlp=48, max_length=32)
+    towers["latent"], values["memory"]["slots"] = 20, 12
+    data |= dict(encoder_tokens=8, decoder_tokens=10, episode=(3,), batch=2)
+    return configs.parse(values)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(training, "_REST", 0.0)
+    monkeypatch.setattr(training, "_GEMM", 16)
+
+
+def test_the_step_without_memory_decodes_the_encodings(config):
+    ours = jax_step.Ours(config)
+    state, frozen = ours._state, ours._frozen
+    batch = ours._constant
+    terms = ours._without.step(state, frozen, batch)[1]["terms"]
+    assert terms["reconstruction"] == pytest.approx(float(terms["autoencoding"]), rel=1e-6)
+
+
+def test_flops_are_those_of_the_products_in_the_traced_step(config):
+    mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+    skeleton = initialise(config, mesh)[0]
+    whole = Stepper(config, skeleton, mesh).flops(3)
+    made = jax_step.WithoutMemory(config, skeleton, mesh)
+    without = flops.count(made.step, *made.arguments(3))
+    said = training.matrix_flops(config)
+    # The traced step has the memory's factorisations' products as well.
+    assert sum(said.values()) - said["memory"] == pytest.approx(without, rel=0.02)
+    assert without < whole
+
+
+class _Theirs:
+    """In place of torch: it says what it is told to, and counts its steps."""
+
+    said, steps = {}, 0
+
+    def __init__(self, config, model):
+        self._ours = jax_step.Ours(config)
+
+    def losses(self, batch):
+        return type(self).said or self._ours.losses()
+
+    def step(self, batch):
+        type(self).steps += 1
+
+
+@pytest.fixture
+def theirs(monkeypatch):
+    kind = type("Theirs", (_Theirs,), {})
+    monkeypatch.setattr(torch_step, "Theirs", kind)
+    return kind
+
+
+def test_both_sides_run_in_turns_and_are_taken_up(config, theirs, tmp_path):
+    made = training.Training(config, 2, alone=False)
+    found = runner.run(made, tmp_path, quiet=True)["results"]
+    assert theirs.steps == 1 + 2  # one untimed
+    lines = [json.loads(line) for line in (tmp_path / "cases.jsonl").read_text().splitlines()]
+    median = {
+        name: np.median([line["seconds"][name] for line in lines]) for name in lines[0]["seconds"]
+    }
+    rate = sum(training.matrix_flops(config).values()) / median["step"]
+    gemm = 2 * 16**3 * training._PRODUCTS / median["gemm"]
+    best = min(line["seconds"]["torch"] for line in lines)
+    best /= min(line["seconds"]["step"] for line in lines)
+    expected = {
+        "tokens_per_second": 2 * 3 * (8 + 10) / median["step"],
+        "utilisation": rate / gemm,
+        "pipeline_over_constant": median["step again"] / median["pipeline"],
+        "ratio": median["torch"] / median["step"],
+        "ratio_of_best": best,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    used = {
+        name: np.median([line["cpu_seconds"][name] for line in lines]) for name in ("torch", "step")
+    }
+    assert found["of_cpu_seconds"]["ratio"] == pytest.approx(used["torch"] / used["step"])
+    share = found["memory_share"]
+    assert share["timed alone"] == pytest.approx(median["memory"] / median["step"])
+    assert share["by difference"] == pytest.approx(
+        1 - median["without memory"] / median["step again"]
+    )
+    assert set(found["apart"]) >= {"loss", "reconstruction", "language", "kl", "gradient_norm"}
+    assert max(found["apart"].values()) < training.AGREEMENT
+    again = runner.run(training.Training(config, 2, alone=False), tmp_path, quiet=True)
+    assert again["results"] == found
+
+
+def test_sides_that_compute_differently_are_not_timed(config, theirs, tmp_path, monkeypatch):
+    theirs.said = {"loss": 1.001, "gradient_norm": 2.0}
+    monkeypatch.setattr(
+        jax_step.Ours, "losses", lambda ours: {"loss": 1.0, "kl": 3.0, "gradient_norm": 2.0}
+    )
+    with pytest.raises(training.Disagreement, match="loss: 1 here, 1.001 in torch"):
+        runner.run(training.Training(config, 1, alone=False), tmp_path, quiet=True)
+    assert theirs.steps == 0
+    with pytest.raises(training.Disagreement, match="loss: nan here"):
+        training.agreement({"loss": float("nan")}, {"loss": 1.0})
+
+
+def test_the_torch_step_computes_the_same(config):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    ours = jax_step.Ours(config)
+    theirs = torch_step.Theirs(config, ours.model())
+    training.agreement(ours.losses(), theirs.losses(ours.batch))
+
+
+def test_what_torch_does_not_compute_is_named_at_once(config):
+    other = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, tied_slots=False),
+        train=dataclasses.replace(config.train, accumulate=2),
+        data=dataclasses.replace(config.data, episode=(3, 4)),
+    )
+    with pytest.raises(ValueError, match=r"(?s)tied_slots.*accumulate.*data.episode"):
+        training.Training(other, 1, alone=False)
+
+
+def test_a_comparison_without_torch_says_what_to_install(monkeypatch):
+    parser = argparse.ArgumentParser()
+    training.arguments(parser)
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"larimar-jax\[compare\].*--alone"):
+        training.experiment(parser.parse_args([]))
