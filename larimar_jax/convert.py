@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from larimar_jax import config as configs
-from larimar_jax import decoders, encoders, model, pretrained
+from larimar_jax import decoders, encoders, lora, model, pretrained
 from larimar_jax.data import vocabulary
 from larimar_jax.train import export
 from larimar_jax.weights import fill, folder, ibm, publish
@@ -93,6 +93,7 @@ def to_huggingface(source: str | Path, out: str | Path) -> None:
     """
     with _made(Path(out)) as made:
         loaded = pretrained.load(source)
+        lora.merge(loaded.model)  # Such a folder knows whole kernels.
         towers = (
             ("encoder", publish.encoder, encoders, loaded.encoder_tokenizer),
             ("decoder", publish.decoder, decoders, loaded.decoder_tokenizer),

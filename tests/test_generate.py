@@ -276,3 +276,8 @@ def test_the_likeliest_is_argmax():
     np.testing.assert_array_equal(sampling.likeliest(jnp.asarray(logits)), logits.argmax(-1))
     broken = jnp.full((1, 9), jnp.nan)
     assert 0 <= int(sampling.likeliest(broken)[0]) < 9
+
+
+def test_a_bare_decoder_speaks_as_the_base_model(tiny):
+    said = generate.generate(tiny.model.decoder, tiny.decoder_tokenizer, ["Fact is"], max_tokens=6)
+    assert said == tiny.generate(["Fact is"], max_tokens=6)

@@ -74,6 +74,12 @@ def test_changes_are_cumulative_and_in_the_order_of_their_cost():
     assert [dict(one)["model.remat"] for one in said[3:5]] == ["dots", "layers"]
 
 
+def test_a_mesh_of_other_devices_is_an_error():
+    with pytest.raises(configs.ConfigError, match=r"--set train.mesh=\[1,8,1\]"):
+        plan.load(ROOT / "configs" / "tiny.py", [], 8)
+    assert plan.load(ROOT / "configs" / "tiny.py", ["train.mesh=[2,-1,1]"], 8).train.mesh == (2, 4, 1)
+
+
 @pytest.mark.parametrize("text, size", [("80GB", 80e9), ("40 GiB", 40 * 2**30), ("24e9", 24e9)])
 def test_sizes_are_read(text, size):
     assert plan.parse(text) == size

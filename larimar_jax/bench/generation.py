@@ -14,13 +14,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
 from larimar_jax import decoders, generate, weights
 from larimar_jax.bench.runner import Record
-from larimar_jax.model import Condition
 from larimar_jax.weights import fill
 
 
@@ -153,26 +151,13 @@ class Generation:
         console.print(table)
 
 
-class _Bare(nnx.Module):
-    """A decoder where `generate` expects a whole model: the untouched base LM."""
-
-    def __init__(self, decoder: nnx.Module):
-        self.decoder = decoder
-
-    def hidden(self, tokens, condition=None, cache=None, start=None):
-        return self.decoder.hidden(tokens, None, cache, start)
-
-    def bonus(self, condition: Condition | None) -> None:
-        return None
-
-
 class _Ours:
     """`larimar_jax.generate`, from token ids."""
 
     def __init__(self, source: str):
         self.family = source
         decoder, self.tokenizer = weights.load_decoder(source)
-        self.model = _Bare(decoder)
+        self.model = decoder
 
     def decode(self, ids: np.ndarray, tokens: int) -> np.ndarray:
         """Greedy tokens [rows, tokens], never stopping."""

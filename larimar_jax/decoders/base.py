@@ -191,6 +191,15 @@ class Decoder(nnx.Module):
         return Cache(value.swapaxes(3, 4), value)
 
     @property
+    def decoder(self) -> "Decoder":
+        """Itself: generating and scoring take a bare decoder, the base LM, where they take a Larimar."""
+        return self
+
+    def bonus(self, condition: None) -> None:
+        """Nothing: a bare decoder has no lexicon, and no condition."""
+        return None
+
+    @property
     def embeddings(self) -> Float[Array, "V D"]:
         """The token embedding table."""
         return self.word.embedding[...]

@@ -240,10 +240,15 @@ def load(path: Any, overrides: list[str], devices: int) -> Config:
     """The config of a run for so many devices; a -1 in its mesh takes those that remain.
 
     Raises:
-        ConfigError: as `config.load` and `config.override`.
+        ConfigError: as `config.load` and `config.override`, or a mesh of another number of devices.
     """
     config = configs.parse(configs.override(configs.load_dict(path), overrides))
     sizes = list(config.train.mesh)
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(1, devices // -math.prod(sizes))
+    if math.prod(sizes) != devices:
+        raise configs.ConfigError(
+            f"train.mesh is {list(config.train.mesh)}, which is not of {devices} devices; add for example "
+            f"--set train.mesh=[1,{devices},1]"
+        )
     return dataclasses.replace(config, train=dataclasses.replace(config.train, mesh=tuple(sizes)))

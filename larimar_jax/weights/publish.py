@@ -81,6 +81,8 @@ def tensors(
 
     def write() -> None:
         save_file(held, part(len(shards)), metadata={"format": "pt"})
+        # The library makes it for its owner alone; a folder that others may read says so itself.
+        part(len(shards)).chmod(0o644)
         shards.append(list(held))
         held.clear()
 
