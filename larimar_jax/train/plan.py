@@ -248,7 +248,7 @@ def load(path: Any, overrides: list[str], devices: int) -> Config:
         sizes[sizes.index(-1)] = max(1, devices // -math.prod(sizes))
     if math.prod(sizes) != devices:
         raise configs.ConfigError(
-            f"train.mesh is {list(config.train.mesh)}, which is not of {devices} devices; add for example "
-            f"--set train.mesh=[1,{devices},1]"
+            f"train.mesh is {list(config.train.mesh)}, which is not of {devices} devices; add for "
+            f"example --set train.mesh=[1,{devices},1]"
         )
     return dataclasses.replace(config, train=dataclasses.replace(config.train, mesh=tuple(sizes)))
