@@ -55,7 +55,11 @@ def train(arguments: argparse.Namespace) -> int:
     from larimar_jax.train import distributed
 
     place = (arguments.coordinator, arguments.processes, arguments.process)
-    distributed.initialise(distributed.place(*place, os.environ))
+    try:
+        distributed.initialise(distributed.place(*place, os.environ))
+    except distributed.LateError as error:
+        print(f"larimar: {error}", file=sys.stderr)
+        return distributed.RETRY
     from larimar_jax.train import loop
 
     values = config.override(config.load_dict(find(arguments.config)), arguments.overrides)
@@ -75,7 +79,9 @@ def outcome(run: Callable[[], Any]) -> int:
     try:
         return 0 if run().finished else distributed.RETRY
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+        # What a connection that breaks is reported as; any other error would come again.
+        lost = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "Gloo", "NCCL", "Connection")
+        if jax.process_count() == 1 or not any(word in str(error) for word in lost):
             raise
         said = " ".join(str(error).split())[:300]
         print(f"larimar: a peer was lost ({said}); this asks to be run again", file=sys.stderr)

@@ -65,7 +65,7 @@ class ModelConfig:
     tied_slots: bool
     lexicon: LexiconConfig | None
     lora: LoraConfig | None
-    dtype: str
+    dtype: Literal["float32", "bfloat16", "float16"]
     remat: Remat
 
 

@@ -13,10 +13,10 @@ ROOT = Path(__file__).parents[1]
 # What each process runs: `larimar train` in all but argv, with a death in the middle where told.
 _SCRIPT = """
 import json, os, signal, sys
-values, run, place, death = map(json.loads, sys.argv[1:])
+values, run, place, death, dying = map(json.loads, sys.argv[1:])
 from larimar_jax import config, runs
 from larimar_jax.train import distributed, loop, step
-distributed.initialise(distributed.Place(*place) if place else None, heartbeat=10, start=60)
+distributed.initialise(distributed.Place(*place) if place else None, heartbeat=10 if death or dying else 100, start=200)
 if death:
     original = step.Stepper.__init__
     def mortal(self, *arguments):
@@ -53,7 +53,7 @@ def start(values, run, *, count=1, devices=8, deaths=None):
     for index in range(count):
         place = [coordinator, count, index] if count > 1 else None
         death = (deaths or {}).get(index)
-        said = [json.dumps(x) for x in (values, str(run), place, death)]
+        said = [json.dumps(x) for x in (values, str(run), place, death, bool(deaths))]
         line = [sys.executable, "-c", _SCRIPT, *said]
         started.append(
             subprocess.Popen(

@@ -105,7 +105,7 @@ def _text(value: Any) -> Any:
 
 def _documents(rows: Iterator[Any], column: str) -> Iterator[Document]:
     for row in rows:
-        text = _text(row[column]).strip()
+        text = (_text(row[column]) or "").strip()
         if text:
             title = _text(row.get(_TITLE))
             yield Document(title if isinstance(title, str) and title else text, text)
@@ -115,7 +115,7 @@ def _articles(rows: Iterator[Any], column: str) -> Iterator[Document]:
     """WikiText's lines as articles; headings are no text."""
     title, lines = "", []
     for row in rows:
-        line = _text(row[column])
+        line = _text(row[column]) or ""
         article = _ARTICLE.match(line)
         if article and lines:
             yield Document(title, "\n".join(lines))

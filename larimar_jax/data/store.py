@@ -85,7 +85,9 @@ class Store:
         self._open()
 
     def _open(self) -> None:
-        self._source = array_record_data_source.ArrayRecordDataSource(self._paths)
+        # The library refuses no files at all; what is asked of an empty store fails where it is asked.
+        reader = array_record_data_source.ArrayRecordDataSource
+        self._source = reader(self._paths) if self._paths else None
 
     # Grain's workers get a copy, which opens its own files.
     def __getstate__(self) -> dict[str, Any]:

@@ -25,6 +25,10 @@ class PlaceError(ValueError):
     """What says which process this is does not add up."""
 
 
+class LateError(PlaceError):
+    """The others did not come in time; they may when all are started again."""
+
+
 class Place(NamedTuple):
     """coordinator: host:port where process 0 listens. count, index: of processes."""
 
@@ -95,7 +99,7 @@ def initialise(where: Place | None, *, heartbeat: int = HEARTBEAT, start: int = 
             heartbeat_timeout_seconds=heartbeat,
         )
     except RuntimeError as error:
-        raise PlaceError(
+        raise LateError(
             f"process {where.index} of {where.count} could not join the others at "
             f"{where.coordinator} within {start} s ({' '.join(str(error).split())[:200]}). Is process "
             "0 running there, is the port open between the hosts, and does every process have the "
@@ -122,9 +126,9 @@ class Watchdog:
     def __exit__(self, *_) -> None:
         self._done.set()
 
-    def beat(self) -> None:
-        """A step is done."""
-        self._beaten = time.monotonic()
+    def beat(self, allow: float = 0.0) -> None:
+        """A step is done; what comes next may take `allow` seconds more than a step."""
+        self._beaten = time.monotonic() + allow
 
     def _watch(self) -> None:
         while not self._done.wait(min(1.0, self._seconds / 10)):

@@ -47,7 +47,7 @@ class HeldOut:
         self._edits = None
         if config.train.edits:
             # Some are too short to be cut in two.
-            texts = pieces.texts(order[: 4 * config.train.edits])
+            texts = pieces.texts(order[: 4 * config.train.edits].tolist())
             lengths = (data.encoder_tokens, data.decoder_tokens)
             chosen = edits.choose(texts, config.train.edits, *tokenizers, *lengths)
             if chosen is None:

@@ -36,6 +36,9 @@ from larimar_jax.train.held_out import HeldOut
 from larimar_jax.train.metrics import MetricsLog
 from larimar_jax.train.step import Stepper, TrainState, initialise
 
+# Seconds that compiling, an evaluation or a save may take beyond `train.stall`.
+_SLOW = 3600.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -78,7 +81,8 @@ def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> Outc
     stepper = Stepper(config, skeleton, mesh)
     kept = (config.train.keep, config.train.best)
     saved = _Saved(checkpoint.Checkpoints(run_dir / "checkpoints", *kept), stepper)
-    if config.train.start_from is not None and not saved.checkpoints.steps():
+    if config.train.start_from is not None:
+        # Of a run that goes on as well: a checkpoint holds nothing of what is frozen.
         parameters = start.replace(parameters, config.train.start_from)
     frozen = stepper.freeze(parameters)
     state = stepper.begin({name: parameters[name] for name in stepper.trained})
@@ -103,7 +107,7 @@ def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> Outc
             config,
             skeleton,
             {**frozen, **(state.average or state.params)},
-            stepper.trained,
+            [*stepper.trained, *start.named(skeleton.parameters, config.train.start_from)],
             tokenizers,
             source,
             {**meta, "step": step, "evaluation": evaluation},
@@ -206,12 +210,16 @@ class _Run:
         if first in (0, total):
             evaluation = self._evaluate(first, state, frozen, held_out, bar, written=first == 0)
         saved_at, pending, step = first, None, first
-        dog = distributed.Watchdog(every.stall)
+        dog, sizes = distributed.Watchdog(every.stall), set()
         with _terminated() as stopping, bar, contextlib.ExitStack() as watched:
             while step < total and not stopping(step):
                 local = next(stream)
                 batch = sharding.place_batch(local, self._mesh)
-                flops = self._stepper.flops(local["encoder_tokens"].shape[1])
+                size = local["encoder_tokens"].shape[1]
+                if size not in sizes:
+                    sizes.add(size)
+                    dog.beat(_SLOW)  # It is compiled now.
+                flops = self._stepper.flops(size)
                 begun = time.perf_counter()
                 state, metrics = self._stepper.step(state, frozen, batch)
                 step += 1
@@ -227,13 +235,15 @@ class _Run:
                 if last or step % every.evaluate_every == 0 or step % every.checkpoint_every == 0:
                     self._read(pending, state, bar)
                     pending, found = None, None
+                    dog.beat(_SLOW)
                     if last or step % every.evaluate_every == 0:
                         found = evaluation = self._evaluate(step, state, frozen, held_out, bar)
-                        dog.beat()
+                        dog.beat(_SLOW)
                     if last or step % every.checkpoint_every == 0:
                         self._saved.save(step, state, stream, self._meta, found)
                         saved_at = step
-                        dog.beat()
+                    dog.beat()
+            dog.beat(_SLOW)
             self._read(pending, state, bar)
             if step != saved_at:
                 self._saved.save(step, state, stream, self._meta, None)

@@ -175,10 +175,7 @@ def per_episode(mesh: Mesh) -> Callable[[Callable], Callable]:
                 return jax.vmap(function, in_axes=rows)(shared, *episodes)
 
             inner = (P(), *(BATCH for _ in episodes))
-            # Replication is not checked: the function is the same on all devices along "tensor".
-            return jax.shard_map(
-                local, mesh=mesh, in_specs=inner, out_specs=BATCH, check_vma=True
-            )(shared, *episodes)
+            return jax.shard_map(local, mesh=mesh, in_specs=inner, out_specs=BATCH)(shared, *episodes)
 
         return mapped
 

@@ -1,7 +1,7 @@
 """Parameters that a run begins with, from another run or an exported model."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import jax
@@ -54,3 +54,9 @@ def replace(parameters: Mapping[str, jax.Array], said: StartConfig) -> dict[str,
     else:
         taken = checkpoint.load_parts(path, like)
     return {**parameters, **taken}
+
+
+def named(parameters: Iterable[str], said: StartConfig | None) -> list[str]:
+    """The paths that `said` takes from elsewhere: a tower's own source does not give them again."""
+    regexes = () if said is None else said.parameters
+    return [name for name in parameters if any(re.search(regex, name) for regex in regexes)]

@@ -328,6 +328,11 @@ def _placed(shapes: Any, where: Any) -> Any:
 def _check_parts(config: Config, mesh: Mesh) -> None:
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     batch, parts = config.data.batch, config.train.accumulate
+    if ways % jax.process_count():
+        raise ValueError(
+            f"train.mesh has {ways} devices along data and fsdp, which {jax.process_count()} processes "
+            "do not divide: tensor would split an episode over hosts. Give tensor at most a host's devices."
+        )
     if batch % (ways * parts):
         raise ValueError(
             f"data.batch is {batch}: its {parts} part(s) (train.accumulate) do not divide over the"
