@@ -16,7 +16,8 @@ import json, os, signal, sys
 values, run, place, death, dying = map(json.loads, sys.argv[1:])
 from larimar_jax import config, runs
 from larimar_jax.train import distributed, loop, step
-distributed.initialise(distributed.Place(*place) if place else None, heartbeat=10 if death or dying else 100, start=200)
+place = distributed.Place(*place) if place else None
+distributed.initialise(place, heartbeat=10 if dying else 100, start=200)
 if death:
     original = step.Stepper.__init__
     def mortal(self, *arguments):

@@ -331,7 +331,7 @@ def _check_parts(config: Config, mesh: Mesh) -> None:
     if ways % jax.process_count():
         raise ValueError(
             f"train.mesh has {ways} devices along data and fsdp, which {jax.process_count()} processes "
-            "do not divide: tensor would split an episode over hosts. Give tensor at most a host's devices."
+            "do not divide: tensor would split an episode over hosts. Give it at most a host's devices."
         )
     if batch % (ways * parts):
         raise ValueError(
