@@ -291,6 +291,20 @@ class LayerNorm(nnx.Module):
         return (y * scale + bias).astype(x.dtype)
 
 
+def gelu(x: Float[Array, "*rows D"], *, approximate: bool) -> Float[Array, "*rows D"]:
+    """GELU; its backward pass keeps x alone, and computes the rest again.
+
+    It is the widest activation of a layer: the four others of its size that JAX would keep cost more
+    to write and to read back than to compute.
+    """
+
+    def activation(x: Array) -> Array:
+        return jax.nn.gelu(x, approximate=approximate)
+
+    # The scan over layers already keeps both passes apart.
+    return jax.checkpoint(activation, prevent_cse=False)(x)
+
+
 def linear(
     inputs: int, outputs: int, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs
 ) -> nnx.Linear:

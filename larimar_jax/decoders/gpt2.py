@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -45,7 +44,7 @@ class Block(nnx.Module):
         mixed, own = self.attention(self.attention_norm(x), context)
         x = x + mixed
         # "gelu_new" is the tanh approximation.
-        y = jax.nn.gelu(self.up(self.mlp_norm(x)), approximate=True)
+        y = layers.gelu(self.up(self.mlp_norm(x)), approximate=True)
         return x + self.down(y), own
 
 

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -57,7 +56,7 @@ class Block(nnx.Module):
         y = self.norm(x)
         mixed, own = self.attention(y, context)
         # "gelu_new" is the tanh approximation.
-        return x + mixed + self.down(jax.nn.gelu(self.up(y), approximate=True)), own
+        return x + mixed + self.down(layers.gelu(self.up(y), approximate=True)), own
 
 
 class GPTJ(Decoder):

@@ -57,7 +57,7 @@ class Block(nnx.Module):
     ) -> Float[Array, "B S D"]:
         mixed, _ = self.attention(x, layers.Context(mask))
         x = self.attention_norm(x + mixed)
-        return self.mlp_norm(x + self.down(jax.nn.gelu(self.up(x), approximate=False)))
+        return self.mlp_norm(x + self.down(layers.gelu(self.up(x), approximate=False)))
 
 
 class Bert(nnx.Module):
