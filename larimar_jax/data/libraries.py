@@ -153,10 +153,7 @@ def _tensorflow(name: Name) -> _Rows:
         builder.download_and_prepare(file_format="array_record")
         version = f"{builder.info.full_name} {builder.info.splits[name.split].num_bytes}"
     columns = tuple(builder.info.features)
-    wanted = {column: True for column in (name.column, _TITLE) if column in columns}
-    # Only these: an image beside the text would be decoded with every row.
-    decoders = tfds.decode.PartialDecoding(wanted) if wanted else None
-    rows = builder.as_data_source(split=name.split, decoders=decoders)
+    rows = builder.as_data_source(split=name.split)
     return _Rows(rows, columns, _identity("tfds", name, version))
 
 

@@ -5,6 +5,7 @@ renamed when it is whole, so that what was cut off is never read, and two runs t
 store at once do not meet.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -14,7 +15,7 @@ import shutil
 import struct
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +199,9 @@ def open_or_make(
 
 
 def _make(place: Path, recipe: Recipe, pieces, encoder, decoder, progress: bool) -> None:
-    if place.exists():  # Said before hours of work that could not be moved there.
+    # Said before hours of work that could not be moved there. In this order: another run may be
+    # putting it there, all at once.
+    if place.exists() and not (place / MANIFEST).is_file():
         raise _damaged(place, f"it has no {MANIFEST}")
     place.parent.mkdir(parents=True, exist_ok=True)
     # Of another attempt that was cut off: nobody writes to it any more after a day.
@@ -237,21 +240,38 @@ def _write(part: Path, records: Iterator[bytes | None]) -> tuple[dict[str, Any],
             return shards, total, dropped
         name = f"pieces-{len(shards):05}.array_record"
         # A record by itself, so that reading one reads no others.
-        writer = array_record_module.ArrayRecordWriter(str(part / name), "group_size:1")
         count = 0
-        for record in itertools.chain([first], block):
-            if record is None:
-                dropped += 1
-                continue
-            writer.write(record)
-            count += 1
-        writer.close()
+        with _writer(part / name) as write:
+            for record in itertools.chain([first], block):
+                if record is None:
+                    dropped += 1
+                else:
+                    write(record)
+                    count += 1
         if count == 0:
             (part / name).unlink()
             continue
         total += count
         size = (part / name).stat().st_size
         shards[name] = {"pieces": count, "bytes": size, "sha256": _checksum(part / name)}
+
+
+@contextlib.contextmanager
+def _writer(path: Path) -> Iterator[Callable[[bytes], None]]:
+    """Yields `write(record)` of a new shard."""
+    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+
+    def told(call: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except RuntimeError as error:
+            raise StoreError(
+                f"tokenised pieces could not be written to {path} ({error}). Is the disk full? Set "
+                "LARIMAR_CACHE to a folder with more room."
+            ) from error
+
+    yield lambda record: told(writer.write, record)
+    told(writer.close)
 
 
 def _records(recipe: Recipe, pieces, encoder, decoder, progress: bool) -> Iterator[bytes | None]:
