@@ -261,6 +261,35 @@ def test_an_iterator_goes_on_where_its_state_was_taken():
     np.testing.assert_array_equal(expected, [_rows(next(again)) for _ in range(3)])
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 2), (2, 1)])
+def test_a_state_goes_on_with_another_number_of_processes(before, after):
+    def streams(count):
+        return [
+            iter(episodes.episodes(_Numbered(99), (3, 5), 4, 2, process=(index, count)))
+            for index in range(count)
+        ]
+
+    whole, parts = streams(1)[0], streams(before)
+    for _ in range(5):
+        next(whole)
+        for part in parts:
+            next(part)
+    states = [part.get_state() for part in parts]
+    assert all(state == states[0] for state in states)
+    again = streams(after)
+    for part in again:
+        part.set_state(states[0])
+    for _ in range(6):
+        together = np.concatenate([_rows(next(part)) for part in again])
+        np.testing.assert_array_equal(together, _rows(next(whole)))
+
+
+@pytest.mark.parametrize("sizes", [(), (4, 0)])
+def test_sizes_that_make_no_episode_are_refused(sizes):
+    with pytest.raises(ValueError, match="data.episode"):
+        episodes.episodes(_Numbered(50), sizes, 3, 0)
+
+
 def test_too_small_a_corpus_says_so():
     with pytest.raises(episodes.TooFewPieces, match="11 pieces do not fill one batch of 3"):
         episodes.episodes(_Numbered(11), (4,), 3, 0)

@@ -1,13 +1,16 @@
 """Corpora of `datasets` and `tensorflow-datasets`, both from local folders."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 
+import datasets
 import pytest
 from array_record.python import array_record_module
 
 from larimar_jax.data import corpus, libraries
-
-datasets = pytest.importorskip("datasets")
 
 
 def _documents(name):
@@ -27,15 +30,69 @@ def test_files_that_datasets_reads(tmp_path):
     assert _documents(f"hf:{tmp_path}:train") == [("One.", "One.")]
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv"])
+def test_a_single_file_and_a_slice_of_it(tmp_path, suffix):
+    rows = datasets.Dataset.from_dict({"text": ["One.", "Two.", "Three.", "Four."]})
+    write = dict(parquet=rows.to_parquet, jsonl=rows.to_json, csv=rows.to_csv)[suffix]
+    write(str(tmp_path / f"rows.{suffix}"))
+    assert len(_documents(f"hf:{tmp_path}/rows.{suffix}:train")) == 4
+    assert _documents(f"hf:{tmp_path}/rows.{suffix}:train[:50%]") == [("One.",) * 2, ("Two.",) * 2]
+    assert len(_documents(f"hf:{tmp_path}/rows.{suffix}:train[:1]+train[-1:]#text")) == 2
+
+
+def test_an_identity_is_of_the_column_the_split_and_the_content_alone(tmp_path):
+    def identity(place):
+        return corpus.open_corpus(f"hf:{place}").identity
+
+    path = tmp_path / "a" / "rows.jsonl"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"text": "One.", "body": "Two."}) + "\n")
+    first = identity(f"{path}:train")
+    os.utime(path, (1, 1))
+    (tmp_path / "b").mkdir()
+    shutil.copy(path, tmp_path / "b")
+    # Hosts hold copies, in other folders and of another time, and have to agree.
+    assert first == identity(f"{path}:train#text") == identity(f"{tmp_path}/b/rows.jsonl:train")
+    others = {identity(f"{path}:train#body"), identity(f"{path}:train[:1]")}
+    path.write_text(json.dumps({"text": "Other."}) + "\n")
+    assert len({first, *others, identity(f"{path}:train")}) == 4
+
+
+def test_rows_without_text_are_passed_over_and_rows_of_no_text_named(tmp_path):
+    def saved(name, values):
+        datasets.Dataset.from_dict({"text": values}).save_to_disk(tmp_path / name)
+        return _documents(f"hf:{tmp_path}/{name}:train")
+
+    assert saved("gaps", [None, "One.", "", None]) == [("One.", "One.")]
+    with pytest.raises(libraries.CorpusError, match="row 1 is not UTF-8"):
+        saved("bytes", [b"fine", b"\xff"])
+    with pytest.raises(libraries.CorpusError, match="row 0 holds no text but a int"):
+        saved("numbers", [1, 2])
+
+
+# As `wikitext` on the hub gives it: headings between blank rows, lines of text together.
+WIKITEXT = [
+    "", " = Robert <unk> = \n", "", " He was an actor . \n", " = 1 + 1 = \n", " So he said . \n",
+    "", " = = Life = = \n", "", " Born . \n", "", " = Homarus = \n", "", " A lobster . \n",
+]  # fmt: skip
+
+
 def test_wikitext_is_put_together_by_article(tmp_path):
-    lines = [" = Robert <unk> = \n", "", " He was an actor . \n", " = = Life = = \n", " Born . \n",
-             "", " = Homarus = \n", " A lobster . \n"]
-    folder = tmp_path / "wikitext-tiny"
-    datasets.Dataset.from_dict({"text": lines}).save_to_disk(folder)
-    assert _documents(f"hf:{folder}:train") == [
-        ("Robert <unk>", "He was an actor .\nBorn ."),
+    folder = tmp_path / "copy"
+    datasets.Dataset.from_dict({"text": WIKITEXT}).save_to_disk(folder)
+    articles = [
+        ("Robert <unk>", "He was an actor .\n= 1 + 1 =\nSo he said .\nBorn ."),
         ("Homarus", "A lobster ."),
     ]
+    assert _documents(f"hf:{folder}:train") == articles
+    # In a slice that begins inside an article, whose title is not known.
+    datasets.Dataset.from_dict({"text": WIKITEXT[9:]}).save_to_disk(tmp_path / "rest")
+    assert _documents(f"hf:{tmp_path}/rest:train") == [("Born .", "Born ."), articles[1]]
+
+
+def test_other_rows_stay_apart_whatever_their_folder_is_called(tmp_path):
+    datasets.Dataset.from_dict({"text": ["One.", "Two = 2"]}).save_to_disk(tmp_path / "wikitext")
+    assert len(_documents(f"hf:{tmp_path}/wikitext:train")) == 2
 
 
 def test_a_dataset_of_tensorflow_in_array_record(tmp_path):
@@ -66,21 +123,45 @@ def test_a_dataset_of_tensorflow_in_array_record(tmp_path):
     }
     (folder / "dataset_info.json").write_text(json.dumps(info))
     assert _documents(f"tfds:{folder}:train") == rows
+    assert [text for _, text in _documents(f"tfds:{folder}:train#title")] == ["A", "B"]
+    identities = {corpus.open_corpus(f"tfds:{folder}:train{c}").identity for c in ("", "#title")}
+    assert len(identities) == 2
+    assert "tensorflow" not in sys.modules
+    with pytest.raises(libraries.CorpusError, match="they have text, title"):
+        corpus.open_corpus(f"tfds:{folder}:train#body")
+    with pytest.raises(libraries.CorpusError, match="could not be opened"):
+        corpus.open_corpus(f"tfds:{folder}:test")
 
 
 @pytest.mark.parametrize("name", ["hf:folder", "hf::train", "tfds:wiki40b"])
 def test_a_name_without_a_split_says_how_to_write_it(name):
-    with pytest.raises(libraries.CorpusNameError, match="PATH:SPLIT#COLUMN"):
+    with pytest.raises(libraries.CorpusError, match="PATH:SPLIT#COLUMN"):
         corpus.open_corpus(name)
 
 
 def test_a_column_that_is_not_there_is_named(tmp_path):
     datasets.Dataset.from_dict({"body": ["One."], "n": [1]}).save_to_disk(tmp_path / "d")
-    for column in ("text", "n"):
-        with pytest.raises(libraries.CorpusNameError, match="they have body, n"):
-            corpus.open_corpus(f"hf:{tmp_path}/d:train#{column}")
+    with pytest.raises(libraries.CorpusError, match="no column 'text'; they have body, n"):
+        corpus.open_corpus(f"hf:{tmp_path}/d:train")
 
 
-def test_what_cannot_be_opened_says_what_the_library_said(monkeypatch, tmp_path):
-    with pytest.raises(FileNotFoundError, match="could not be opened"):
+def test_what_cannot_be_opened_says_why(tmp_path):
+    with pytest.raises(libraries.CorpusError, match="could not be opened"):
         corpus.open_corpus(f"hf:{tmp_path}/nothing:train")
+    rows = datasets.Dataset.from_dict({"text": ["One."]})
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "saved")
+    for split in ("validation", "train[:1]"):
+        with pytest.raises(libraries.CorpusError, match="saved with train, test"):
+            corpus.open_corpus(f"hf:{tmp_path}/saved:{split}")
+    (tmp_path / "cut.jsonl").write_text('{"text": "One."}\n{"text"')
+    with pytest.raises(libraries.CorpusError, match="JSON parse error"):
+        corpus.open_corpus(f"hf:{tmp_path}/cut.jsonl:train")
+    (tmp_path / "a.xml").write_text("<a/>")
+    with pytest.raises(libraries.CorpusError, match="known: .json"):
+        corpus.open_corpus(f"hf:{tmp_path}/a.xml:train")
+
+
+def test_the_libraries_are_imported_only_when_a_corpus_asks():
+    code = "import sys, larimar_jax, larimar_jax.train.loop; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"datasets", "tensorflow_datasets", "tensorflow"} & set(run.stdout.split())

@@ -3,6 +3,11 @@
 import dataclasses
 import json
 import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -68,6 +73,16 @@ def test_what_was_cut_off_is_not_there(tmp_path, tokenizer):
     assert len(_made(tmp_path, tokenizer)) == 3
 
 
+def test_two_runs_that_make_the_same_do_not_meet(tmp_path, tokenizer):
+    def crowded():
+        yield from TEXTS[:2]
+        assert len(_made(tmp_path, tokenizer)) == 3  # The other run is quicker.
+        yield from TEXTS[2:]
+
+    assert _made(tmp_path, tokenizer, crowded()).texts([0, 1, 2]) == [*TEXTS[:2], TEXTS[3]]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def _damage(made, how):
     shard = next(made.folder.glob("*.array_record"))
     if how == "shorter":
@@ -88,6 +103,114 @@ def test_damage_is_named(tmp_path, tokenizer, how):
     _damage(made, how)
     with pytest.raises(store.StoreError, match="Delete the folder"):
         store.Store(made.folder, tokenizer, verify=True)
+
+
+def test_a_record_that_rotted_is_found_when_it_is_read(tmp_path, tokenizer):
+    made = _made(tmp_path, tokenizer, [f"the cat {i}" for i in range(3000)])
+    shard = made.folder / "pieces-00000.array_record"
+    content = bytearray(shard.read_bytes())
+    for place in range(len(content) // 3, len(content) // 2, 50):
+        content[place] ^= 255
+    shard.write_bytes(content)
+    opened = store.Store(made.folder, tokenizer)
+    with pytest.raises(store.StoreError, match="pieces-00000.array_record is not what was written"):
+        opened.gather(np.arange(len(opened))[None])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda found: found.pop("recipe"), "recipe"),
+        (lambda found: found["recipe"].pop("unit"), "unit"),
+        (lambda found: found.update(pieces=4), "do not add up"),
+        (lambda found: found["recipe"].update(corpus="other"), "made from something else"),
+        (
+            lambda found: (
+                found.update(pieces=4),
+                found["shards"]["pieces-00000.array_record"].update(pieces=4),
+            ),
+            "hold 3 pieces, not 4",
+        ),
+    ],
+)
+def test_a_manifest_that_lies_is_found_out(tmp_path, tokenizer, change, said):
+    path = _made(tmp_path, tokenizer).folder / store.MANIFEST
+    found = json.loads(path.read_text())
+    change(found)
+    path.write_text(json.dumps(found))
+    with pytest.raises(store.StoreError, match=rf"(?s){said}.*Delete the folder"):
+        _made(tmp_path, tokenizer)
+
+
+def test_a_folder_without_a_manifest_is_said_before_the_work(tmp_path, tokenizer):
+    (_made(tmp_path, tokenizer).folder / store.MANIFEST).unlink()
+    with pytest.raises(store.StoreError, match="has no manifest.json"):
+        _made(tmp_path, tokenizer, iter(lambda: pytest.fail("it is made again"), None))
+
+
+def test_a_corpus_without_pieces_makes_an_empty_store(tmp_path, tokenizer):
+    for _ in range(2):
+        made = _made(tmp_path, tokenizer, ["zebra quickly jumped over lazy foxes again"])
+        assert (len(made), made.dropped, made.texts([])) == (0, 1, [])
+    with pytest.raises(IndexError, match="has 0 pieces"):
+        made.texts([0])
+
+
+# Makes the store of a recipe in argv[1]; "slow" never ends, "full" has no room for it.
+_CHILD = """
+import resource, signal, sys, time
+from larimar_jax.data import store
+from larimar_jax.weights import Tokenizer
+
+folder, tokenizer, how = sys.argv[1:]
+tokenizer = Tokenizer.from_file(tokenizer)
+store.SHARD = 2000
+
+def texts():
+    for i in range(5000):
+        yield f"the cat {i}"
+    while how == "slow":
+        time.sleep(0.1)
+
+if how == "full":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+recipe = store.Recipe("corpus", "training", "sentence", "e", "d", 24, 16)
+try:
+    made = store.open_or_make(recipe, texts(), tokenizer, tokenizer, folder=store.Path(folder))
+    print(len(made))
+except store.StoreError as error:
+    print(error)
+"""
+
+
+def test_killed_crowded_and_full(tmp_path, tokenizer):
+    tokenizer.backend.save(str(tmp_path / "tokenizer.json"))
+
+    def child(folder, how):
+        command = [sys.executable, "-c", _CHILD, str(folder), str(tmp_path / "tokenizer.json"), how]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    stores = tmp_path / "stores"
+    slow, full = child(stores, "slow"), child(tmp_path / "full", "full")
+    try:
+        ends = time.monotonic() + 60
+        while not list(stores.glob("*.part/pieces-00001*")) and time.monotonic() < ends:
+            time.sleep(0.05)
+        slow.send_signal(signal.SIGKILL)
+        slow.wait()
+        (part,) = stores.iterdir()  # Half a store, and nothing under the store's own name.
+        assert part.suffix == ".part" and not (part / store.MANIFEST).exists()
+        said = full.communicate(timeout=60)[0]
+        assert "Set LARIMAR_CACHE" in said and not list((tmp_path / "full").iterdir())
+        both = [child(stores, "whole") for _ in range(2)]
+        assert [one.communicate(timeout=60)[0].strip() for one in both] == ["5000", "5000"]
+    finally:
+        for one in (slow, full):
+            one.kill()
+    (whole,) = (place for place in stores.iterdir() if place != part)
+    assert len(store.Store(whole, tokenizer, verify=True)) == 5000
+    shutil.rmtree(part)
 
 
 def test_a_process_waits_for_the_one_that_writes(tmp_path, tokenizer, monkeypatch):

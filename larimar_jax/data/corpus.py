@@ -67,12 +67,14 @@ def open_corpus(name: str) -> Corpus:
 
     Args:
         name: a name of `CORPORA`; `hf:PATH[,CONFIG]:SPLIT[#COLUMN]` or `tfds:NAME:SPLIT[#COLUMN]`
-            (data/libraries.py); a `.jsonl` path with one {"text": …, "title": … (optional)} a line;
-            or another path, plain text with one document a paragraph (blank line between).
+            (data/libraries.py; the column is "text" if none is named); a `.jsonl` path with one
+            {"text": …, "title": … (optional)} a line; or another path, plain text with one document
+            a paragraph (blank line between).
     Raises:
         FileNotFoundError: neither a known name nor a file.
         MalformedRecord: a JSONL line that is no such object, when it is reached; names file, record
             and field.
+        CorpusError: a library does not find it, or finds no text in it.
     """
     if name in CORPORA:
         return CORPORA[name]()

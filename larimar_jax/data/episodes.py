@@ -61,23 +61,19 @@ def episodes(
     index, count = (jax.process_index(), jax.process_count()) if process is None else process
     if batch % count:
         raise ValueError(f"data.batch is {batch}, which {count} processes do not divide")
-    cycle = sum(sizes)
-    if len(pieces) < cycle * batch:
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"data.episode is {tuple(sizes)}; give at least one size, each above 0")
+    rows = grain.MapDataset.range(len(pieces)).seed(seed).shuffle()
+    share = range(index * batch // count, (index + 1) * batch // count)
+    take = _Take(rows, pieces, tuple(sizes), batch, share, seed)
+    if not take.cycles:
         raise TooFewPieces(
             f"{len(pieces)} pieces do not fill one batch of {batch} episodes of each size "
             f"({', '.join(map(str, sizes))}). Use a larger corpus, a smaller batch, or longer token "
             "lengths (pieces that are too long are dropped)."
         )
-    rows = grain.MapDataset.range(len(pieces)).seed(seed).shuffle()
-    # A cycle has one batch of each size, in an order of its own: so an epoch is all its pieces, and
-    # where a batch begins is known without counting those before it.
-    cycles = rows.batch(batch, drop_remainder=True)
-    cycles = cycles.batch(cycle, drop_remainder=True).repeat(epochs)
-    share = slice(index * batch // count, (index + 1) * batch // count)
-
-    batches = grain.MapDataset.range(min(len(cycles), sys.maxsize // len(sizes)) * len(sizes))
-    take = _Take(cycles, pieces, tuple(sizes), share, seed)
-    made = batches.map(take).to_iter_dataset(
+    total = sys.maxsize if epochs is None else epochs * take.cycles * len(sizes)
+    made = grain.MapDataset.range(total).map(take).to_iter_dataset(
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     )
     if workers:
@@ -90,17 +86,35 @@ def episodes(
 
 @dataclasses.dataclass(frozen=True)
 class _Take:
-    """A batch by its number; a class, so that it can be sent to a worker."""
+    """A batch by its number; a class, so that it can be sent to a worker.
 
-    cycles: grain.MapDataset
+    A cycle has one batch of each size, in an order of its own: so an epoch is all its pieces, and
+    where a batch begins is known without counting those before it.
+
+    rows: a permutation of the pieces for each epoch, one after the other. share: the episodes of a
+    batch that this process takes.
+    """
+
+    rows: grain.MapDataset
     pieces: Pieces
     sizes: tuple[int, ...]
-    share: slice
+    batch: int
+    share: range
     seed: int
+
+    @property
+    def cycles(self) -> int:
+        """In an epoch."""
+        return len(self.rows) // (sum(self.sizes) * self.batch)
 
     def __call__(self, number: int) -> dict[str, np.ndarray]:
         which, place = divmod(number, len(self.sizes))
         order = np.random.default_rng((self.seed, which)).permutation(len(self.sizes))
-        begin = sum(self.sizes[k] for k in order[:place])
-        block = np.asarray(self.cycles[which])[begin : begin + self.sizes[order[place]]]
-        return self.pieces.gather(block.T[self.share])
+        begin, size = sum(self.sizes[k] for k in order[:place]), self.sizes[order[place]]
+        epoch, cycle = divmod(which, self.cycles)
+        first = epoch * len(self.rows) + (cycle * sum(self.sizes) + begin) * self.batch
+        # Only the share's: looking a row up takes microseconds, and a cycle may have thousands.
+        facts = range(first, first + size * self.batch, self.batch)
+        return self.pieces.gather(
+            np.array([[self.rows[fact + episode] for fact in facts] for episode in self.share])
+        )

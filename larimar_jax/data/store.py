@@ -5,6 +5,7 @@ renamed when it is whole, so that what was cut off is never read, and two runs t
 store at once do not meet.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -14,7 +15,7 @@ import shutil
 import struct
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from jaxtyping import Int
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-FORMAT = "larimar-pieces/1"
+# Raised whenever a recipe would give other pieces or other bytes than before.
+FORMAT = "larimar-pieces/2"
 MANIFEST = "manifest.json"
 # Pieces of a shard, and of a call to the tokenizers: enough for their threads, and a moving count.
 SHARD, BLOCK = 1 << 18, 2048
@@ -81,13 +83,37 @@ class Store:
         recipe = self.manifest["recipe"]
         self._shapes = (recipe["encoder_tokens"], recipe["decoder_tokens"])
         self._specials = (tokenizer.bos, tokenizer.eos, tokenizer.pad)
-        self._paths = [str(self.folder / name) for name in self.manifest["shards"]]
         self._open()
 
     def _open(self) -> None:
-        # The library refuses no files at all; what is asked of an empty store fails where it is asked.
-        reader = array_record_data_source.ArrayRecordDataSource
-        self._source = reader(self._paths) if self._paths else None
+        paths = [str(self.folder / name) for name in self.manifest["shards"]]
+        try:
+            # A corpus may have no pieces, and array_record no source of nothing.
+            source = array_record_data_source.ArrayRecordDataSource(paths) if paths else ()
+        except (RuntimeError, ValueError, OSError) as error:
+            raise self._unreadable(error) from error
+        if len(source) != len(self):
+            raise _damaged(self.folder, f"its shards hold {len(source)} pieces, not {len(self)}")
+        self._source = source
+
+    def _records(self, rows: Sequence[int]) -> Sequence[bytes]:
+        if rows and not 0 <= min(rows) <= max(rows) < len(self):
+            raise IndexError(f"{self.folder} has {len(self)} pieces, and {max(rows)} was asked for")
+        try:
+            return self._source.__getitems__(rows) if rows else []
+        except (RuntimeError, ValueError, OSError) as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> StoreError:
+        """Why array_record could not read, by the checksums of all shards."""
+        try:
+            _manifest(self.folder, verify=True)
+        except StoreError as damage:
+            return damage
+        return StoreError(
+            f"the tokenised pieces in {self.folder} could not be read ({error}), and yet they are what "
+            "was written. Is the disk well, and may this process open more files?"
+        )
 
     # Grain's workers get a copy, which opens its own files.
     def __getstate__(self) -> dict[str, Any]:
@@ -107,28 +133,32 @@ class Store:
 
     def texts(self, rows: Iterable[int]) -> list[str]:
         """The pieces of these rows, as text."""
-        return [_unpacked(record)[2] for record in self._source.__getitems__([int(row) for row in rows])]
+        return [_text(record) for record in self._records([int(row) for row in rows])]
 
     def gather(self, rows: Int[np.ndarray, "B E"]) -> dict[str, np.ndarray]:
         """The batch of these rows: encoder_tokens int32 [B, E, S], encoder_mask bool, decoder_tokens
-        int32 [B, E, T] (`<BOS> text <EOS>`), decoder_mask bool; padded on the right."""
-        encoder, decoder = self._shapes
+        int32 [B, E, T] (`<BOS> text <EOS>`), decoder_mask bool; padded on the right.
+
+        Raises:
+            StoreError: a record is damaged; names the shard.
+        """
         bos, eos, pad = self._specials
-        count = rows.size
+        asked, told = zip(*map(_ids, self._records(rows.reshape(-1).tolist())), strict=True)
+        place, length = _places(asked, self._shapes[0])
+        encoder_mask = place < length
+        encoder = np.zeros(encoder_mask.shape, np.int32)
+        encoder[encoder_mask] = np.concatenate(asked)
+        place, length = _places(told, self._shapes[1])
+        decoder = np.full((len(told), self._shapes[1]), pad, np.int32)
+        decoder[:, 0] = bos
+        decoder[(place >= 1) & (place <= length)] = np.concatenate(told)
+        decoder[place == length + 1] = eos
         batch = {
-            "encoder_tokens": np.zeros((count, encoder), np.int32),
-            "encoder_mask": np.zeros((count, encoder), bool),
-            "decoder_tokens": np.full((count, decoder), pad, np.int32),
-            "decoder_mask": np.zeros((count, decoder), bool),
+            "encoder_tokens": encoder,
+            "encoder_mask": encoder_mask,
+            "decoder_tokens": decoder,
+            "decoder_mask": place < length + 2,
         }
-        for row, record in enumerate(self._source.__getitems__(rows.reshape(-1).tolist())):
-            asked, told, _ = _unpacked(record)
-            batch["encoder_tokens"][row, : len(asked)] = asked
-            batch["encoder_mask"][row, : len(asked)] = True
-            batch["decoder_tokens"][row, 0] = bos
-            batch["decoder_tokens"][row, 1 : len(told) + 1] = told
-            batch["decoder_tokens"][row, len(told) + 1] = eos
-            batch["decoder_mask"][row, : len(told) + 2] = True
         return {name: array.reshape(*rows.shape, -1) for name, array in batch.items()}
 
 
@@ -162,10 +192,17 @@ def open_or_make(
             _make(place, recipe, pieces, encoder, decoder, progress)
         else:
             _wait(place)
-    return Store(place, decoder)
+    made = Store(place, decoder)
+    if made.manifest["recipe"] != dataclasses.asdict(recipe):
+        raise _damaged(place, "it was made from something else, or moved here")
+    return made
 
 
 def _make(place: Path, recipe: Recipe, pieces, encoder, decoder, progress: bool) -> None:
+    # Said before hours of work that could not be moved there. In this order: another run may be
+    # putting it there, all at once.
+    if place.exists() and not (place / MANIFEST).is_file():
+        raise _damaged(place, f"it has no {MANIFEST}")
     place.parent.mkdir(parents=True, exist_ok=True)
     # Of another attempt that was cut off: nobody writes to it any more after a day.
     for old in place.parent.glob(f"{place.name}.*.part"):
@@ -203,21 +240,38 @@ def _write(part: Path, records: Iterator[bytes | None]) -> tuple[dict[str, Any],
             return shards, total, dropped
         name = f"pieces-{len(shards):05}.array_record"
         # A record by itself, so that reading one reads no others.
-        writer = array_record_module.ArrayRecordWriter(str(part / name), "group_size:1")
         count = 0
-        for record in itertools.chain([first], block):
-            if record is None:
-                dropped += 1
-                continue
-            writer.write(record)
-            count += 1
-        writer.close()
+        with _writer(part / name) as write:
+            for record in itertools.chain([first], block):
+                if record is None:
+                    dropped += 1
+                else:
+                    write(record)
+                    count += 1
         if count == 0:
             (part / name).unlink()
             continue
         total += count
         size = (part / name).stat().st_size
         shards[name] = {"pieces": count, "bytes": size, "sha256": _checksum(part / name)}
+
+
+@contextlib.contextmanager
+def _writer(path: Path) -> Iterator[Callable[[bytes], None]]:
+    """Yields `write(record)` of a new shard."""
+    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+
+    def told(call: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except RuntimeError as error:
+            raise StoreError(
+                f"tokenised pieces could not be written to {path} ({error}). Is the disk full? Set "
+                "LARIMAR_CACHE to a folder with more room."
+            ) from error
+
+    yield lambda record: told(writer.write, record)
+    told(writer.close)
 
 
 def _records(recipe: Recipe, pieces, encoder, decoder, progress: bool) -> Iterator[bytes | None]:
@@ -249,10 +303,19 @@ def _packed(encoder: np.ndarray, decoder: np.ndarray, text: str) -> bytes:
     return head + ids + text.encode("utf-8")
 
 
-def _unpacked(record: bytes) -> tuple[np.ndarray, np.ndarray, str]:
+def _ids(record: bytes) -> tuple[np.ndarray, np.ndarray]:
     asked, told = struct.unpack_from("<II", record)
     ids = np.frombuffer(record, "<i4", asked + told, 8)
-    return ids[:asked], ids[asked:], record[8 + ids.nbytes :].decode("utf-8")
+    return ids[:asked], ids[asked:]
+
+
+def _text(record: bytes) -> str:
+    return record[8 + 4 * sum(struct.unpack_from("<II", record)) :].decode("utf-8")
+
+
+def _places(ids: Sequence[np.ndarray], tokens: int):
+    """(0 … tokens − 1 [1, tokens], how many ids each has [N, 1])"""
+    return np.arange(tokens)[None], np.array([len(row) for row in ids])[:, None]
 
 
 def _manifest(folder: Path, verify: bool) -> dict[str, Any]:
@@ -260,6 +323,7 @@ def _manifest(folder: Path, verify: bool) -> dict[str, Any]:
         found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if found["format"] != FORMAT:
             raise ValueError(f"its format is {found['format']!r}, not {FORMAT!r}")
+        Recipe(**found["recipe"])
         for name, shard in found["shards"].items():
             path = folder / name
             size = path.stat().st_size
@@ -267,12 +331,19 @@ def _manifest(folder: Path, verify: bool) -> dict[str, Any]:
                 raise ValueError(f"{name} has {size} bytes, not {shard['bytes']}")
             if verify and _checksum(path) != shard["sha256"]:
                 raise ValueError(f"{name} is not what was written")
+        if found["pieces"] != sum(shard["pieces"] for shard in found["shards"].values()):
+            raise ValueError("its shards do not add up to its pieces")
+        int(found["dropped"])
         return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(
-            f"the tokenised pieces in {folder} are damaged ({error}). Delete the folder: the next run "
-            "makes it again."
-        ) from error
+        raise _damaged(folder, f"{type(error).__name__}: {error}") from error
+
+
+def _damaged(folder: Path, reason: str) -> StoreError:
+    return StoreError(
+        f"the tokenised pieces in {folder} are damaged ({reason}). Delete the folder: the next run "
+        "makes it again."
+    )
 
 
 def _checksum(path: Path) -> str:
