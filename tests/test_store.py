@@ -36,7 +36,7 @@ def _made(folder, tokenizer, texts=TEXTS, **options) -> store.Store:
 def test_pieces_are_framed_and_too_long_ones_dropped(tmp_path, tokenizer):
     made = _made(tmp_path, tokenizer)
     assert (len(made), made.dropped) == (3, 1)
-    assert made.texts([2, 0]) == ["a dog", "the cat"]
+    assert made.texts([2, 0]) == made.texts(np.array([2, 0])) == ["a dog", "the cat"]
     batch = made.gather(np.array([[0, 1]]))
     assert batch["encoder_tokens"].shape == (1, 2, 24) and batch["decoder_mask"].shape == (1, 2, 16)
     for row, text in enumerate(TEXTS[:2]):

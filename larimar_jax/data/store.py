@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsInt
 
 import numpy as np
 from array_record.python import array_record_data_source, array_record_module
@@ -131,7 +131,7 @@ class Store:
         """Pieces that were too long for the token lengths."""
         return self.manifest["dropped"]
 
-    def texts(self, rows: Iterable[int]) -> list[str]:
+    def texts(self, rows: Iterable[SupportsInt]) -> list[str]:
         """The pieces of these rows, as text."""
         return [_text(record) for record in self._records([int(row) for row in rows])]
 
