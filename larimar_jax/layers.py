@@ -108,10 +108,14 @@ class Context:
 
 
 class Placement(NamedTuple):
-    """Where a training step wants activations and tables, as functions of an array."""
+    """Where a training step wants activations and tables, as functions of an array.
+
+    ways: over how many devices rows are split.
+    """
 
     rows: Callable[[Array], Array]
     whole: Callable[[Array], Array]
+    ways: int
 
 
 # Models never see a mesh; what traces them may say where things are to live.
@@ -138,6 +142,12 @@ def rows(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """x, with its rows where they belong."""
     placement = _PLACEMENT.get()
     return x if placement is None else placement.rows(x)
+
+
+def rows_are_split() -> bool:
+    """Whether rows are on several devices."""
+    placement = _PLACEMENT.get()
+    return placement is not None and placement.ways > 1
 
 
 def look_up(table: nnx.Embed, index: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:

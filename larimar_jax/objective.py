@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from larimar_jax import cross_entropy, layers
 from larimar_jax.model import Condition, Larimar
 from larimar_jax.settings import ObjectiveConfig
 
@@ -80,14 +81,23 @@ def losses(
         return wide.reshape(math.prod(rows), -1)
 
     tokens, mask = tiled(batch["decoder_tokens"]), tiled(batch["decoder_mask"])
-    entropies = token_losses(model, tokens, mask, model.condition(stacked)).reshape(*rows, -1)
-    sums = entropies.sum(axis=(0, 2, 3))
+    shares = jnp.array([getattr(weights, name) for name in used], jnp.float32) / divide["tokens"]
+    by_row = jnp.broadcast_to(shares[None, :, None], rows).reshape(-1)
+    hidden, _ = model.hidden(tokens[:, :-1], model.condition(stacked))
+    there = mask[:, 1:]
+    total, entropies = cross_entropy.weighted(
+        model.decoder.to_logits,
+        hidden,
+        tokens[:, 1:],
+        jnp.where(there, by_row[:, None], 0.0),
+        whole=layers.rows_are_split(),
+    )
+    sums = jnp.where(there, entropies, 0.0).reshape(*rows, -1).sum(axis=(0, 2, 3))
     terms = {name: sums[i] / divide["tokens"] for i, name in enumerate(used)}
     present = batch["encoder_mask"].any(axis=-1)
     divergence = addressing_kl(reading.weights, reading.log_variance, weights.free_bits)
     terms["kl"] = jnp.where(present, divergence, 0.0).sum() / divide["facts"]
-    loss = beta * terms["kl"] + sum(getattr(weights, name) * terms[name] for name in used)
-    return loss, terms
+    return total + beta * terms["kl"], terms
 
 
 def read_back(
@@ -130,10 +140,9 @@ def token_losses(
 ) -> Float[Array, "B T-1"]:
     """−ln p(token t+1 | tokens ≤ t, condition) in nats, zero at padding, float32."""
     hidden, _ = model.hidden(tokens[:, :-1], condition)
-    logits = model.decoder.logits(hidden)
-    chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    entropy = jax.nn.logsumexp(logits, axis=-1) - chosen
-    return jnp.where(mask[:, 1:], entropy, 0.0)
+    split = layers.rows_are_split()
+    found = cross_entropy.entropies(model.decoder.to_logits, hidden, tokens[:, 1:], whole=split)
+    return jnp.where(mask[:, 1:], found, 0.0)
 
 
 def addressing_kl(

@@ -55,11 +55,7 @@ def train(arguments: argparse.Namespace) -> int:
     from larimar_jax.train import distributed
 
     place = (arguments.coordinator, arguments.processes, arguments.process)
-    try:
-        distributed.initialise(distributed.place(*place, os.environ))
-    except distributed.LateError as error:
-        print(f"larimar: {error}", file=sys.stderr)
-        return distributed.RETRY
+    distributed.initialise(distributed.place(*place, os.environ))
     from larimar_jax.train import loop
 
     values = config.override(config.load_dict(find(arguments.config)), arguments.overrides)
@@ -70,7 +66,8 @@ def outcome(run: Callable[[], Any]) -> int:
     """The exit code of a run: 0 when it is finished, 75 when it is to be run again.
 
     That is after SIGTERM, and where a peer was lost: the collective that waits for it fails then, and
-    nothing here can be waited for any more, not even at exit.
+    nothing here can be waited for any more, not even at exit. Where this process alone fails, it ends
+    with 1 and does not wait for the others either.
     """
     import jax
 
@@ -78,10 +75,14 @@ def outcome(run: Callable[[], Any]) -> int:
 
     try:
         return 0 if run().finished else distributed.RETRY
-    except jax.errors.JaxRuntimeError as error:
+    except Exception as error:
         # What a connection that breaks is reported as; any other error would come again.
         lost = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "Gloo", "NCCL", "Connection")
-        if jax.process_count() == 1 or not any(word in str(error) for word in lost):
+        if jax.process_count() == 1:
+            raise
+        of_jax = isinstance(error, jax.errors.JaxRuntimeError)
+        if not (of_jax and any(word in str(error) for word in lost)):
+            distributed.leave(1)
             raise
         said = " ".join(str(error).split())[:300]
         print(f"larimar: a peer was lost ({said}); this asks to be run again", file=sys.stderr)
@@ -135,7 +136,7 @@ def plan(arguments: argparse.Namespace) -> int:
         print(plans.show(found, memory, arguments.flops, arguments.link))
     if found.fits(memory):
         return 0
-    what: dict[str, str] = {}
+    least, best = found.total, "the config as it is"
     for what, changed in plans.changes(config):
         line = " ".join(f"{key}={value}" for key, value in what.items())
         print(f"compiling with {line}", file=sys.stderr)
@@ -143,8 +144,10 @@ def plan(arguments: argparse.Namespace) -> int:
         if found.fits(memory):
             print(f"\nit fits ({found.total / 1e9:.2f} GB) with\n  --set {line}")
             return 1
+        if found.total < least:
+            least, best = found.total, f"--set {line}"
     print(
-        f"\nnothing makes it fit ({found.total / 1e9:.2f} GB at the least, with {what}). Take more "
+        f"\nnothing makes it fit ({least / 1e9:.2f} GB at the least, with {best}). Take more "
         "devices, a smaller data.batch, or train less of it (train.frozen, model.lora)."
     )
     return 1

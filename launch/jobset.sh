@@ -49,6 +49,8 @@ spec:
           template:
             spec:
               restartPolicy: Never
+              # As process 1 of a container, one whose peer has died would end with 139, as if by a fault.
+              shareProcessNamespace: true
               terminationGracePeriodSeconds: 300
               containers:
                 - name: larimar

@@ -1,5 +1,6 @@
 """Two real processes: the losses of one, and an end in bounded time when one of them is lost."""
 
+import concurrent.futures
 import json
 import os
 import signal
@@ -134,13 +135,49 @@ def test_a_place_that_does_not_add_up(said, environment, message):
         distributed.place(*said, environment)
 
 
-def test_nobody_there_is_an_error_and_not_a_wait():
+def test_a_process_that_fails_ends_all(values, tmp_path):
+    deaths = {1: {"step": 3, "signal": "fail"}}
+    begun = time.monotonic()
+    ends = processes.finish(processes.start(values, tmp_path / "run", count=2, deaths=deaths))
+    # The one that failed would fail again, and says what with; the other has lost a peer.
+    assert ends[1][0] == 1 and "no space left on device" in ends[1][1], ends
+    assert ends[0][0] in (-signal.SIGABRT, distributed.RETRY), ends
+    assert time.monotonic() - begun < 120
+
+
+def test_late_peers_end_a_process_in_time_and_ask_to_be_run_again():
     script = (
         "from larimar_jax.train import distributed as d;"
         f"d.initialise(d.Place('127.0.0.1:{processes.free_port()}', 2, 1), start=2)"
     )
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=90, env=environment
+    done = _python(script)
+    assert done.returncode == distributed.RETRY and "process 1 of 2 has not met all" in done.stderr
+
+
+def test_what_one_process_cannot_read_is_damaged_for_all():
+    script = (
+        "import sys; from larimar_jax.train import checkpoint, distributed as d; i = {index}\n"
+        "d.initialise(d.Place('127.0.0.1:{port}', 2, i), start=60)\n"
+        "read = lambda: 1 // (1 - i) if {damaged} else 7\n"
+        "found, damage = checkpoint._tried(read); print(found, type(damage).__name__, damage)"
     )
-    assert done.returncode != 0 and "DEADLINE_EXCEEDED" in done.stderr + done.stdout
+    for damaged, said in (
+        (True, ["None ValueError process 1 could not read it", "None ZeroDivisionError"]),
+        (False, ["7 NoneType None"] * 2),
+    ):
+        port = processes.free_port()
+        scripts = [script.format(index=i, port=port, damaged=damaged) for i in range(2)]
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            ends = list(pool.map(_python, scripts))
+        for done, words in zip(ends, said, strict=True):
+            assert done.returncode == 0 and done.stdout.startswith(words), done
+
+
+def _python(script):
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )

@@ -140,3 +140,29 @@ def test_collectives_are_counted_as_often_as_they_run():
     assert gathered.bytes == 64 * 4 * 4 and gathered.moved == gathered.bytes * 7 // 8
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.collectives("nothing")
+
+
+def test_asynchronous_collectives_are_read_as_a_gpu_writes_them():
+    text = """HloModule jit_step, is_scheduled=true, num_partitions=8
+
+%wrapped (p: f32[64]) -> f32[8] {
+  %p = f32[64]{0} parameter(0)
+  ROOT %rs = f32[8]{0} reduce-scatter(%p), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+}
+
+ENTRY %main (x: f32[16]) -> f32[16] {
+  %x = f32[16]{0} parameter(0)
+  %all-gather-start.1 = (f32[16]{0}, f32[64]{0}) all-gather-start(%x), replica_groups=[2,4]<=[8], METADATA
+  %all-gather-done.1 = f32[64]{0} all-gather-done(%all-gather-start.1)
+  %async-start = ((f32[64]{0}), f32[8]{0}, u32[]) async-start(%all-gather-done.1), calls=%wrapped
+  %async-done = f32[8]{0} async-done(%async-start), calls=%wrapped
+  ROOT %all-reduce.3 = f32[16]{0} all-reduce(%x), replica_groups={}, to_apply=%add
+}
+""".replace("METADATA", 'metadata={op_name="jit(step)/memory/gather"}')
+    found = {one.kind: one for one in hlo.collectives(text)}
+    assert {kind: (one.bytes, one.times, one.group) for kind, one in found.items()} == {
+        "all-gather": (256, 1, 4),
+        "reduce-scatter": (32, 1, 8),
+        "all-reduce": (64, 1, 8),
+    }
+    assert found["all-gather"].name == "jit(step)/memory/gather"

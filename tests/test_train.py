@@ -201,6 +201,36 @@ def test_parameters_come_from_another_run(tiny, whole, place):
     assert "decoder/layers/up/kernel: this model has no such parameter" in str(error.value)
 
 
+def test_frozen_parameters_of_another_run_are_there_when_a_run_goes_on(tiny, whole, tmp_path):
+    said = StartConfig(str(whole[0]), ("^decoder/",))
+    changes = dict(start_from=said, frozen=("^decoder/",), steps=10, checkpoint_every=4)
+    config = _train(tiny, **changes)
+    straight = loop.train(config, tmp_path / "straight", progress=False)
+
+    class Terminated(metrics.MetricsLog):
+        def write(self, step, kind, values, **options):
+            super().write(step, kind, values, **options)
+            if (step, kind) == (6, "train"):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "MetricsLog", Terminated)
+        assert not loop.train(config, tmp_path / "stopped", progress=False).finished
+    again = loop.train(config, tmp_path / "stopped", progress=False)
+    assert again.finished and again.evaluation == straight.evaluation
+    runs = (tmp_path / "straight", tmp_path / "stopped")
+    assert _losses(runs[0]) == _losses(runs[1])
+    first, second, source = (
+        export.load_exported(f / "model.safetensors")[0] for f in (*runs, whole[0])
+    )
+    decoder = [name for name in source if name.startswith("decoder/")]
+    assert decoder
+    for name, array in first.items():
+        np.testing.assert_array_equal(second[name], array)
+        if name in decoder:
+            np.testing.assert_array_equal(array, source[name])
+
+
 def test_a_place_without_parameters_is_named(tiny, tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         start.replace({}, StartConfig(str(tmp_path), ("a",)))
@@ -243,6 +273,20 @@ def test_any_mesh_computes_what_one_device_does(tiny, one_device, mesh):
     assert kernel.sharding.mesh.size == 8
     moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.shape == kernel.shape]
     assert moments and all(leaf.sharding == kernel.sharding for leaf in moments)
+
+
+def test_a_step_that_is_skipped_does_not_move_the_learning_rate(tiny):
+    config = _train(tiny, on_bad_step="skip", spike=1.0, warmup_steps=4)
+    mesh = sharding.make_mesh((1, 1, 1))
+    skeleton, parameters = initialise(config, mesh)
+    stepper = Stepper(config, skeleton, mesh)
+    frozen = stepper.freeze(parameters)
+    state = stepper.begin({name: parameters[name] for name in stepper.trained})
+    batch, rates = sharding.place_batch(_batch(config), mesh), []
+    for usual in (jnp.inf, -1e9, jnp.inf):  # Beside the second one, any loss is a spike.
+        state, found = stepper.step(state._replace(loss=jnp.float32(usual)), frozen, batch)
+        rates.append((bool(found["sound"]), float(found["learning_rate"]) / config.train.learning_rate))
+    assert rates == [(True, 0.25), (False, 0.5), (True, 0.5)] and int(state.step) == 3
 
 
 def test_frozen_parameters_have_neither_gradient_nor_state(tiny, one_device):

@@ -1,6 +1,7 @@
 """Tokenised pieces → a Grain stream of episodes."""
 
 import dataclasses
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -80,8 +81,13 @@ def episodes(
         # Grain's workers look at their flags, which nobody parses in a program without absl.app.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
-        made = made.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        made = made.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _begin_worker)
     return made
+
+
+def _begin_worker(index: int, count: int) -> None:
+    # A scheduler signals all processes of a job; a run that saves then still wants its batches.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @dataclasses.dataclass(frozen=True)

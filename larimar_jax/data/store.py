@@ -1,8 +1,8 @@
-"""Tokenised pieces on disk: made once, read at random, checked when opened.
+"""Tokenised pieces on disk: made once, read at random.
 
 A store is a folder of array_record shards with a manifest. It is written beside its place and
 renamed when it is whole, so that what was cut off is never read, and two runs that make the same
-store at once do not meet.
+store at once do not meet. Sizes are checked when it is opened, checksums when a read fails.
 """
 
 import contextlib

@@ -22,7 +22,9 @@ from typing import Any
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from larimar_jax.train.checksums import array_checksums, json_checksum, named, unnamed
 from larimar_jax.train.environment import describe
@@ -113,7 +115,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._kept.judge(step, evaluation)
             self._saving = step
-            self._manager.save(
+            begun = self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     **{name: ocp.args.StandardSave(arrays) for name, arrays in items.items()},
@@ -121,6 +123,8 @@ class Checkpoints:
                     meta=ocp.args.JsonSave({**meta, "checksum": json_checksum(meta)}),
                 ),
             )
+            if not begun:
+                raise RuntimeError(f"Orbax skipped it: there are {self.steps()[-3:]} already")
 
     def restore(
         self,
@@ -135,7 +139,7 @@ class Checkpoints:
         """The newest checkpoint that is whole; None where the run has none yet.
 
         A damaged one is said on stderr, moved aside as `damaged-STEP` and never deleted; the one
-        before it is taken.
+        before it is taken. What one process cannot read is damaged for all.
 
         Args:
             params, memory, optimizer: the same pytrees as saved, of ShapeDtypeStructs whose
@@ -150,16 +154,17 @@ class Checkpoints:
         newest = self.steps()[::-1]
         first = [self.best] if best and self.best is not None else []
         for step in [*first, *(step for step in newest if step not in first)]:
-            try:
-                meta = _meta(self.directory / str(step))
-            except Exception as error:  # Damage shows as nearly any type; it is reported below.
-                failures.append((step, error))
-                continue
-            check(meta)
-            try:
-                found = self._arrays(step, meta, params, memory, optimizer, data)
-            except Exception as error:
-                failures.append((step, error))
+            folder = self.directory / str(step)
+            meta, damage = _tried(lambda folder=folder: _meta(folder))
+            if damage is None:
+                check(meta)
+                found, damage = _tried(
+                    lambda step=step, meta=meta: self._arrays(
+                        step, meta, params, memory, optimizer, data
+                    )
+                )
+            if damage is not None:
+                failures.append((step, damage))
                 continue
             self._set_aside(failures, f"went back to the checkpoint of step {step}")
             return Restored(step, *found, meta)
@@ -204,6 +209,8 @@ class Checkpoints:
                     aside = self.directory / f"damaged-{step}-{number}"
                 (self.directory / str(step)).rename(aside)
         if failures:
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("damaged checkpoints are put aside")
             self._manager.reload()
 
     def steps(self) -> list[int]:
@@ -274,6 +281,20 @@ class _Kept:
         steps = [info.step for info in checkpoints]
         kept = {*sorted(steps)[-self.keep :], self.best_of(steps)}
         return [step in kept for step in steps]
+
+
+def _tried(read: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """(what was read, None) or (None, why not), the same of the two on all processes."""
+    found, damage = None, None
+    try:
+        found = read()
+    except Exception as error:  # Damage shows as nearly any type; who calls reports it.
+        damage = error
+    if jax.process_count() > 1:
+        failed = multihost_utils.process_allgather(np.array(damage is not None)).reshape(-1)
+        if damage is None and failed.any():
+            damage = ValueError(f"process {int(failed.argmax())} could not read it")
+    return (found, None) if damage is None else (None, damage)
 
 
 def _evaluation(folder: Path) -> Mapping[str, float] | None:

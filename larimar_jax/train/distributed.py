@@ -15,18 +15,14 @@ import jax
 RETRY = 75
 
 # Seconds. A peer that does not beat for so long is dead, and so is a coordinator that cannot be
-# reached for so long at the start.
-HEARTBEAT, START = 100, 300
+# reached for so long at the start. One that fails waits so long for the others to end with it.
+HEARTBEAT, START, LEAVE = 100, 300, 20
 
 _OURS = ("LARIMAR_COORDINATOR", "LARIMAR_PROCESSES", "LARIMAR_PROCESS")
 
 
 class PlaceError(ValueError):
     """What says which process this is does not add up."""
-
-
-class LateError(PlaceError):
-    """The others did not come in time; they may when all are started again."""
 
 
 class Place(NamedTuple):
@@ -83,39 +79,61 @@ def initialise(where: Place | None, *, heartbeat: int = HEARTBEAT, start: int = 
     """Joins the other processes; with None there are none. Before anything of JAX is used.
 
     JAX's coordination service ends every process when one of them has not been heard of for
-    `heartbeat` seconds.
+    `heartbeat` seconds. Where the others do not come within `start` seconds, this process ends with
+    RETRY: they may when all are started again.
 
     Raises:
-        PlaceError: the others did not come within `start` seconds.
+        PlaceError: process 0 cannot listen there.
     """
     if where is None:
         return
+    who = f"process {where.index} of {where.count}"
+    late = (
+        f"{who} has not met all others at {where.coordinator} within {start} s. Are they all running, "
+        "is process 0 on that host, is the port open between the hosts, and does every process have "
+        "the same coordinator and count?"
+    )
     try:
-        jax.distributed.initialize(
-            where.coordinator,
-            where.count,
-            where.index,
-            initialization_timeout=start,
-            heartbeat_timeout_seconds=heartbeat,
-        )
+        # JAX itself aborts the process when it is late, and not with a word that helps.
+        with Watchdog(start, late):
+            jax.distributed.initialize(
+                where.coordinator,
+                where.count,
+                where.index,
+                initialization_timeout=start + 60,
+                heartbeat_timeout_seconds=heartbeat,
+            )
     except RuntimeError as error:
-        raise LateError(
-            f"process {where.index} of {where.count} could not join the others at "
-            f"{where.coordinator} within {start} s ({' '.join(str(error).split())[:200]}). Is process "
-            "0 running there, is the port open between the hosts, and does every process have the "
-            "same coordinator and count?"
+        raise PlaceError(
+            f"{who} could not start at {where.coordinator} ({' '.join(str(error).split())[:200]}). "
+            "Does another program listen on that port? Take another one."
         ) from error
 
 
+def leave(code: int, seconds: float = LEAVE) -> None:
+    """Ends the process with `code` in `seconds` at the latest: for one that is failing.
+
+    At exit JAX waits for the other processes, and they wait for this one in a collective. Where all
+    fail alike they meet, and each ends by itself with its own code.
+    """
+    ending = threading.Timer(seconds, os._exit, [code])
+    ending.daemon = True
+    ending.start()
+
+
 class Watchdog:
-    """Ends the process when no step has come for `seconds`; a collective whose peer hangs never returns.
+    """Ends the process when no beat has come for `seconds`; a collective whose peer hangs never returns.
 
     As a context: `with Watchdog(900) as dog`, and `dog.beat()` after every step. 0 seconds: never.
-    The process ends with RETRY, after the stacks of all its threads on stderr.
+    The process ends with RETRY, after `said` and the stacks of all its threads on stderr.
     """
 
-    def __init__(self, seconds: float):
+    def __init__(self, seconds: float, said: str | None = None):
         self._seconds, self._beaten, self._done = seconds, time.monotonic(), threading.Event()
+        self._said = said or (
+            f"no step for {seconds:g} s (train.stall). A peer or the storage hangs; this process ends, "
+            "and asks to be run again."
+        )
 
     def __enter__(self) -> "Watchdog":
         if self._seconds:
@@ -132,13 +150,8 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._done.wait(min(1.0, self._seconds / 10)):
-            silent = time.monotonic() - self._beaten
-            if silent > self._seconds:
-                sys.stderr.write(
-                    f"larimar: no step for {silent:.0f} s (train.stall is {self._seconds:g}). A peer "
-                    "or the storage hangs; this process ends, and asks to be run again. Where it "
-                    "waits:\n"
-                )
+            if time.monotonic() - self._beaten > self._seconds:
+                sys.stderr.write(f"larimar: {self._said} Where it waits:\n")
                 sys.stderr.flush()
                 faulthandler.dump_traceback(all_threads=True)
                 # Not sys.exit: what hangs holds the main thread, and would hold the exit too.

@@ -44,15 +44,23 @@ def choose(
     decoder: Tokenizer,
     encoder_tokens: int,
     decoder_tokens: int,
+    room: int,
 ) -> Edits | None:
-    """The first `count` texts that can be cut in two and fit the token lengths; None if no two do."""
+    """The first `count` texts that can be cut in two and fit the token lengths; None if no two do.
+
+    Args:
+      room: tokens that the decoder takes; two halves of any two texts have to fit.
+    """
     cuts = []
     for text in texts:
         words = text.split()
         at = round(_PROMPT * len(words))
         if len(words) < _LEAST_WORDS or encoder.encode([text]).mask.sum() > encoder_tokens:
             continue
-        cuts.append((" ".join(words[:at]), " ".join(words[at:])))
+        prompt, ending = " ".join(words[:at]), " ".join(words[at:])
+        if max(1 + len(decoder.ids(prompt)), len(decoder.following(ending))) > room // 2:
+            continue
+        cuts.append((prompt, ending))
         if len(cuts) == count:
             break
     if len(cuts) < 2:
@@ -66,7 +74,7 @@ def choose(
     swapped = list(zip(begun, endings[1:] + endings[:1], strict=True))
     # Two halves of two texts may be longer together than either text.
     length = max(len(a) + len(b) for a, b in own + swapped)
-    length = -(-length // decoder_tokens) * decoder_tokens
+    length = min(-(-length // decoder_tokens) * decoder_tokens, room)
     rows = [_rows(pairs, length, decoder.pad) for pairs in (own, swapped)]
     return Edits(
         *(_padded(part, encoder_tokens) for side in (asked, told) for part in (side.ids, side.mask)),

@@ -18,17 +18,25 @@ _PACKAGES = (
 
 @functools.cache
 def describe() -> dict[str, Any]:
-    """Revision of the source (None outside a clone), versions, devices and XLA's flags."""
+    """Revision of the source (None outside a clone), versions (None
+    of what is not installed), devices and XLA's flags."""
     device = jax.devices()[0]
     return {
         "revision": _revision(),
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "packages": {name: _version(name) for name in _PACKAGES},
         "devices": {"kind": device.device_kind, "count": jax.device_count()},
         "processes": jax.process_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None  # On the path without having been installed.
 
 
 def _revision() -> str | None:

@@ -24,11 +24,14 @@ class HeldOut:
     Args:
         pieces: held-out ones; too few for one batch are used more than once.
         tokenizers: (encoder's, decoder's).
+        room: tokens that the decoder takes.
     Raises:
         TooFewPieces: there is none, or too few of two sentences' length for `train.edits`.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, pieces: Store, tokenizers: tuple[Any, Any]):
+    def __init__(
+        self, config: Config, mesh: Mesh, pieces: Store, tokenizers: tuple[Any, Any], room: int
+    ):
         data = config.data
         if not len(pieces):
             raise TooFewPieces(
@@ -48,12 +51,13 @@ class HeldOut:
         if config.train.edits:
             # Some are too short to be cut in two.
             texts = pieces.texts(order[: 4 * config.train.edits].tolist())
-            lengths = (data.encoder_tokens, data.decoder_tokens)
+            lengths = (data.encoder_tokens, data.decoder_tokens, room)
             chosen = edits.choose(texts, config.train.edits, *tokenizers, *lengths)
             if chosen is None:
                 raise TooFewPieces(
-                    "train.edits wants held-out texts of five words or more, and there are not two; "
-                    "use a larger corpus, or train.edits=0"
+                    "train.edits wants held-out texts of five words or more, whose halves fit the "
+                    f"decoder's {room} tokens in any pair, and there are not two; use a larger corpus, "
+                    "or train.edits=0"
                 )
             whole = sharding.replicated(mesh)
             self._edits = sharding.place(chosen.arrays(), {n: whole for n in chosen.arrays()})

@@ -15,7 +15,10 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:body|to_apply|calls|branch_computations)=(\{[^}]*\}|%?[\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _NAME = re.compile(r'op_name="([^"]*)"')
-_GROUPS = re.compile(r"replica_groups=(\{\{[^}]*\}|\[\d+,\d+\]|mesh\S* \{[^}]*\})")
+_GROUPS = re.compile(r"replica_groups=(\{\}|\{\{[^}]*\}|\[\d+,\d+\]|mesh\S* \{[^}]*\})")
+_DEVICES = re.compile(r"(?:num_partitions|replica_count)=(\d+)")
+_START = re.compile(r"^\s*%?([\w.-]+) = .* [a-z-]+-start\(")
+_OPERAND = re.compile(r"-done\(.*?%?([\w.-]+)\)")
 _AXES = re.compile(r"'(\w+)'=(\d+)")
 
 
@@ -69,7 +72,13 @@ def collectives(text: str) -> list[Collective]:
                     run(called, inner)
 
     run(entry, 1)
-    found = (_collective(line, times[name]) for name, lines in bodies.items() for line in lines)
+    devices = math.prod(int(n) for n in _DEVICES.findall(text.split("\n", 1)[0]))
+    starts = {m[1]: line for lines in bodies.values() for line in lines if (m := _START.match(line))}
+    found = (
+        _collective(line, times[name], starts, devices)
+        for name, lines in bodies.items()
+        for line in lines
+    )
     return [one for one in found if one is not None and one.times and one.group > 1]
 
 
@@ -89,29 +98,35 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
 
 
 def _called(line: str) -> Iterator[str]:
+    if " async-done(" in line or " async-update(" in line:
+        return  # What its start has called.
     for found in _CALLED.findall(line):
         yield from (name.strip().lstrip("%") for name in found.strip("{}").split(","))
 
 
-def _collective(line: str, times: int) -> Collective | None:
+def _collective(line: str, times: int, starts: dict[str, str], devices: int) -> Collective | None:
     match = _LINE.match(line)
-    # An asynchronous one is a pair: its start has operands beside results, its end the results.
+    # An asynchronous one is a pair: its end has the results alone, its start the groups and the name.
     kind = match[2].removesuffix("-done") if match else None
     if kind not in KINDS:
         return None
+    operand = _OPERAND.search(line)
+    said = starts[operand[1]] if operand else line
     size = sum(
         _BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n)
         for dtype, shape in _ARRAY.findall(match[1])
     )
-    name = _NAME.search(line)
-    return Collective(kind, size, times, _group(line), name[1] if name else "")
+    name = _NAME.search(said)
+    return Collective(kind, size, times, _group(said, devices), name[1] if name else "")
 
 
-def _group(line: str) -> int:
+def _group(line: str, devices: int) -> int:
     found = _GROUPS.search(line)
     if found is None:
         return 2  # Pairs of a permutation.
     text = found[1]
+    if text == "{}":
+        return devices
     if text.startswith("mesh"):
         sizes = dict(_AXES.findall(text.split("{")[0]))
         return math.prod(int(sizes[axis.strip(" '")]) for axis in text.split("{")[1][:-1].split(","))

@@ -7,6 +7,7 @@ optimiser and the place in the data; (4) steps until `train.steps`, or until SIG
 
 import contextlib
 import dataclasses
+import math
 import signal
 import threading
 import time
@@ -65,9 +66,16 @@ def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> Outc
         BadStep: where train.on_bad_step is "stop"; names what is not finite, or how large a spike.
         CheckpointError: there are checkpoints and none is whole.
     """
-    run_dir, first = Path(run_dir), jax.process_index() == 0
+    with distributed.Watchdog(config.train.stall) as dog:
+        return _train(config, Path(run_dir), dog, progress)
+
+
+def _train(config: Config, run_dir: Path, dog: distributed.Watchdog, progress: bool) -> Outcome:
+    first = jax.process_index() == 0
     folder.claim(run_dir, config)
     mesh = sharding.make_mesh(config.train.mesh)
+    # A corpus takes its time, and whoever waits for its pieces gives up by itself.
+    dog.beat(math.inf)
     source = corpus.open_corpus(config.data.corpus)
     tokenizers = vocabulary.tokenizers(
         config,
@@ -77,6 +85,7 @@ def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> Outc
     training, held_out = (
         _stored(config, source, tokenizers, side, progress and first) for side in (False, True)
     )
+    dog.beat(_SLOW)
     skeleton, parameters = initialise(config, mesh)
     stepper = Stepper(config, skeleton, mesh)
     kept = (config.train.keep, config.train.best)
@@ -94,14 +103,13 @@ def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> Outc
     hashes = dict(zip(("encoder", "decoder"), (t.hash for t in tokenizers), strict=True))
     meta = {"config": configs.to_dict(config), "tokenizers": hashes}
     state = saved.restore(state, stream, meta)
-    run = _Run(config, run_dir, mesh, stepper, saved, meta, progress)
-    try:
-        judged = HeldOut(config, mesh, held_out, tokenizers)
+    dog.beat(_SLOW)
+    with _Run(config, run_dir, mesh, stepper, saved, meta, dog, progress) as run:
+        judged = HeldOut(config, mesh, held_out, tokenizers, skeleton.room)
         state, evaluation, finished = run.steps(state, frozen, stream, judged)
-    finally:
-        run.close()
     step = int(state.step)
     if finished:
+        dog.beat(_SLOW)
         finish(
             run_dir / "model.safetensors",
             config,
@@ -185,20 +193,28 @@ class _Saved:
 
 
 class _Run:
-    """The steps of a run, with its logs; `steps` is called once."""
+    """The steps of a run, with its logs, as a context; `steps` is called once."""
 
-    def __init__(self, config, run_dir, mesh, stepper, saved, meta, progress):
+    def __init__(self, config, run_dir, mesh, stepper, saved, meta, dog, progress):
         self._config, self._dir, self._mesh, self._stepper = config, run_dir, mesh, stepper
         self._saved, self._meta, self._progress = saved, meta, progress
         self._guard = guard.Guard(config.train, stepper.trained)
         self._speed = throughput.Speed(throughput.gemm(config.model.dtype), mesh.size)
         self._log: MetricsLog | None = None
-        self._read_at = 0.0
+        self._read_at, self._dog = 0.0, dog
 
-    def close(self) -> None:
-        self._saved.checkpoints.close()
+    def __enter__(self) -> "_Run":
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
         if self._log is not None:
             self._log.close()
+        try:
+            self._saved.checkpoints.close()
+        except checkpoint.CheckpointError as error:
+            if kind is None:
+                raise
+            report.say(str(error))  # What ended the run is said last, and not hidden by this.
 
     def steps(self, state: TrainState, frozen, stream, held_out):
         """(state, last evaluation, whether all steps are done)"""
@@ -207,11 +223,11 @@ class _Run:
             self._log = MetricsLog(self._dir, first)
         bar = report.Bar(total, first, shown=self._progress and jax.process_index() == 0)
         evaluation = {}
-        if first in (0, total):
-            evaluation = self._evaluate(first, state, frozen, held_out, bar, written=first == 0)
-        saved_at, pending, step = first, None, first
-        dog, sizes = distributed.Watchdog(every.stall), set()
-        with _terminated() as stopping, bar, contextlib.ExitStack() as watched:
+        saved_at, pending, step, sizes = first, None, first, set()
+        dog = self._dog
+        with _terminated() as stopping, bar:
+            if first in (0, total):
+                evaluation = self._evaluate(first, state, frozen, held_out, bar, written=first == 0)
             while step < total and not stopping(step):
                 local = next(stream)
                 batch = sharding.place_batch(local, self._mesh)
@@ -229,7 +245,6 @@ class _Run:
                 if step == first + 1:
                     self._read(pending, state, bar)
                     pending = None
-                    watched.enter_context(dog)  # Compiling may take longer than any step.
                 dog.beat()
                 last = step == total
                 if last or step % every.evaluate_every == 0 or step % every.checkpoint_every == 0:

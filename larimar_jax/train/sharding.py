@@ -214,7 +214,8 @@ def placement(mesh: Mesh) -> Placement:
     def to(where: NamedSharding) -> Callable[[jax.Array], jax.Array]:
         return lambda x: jax.lax.with_sharding_constraint(x, where)
 
-    return Placement(rows=to(batch_sharding(mesh)), whole=to(replicated(mesh)))
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    return Placement(rows=to(batch_sharding(mesh)), whole=to(replicated(mesh)), ways=ways)
 
 
 def place(tree: Any, where: Any) -> Any:

@@ -40,9 +40,14 @@ class TrainState(NamedTuple):
 
 
 class Skeleton:
-    """A model without its numbers: turns parameters by '/'-joined path back into a model."""
+    """A model without its numbers: turns parameters by '/'-joined path back into a model.
+
+    Attributes:
+        parameters: ShapeDtypeStructs by path. room: tokens that the decoder takes beside a slot.
+    """
 
     def __init__(self, abstract: nnx.Module):
+        self.room: int = abstract.decoder.config.max_length - 1
         self._table = functools.partial(_table, abstract)
         self._graph, params, rest = nnx.split(abstract, nnx.Param, ...)
         if jax.tree.leaves(rest):
@@ -237,7 +242,8 @@ class Stepper:
             "loss": loss,
             "terms": terms,
             "beta": beta,
-            "learning_rate": self._rate(state.step),
+            # Of the optimiser's own count: a step that was skipped does not move it.
+            "learning_rate": self._rate(_count(state.optimizer)),
             "gradient_norm": norm,
             "gradient_squares": squares,
             "sound": sound,
@@ -315,6 +321,11 @@ class Stepper:
             return objective.losses(
                 larimar, self._memory, batch, keys, weights, beta, divide=divide, over=self._over
             )
+
+
+def _count(slots: Any) -> Array:
+    """How many updates the optimiser has made."""
+    return optax.tree_utils.tree_get_all_with_path(slots, "count")[0][1]
 
 
 def _placed(shapes: Any, where: Any) -> Any:
