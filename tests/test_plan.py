@@ -152,13 +152,13 @@ def test_asynchronous_collectives_are_read_as_a_gpu_writes_them():
 
 ENTRY %main (x: f32[16]) -> f32[16] {
   %x = f32[16]{0} parameter(0)
-  %all-gather-start.1 = (f32[16]{0}, f32[64]{0}) all-gather-start(%x), replica_groups=[2,4]<=[8], METADATA
+  %all-gather-start.1 = (f32[16]{0}, f32[64]{0}) all-gather-start(%x), replica_groups=[2,4]<=[8], META
   %all-gather-done.1 = f32[64]{0} all-gather-done(%all-gather-start.1)
   %async-start = ((f32[64]{0}), f32[8]{0}, u32[]) async-start(%all-gather-done.1), calls=%wrapped
   %async-done = f32[8]{0} async-done(%async-start), calls=%wrapped
   ROOT %all-reduce.3 = f32[16]{0} all-reduce(%x), replica_groups={}, to_apply=%add
 }
-""".replace("METADATA", 'metadata={op_name="jit(step)/memory/gather"}')
+""".replace("META", 'metadata={op_name="jit(step)/memory/gather"}')
     found = {one.kind: one for one in hlo.collectives(text)}
     assert {kind: (one.bytes, one.times, one.group) for kind, one in found.items()} == {
         "all-gather": (256, 1, 4),
