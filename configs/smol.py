@@ -33,7 +33,9 @@ def get_config() -> ConfigDict:
                 # eight unit encodings, and the towers would learn nothing from it.
                 initial_log_variance=-4.6,
                 variance="scalar",
-                address="posterior",
+                query="posterior",
+                addressing="pinv",
+                width=1e-3,
             ),
             objective=dict(
                 reconstruction=1.0,

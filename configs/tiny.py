@@ -53,7 +53,9 @@ def get_config() -> ConfigDict:
                 # σ_W = 0.05: see configs/smol.py.
                 initial_log_variance=-6.0,
                 variance="scalar",
-                address="posterior",
+                query="posterior",
+                addressing="pinv",
+                width=1e-3,
             ),
             objective=dict(
                 reconstruction=1.0,

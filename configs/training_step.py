@@ -52,7 +52,9 @@ def get_config() -> ConfigDict:
                 noise=1e-6,
                 initial_log_variance=0.0,
                 variance="scalar",
-                address="posterior",
+                query="posterior",
+                addressing="pinv",
+                width=1e-3,
             ),
             objective=dict(
                 reconstruction=1.0,

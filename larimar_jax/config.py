@@ -95,7 +95,7 @@ def parse(values: Mapping[str, Any]) -> Config:
 # Settings that came after a model was saved, with what was computed before there was a choice.
 _SINCE = {
     "model": dict(lora=None),
-    "memory": dict(variance="scalar"),
+    "memory": dict(variance="scalar", addressing="pinv", width=1e-3),
     "data": dict(workers=0),
     "train": dict(
         optimizer="adamw",
@@ -119,8 +119,10 @@ def parse_saved(values: Mapping[str, Any]) -> Config:
     for section, since in _SINCE.items():
         if isinstance(values.get(section), dict):
             values[section] = {**since, **values[section]}
-    # Once a switch, and once a single size.
-    model, data = values.get("model"), values.get("data")
+    # Once another name, a switch, and a single size.
+    model, data, memory = (values.get(name) for name in ("model", "data", "memory"))
+    if isinstance(memory, dict) and "address" in memory:
+        memory["query"] = memory.pop("address")
     if isinstance(model, dict) and isinstance(model.get("remat"), bool):
         model["remat"] = "layers" if model["remat"] else "none"
     if isinstance(data, dict) and isinstance(data.get("episode"), int):

@@ -97,6 +97,32 @@ def pinv(a: Float[Array, "m n"], cutoff: float | None = None) -> Float[Array, "n
 
 
 @_one_at_a_time
+def _thin_factors(a):
+    """(U [m, n], s [n], Vᵀ [n, n]) of a tall matrix."""
+    q, r = jnp.linalg.qr(a)
+    u, s, vt = jnp.linalg.svd(r)
+    return dot(q, u), s, vt
+
+
+def whitener(a: Float[Array, "K C"], floor: float | Float[Array, ""]) -> Float[Array, "C K"]:
+    """V (S² + ε)^(−½) Uᵀ of a = U S Vᵀ, where ε is `floor` times the mean of S².
+
+    Rows times it have the Mahalanobis norm under the rows of a, shrunk by ε; with ε = 0 it is a†.
+    A constant to differentiation: it belongs to data, and the SVD's derivative is infinite where
+    singular values meet.
+    """
+    a = jax.lax.stop_gradient(a.astype(jnp.float32))
+    tall = a.shape[0] >= a.shape[1]
+    u, s, vt = _thin_factors(a if tall else a.T)
+    power = jnp.square(s)
+    power = power + floor * jnp.mean(power)
+    keep = power > jnp.finfo(jnp.float32).eps * max(a.shape) * power[0]
+    scale = jnp.where(keep, jax.lax.rsqrt(jnp.where(keep, power, 1.0)), 0.0)
+    scaled = dot(u * scale, vt)
+    return scaled.T if tall else scaled
+
+
+@_one_at_a_time
 def _singular_values(a):
     return jnp.linalg.svd(jnp.linalg.qr(a, mode="r"), compute_uv=False)
 

@@ -130,7 +130,9 @@ def tiny_config():
             noise=1e-6,
             initial_log_variance=0.0,
             variance="scalar",
-            address="posterior",
+            query="posterior",
+            addressing="pinv",
+            width=1e-3,
         ),
         objective=dict(
             reconstruction=1.0,

@@ -281,7 +281,7 @@ def test_direct_is_algorithm_1(address, sizes, paired, seed):
     queries = rng.standard_normal((5, 8))
     m, weights, latent = algorithm_1(m0, keys, values, queries, address == "posterior")
     got_m, reading = write_and_read(
-        Direct(slots, 8, address=address), *map(jnp.float32, (m0, keys, values, queries))
+        Direct(slots, 8, query=address), *map(jnp.float32, (m0, keys, values, queries))
     )
     # float32 leaves its epsilon times the condition numbers passed through.
     tolerance = 1e-5 if n < slots else 1e-4
@@ -515,10 +515,10 @@ def test_gaussian_addressing(width, seed):
 
 
 def test_streaming_with_gaussian_keys_needs_no_pseudo_inverse():
-    variant = Streaming(K, C, width=jnp.float32(0.1))
+    variant = Streaming(K, C, addressing="gaussian", width=jnp.float32(0.1))
     params = memory.MemoryParams(jnp.float32(matrix(7, K, C)), jnp.zeros(()))
     prior = variant.prepare(params)
-    assert prior.inverse is None
+    assert prior.address.shape == (K, C)
     keys, values = facts(14)
     state = streaming_write()(variant, prior, variant.empty(prior), keys, values, jnp.int32(1))
     weights = addressing.gaussian(keys, prior.reference, 0.1)

@@ -1,10 +1,32 @@
-"""Addressing: from encodings to weights over the slots of a fixed reference memory M_ref (§4)."""
+"""Addressing: from encodings to weights over the slots of a fixed reference memory M_ref (§4).
+
+Storage does not know how weights are made, and addressing does not know what is stored: every memory
+takes every kind by name. M_ref is M₀ where the parameters name no other: trained, drawn at random
+(`initial="normal"`), or the encodings of prompts that are known beforehand (`from_prompts`). The
+variant `grown` makes its own as facts arrive.
+
+A kind is a pair of functions in `KINDS`, where a new one is added.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from larimar_jax.linalg import dot
+from larimar_jax.linalg import dot, pinv, whitener
+
+Real = float | Float[Array, ""]
+
+
+class Addressing(NamedTuple):
+    """prepare: (M_ref [K, C], width) → what depends on M_ref alone, once per batch of episodes.
+    weigh: (that, encodings [N, C], width) → weights [N, K]. width: what the number means to it."""
+
+    prepare: Callable[[Float[Array, "K C"], Real], Any]
+    weigh: Callable[[Any, Float[Array, "N C"], Real], Float[Array, "N K"]]
+    width: str
 
 
 def project(encodings: Float[Array, "N C"], inverse: Float[Array, "C K"]) -> Float[Array, "N K"]:
@@ -13,9 +35,7 @@ def project(encodings: Float[Array, "N C"], inverse: Float[Array, "C K"]) -> Flo
 
 
 def gaussian(
-    encodings: Float[Array, "N C"],
-    reference: Float[Array, "K C"],
-    width: float | Float[Array, ""],
+    encodings: Float[Array, "N C"], reference: Float[Array, "K C"], width: Real
 ) -> Float[Array, "N K"]:
     """Eqs. 7–8: w_k ∝ exp(−‖z − M_ref[k]‖² / (2 α s²)), s = min_k ‖z − M_ref[k]‖, Σ_k w_k = 1.
 
@@ -38,4 +58,75 @@ def gaussian(
     weights = jax.nn.softmax(
         jnp.where(vanishes, jnp.where(beyond > 0, -jnp.inf, 0.0), exponent), axis=1
     )
-    return jnp.where(jnp.any(encodings != 0, axis=1, keepdims=True), weights, 0.0)
+    return jnp.where(_present(encodings), weights, 0.0)
+
+
+def features(
+    encodings: Float[Array, "N C"], reference: Float[Array, "K C"], width: Real
+) -> Float[Array, "N K"]:
+    """Random Fourier features (Rahimi & Recht 2007): w_k = √(2/K) cos(z·M_ref[k] / ℓ + φ_k).
+
+    `width` is ℓ. For M_ref with N(0, 1) entries w·w' ≈ exp(−‖z − z'‖² / (2ℓ²)), so that the memory is
+    a Gaussian process in K features. φ_k are spread evenly over the circle by the golden ratio, in
+    place of random phases.
+    """
+    encodings, slots = encodings.astype(jnp.float32), reference.shape[0]
+    phases = 2.0 * jnp.pi * jnp.mod(jnp.arange(slots, dtype=jnp.float32) * 0.6180339887, 1.0)
+    angles = dot(encodings, reference.T) / width + phases
+    return jnp.where(_present(encodings), jnp.sqrt(2.0 / slots) * jnp.cos(angles), 0.0)
+
+
+def _present(encodings: Float[Array, "N C"]):
+    """Which rows are no padding, [N, 1]."""
+    return jnp.any(encodings != 0, axis=1, keepdims=True)
+
+
+KINDS = {
+    "pinv": Addressing(
+        lambda reference, width: pinv(reference),
+        lambda inverse, encodings, width: project(encodings, inverse),
+        "nothing",
+    ),
+    "gaussian": Addressing(
+        lambda reference, width: reference,
+        lambda reference, encodings, width: gaussian(encodings, reference, width),
+        "α of Eq. 7",
+    ),
+    "features": Addressing(
+        lambda reference, width: reference,
+        lambda reference, encodings, width: features(encodings, reference, width),
+        "the length ℓ over which encodings differ",
+    ),
+    # W = Z (M_refᵀM_ref + ε)^(−½), turned into the slots: ‖w‖ is the Mahalanobis norm of z under the
+    # rows of M_ref, so that directions in which all prompts differ count less.
+    "whitened": Addressing(
+        whitener,
+        lambda matrix, encodings, width: project(encodings, matrix),
+        "ε, as a share of M_ref's mean squared singular value",
+    ),
+    # The slots are the keys themselves: linear keys that are learned as M_ref is.
+    "linear": Addressing(
+        lambda reference, width: reference.T,
+        lambda matrix, encodings, width: project(encodings, matrix),
+        "nothing",
+    ),
+}
+
+
+def from_prompts(
+    encodings: Float[Array, "N C"], slots: int, memory: Float[Array, "K C"]
+) -> Float[Array, "K C"]:
+    """An M_ref of prompts that are known beforehand, one a slot (Table 3), in their order.
+
+    Slots beyond the prompts keep the rows of `memory`; prompts beyond the slots are left out.
+
+    Raises:
+      ValueError: `memory` is not [slots, C].
+    """
+    if memory.shape != (slots, encodings.shape[1]):
+        raise ValueError(
+            f"the memory is {memory.shape}, and its reference is to have {slots} slots of "
+            f"{encodings.shape[1]} dimensions. Is it that of another encoder?"
+        )
+    rows = jnp.asarray(encodings, jnp.float32)[:slots]
+    return memory.astype(jnp.float32).at[: rows.shape[0]].set(rows)

@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from larimar_jax.linalg import dot, pinv
-from larimar_jax.memory import variance
+from larimar_jax.linalg import dot
+from larimar_jax.memory import addressing, variance
 from larimar_jax.memory.variance import Setting
 
 Real = float | Float[Array, ""]
@@ -85,14 +85,14 @@ class MemoryParams:
 
 @pytree
 class Prior:
-    """Parameters and what every episode of a batch shares: M_ref and its pseudo-inverse."""
+    """Parameters and what every episode of a batch shares: M_ref, and what addressing makes of it."""
 
     memory: Float[Array, "K C"]
     log_variance: Float[Array, "*K"]
     variance_by_query: Float[Array, "C K"] | None
     variance_by_memory: Float[Array, "K C K"] | None
     reference: Float[Array, "K C"]
-    inverse: Float[Array, "C K"] | None
+    address: Any
 
 
 @pytree
@@ -153,6 +153,7 @@ class Memory(abc.ABC):
     initial_log_variance: log σ_W² at the start; 0 is the variance of the prior over W.
     variance: what log σ_W² depends on (memory/variance.py; the released code's 0 to 4). It decides
     what `init` makes; a read goes by the parameters that it is given.
+    addressing: how encodings become weights over M_ref, and width: its number (addressing.py).
     """
 
     slots: int = static()
@@ -161,6 +162,10 @@ class Memory(abc.ABC):
     noise: Real = dataclasses.field(default=1e-6, kw_only=True)
     initial_log_variance: Real = dataclasses.field(default=0.0, kw_only=True)
     variance: Setting = static(default="scalar", kw_only=True)
+    addressing: Literal["pinv", "gaussian", "features", "whitened", "linear"] = static(
+        default="pinv", kw_only=True
+    )
+    width: Real = dataclasses.field(default=1e-3, kw_only=True)
 
     def init(self, key: PRNGKeyArray) -> MemoryParams:
         """M₀ [K, C] and what log σ_W² is made of."""
@@ -185,8 +190,16 @@ class Memory(abc.ABC):
             memory,
             *(None if part is None else part.astype(jnp.float32) for part in parts),
             reference,
-            self.invert(reference),
+            self._address(reference),
         )
+
+    def _address(self, reference: Float[Array, "K C"]) -> Any:
+        """What addressing needs of M_ref."""
+        return addressing.KINDS[self.addressing].prepare(reference, self.width)
+
+    def address(self, prior: Prior, encodings: Float[Array, "N C"]) -> Float[Array, "N K"]:
+        """W of N encodings, float32: by M_ref, so that a key can be computed again to forget it."""
+        return addressing.KINDS[self.addressing].weigh(prior.address, encodings, self.width)
 
     def _check(self, params: MemoryParams) -> None:
         k, c = self.slots, self.latent
@@ -209,10 +222,6 @@ class Memory(abc.ABC):
                     f"{name} has shape {value.shape}, a memory of {k} slots and latent size {c} "
                     f"expects {' or '.join(map(str, shapes))}. Parameters of another model?"
                 )
-
-    def invert(self, reference: Float[Array, "K C"]) -> Float[Array, "C K"] | None:
-        """M_ref†, or None where the variant's addressing does not need it."""
-        return pinv(reference)
 
     @abc.abstractmethod
     def empty(self, prior: Prior) -> State:

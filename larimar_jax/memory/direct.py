@@ -23,7 +23,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from larimar_jax.linalg import dot, pinv
-from larimar_jax.memory.addressing import project
 from larimar_jax.memory.contract import (
     Memory,
     Prior,
@@ -62,7 +61,7 @@ class DirectState:
 class Direct(Memory):
     """Algorithm 1 with exact pseudo-inverses.
 
-    address: what a query is addressed by. 'posterior' is Algorithm 1's W̄ = Q M†; 'prior' is
+    query: what a query is addressed by. 'posterior' is Algorithm 1's W̄ = Q M†; 'prior' is
     W̄ = Q M_ref†, the protocol of §4, for which keys are prompts and values prompts with answers.
 
     A later write adds its facts to those in the state: the memory is that of all of them, and
@@ -70,7 +69,7 @@ class Direct(Memory):
     matching fact's row and leaves the shape; a fact written with noise can not be found again.
     """
 
-    address: Literal["posterior", "prior"] = static(default="posterior", kw_only=True)
+    query: Literal["posterior", "prior"] = static(default="posterior", kw_only=True)
 
     def empty(self, prior: Prior) -> DirectState:
         """No facts: the memory is M₀."""
@@ -90,7 +89,7 @@ class Direct(Memory):
         """Algorithm 1's write over all facts so far. In a batch of mixed signs the forgets go
         first, and act on what was there before the batch."""
         keys, values = observe(keys, values, self.noise, rng)
-        weights = project(keys, prior.inverse)
+        weights = self.address(prior, keys)
         old_weights, old_values, missing = state.weights, state.values, state.missing
         if not (isinstance(sign, int) and sign > 0):
             signs = jnp.broadcast_to(jnp.asarray(sign, jnp.int32), keys.shape[:1])
@@ -119,7 +118,7 @@ class Direct(Memory):
     ) -> Reading:
         """Algorithm 1's read; from a memory without facts, that of M₀."""
         queries = queries.astype(jnp.float32)
-        asked = project(queries, prior.inverse)
+        asked = self.address(prior, queries)
         mean = asked
         if state.outer is not None:
             found = dot(queries, state.outer)
@@ -153,7 +152,7 @@ class Direct(Memory):
     def _factors(self, weights: Float[Array, "N K"], values: Float[Array, "N C"]):
         """W₀†, and the two factors of M† (see the head of this file)."""
         inverse = pinv(weights)
-        if self.address == "prior":
+        if self.query == "prior":
             return inverse, None, None
         if weights.shape[0] > self.slots:  # M itself is now the thin matrix
             return inverse, pinv(dot(inverse, values)), None

@@ -3,6 +3,8 @@
 For parity with models trained that way, and for measuring what the approximation costs.
 """
 
+from typing import Any
+
 from jaxtyping import Array, Float
 
 from larimar_jax.linalg import dot, newton_schulz_pinv
@@ -22,13 +24,14 @@ class NewtonSchulz(Direct):
     steps: int = static(default=15, kw_only=True)
     log_start: float = static(default=-5.0, kw_only=True)
 
-    def invert(self, reference: Float[Array, "K C"]) -> Float[Array, "C K"]:
-        """M_ref†, approximately."""
-        return newton_schulz_pinv(reference, self.steps, self.log_start)
+    def _address(self, reference: Float[Array, "K C"]) -> Any:
+        if self.addressing == "pinv":
+            return newton_schulz_pinv(reference, self.steps, self.log_start)
+        return super()._address(reference)
 
     def _factors(self, weights: Float[Array, "N K"], values: Float[Array, "N C"]):
         inverse = newton_schulz_pinv(weights, self.steps, self.log_start)
-        if self.address == "prior":
+        if self.query == "prior":
             return inverse, None, None
         posterior = dot(inverse, values)
         return inverse, newton_schulz_pinv(posterior, self.steps, self.log_start), None

@@ -34,13 +34,11 @@ from larimar_jax.linalg import (
     condition,
     dot,
     is_positive_definite,
-    pinv,
     rank_update,
     spd_quadratic,
     spd_solve,
     zero_sum,
 )
-from larimar_jax.memory.addressing import gaussian, project
 from larimar_jax.memory.contract import (
     Memory,
     Prior,
@@ -76,7 +74,6 @@ class Streaming(Memory):
     """Recursive least squares with a ridge towards M₀, in the information form.
 
     ridge: λ, in units of a squared norm of addressing weights ‖w‖².
-    width: α of the Gaussian keys (Eqs. 7–8); None addresses by M_ref†.
 
     Forgetting what was never written is refused and counted in `missing` when it would leave A
     indefinite, which for a key outside the span of the written ones is the case as soon as
@@ -84,17 +81,6 @@ class Streaming(Memory):
     """
 
     ridge: Real = dataclasses.field(default=1e-2, kw_only=True)
-    width: Real | None = dataclasses.field(default=None, kw_only=True)
-
-    def invert(self, reference: Float[Array, "K C"]) -> Float[Array, "C K"] | None:
-        """M_ref†, which Gaussian keys do without."""
-        return pinv(reference) if self.width is None else None
-
-    def address(self, prior: Prior, encodings: Float[Array, "N C"]) -> Float[Array, "N K"]:
-        """W of N encodings, from the fixed M_ref so that a key can be recomputed to forget it."""
-        if self.width is None:
-            return project(encodings, prior.inverse)
-        return gaussian(encodings, prior.reference, self.width)
 
     def empty(self, prior: Prior) -> StreamingState:
         """Nothing written: A = λI, M = M₀."""
