@@ -97,6 +97,7 @@ _SINCE = {
     "model": dict(lora=None),
     "memory": dict(variance="scalar", addressing="pinv", width=1e-3),
     "data": dict(workers=0),
+    "editing": dict(query_noise=0.0),
     "train": dict(
         optimizer="adamw",
         accumulate=1,

@@ -65,7 +65,10 @@ class Pretrained:
         self.encoder_tokenizer, self.decoder_tokenizer = encoder_tokenizer, decoder_tokenizer
         self.source, self.fingerprint = source, fingerprint
         slots, latent = model.memory.prior[...].shape
-        self.memory = Streaming(slots=slots, latent=latent, ridge=config.editing.ridge)
+        editing = config.editing
+        self.memory = Streaming(
+            slots=slots, latent=latent, ridge=editing.ridge, query_noise=editing.query_noise
+        )
         self.prior: Prior = jax.jit(self.memory.prepare)(model.memory.params())
         self.graph, self.state = nnx.split(model)
 

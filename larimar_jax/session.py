@@ -312,9 +312,6 @@ class Session:
         return session
 
     def _restore(self, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
-        names = _named(self._state)
-        leaves = [jnp.asarray(arrays[f"memory/{name}"]) for name in names]
-        self._state = jax.tree.unflatten(jax.tree.structure(self._state), leaves)
         for values in meta["facts"]:
             fact = _fact(values)
             self._facts[fact.id] = fact
@@ -325,6 +322,14 @@ class Session:
             Event(**{**values, "fact": _fact(values["fact"])}) for values in meta["history"]
         ]
         self._next_id = meta["next_id"]
+        names = [f"memory/{name}" for name in _named(self._state)]
+        if not set(names) <= set(arrays):
+            # Of a version whose memory kept less: the facts are here, and written again they are it.
+            for keys in self._keys.values():
+                self._state, _ = self._update(self._state, keys, +1)
+            return
+        leaves = [jnp.asarray(arrays[name]) for name in names]
+        self._state = jax.tree.unflatten(jax.tree.structure(self._state), leaves)
 
     def _update(self, state: Any, keys: _Keys, sign: int) -> tuple[Any, float]:
         """The state with a fact's rows added or taken away, and the milliseconds it took."""

@@ -182,11 +182,12 @@ class TrainConfig:
 class EditingConfig:
     """How the trained model is edited (§4, §6); nothing of it is used in training.
 
-    ridge: λ of the streaming memory that facts are written into. scope_threshold: the least cosine
-    between a query and a written prompt that lets the memory answer.
+    ridge, query_noise: λ and ρ of the streaming memory that facts are written into. scope_threshold:
+    the least cosine between a query and a written prompt that lets the memory answer.
     """
 
     ridge: float
+    query_noise: float
     scope_threshold: float
 
 

@@ -180,5 +180,5 @@ def tiny_config():
             stall=0.0,
             seed=0,
         ),
-        editing=dict(ridge=1e-2, scope_threshold=0.999),
+        editing=dict(ridge=1e-2, query_noise=0.0, scope_threshold=0.999),
     )

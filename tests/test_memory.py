@@ -373,7 +373,7 @@ def stream(seed, strength, n=12):
     m0, keys, values = matrix(seed, *STREAM), matrix(seed + 1, n, 6), matrix(seed + 2, n, 6)
     weights = keys @ np.linalg.pinv(m0)
     strength = strength * np.linalg.norm(weights, 2) ** 2
-    variant = Streaming(*STREAM, ridge=jnp.float32(strength))
+    variant = Streaming(*STREAM, ridge=jnp.float32(strength), query_noise=0.0)
     prior = variant.prepare(memory.MemoryParams(jnp.float32(m0), jnp.zeros(())))
     return variant, prior, m0, keys, values, weights, float(np.float32(strength))
 
@@ -426,7 +426,7 @@ def test_streaming_sweeps_ridges_in_one_vmap():
     k, v = jnp.float32(keys), jnp.float32(values)
 
     def solution(strength):
-        swept = Streaming(*STREAM, ridge=strength)
+        swept = Streaming(*STREAM, ridge=strength, query_noise=0.0)
         return swept.write(prior, swept.empty(prior), k, v).solution
 
     strengths = np.float32([0.3, 1.0, 10.0])
@@ -515,7 +515,9 @@ def test_gaussian_addressing(width, seed):
 
 
 def test_streaming_with_gaussian_keys_needs_no_pseudo_inverse():
-    variant = Streaming(K, C, addressing="gaussian", width=jnp.float32(0.1))
+    variant = Streaming(
+        K, C, addressing="gaussian", width=jnp.float32(0.1), query_noise=0.0
+    )
     params = memory.MemoryParams(jnp.float32(matrix(7, K, C)), jnp.zeros(()))
     prior = variant.prepare(params)
     assert prior.address.shape == (K, C)

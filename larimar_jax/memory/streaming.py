@@ -1,21 +1,29 @@
 """Streaming: facts are written and forgotten one by one or in batches, in any order (Eqs. 2–6, §4).
 
-The memory minimises Σ_j ‖Z_j − W_j M‖² + λ‖M − M₀‖² over exactly the facts that are in,
-W = X M_ref† or Gaussian keys. Its sufficient statistics are sums over facts, so α = ±1 adds and
-takes away:
+The memory minimises Σ_j ‖Z_j − W_j M‖² + λ‖M − M₀‖² + μ‖M‖² over exactly the facts that are in. Its
+sufficient statistics are sums over facts, so α = ±1 adds and takes away:
 
-    A = λI + Σ α WᵀW,      B = Σ α Wᵀ(Z − W M₀),      M = M₀ + A⁻¹ B
+    A = (λ + μ)I + Σ α WᵀW,      B = Σ α Wᵀ(Z − W M₀),      M = M₀ + A⁻¹ (B − μM₀)
 
-which is the same M as B' = λM₀ + Σ α WᵀZ, M = A⁻¹B'. Solving for M − M₀ keeps M₀ to the last bit
-where nothing has been written. With λ → 0 this is Eq. 4's M (the pseudo-inverse solution nearest to
-M₀).
+Solving for M − M₀ keeps M₀ to the last bit while nothing has been written. With μ = 0 and λ → 0 this
+is Eq. 4's M (the pseudo-inverse solution nearest to M₀).
+
+μ is chosen by the memory itself, for queries that are not quite the keys: where a query's weights are a
+key's plus noise of covariance σ²I, the expected error of N reads is Σ ‖Z − WM‖² + Nσ²‖M‖², least with
+μ = Nσ². Noise of a share ρ of the keys' own size has σ² = ρ² mean‖W‖² / K, so that
+
+    μ = ρ² tr(Σ α WᵀW) / K
+
+follows from the statistics. Without it (ρ = 0) the error of such reads peaks where N ≈ K (§3). The
+trace is taken to the nearest power of two: the minimum is flat, and μ then stays from one fact to the
+next, so that facts can be streamed (live.py).
 
 Why not Eq. 4's recursion on M, nor Sherman–Morrison on A⁻¹: their errors feed back and diverge for
 small λ after some thousand updates. Sums do not; M and the Cholesky factor here are only a cache of
 them.
 
 Precision. In float32 M differs from its float64 value, and from itself under another order or
-grouping of the same facts, by at most about 1e-7·κ of its norm, κ = 1 + ‖Σ WᵀW‖₂ / λ: 1e-5 for
+grouping of the same facts, by at most about 1e-7·κ of its norm, κ = 1 + ‖Σ WᵀW‖₂ / (λ + μ): 1e-5 for
 κ ≤ 100 and 1e-4 for κ ≤ 1000 (for up to K facts, ‖Σ WᵀW‖₂ is a few times a fact's ‖w‖²), after
 thousands of updates as after one. The difference lies where nothing was written, so what is read at
 written keys stays within 1e-6 far below these ridges. `condition` estimates κ.
@@ -35,7 +43,6 @@ from larimar_jax.linalg import (
     dot,
     is_positive_definite,
     rank_update,
-    spd_quadratic,
     spd_solve,
     zero_sum,
 )
@@ -54,15 +61,15 @@ from larimar_jax.memory.contract import (
 
 @pytree
 class StreamingState:
-    """Sufficient statistics of one memory (λ not included), and the solution they imply.
+    """Sufficient statistics of one memory (λ and μ not included), and the solution they imply.
 
-    gram: Σ α WᵀW [K, K]. cross: Σ α Wᵀ(Z − W M₀) [K, C]. factor: Cholesky of gram + λI. solution:
-    M.
-    count: facts in. missing: forgets refused.
+    gram: Σ α WᵀW [K, K]. cross: Σ α Wᵀ(Z − W M₀) [K, C]. energy: Σ α ‖Z − W M₀‖² [1, 1]. factor:
+    Cholesky of A. solution: M. count: facts in. missing: forgets refused.
     """
 
     gram: Sum
     cross: Sum
+    energy: Sum
     factor: Float[Array, "K K"]
     solution: Float[Array, "K C"]
     count: Int[Array, ""]
@@ -73,7 +80,8 @@ class StreamingState:
 class Streaming(Memory):
     """Recursive least squares with a ridge towards M₀, in the information form.
 
-    ridge: λ, in units of a squared norm of addressing weights ‖w‖².
+    ridge: λ, in units of a squared norm of addressing weights ‖w‖². query_noise: ρ, how far queries are
+    expected to lie from keys, relative to them; 0 is for keys that come back as they were written.
 
     Forgetting what was never written is refused and counted in `missing` when it would leave A
     indefinite, which for a key outside the span of the written ones is the case as soon as
@@ -81,6 +89,7 @@ class Streaming(Memory):
     """
 
     ridge: Real = dataclasses.field(default=1e-2, kw_only=True)
+    query_noise: Real = dataclasses.field(default=0.5, kw_only=True)
 
     def empty(self, prior: Prior) -> StreamingState:
         """Nothing written: A = λI, M = M₀."""
@@ -89,6 +98,7 @@ class Streaming(Memory):
         return StreamingState(
             gram=zero_sum(self.slots, self.slots),
             cross=zero_sum(self.slots, self.latent),
+            energy=zero_sum(1, 1),
             factor=diagonal * jnp.eye(self.slots, dtype=jnp.float32),
             solution=prior.memory,
             count=zero,
@@ -126,21 +136,31 @@ class Streaming(Memory):
         weights = self.address(prior, keys)
         signs = jnp.broadcast_to(jnp.asarray(sign, jnp.int32), keys.shape[:1])
         signs = jnp.where(jnp.any(weights != 0, axis=1), signs, 0)
-        gram, cross = rank_update(
-            (state.gram, state.cross),
-            weights,
-            values - dot(weights, prior.memory),
-            signs.astype(jnp.float32),
-        )
+        errors = values - dot(weights, prior.memory)
+        signs = signs.astype(jnp.float32)
+        gram, cross = rank_update((state.gram, state.cross), weights, errors, signs)
+        energy = state.energy.plus(jnp.sum(signs * jnp.sum(jnp.square(errors), axis=1))[None, None])
         count = state.count + jnp.sum(signs).astype(jnp.int32)
-        return dataclasses.replace(state, gram=gram, cross=cross, count=count)
+        return dataclasses.replace(state, gram=gram, cross=cross, energy=energy, count=count)
+
+    def shrink(self, gram: Float[Array, "K K"]) -> Float[Array, ""]:
+        """μ of Σ α WᵀW; a constant to differentiation."""
+        return self.shrink_of(jnp.trace(gram))
+
+    def shrink_of(self, trace: Float[Array, ""]) -> Float[Array, ""]:
+        """μ of the trace of Σ α WᵀW."""
+        size = jax.lax.stop_gradient(trace) / self.slots
+        level = jnp.exp2(jnp.round(jnp.log2(jnp.maximum(size, jnp.finfo(jnp.float32).tiny))))
+        return jnp.where(size > 0, jnp.square(self.query_noise) * level, 0.0)
 
     def solve(self, prior: Prior, state: StreamingState) -> StreamingState:
         """M and the factor of A from the statistics; NaN where A is not positive definite."""
-        matrix = add_ridge(state.gram.total(), self.ridge)
+        gram = state.gram.total()
+        shrink = self.shrink(gram)
+        matrix = add_ridge(gram, self.ridge + shrink)
         factor = cholesky(matrix)
-        solution = prior.memory + spd_solve(matrix, factor, state.cross.total())
-        return dataclasses.replace(state, factor=factor, solution=solution)
+        change = spd_solve(matrix, factor, state.cross.total() - shrink * prior.memory)
+        return dataclasses.replace(state, factor=factor, solution=prior.memory + change)
 
     def read(
         self,
@@ -149,14 +169,16 @@ class Streaming(Memory):
         queries: Float[Array, "Q C"],
         rng: PRNGKeyArray | None = None,
     ) -> Reading:
-        """Z_read = W M with W addressed by M_ref. Confidence: w G A⁻¹ wᵀ / ‖w‖², G = A − λI."""
+        """Z_read = W M with W addressed by M_ref. Confidence: 1 − ‖w − w G A⁻¹‖² / ‖w‖², G = Σ α WᵀW."""
         mean = self.address(prior, queries)
         log_variance = self.log_variance(prior, state, queries)
         latent = dot(sample(mean, log_variance, rng), state.solution)
         squared = jnp.sum(jnp.square(mean), axis=1)
-        # G A⁻¹ = I − λA⁻¹: what the ridge leaves of the weights is what no fact has claimed.
-        matrix = add_ridge(state.gram.total(), self.ridge)
-        unclaimed = self.ridge * spd_quadratic(matrix, state.factor, mean)
+        # w − w G A⁻¹ = (λ + μ) w A⁻¹ is what no fact has claimed of the weights.
+        gram = state.gram.total()
+        ridge = self.ridge + self.shrink(gram)
+        left = ridge * spd_solve(add_ridge(gram, ridge), state.factor, mean.T)
+        unclaimed = jnp.sum(jnp.square(left), axis=0)
         return Reading(
             latent,
             mean,

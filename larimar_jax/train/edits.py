@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from larimar_jax import objective
 from larimar_jax.memory.streaming import Streaming
 from larimar_jax.model import Larimar
+from larimar_jax.settings import EditingConfig
 from larimar_jax.weights.tokenizers import Tokenizer
 
 # Of a text's words, the share that is the prompt: enough to tell texts apart, enough left to say.
@@ -84,7 +85,7 @@ def choose(
 
 
 def score(
-    model: Larimar, edits: Mapping[str, Array], ridge: float
+    model: Larimar, edits: Mapping[str, Array], editing: EditingConfig
 ) -> dict[str, Float[Array, ""]]:
     """Each text written into a memory of its own (§4: key e(prompt), value e(text)), and asked for.
 
@@ -93,7 +94,9 @@ def score(
       edit_success: the share of texts whose ending is likelier, per token, than another text's after
       the same prompt; edit_success_base: that of the base LM.
     """
-    memory = Streaming(*model.memory.prior[...].shape, ridge=ridge)
+    memory = Streaming(
+        *model.memory.prior[...].shape, ridge=editing.ridge, query_noise=editing.query_noise
+    )
     prior = memory.prepare(model.memory.params())
     keys = model.encode(edits["prompt_tokens"], edits["prompt_mask"])
     values = model.encode(edits["text_tokens"], edits["text_mask"])

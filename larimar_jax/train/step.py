@@ -313,7 +313,7 @@ class Stepper:
         self, params: dict[str, Array], frozen: dict[str, Array], texts: dict[str, Array]
     ) -> Metrics:
         larimar = self._skeleton.model({**params, **frozen})
-        return edits.score(larimar, texts, self._config.editing.ridge)
+        return edits.score(larimar, texts, self._config.editing)
 
     def _losses(self, params, frozen, batch, keys, weights, beta, divide):
         larimar = self._skeleton.model({**params, **frozen})
