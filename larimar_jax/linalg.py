@@ -243,6 +243,14 @@ def eigh(matrix: Float[Array, "K K"]) -> tuple[Float[Array, "K"], Float[Array, "
     return tuple(_eigh(jax.lax.stop_gradient(matrix)))
 
 
+def solve_lower(
+    factor: Float[Array, "K K"], rows: Float[Array, "N K"], *, turned: bool = True
+) -> Float[Array, "N K"]:
+    """rows · L⁻ᵀ for a lower factor L, or rows · L⁻¹ where not `turned`; no derivative for L."""
+    factor = jax.lax.stop_gradient(factor)
+    return _whiten(factor, rows) if turned else _unwhiten(factor, rows)
+
+
 def lower_inverse(factor: Float[Array, "K K"]) -> Float[Array, "K K"]:
     """L⁻¹ of a lower factor, without a derivative: for many products with few rows each."""
     return _whiten(

@@ -113,7 +113,7 @@ def read_back(
 
 
 def _read_back(memory, params, encodings, keys, over: Over):
-    prior = memory.prepare(params)
+    prior = memory.prepare(params, brief=True)
 
     def one(prior, episode, key=None):
         noise, weight = (None, None) if key is None else jax.random.split(key)

@@ -60,7 +60,7 @@ class _NoMemory:
     def __init__(self, memory: Any):
         self._slots = memory.slots
 
-    def prepare(self, params: Any) -> Any:
+    def prepare(self, params: Any, *, brief: bool) -> Any:
         return params
 
     def empty(self, prior: Any) -> None:

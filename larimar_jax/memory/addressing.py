@@ -13,25 +13,85 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from larimar_jax.linalg import dot, pinv, whitener
+from larimar_jax.linalg import cholesky, dot, pinv, spd_solve, whitener
 
 Real = float | Float[Array, ""]
 
 
 class Addressing(NamedTuple):
     """prepare: (M_ref [K, C], width) → what depends on M_ref alone, once per batch of episodes.
-    weigh: (that, encodings [N, C], width) → weights [N, K]. width: what the number means to it."""
+    weigh: (that, encodings [N, C], width) → weights [N, K]. width: what the number means to it.
+    brief: as prepare, cheaper where few encodings follow; None where there is no such thing."""
 
     prepare: Callable[[Float[Array, "K C"], Real], Any]
     weigh: Callable[[Any, Float[Array, "N C"], Real], Float[Array, "N K"]]
     width: str
+    brief: Callable[[Float[Array, "K C"], Real], Any] | None = None
+
+
+class Projector(NamedTuple):
+    """M_ref† without its K x C numbers: a tenth of the time where few encodings are projected.
+
+    reference: M_ref. gram: M_ref M_refᵀ [K, K], or M_refᵀM_ref [C, C] where K > C; factor: its Cholesky.
+    sound: whether the factor is good enough (see `projector`). inverse: M_ref† where it is not, else
+    zeros.
+    """
+
+    reference: Float[Array, "K C"]
+    gram: Float[Array, "n n"]
+    factor: Float[Array, "n n"]
+    sound: Bool[Array, ""]
+    inverse: Float[Array, "C K"]
+
+
+# The correction of a first solution, relative to it, up to which a second one is exact to rounding:
+# normal equations square the condition number, one step of refinement squares what that costs.
+_CORRECTION = 1e-3
+
+
+def projector(reference: Float[Array, "K C"]) -> Projector:
+    """The `Projector` of M_ref. Where a trial shows that M_ref is too ill-conditioned for normal
+    equations (κ above about 100, or a rank below its sizes), it falls back on the pseudo-inverse."""
+    slots, latent = reference.shape
+    gram = dot(reference, reference.T) if slots <= latent else dot(reference.T, reference)
+    made = Projector(
+        reference, gram, cholesky(gram), jnp.ones((), bool), jnp.zeros((latent, slots), jnp.float32)
+    )
+    first, last = _refined(made, jax.random.normal(jax.random.key(0), (4, latent), jnp.float32))
+    size, correction = (jnp.max(jnp.abs(a)) for a in (first, last - first))
+    sound = jax.lax.stop_gradient(correction <= _CORRECTION * size)  # Not where either is NaN.
+    inverse = jax.lax.cond(sound, lambda: made.inverse, lambda: pinv(reference))
+    return made._replace(sound=sound, inverse=inverse)
+
+
+def _refined(by: Projector, encodings: Float[Array, "N C"]):
+    """Weights by the normal equations, and after a step of refinement."""
+    reference, wide = by.reference, by.reference.shape[0] <= by.reference.shape[1]
+
+    def solve(rows: Float[Array, "N n"]) -> Float[Array, "N n"]:
+        return spd_solve(by.gram, by.factor, rows.T).T
+
+    def project(rows: Float[Array, "N C"]) -> Float[Array, "N K"]:
+        return solve(dot(rows, reference.T)) if wide else dot(solve(rows), reference.T)
+
+    first = project(encodings)
+    return first, first + project(encodings - dot(first, reference))
 
 
 def project(encodings: Float[Array, "N C"], inverse: Float[Array, "C K"]) -> Float[Array, "N K"]:
     """W = Z M_ref†: the coordinates of each encoding in the slots of M_ref (Algorithm 1, §4)."""
     return dot(encodings.astype(jnp.float32), inverse)
+
+
+def _project(by: Projector | Float[Array, "C K"], encodings: Float[Array, "N C"], width: Real):
+    if not isinstance(by, Projector):
+        return project(encodings, by)
+    encodings = encodings.astype(jnp.float32)
+    return jax.lax.cond(
+        by.sound, lambda z: _refined(by, z)[1], lambda z: dot(z, by.inverse), encodings
+    )
 
 
 def gaussian(
@@ -84,8 +144,9 @@ def _present(encodings: Float[Array, "N C"]):
 KINDS = {
     "pinv": Addressing(
         lambda reference, width: pinv(reference),
-        lambda inverse, encodings, width: project(encodings, inverse),
+        _project,
         "nothing",
+        lambda reference, width: projector(reference),
     ),
     "gaussian": Addressing(
         lambda reference, width: reference,

@@ -180,8 +180,13 @@ class Memory(abc.ABC):
             prior, constant, variance_by_query=by_query, variance_by_memory=by_memory
         )
 
-    def prepare(self, params: MemoryParams) -> Prior:
-        """What depends on the parameters alone, so that a batch of episodes shares it."""
+    def prepare(self, params: MemoryParams, *, brief: bool = False) -> Prior:
+        """What depends on the parameters alone, so that a batch of episodes shares it.
+
+        Args:
+          brief: the parameters change soon, as in training: prepare for a few encodings, and not for
+            many. The weights are the same, to rounding.
+        """
         self._check(params)
         memory = params.prior.astype(jnp.float32)
         reference = memory if params.reference is None else params.reference.astype(jnp.float32)
@@ -190,12 +195,13 @@ class Memory(abc.ABC):
             memory,
             *(None if part is None else part.astype(jnp.float32) for part in parts),
             reference,
-            self._address(reference),
+            self._address(reference, brief),
         )
 
-    def _address(self, reference: Float[Array, "K C"]) -> Any:
+    def _address(self, reference: Float[Array, "K C"], brief: bool) -> Any:
         """What addressing needs of M_ref."""
-        return addressing.KINDS[self.addressing].prepare(reference, self.width)
+        kind = addressing.KINDS[self.addressing]
+        return (brief and kind.brief or kind.prepare)(reference, self.width)
 
     def address(self, prior: Prior, encodings: Float[Array, "N C"]) -> Float[Array, "N K"]:
         """W of N encodings, float32: by M_ref, so that a key can be computed again to forget it."""

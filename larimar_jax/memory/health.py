@@ -47,8 +47,8 @@ class Health(NamedTuple):
 class Certainty(NamedTuple):
     """How sure a read is, each [Q]. leverage: h = w A⁻¹ wᵀ, small where many facts speak and large where
     none does. variance: of each number of the readout, s²(1 + h), s² the variance of what the written
-    facts leave unexplained. distance: ‖w − w G A⁻¹‖ / ‖w‖, to the span of the written keys, from near 0 for
-    a written key to 1 for a query that no fact is about."""
+    facts leave unexplained. distance: ‖w − w G A⁻¹‖ / ‖w‖, to the span of the written keys, from near 0
+    for a written key to 1 for a query that no fact is about."""
 
     leverage: Float[Array, "Q"]
     variance: Float[Array, "Q"]

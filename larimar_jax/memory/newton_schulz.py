@@ -24,10 +24,10 @@ class NewtonSchulz(Direct):
     steps: int = static(default=15, kw_only=True)
     log_start: float = static(default=-5.0, kw_only=True)
 
-    def _address(self, reference: Float[Array, "K C"]) -> Any:
+    def _address(self, reference: Float[Array, "K C"], brief: bool) -> Any:
         if self.addressing == "pinv":
             return newton_schulz_pinv(reference, self.steps, self.log_start)
-        return super()._address(reference)
+        return super()._address(reference, brief)
 
     def _factors(self, weights: Float[Array, "N K"], values: Float[Array, "N C"]):
         inverse = newton_schulz_pinv(weights, self.steps, self.log_start)

@@ -162,6 +162,27 @@ class Streaming(Memory):
         change = spd_solve(matrix, factor, state.cross.total() - shrink * prior.memory)
         return dataclasses.replace(state, factor=factor, solution=prior.memory + change)
 
+    def combine(
+        self, prior: Prior, state: StreamingState, other: StreamingState, sign: int = 1
+    ) -> StreamingState:
+        """The memory of the facts of both (sign +1), or of those of `state` without those of `other`
+        (−1): statistics are sums. Both have to be of this prior.
+
+        Where a difference leaves A indefinite, `other` held what `state` does not: the result is
+        `state`, and `missing` counts the facts of `other`.
+        """
+        alpha = jnp.float32(sign)
+
+        def total(one: Sum, another: Sum) -> Sum:
+            return one.plus(alpha * another.high).plus(alpha * another.low)
+
+        sums = {n: total(getattr(state, n), getattr(other, n)) for n in ("gram", "cross", "energy")}
+        count = state.count + jnp.int32(sign) * other.count
+        solved = self.solve(prior, dataclasses.replace(state, **sums, count=count))
+        sound = is_positive_definite(solved.factor)
+        refused = dataclasses.replace(state, missing=state.missing + other.count)
+        return jax.tree.map(lambda new, old: jnp.where(sound, new, old), solved, refused)
+
     def read(
         self,
         prior: Prior,

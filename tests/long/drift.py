@@ -131,7 +131,8 @@ def main():
             print(json.dumps(line), flush=True)
     worst = max(max(x["read"], x["read_noisy"]) for x in lines)
     ratios = [x["certificate"] / x["memory"] for x in lines]
-    print(f"worst error of a read {worst:.2e}; certificate / error {min(ratios):.2f} to {max(ratios):.2f}")
+    print(f"worst error of a read: {worst:.2e}")
+    print(f"certificate / error: {min(ratios):.2f} to {max(ratios):.2f}")
     return 0 if worst <= 1e-4 and 0.1 <= min(ratios) and max(ratios) <= 10 else 1
 
 

@@ -1,0 +1,224 @@
+"""Speed of the memory alone, each against the plain way to the same numbers, in one run.
+
+    stream     one fact into a memory of many, against solving for all of them again
+    episode    exact write and read of episodes of 16 facts, against 15 Newton–Schulz steps on K x C
+    scan       10,000 facts one by one in one compiled scan
+    tenants    many memories under one `vmap`, against a Python loop over them
+
+All sides of a case run in turns within one process, so that a machine's moods hit all of them.
+"""
+
+import argparse
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from larimar_jax import memory
+from larimar_jax.bench.runner import Record
+from larimar_jax.memory import live
+from larimar_jax.memory.contract import MemoryParams
+
+# What a ratio compares: (name, the plain side, our side).
+RATIOS = (
+    ("one fact streamed, against all solved again", "solve again", "stream"),
+    ("one fact streamed, against the pseudo-inverse of all", "pseudo-inverse", "stream"),
+    ("episode", "newton-schulz x1", "exact x1"),
+    ("4 episodes", "newton-schulz x4", "exact x4"),
+    ("episode, with gradients", "newton-schulz gradient x1", "exact gradient x1"),
+    ("4 episodes, with gradients", "newton-schulz gradient x4", "exact gradient x4"),
+    ("tenants, against a loop", "tenants, loop", "tenants"),
+)
+EPISODE = 16
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `larimar bench memory`."""
+    parser.add_argument("--slots", type=int, default=512, help="K (512)")
+    parser.add_argument("--latent", type=int, default=768, help="C (768)")
+    parser.add_argument("--facts", type=int, default=1000, help="in the memory streamed to (1000)")
+    parser.add_argument("--scan", type=int, default=10_000, help="facts of the long stream (10000)")
+    parser.add_argument("--tenants", type=int, default=64, help="memories beside each other (64)")
+    parser.add_argument("--repeats", type=int, default=5, help="timings of each (5)")
+
+
+def experiment(args: argparse.Namespace) -> "MemorySpeed":
+    """The experiment of a parsed command line."""
+    sizes = (args.slots, args.latent, args.facts, args.scan, args.tenants)
+    return MemorySpeed(*sizes, args.repeats)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One timing of every side."""
+
+    case_id: str
+
+
+class MemorySpeed:
+    """See the head of this file; an experiment as in `runner.Experiment`."""
+
+    name = "memory"
+    chunk = 1
+
+    def __init__(self, slots: int, latent: int, facts: int, scan: int, tenants: int, repeats: int):
+        self.cases = [Case(str(repeat)) for repeat in range(repeats)]
+        self.settings: Mapping[str, Any] = {
+            "slots": slots,
+            "latent": latent,
+            "facts": facts,
+            "scan": scan,
+            "tenants": tenants,
+            "episode": EPISODE,
+            "repeats": repeats,
+            "seed": 0,
+        }
+        self._sides: dict[str, Callable[[], Any]] | None = None
+
+    def run(self, cases: Sequence[Case]) -> list[Record]:
+        """Seconds of each side; the first timing comes after an untimed run of each."""
+        if self._sides is None:
+            self._sides = sides(**{n: self.settings[n] for n in _SIZES})
+            for side in self._sides.values():
+                jax.block_until_ready(side())
+        records = []
+        for case in cases:
+            seconds = {}
+            for name, side in self._sides.items():
+                begin = time.perf_counter()
+                jax.block_until_ready(side())
+                seconds[name] = time.perf_counter() - begin
+            records.append({"case_id": case.case_id, "seconds": seconds})
+        return records
+
+    def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Medians, and the ratios of `RATIOS`; facts per second of the long stream."""
+        seconds = {
+            name: statistics.median(record["seconds"][name] for record in records)
+            for name in records[0]["seconds"]
+        }
+        seconds["stream"] /= live.RECENT
+        ratios = {name: seconds[plain] / seconds[ours] for name, plain, ours in RATIOS}
+        rate = self.settings["scan"] / seconds["scan"]
+        return {"seconds": seconds, "ratios": ratios, "facts_per_second": rate}
+
+    def show(self, summary: Mapping[str, Any], console: Console) -> None:
+        """A row a ratio."""
+        table = Table("", "plain (ms)", "here (ms)", "ratio")
+        for name, plain, ours in RATIOS:
+            times = [f"{1e3 * summary['seconds'][side]:.3g}" for side in (plain, ours)]
+            table.add_row(name, *times, f"{summary['ratios'][name]:.1f}")
+        table.add_row("one long stream, facts/s", "", "", f"{summary['facts_per_second']:,.0f}")
+        console.print(table)
+
+
+_SIZES = ("slots", "latent", "facts", "scan", "tenants")
+
+
+def sides(slots: int, latent: int, facts: int, scan: int, tenants: int) -> dict[str, Callable]:
+    """What is timed, by name; all compiled by their first call. `stream` does `live.RECENT` facts, with
+    the factorisation that comes with so many."""
+    draw = np.random.default_rng(0)
+
+    def unit(*shape: int) -> jax.Array:
+        found = draw.standard_normal((*shape, latent), dtype=np.float32)
+        return jnp.asarray(found / np.linalg.norm(found, axis=-1, keepdims=True))
+
+    build = functools.partial(memory.build, slots=slots, latent=latent)
+    streaming = build("streaming")
+    # Near the identity, and not it: a pseudo-inverse of the identity could be known beforehand.
+    near = np.eye(slots, latent) + 0.01 * draw.standard_normal((slots, latent))
+    params = MemoryParams(jnp.asarray(near, jnp.float32), jnp.zeros(()))
+    prior = streaming.prepare(params)
+    keys, values = unit(facts), unit(facts)
+    return {
+        **_streams(streaming, build("direct", query="prior"), prior, keys, values, unit),
+        **_scan(streaming, prior, unit(scan), unit(scan)),
+        **_episodes(build, params, unit),
+        **_tenants(build("direct", query="prior"), prior, unit(tenants, 4), unit(tenants, 4)),
+    }
+
+
+def _streams(streaming, direct, prior, keys, values, unit) -> dict[str, Callable]:
+    @jax.jit
+    def again(keys, values):
+        return streaming.write(prior, streaming.empty(prior), keys, values).solution
+
+    @jax.jit
+    def inverse(keys, values):
+        return direct.matrix(prior, direct.write(prior, direct.empty(prior), keys, values))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def stream(now, keys, values):
+        return live.stream(streaming, prior, now, keys, values)[0]
+
+    written = jax.jit(streaming.write)(prior, streaming.empty(prior), keys, values)
+    now = [jax.jit(functools.partial(live.begin, streaming))(prior, written)]
+    new = (unit(live.RECENT), unit(live.RECENT))
+
+    def advance():
+        now[0] = stream(now[0], *new)
+        return now[0].solution
+
+    return {
+        "solve again": lambda: again(keys, values),
+        "pseudo-inverse": lambda: inverse(keys, values),
+        "stream": advance,
+    }
+
+
+def _scan(streaming, prior, keys, values) -> dict[str, Callable]:
+    @jax.jit
+    def scan(keys, values):
+        start = live.begin(streaming, prior, streaming.empty(prior))
+        return live.stream(streaming, prior, start, keys, values)[0].solution
+
+    return {"scan": lambda: scan(keys, values)}
+
+
+def _episodes(build, params, unit) -> dict[str, Callable]:
+    found = {}
+    for name, variant in (("exact", build("direct")), ("newton-schulz", build("newton_schulz"))):
+
+        def read_back(variant, params, episodes):
+            prior = variant.prepare(params, brief=True)
+
+            def one(facts):
+                state = variant.write(prior, variant.empty(prior), facts, facts)
+                return variant.read(prior, state, facts).latent
+
+            return jax.vmap(one)(episodes)
+
+        def loss(variant, params, episodes):
+            return jnp.sum(jnp.sin(read_back(variant, params, episodes)))
+
+        forward = jax.jit(functools.partial(read_back, variant))
+        backward = jax.jit(jax.grad(functools.partial(loss, variant), argnums=1))
+        for count in (1, 4):
+            # Of norm 10, as the released code's latents: Newton–Schulz cannot invert much less (§3).
+            episodes = 10.0 * unit(count, EPISODE)
+            found[f"{name} x{count}"] = functools.partial(forward, params, episodes)
+            found[f"{name} gradient x{count}"] = functools.partial(backward, params, episodes)
+    return found
+
+
+def _tenants(variant, prior, keys, values) -> dict[str, Callable]:
+    """Each tenant: four facts written, one query read."""
+
+    def one(keys, values):
+        state = variant.write(prior, variant.empty(prior), keys, values)
+        return variant.read(prior, state, keys[:1]).latent
+
+    single, many = jax.jit(one), jax.jit(jax.vmap(one))
+    return {
+        "tenants": lambda: many(keys, values),
+        "tenants, loop": lambda: [single(k, v) for k, v in zip(keys, values, strict=True)],
+    }
