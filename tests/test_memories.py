@@ -1,0 +1,97 @@
+"""A memory on disk: exact, on any mesh, of its encoder alone; merged and subtracted."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from larimar_jax import memory
+from larimar_jax.memory import sharded
+from larimar_jax.memory.streaming import Streaming
+from larimar_jax.train import memories
+from larimar_jax.train.memories import MemoryFileError
+
+K, C = 16, 12
+
+
+def facts(seed, n):
+    rng = np.random.default_rng(seed)
+    return tuple(jnp.float32(rng.standard_normal((n, C))) for _ in range(2))
+
+
+@functools.cache
+def built():
+    variant = Streaming(K, C)
+    prior = variant.prepare(variant.init(jax.random.key(0)))
+    return variant, prior, jax.jit(variant.write)
+
+
+def equal(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_it_comes_back_bit_for_bit_onto_any_mesh(tmp_path):
+    variant, prior, write = built()
+    state = write(prior, variant.empty(prior), *facts(0, 9))
+    memories.save(tmp_path / "one", state, encoder="abc", about={"facts": 9})
+    like = jax.eval_shape(variant.empty, prior)
+    found, about = memories.load(tmp_path / "one", like, encoder="abc")
+    equal(found, state)
+    assert about == {"facts": 9}
+    mesh = jax.make_mesh((8,), ("slots",), axis_types=(jax.sharding.AxisType.Auto,))
+    place = sharded.Place(mesh, "slots")
+    rows, _ = memories.load(tmp_path / "one", sharded.empty(variant, prior, place), encoder="abc")
+    equal(rows, state)
+    assert rows.solution.sharding.shard_shape((K, C)) == (K // 8, C)
+    memories.save(tmp_path / "rows", rows, encoder="abc")
+    equal(memories.load(tmp_path / "rows", like, encoder="abc")[0], state)
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    variant, prior, write = built()
+    memories.save(tmp_path / "one", variant.empty(prior), encoder="0123456789abcdefXYZ")
+    like = jax.eval_shape(variant.empty, prior)
+
+    def load(path=tmp_path / "one", like=like, encoder="0123456789abcdefXYZ"):
+        return memories.load(path, like, encoder=encoder)
+
+    with pytest.raises(FileExistsError, match="never written over"):
+        memories.save(tmp_path / "one", variant.empty(prior), encoder="abc")
+    with pytest.raises(FileNotFoundError, match="no memory in"):
+        load(path=tmp_path / "two")
+    with pytest.raises(MemoryFileError, match="of the encoder 0123456789abcdef; .* is xyz"):
+        load(encoder="xyz")
+    direct = memory.build("direct", slots=K, latent=C)
+    with pytest.raises(MemoryFileError, match="a StreamingState .*another variant"):
+        load(like=jax.eval_shape(direct.empty, prior))
+    small = Streaming(K, C - 2)
+    other = jax.eval_shape(small.empty, small.prepare(small.init(jax.random.key(0))))
+    with pytest.raises(MemoryFileError, match=r"solution: \(16, 12\) there, \(16, 10\) asked for"):
+        load(like=other)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MemoryFileError, match="no memory, or a damaged one"):
+        load(path=tmp_path / "empty")
+    meta = tmp_path / "one" / "meta" / "metadata"
+    meta.write_text(meta.read_text().replace("StreamingState", "StreamingStale"))
+    with pytest.raises(MemoryFileError, match="not what was written"):
+        load()
+
+
+def test_merging_is_writing_both_and_subtracting_forgets():
+    variant, prior, write = built()
+    first, second = facts(1, 7), facts(2, 5)
+    one, two = (write(prior, variant.empty(prior), *rows) for rows in (first, second))
+    both = write(prior, one, *second)
+    merged = jax.jit(variant.combine)(prior, one, two)
+    np.testing.assert_allclose(merged.solution, both.solution, rtol=1e-5, atol=1e-6)
+    assert int(merged.count) == 12
+    back = jax.jit(functools.partial(variant.combine, sign=-1))(prior, merged, two)
+    np.testing.assert_allclose(back.solution, one.solution, rtol=1e-4, atol=1e-5)
+    assert int(back.count) == 7 and int(back.missing) == 0
+    # What is not in cannot be taken out.
+    other = write(prior, variant.empty(prior), *(3.0 * x for x in facts(3, 5)))
+    refused = variant.combine(prior, one, other, sign=-1)
+    np.testing.assert_array_equal(refused.solution, one.solution)
+    assert int(refused.missing) == 5 and int(refused.count) == 7
