@@ -267,6 +267,60 @@ def spd_solve(
     )
 
 
+def product_solve(factor: Float[Array, "K K"], right: Float[Array, "K C"]) -> Float[Array, "K C"]:
+    """(L Lᵀ)⁻¹ right for a lower factor L, differentiable in both: `spd_solve` where only L is kept."""
+    return jax.lax.custom_linear_solve(
+        lambda x: dot(factor, dot(factor.T, x)),
+        right,
+        lambda _, b: factor_solve(factor, b),
+        symmetric=True,
+    )
+
+
+@_one_at_a_time
+def _general_solve(matrix, right):
+    return jnp.linalg.solve(matrix, right)
+
+
+def general_solve(matrix: Float[Array, "N N"], right: Float[Array, "N C"]) -> Float[Array, "N C"]:
+    """matrix⁻¹ right for any square matrix that has an inverse."""
+    fixed = jax.lax.stop_gradient(matrix)
+    return jax.lax.custom_linear_solve(
+        lambda x: dot(matrix, x),
+        right,
+        lambda _, b: _general_solve(fixed, b),
+        lambda _, b: _general_solve(fixed.T, b),
+    )
+
+
+# What has to be left of a pivot's square, relative to it, for a row to be taken out of a factor.
+_PIVOT = 1e-7
+
+
+def factor_update(
+    factor: Float[Array, "K K"], row: Float[Array, "K"], sign: Float[Array, ""]
+) -> tuple[Float[Array, "K K"], Bool[Array, ""]]:
+    """The factor of L Lᵀ + sign · wᵀw, and whether there is one; the old factor where there is none.
+
+    A Givens rotation (sign 1) or a hyperbolic one (−1) of w with each column in turn, O(K²).
+    """
+
+    def column(state, given):
+        w, sound = state
+        old, index = given
+        pivot, here = old[index], w[index]
+        power = jnp.square(pivot) + sign * jnp.square(here)
+        sound = sound & (power > _PIVOT * jnp.square(pivot))
+        root = jnp.sqrt(jnp.where(sound, power, 1.0))
+        cosine, tangent = root / pivot, here / pivot
+        new = (old + sign * tangent * w) / cosine
+        return (cosine * w - tangent * new, sound), new
+
+    start = (row, jnp.ones((), bool))
+    (_, sound), columns = jax.lax.scan(column, start, (factor.T, jnp.arange(factor.shape[0])))
+    return jnp.where(sound, columns.T, factor), sound
+
+
 @jax.custom_jvp
 def spd_quadratic(
     matrix: Float[Array, "K K"], factor: Float[Array, "K K"], rows: Float[Array, "Q K"]

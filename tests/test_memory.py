@@ -56,11 +56,20 @@ def facts(seed, n=N):
     return jnp.float32(matrix(seed, n, C)), jnp.float32(matrix(seed + 1, n, C))
 
 
+def same(contract, one, other, queries, tolerance=1e-4):
+    """Whether two states are one memory, as far as their variant says."""
+    variant, _, prior, _, read, matrix_of = contract
+    if variant.SAME == "matrix":
+        close(matrix_of(prior, one), matrix_of(prior, other), tolerance)
+    if variant.SAME != "nothing":
+        close(read(prior, one, queries).latent, read(prior, other, queries).latent, tolerance)
+
+
 def test_variants_are_found_and_errors_name_them():
     known = {"direct": Direct, "newton_schulz": NewtonSchulz, "streaming": Streaming}
     assert known.items() <= memory.variants().items()
-    with pytest.raises(memory.UnknownVariant, match="direct, newton_schulz, streaming"):
-        memory.build("hopfield", slots=K, latent=C)
+    with pytest.raises(memory.UnknownVariant, match="direct, .*newton_schulz, .*streaming"):
+        memory.build("hopfeld", slots=K, latent=C)
     with pytest.raises(memory.UnknownVariant, match="no setting ridgee"):
         memory.build("streaming", slots=K, latent=C, ridgee=1.0)
 
@@ -74,7 +83,10 @@ def test_reading_has_the_contract_s_shapes(contract):
     assert reading.weights.shape == reading.log_variance.shape == (3, K)
     assert jnp.all(reading.log_variance == params.log_variance)
     assert reading.confidence.shape == (3,)
-    assert jnp.all((reading.confidence > 0.9) & (reading.confidence <= 1.0))
+    assert jnp.all((reading.confidence >= 0.0) & (reading.confidence <= 1.0))
+    # Facts overwritten by later ones are partly gone.
+    known = {"matrix": slice(None), "reads": slice(None), "nothing": slice(0, 0)}[variant.SAME]
+    assert jnp.all((reading.confidence[known] > 0.9) == variant.STORES)
     assert matrix_of(prior, state).shape == (K, C)
     assert variant.generate(prior, state, 7, jax.random.key(0)).shape == (7, C)
     close(reading.latent, reading.weights @ matrix_of(prior, state), 1e-4)
@@ -102,8 +114,12 @@ def test_one_by_one_is_at_once_in_any_order(contract):
         state = variant.empty(prior)
         for i in order:
             state = write(prior, state, keys[i : i + 1], values[i : i + 1])
-        close(matrix_of(prior, state), matrix_of(prior, at_once), 1e-5)
-        close(read(prior, state, keys).latent, read(prior, at_once, keys).latent, 1e-5)
+        same(contract, state, at_once, keys, 1e-5)
+        if order == range(N):  # Grouping alone matters to no variant.
+            close(matrix_of(prior, state), matrix_of(prior, at_once), 1e-5)
+    if variant.SAME == "nothing":
+        apart = read(prior, state, keys).latent - read(prior, at_once, keys).latent
+        assert jnp.linalg.norm(apart) > 1e-2
 
 
 def test_forgetting_is_never_having_seen(contract):
@@ -113,9 +129,13 @@ def test_forgetting_is_never_having_seen(contract):
     state = write(prior, state, keys[1:2], values[1:2], sign=-1)
     rest = jnp.array([0, 2, 3])
     never = write(prior, variant.empty(prior), keys[rest], values[rest])
-    close(matrix_of(prior, state), matrix_of(prior, never), 1e-4)
-    close(read(prior, state, keys).latent, read(prior, never, keys).latent, 1e-4)
-    assert int(state.missing) == 0
+    same(contract, state, never, keys)
+    if variant.SAME == "nothing":
+        assert jnp.linalg.norm(matrix_of(prior, state) - matrix_of(prior, never)) > 1e-2
+        return
+    assert int(state.missing) == int(not variant.STORES)
+    if not variant.STORES:
+        return
     gone = write(prior, state, keys[1:2], values[1:2], sign=-1)
     assert int(gone.missing) == 1
     np.testing.assert_allclose(matrix_of(prior, gone), matrix_of(prior, state), atol=1e-6)
@@ -124,24 +144,26 @@ def test_forgetting_is_never_having_seen(contract):
 
 
 def test_a_fact_written_twice_is_forgotten_twice(contract):
-    variant, _, prior, write, _, matrix_of = contract
+    variant, _, prior, write, *_ = contract
     keys, values = facts(5)
     twice = jnp.array([0, 0, 1])
     state = write(prior, variant.empty(prior), keys[twice], values[twice])
     state = write(prior, state, keys[:1], values[:1], sign=-1)
     once = write(prior, variant.empty(prior), keys[:2], values[:2])
-    close(matrix_of(prior, state), matrix_of(prior, once), 1e-4)
+    same(contract, state, once, keys)
 
 
 def test_signs_may_be_traced_and_differ(contract):
-    variant, _, prior, write, _, matrix_of = contract
+    variant, _, prior, write, *_ = contract
     keys, values = facts(6)
     start = write(prior, variant.empty(prior), keys[:2], values[:2])
     signs = jnp.array([-1, 0, 1, 1], jnp.int32)
     mixed = jax.jit(variant.write)(prior, start, keys, values, signs)
-    want = write(prior, variant.empty(prior), keys[1:], values[1:])
-    close(matrix_of(prior, mixed), matrix_of(prior, want), 1e-4)
-    assert int(mixed.missing) == 0
+    want = write(
+        prior, variant.empty(prior), keys[jnp.array([1, 2, 3])], values[jnp.array([1, 2, 3])]
+    )
+    same(contract, mixed, want, keys)
+    assert int(mixed.missing) == int(not variant.STORES)
 
 
 def test_padding_changes_nothing(contract):

@@ -16,6 +16,8 @@ def variants() -> dict[str, type[Memory]]:
     """Every variant in this folder, {file name: class}; found by looking: no list to edit."""
     found = {}
     for module in pkgutil.iter_modules(__path__):
+        if module.name.startswith("_"):
+            continue  # What variants share.
         names = vars(importlib.import_module(f"{__name__}.{module.name}"))
         for value in names.values():
             own = isinstance(value, type) and value.__module__ == f"{__name__}.{module.name}"

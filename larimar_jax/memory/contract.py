@@ -19,7 +19,7 @@ it changes nothing.
 
 import abc
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -154,7 +154,14 @@ class Memory(abc.ABC):
     variance: what log σ_W² depends on (memory/variance.py; the released code's 0 to 4). It decides
     what `init` makes; a read goes by the parameters that it is given.
     addressing: how encodings become weights over M_ref, and width: its number (addressing.py).
+
+    A variant says what holds of it, and the contract's tests hold it to that. SAME: what is the same
+    whatever the order and grouping of facts, and after forgetting as if never written: the "matrix",
+    only what is read ("reads"), or "nothing". STORES: whether a written fact can be read back at all.
     """
+
+    SAME: ClassVar[Literal["matrix", "reads", "nothing"]] = "matrix"
+    STORES: ClassVar[bool] = True
 
     slots: int = static()
     latent: int = static()
