@@ -68,7 +68,8 @@ def test_kanerva_refuses_to_forget_what_it_never_saw(update):
     assert int(refused.missing) == 1 and int(refused.count) == 4
     np.testing.assert_array_equal(refused.mean, state.mean)
     gone = write("kanerva", keys[1:2], values[1:2], -1, state, update=update)
-    close(gone.mean, write("kanerva", keys[[0, 2, 3]], values[[0, 2, 3]], update=update).mean)
+    never = write("kanerva", keys[[0, 2, 3]], values[[0, 2, 3]], update=update)
+    close(gone.mean, never.mean, 1e-3)  # ‖w‖²/a is about 60, and as much is lost of 1e-6.
     assert int(gone.missing) == 0 and int(gone.count) == 3
 
 
@@ -184,3 +185,33 @@ def test_nothing_is_what_an_empty_memory_reads():
     _, prior, _, _, read = built("none")
     close(read(prior, state, jnp.float32(keys)).latent, keys, 1e-5)  # K ≥ C: the query itself.
     assert int(write("none", keys, values, -1, state).missing) == 3
+
+
+@check
+@given(seeds)
+def test_grown_slots_give_ridge_regression_on_the_encodings(seed):
+    keys, values = facts(seed, 5)
+    keys[3] = 0.3 * keys[0] - keys[1]  # In the span of two others: no slot of its own.
+    options = dict(ridge=1e-2, query_noise=0.0)
+    variant, prior, m0, _, read = built("grown", **options)
+    state = write("grown", keys[:3], values[:3], **options)
+    state = write("grown", keys[3:], values[3:], 1, state, **options)
+    assert int(state.grown) == 4 and int(state.crowded) == 0
+    # Whatever the basis: in the encodings' own space it starts as what M₀ reads.
+    start = np.linalg.pinv(m0) @ m0
+    change = keys.T @ np.linalg.solve(keys @ keys.T + 1e-2 * np.eye(5), values - keys @ start)
+    close(read(prior, state, jnp.float32(keys)).latent, keys @ (start + change), 1e-3)
+    # Earlier weights stay, so that a fact can be forgotten after others came.
+    gone = write("grown", keys[1:2], values[1:2], -1, state, **options)
+    rest = [0, 2, 3, 4]
+    part = keys[rest]
+    change = part.T @ np.linalg.solve(part @ part.T + 1e-2 * np.eye(4), values[rest] - part @ start)
+    close(read(prior, gone, jnp.float32(keys)).latent, keys @ (start + change), 2e-3)
+
+
+def test_a_memory_that_is_grown_over_says_so():
+    variant = memory.build("grown", slots=3, latent=C)
+    prior = variant.prepare(variant.init(jax.random.key(0)))
+    keys, values = (jnp.float32(x) for x in facts(0, 5))
+    state = variant.write(prior, variant.empty(prior), keys, values)
+    assert int(state.grown) == 3 and int(state.crowded) == 2 and int(state.count) == 5
