@@ -44,13 +44,14 @@ class Grown(Memory):
     """`streaming`, addressed by the span of what was written.
 
     A slot reads what M₀ reads of its direction, until facts say otherwise: M₀ and M_ref, with
-    `addressing`, are asked for nothing else. ridge, query_noise: as there. novelty: the share of a key's
+    `addressing`, are asked for nothing else. ridge: as there, in units of a key's own squared norm.
+    query_noise: as there. novelty: the share of a key's
     norm outside the span from which it gets a slot. Forgetting gives no slot back.
     """
 
     SAME = "reads"
 
-    ridge: Real = dataclasses.field(default=1e-2, kw_only=True)
+    ridge: Real = dataclasses.field(default=0.1, kw_only=True)
     query_noise: Real = dataclasses.field(default=0.5, kw_only=True)
     novelty: Real = dataclasses.field(default=1e-3, kw_only=True)
 
