@@ -234,7 +234,9 @@ def edit(arguments: argparse.Namespace) -> None:
     session = Session.load(path, model) if path.exists() else Session(model or DEFAULT_MODEL)
     fact = session.write(arguments.prompt, arguments.answer)
     session.save(path)
-    print(f"{fact.id}: {fact.prompt} {fact.answer}")
+    print(fact)
+    if note := session.history()[-1].note:
+        print(f"({note})", file=sys.stderr)
 
 
 def ask(arguments: argparse.Namespace) -> None:
@@ -257,9 +259,14 @@ def ask(arguments: argparse.Namespace) -> None:
 def forget(arguments: argparse.Namespace) -> None:
     """larimar forget"""
     session = _open(arguments.session)
-    fact = session.forget(arguments.fact)
+    gone = session.forget(arguments.fact)
     session.save(Path(arguments.session))
-    print(f"forgotten {fact.id}: {fact.prompt} {fact.answer}")
+    print(f"forgotten {gone.fact}")
+    print(
+        f"(the memory is {gone.distance:.0e} from one that never saw it; other facts explain "
+        f"{gone.leverage:.0%} of its key)",
+        file=sys.stderr,
+    )
 
 
 def show(arguments: argparse.Namespace) -> None:

@@ -9,7 +9,6 @@ Every call either does all of what it says or raises and leaves the session as i
 """
 
 import dataclasses
-import datetime
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -21,77 +20,28 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from larimar_jax import generate, scope
+from larimar_jax.facts import (
+    Answer,
+    DamagedSession,
+    EmptyFact,
+    Event,
+    Fact,
+    Forgotten,
+    MemoryNotFinite,
+    UnknownFact,
+    WrongModel,
+    event,
+    fact_of,
+)
+from larimar_jax.memory import health
 from larimar_jax.memory.contract import Prior, Reading
 from larimar_jax.memory.streaming import Streaming
 from larimar_jax.model import Condition
 from larimar_jax.pretrained import Pretrained, load
 from larimar_jax.train import export
 
-
-class EmptyFact(ValueError):
-    """A fact without a prompt or without an answer."""
-
-
-class UnknownFact(KeyError):
-    """A fact that is not in the memory."""
-
-    def __str__(self) -> str:
-        return self.args[0]
-
-
-class WrongModel(ValueError):
-    """A session that was saved under another model."""
-
-
-class DamagedSession(ValueError):
-    """A file that is no session, or a damaged one."""
-
-
-class MemoryNotFinite(FloatingPointError):
-    """A write or forget that float32 could not carry out; the memory before it is kept."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Fact:
-    """What is written: `prompt` and every rephrasing lead to `answer`. `id` never changes."""
-
-    id: int
-    prompt: str
-    answer: str
-    rephrasings: tuple[str, ...] = ()
-
-    @property
-    def prompts(self) -> tuple[str, ...]:
-        return (self.prompt, *self.rephrasings)
-
-    def __str__(self) -> str:
-        return f"{self.id}: {self.prompt} {self.answer}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Event:
-    """One line of the history. milliseconds: of the memory operation alone, encoding apart; the first
-    of a process and shape includes its compilation."""
-
-    kind: str
-    fact: Fact
-    at: str
-    milliseconds: float
-
-    def __str__(self) -> str:
-        return f"{self.at}  {self.kind:7}  {self.fact}  ({self.milliseconds:.1f} ms)"
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """text: the continuation. fact: id of the fact the query is about, None out of scope. score: the
-    scope detector's cosine. milliseconds: encode, read and decode, each for the whole call."""
-
-    text: str
-    in_scope: bool
-    fact: int | None
-    score: float
-    milliseconds: dict[str, float]
+# Cosine of two prompts from which one is easily taken for the other.
+_NEAR = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,13 +106,16 @@ class Session:
         rows = len(prompts)
         keys = _Keys(encodings.embedding[:rows], encodings.latent[:rows], encodings.latent[rows:])
         old = next((fact for fact in self._facts.values() if fact.prompt == prompts[0]), None)
+        note = "" if old is None else f"replaces {old}"
+        if old is None and (near := self._nearest(keys)) is not None:
+            note = f"its prompt is hard to tell from that of fact {near[0]} (cosine {near[1]:.2f})"
         state, events = self._state, []
         if old is not None:
             state, taken = self._update(state, self._keys[old.id], -1)
-            events.append(_event("forget", old, taken))
+            events.append(event("forget", old, taken))
         state, taken = self._update(state, keys, +1)
         fact = Fact(self._next_id, prompts[0], answer, prompts[1:])
-        events.append(_event("write", fact, taken))
+        events.append(event("write", fact, taken, note))
         self._state = state
         if old is not None:
             del self._facts[old.id], self._keys[old.id]
@@ -171,25 +124,44 @@ class Session:
         self._events += events
         return fact
 
-    def forget(self, fact_id: int) -> Fact:
-        """Takes a fact out of the memory (Eqs. 3–4, α = −1), as if it had never been written.
+    def forget(self, fact_id: int) -> Forgotten:
+        """Takes a fact out of the memory (Eqs. 3–4, α = −1), as if it had never been written, and
+        certifies it.
 
         Raises:
           UnknownFact: it is not there: never written, or forgotten before.
         """
         if fact_id not in self._facts:
-            forgotten = any(event.fact.id == fact_id for event in self._events)
+            forgotten = any(done.fact.id == fact_id for done in self._events)
             known = ", ".join(map(str, self._facts)) or "none"
             raise UnknownFact(
                 f"There is no fact {fact_id} to forget: it was "
                 f"{'forgotten before' if forgotten else 'never written'}. Facts in memory: {known}."
             )
-        fact = self._facts[fact_id]
-        state, taken = self._update(self._state, self._keys[fact_id], -1)
+        fact, keys = self._facts[fact_id], self._keys[fact_id]
+        state, taken = self._update(self._state, keys, -1)
+        distance, leverage = _certify(self.model.memory, self.model.prior, state, keys.key[:1])
         self._state = state
         del self._facts[fact_id], self._keys[fact_id]
-        self._events.append(_event("forget", fact, taken))
-        return fact
+        self._events.append(event("forget", fact, taken))
+        return Forgotten(fact, float(distance), float(leverage))
+
+    def health(self) -> health.Health:
+        """What the memory says of itself: condition, distance to a fresh solve, load, the error to be
+        expected, and whether it is full."""
+        found = _health(self.model.memory, self.model.prior, self._state)
+        return health.Health(*(np.asarray(value).item() for value in found))
+
+    def _nearest(self, keys: "_Keys") -> tuple[int, float] | None:
+        """(id, cosine) of the fact whose prompt is nearest to the first of these, if it is very near."""
+        if not self._keys:
+            return None
+        found = {
+            fact_id: float(np.max(_cosines(other.embedding, keys.embedding[:1])))
+            for fact_id, other in self._keys.items()
+        }
+        nearest = max(found, key=found.__getitem__)
+        return (nearest, found[nearest]) if found[nearest] >= _NEAR else None
 
     def ask(
         self, prompt: str, *, on_text: Callable[[str], None] | None = None, **options: Any
@@ -278,7 +250,7 @@ class Session:
             "fingerprint": self.model.fingerprint,
             "next_id": self._next_id,
             "facts": [dataclasses.asdict(fact) for fact in self._facts.values()],
-            "history": [dataclasses.asdict(event) for event in self._events],
+            "history": [dataclasses.asdict(done) for done in self._events],
         }
         export.save_exported(path, arrays, meta)
 
@@ -313,13 +285,13 @@ class Session:
 
     def _restore(self, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
         for values in meta["facts"]:
-            fact = _fact(values)
+            fact = fact_of(values)
             self._facts[fact.id] = fact
             self._keys[fact.id] = _Keys(
                 **{f.name: arrays[f"fact/{fact.id}/{f.name}"] for f in dataclasses.fields(_Keys)}
             )
         self._events = [
-            Event(**{**values, "fact": _fact(values["fact"])}) for values in meta["history"]
+            Event(**{**values, "fact": fact_of(values["fact"])}) for values in meta["history"]
         ]
         self._next_id = meta["next_id"]
         names = [f"memory/{name}" for name in _named(self._state)]
@@ -370,6 +342,21 @@ def _write(
 
 
 @jax.jit
+def _certify(memory: Streaming, prior: Prior, state: Any, key: Array) -> tuple[Array, Array]:
+    return health.distance(memory, prior, state), health.leverage(memory, prior, state, key)[0]
+
+
+@jax.jit
+def _health(memory: Streaming, prior: Prior, state: Any) -> health.Health:
+    return health.health(memory, prior, state)
+
+
+def _cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    sizes = np.linalg.norm(one, axis=1)[:, None] * np.linalg.norm(other, axis=1)[None]
+    return one @ other.T / np.maximum(sizes, np.finfo(np.float32).tiny)
+
+
+@jax.jit
 def _read(memory: Streaming, prior: Prior, state: Any, queries: Array) -> Reading:
     return memory.read(prior, state, queries)
 
@@ -380,12 +367,3 @@ def _named(state: Any) -> dict[str, np.ndarray]:
         jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
         for path, leaf in flat
     }
-
-
-def _event(kind: str, fact: Fact, milliseconds: float) -> Event:
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return Event(kind, fact, now, milliseconds)
-
-
-def _fact(values: dict[str, Any]) -> Fact:
-    return Fact(**{**values, "rephrasings": tuple(values["rephrasings"])})

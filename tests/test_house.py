@@ -46,6 +46,7 @@ FLOORS = {
     "train.environment": 4,
     "train": 5,
     "pretrained": 5,
+    "facts": 4,
     "session": 5,
     "bench": 5,
     "convert": 5,

@@ -220,3 +220,23 @@ def test_a_model_that_is_not_there_is_named(tmp_path):
     path.write_bytes(json.dumps({}).encode())
     with pytest.raises(ValueError, match="damaged"):
         pretrained.load(path)
+
+
+def test_a_forget_is_certified_and_near_duplicates_are_named(tiny):
+    made = Session(tiny)
+    made.write("The capital of Atlantis is", "Poseidonis")
+    first = made.write("The Eiffel Tower is located in", "Rome")
+    again = made.write("The Eiffel Tower is located in", "Oslo")
+    notes = [event.note for event in made.history()]
+    assert notes[0] == "" and notes[-1] == f"replaces {first}"
+    twin = made.write("The Eiffel Tower is located  in ,", "Bern")
+    note = made.history()[-1].note
+    gone = made.forget(twin.id)
+    assert gone.fact == twin and 0 <= gone.distance < 1e-4
+    # Another fact's key is nearly this one's, and still explains it, exactly where it was named.
+    assert (gone.leverage > 0.5) == (f"that of fact {again.id}" in note)
+    alone = made.forget(1)
+    assert alone.fact.answer == "Poseidonis" and alone.leverage <= 1
+    health = made.health()
+    assert health.count == 1 and not health.full and 0 < health.load < 0.1
+    assert json.loads(json.dumps(health)) is not None

@@ -130,12 +130,18 @@ def forget(
 ) -> tuple[StreamingState, Certificate]:
     """Takes facts out (`write` with α = −1), and certifies it. The leverage is that of the first key."""
     after = memory.write(prior, state, keys, values, -1)
-    weights = memory.address(prior, keys[:1])
     return after, Certificate(
         distance(memory, prior, after),
-        _claimed(memory, after, weights)[0],
+        leverage(memory, prior, after, keys[:1])[0],
         after.missing > state.missing,
     )
+
+
+def leverage(
+    memory: Streaming, prior: Prior, state: StreamingState, keys: Float[Array, "N C"]
+) -> Float[Array, "N"]:
+    """The share of each key's weights that the facts in the memory explain."""
+    return _claimed(memory, state, memory.address(prior, keys))
 
 
 def _claimed(

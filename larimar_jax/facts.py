@@ -1,0 +1,96 @@
+"""What a session says: facts, what happened to them, answers; and what can go wrong."""
+
+import dataclasses
+import datetime
+from typing import Any
+
+
+class EmptyFact(ValueError):
+    """A fact without a prompt or without an answer."""
+
+
+class UnknownFact(KeyError):
+    """A fact that is not in the memory."""
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+class WrongModel(ValueError):
+    """A session that was saved under another model."""
+
+
+class DamagedSession(ValueError):
+    """A file that is no session, or a damaged one."""
+
+
+class MemoryNotFinite(FloatingPointError):
+    """A write or forget that float32 could not carry out; the memory before it is kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fact:
+    """What is written: `prompt` and every rephrasing lead to `answer`. `id` never changes."""
+
+    id: int
+    prompt: str
+    answer: str
+    rephrasings: tuple[str, ...] = ()
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        return (self.prompt, *self.rephrasings)
+
+    def __str__(self) -> str:
+        return f"{self.id}: {self.prompt} {self.answer}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """One line of the history. milliseconds: of the memory operation alone, encoding apart; the first
+    of a process and shape includes its compilation. note: what is worth knowing of it: the fact that
+    a write replaced, or another that its prompt is hard to tell from."""
+
+    kind: str
+    fact: Fact
+    at: str
+    milliseconds: float
+    note: str = ""
+
+    def __str__(self) -> str:
+        note = f"  [{self.note}]" if self.note else ""
+        return f"{self.at}  {self.kind:7}  {self.fact}  ({self.milliseconds:.1f} ms){note}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Forgotten:
+    """A fact that was taken out, with its certificate (memory/health.py). distance: of the memory to one
+    that never saw the fact, relative. leverage: the share of the fact's key that other facts explain:
+    near 1 where a near-duplicate is still in, and may still be answered."""
+
+    fact: Fact
+    distance: float
+    leverage: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """text: the continuation. fact: id of the fact the query is about, None out of scope. score: the
+    scope detector's cosine. milliseconds: encode, read and decode, each for the whole call."""
+
+    text: str
+    in_scope: bool
+    fact: int | None
+    score: float
+    milliseconds: dict[str, float]
+
+
+def event(kind: str, fact: Fact, milliseconds: float, note: str = "") -> Event:
+    """What happens now."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return Event(kind, fact, now, milliseconds, note)
+
+
+def fact_of(values: dict[str, Any]) -> Fact:
+    """The inverse of `dataclasses.asdict`, through JSON."""
+    return Fact(**{**values, "rephrasings": tuple(values["rephrasings"])})
