@@ -166,7 +166,10 @@ def parser() -> argparse.ArgumentParser:
     )
     made.fill = lambda made: _benchmarks(made, shared)
 
-    resumes = {"train": "The same command goes on from the last checkpoint."}
+    resumes = {
+        "train": "The same command goes on from the last checkpoint.",
+        "sweep": "The same command goes on where the cells end.",
+    }
     for name, (summary, example, fill) in (runs.COMMANDS | formats.COMMANDS).items():
         # What runs is theirs to say.
         fill(add(name, None, summary, example, resumes.get(name, "")), shared)

@@ -1,4 +1,4 @@
-"""`larimar train` and `larimar plan`: a run, and what it will take.
+"""`larimar train`, `plan` and `sweep`: a run, what it will take, and many memories side by side.
 
 Everything heavy is imported inside its command, as in cli.py.
 """
@@ -153,6 +153,32 @@ def plan(arguments: argparse.Namespace) -> int:
     return 1
 
 
+def sweep_options(made: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
+    """The options of `larimar sweep`."""
+    made.description = (
+        "Measures every memory of a config's grid: each variant is compiled once for a shape, and all "
+        "its cells run in that program. Writes cases.jsonl, summary.json and pictures."
+    )
+    _run(made)
+    made.add_argument(
+        "--out", required=True, metavar="DIR", help="folder of the run; resumed if it exists"
+    )
+    made.set_defaults(command=sweep)
+
+
+def sweep(arguments: argparse.Namespace) -> int:
+    """larimar sweep"""
+    from larimar_jax import config
+    from larimar_jax.bench import pictures, runner
+    from larimar_jax.bench import sweep as sweeps
+
+    values = config.override(config.load_dict(find(arguments.config)), arguments.overrides)
+    runner.run(sweeps.Sweep(sweeps.parse(values)), arguments.out)
+    for path in pictures.draw(runner.read_cases(arguments.out), arguments.out):
+        print(f"drawn: {path}", file=sys.stderr)
+    return 0
+
+
 def find(name: str) -> Path:
     """A config by its path from here, or from the clone that the package is installed from."""
     path = Path(name)
@@ -171,5 +197,10 @@ COMMANDS = {
         "say whether a run will fit its devices, and how long it will take",
         "larimar plan --config=configs/larimar_6b.py --devices 8 --memory 80GB",
         plan_options,
+    ),
+    "sweep": (
+        "measure every memory over a grid of settings, sizes and noise",
+        "larimar sweep --config=configs/sweep_memory.py --out runs/sweep",
+        sweep_options,
     ),
 }

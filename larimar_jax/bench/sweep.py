@@ -1,0 +1,357 @@
+"""Sweeps memories: variant x addressing x slots x facts x settings x noise x rephrasings x seed.
+
+Everything that is a real number is an axis of one `vmap`, so that a variant is compiled once for
+each shape (slots, latent size, a bucket of facts, rephrasings), and all its cells run in that
+program, `CHUNK` at a time on each device. Facts are padded to their bucket with zero rows, which are
+padding to every memory.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from larimar_jax import memory, strict
+from larimar_jax.bench import sweep_data
+from larimar_jax.bench.runner import Record
+
+# Cells computed together; a multiple of it for each device.
+CHUNK = 16
+# Settings that are part of what a cell is drawn from, beside the variant's own real numbers.
+DRAWN = ("noise", "seed")
+
+
+class SweepError(ValueError):
+    """A sweep's config that does not fit; names every offence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig:
+    """What to sweep. latent: C of the synthetic facts. paired: whether their values are their prompts
+    themselves, as in Algorithm 1, instead of unrelated. zsre: a ZsRE file whose prompts are encoded,
+    beside the synthetic ones; "" for none. variants: names with their settings, each a value or a list
+    of them. slots, facts, rephrasings, noises, seeds: what they are multiplied with."""
+
+    name: str
+    latent: int
+    paired: bool
+    zsre: str
+    variants: Mapping[str, Mapping[str, Any]]
+    slots: tuple[int, ...]
+    facts: tuple[int, ...]
+    rephrasings: tuple[int, ...]
+    noises: tuple[float, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One point of the sweep. label: the variant's name in the config. fixed, real: its settings that
+    are compiled in, and those that are numbers."""
+
+    case_id: str
+    label: str
+    variant: str
+    source: str
+    slots: int
+    facts: int
+    rephrasings: int
+    noise: float
+    seed: int
+    fixed: tuple[tuple[str, Any], ...]
+    real: tuple[tuple[str, float], ...]
+
+    @property
+    def shape(self) -> tuple:
+        """What is compiled for; cells of one shape differ in numbers alone."""
+        names = tuple(name for name, _ in self.real)
+        size = bucket(self.facts)
+        return (self.variant, self.fixed, names, self.source, self.slots, size, self.rephrasings)
+
+
+def bucket(facts: int) -> int:
+    """The number of facts that is compiled for: the next power of two."""
+    return 1 << max(0, facts - 1).bit_length()
+
+
+def parse(values: Mapping[str, Any]) -> SweepConfig:
+    """The config of a sweep.
+
+    Raises:
+        SweepError: naming at once every unknown or missing key, wrong type, variant and setting.
+    """
+    problems: list[str] = []
+    plain = {key: value for key, value in values.items() if key != "variants"}
+    built = strict.section(SweepConfig, plain, "", problems, {}, given=("variants",))
+    variants = values.get("variants")
+    if not isinstance(variants, Mapping) or not variants:
+        problems.append("variants: expected a section with at least one")
+        variants = {}
+    for label, settings in variants.items():
+        problems += _offences(label, settings)
+    if problems:
+        raise SweepError("The sweep's config does not fit:\n  " + "\n  ".join(problems))
+    return SweepConfig(**built, variants=variants)
+
+
+def _offences(label: str, settings: Any) -> list[str]:
+    if not isinstance(settings, Mapping) or settings.get("variant") not in memory.variants():
+        known = ", ".join(sorted(memory.variants()))
+        return [f"variants.{label}.variant: must be one of {known}"]
+    given = {k: v for k, v in settings.items() if k not in ("variant", *_SIZES)}
+    given |= {name: settings[name] for name in _SIZES if name in settings}
+    found = []
+    for chosen in _choices(given):
+        try:
+            memory.build(settings["variant"], slots=2, latent=2, **chosen)
+        except (memory.UnknownVariant, TypeError) as error:
+            found.append(f"variants.{label}: {' '.join(str(error).split())}")
+    return list(dict.fromkeys(found))
+
+
+_SIZES = ("slots", "latent")
+
+
+def _choices(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    listed = [v if isinstance(v, (list, tuple)) else [v] for v in settings.values()]
+    return [dict(zip(settings, chosen, strict=True)) for chosen in itertools.product(*listed)]
+
+
+def cells(config: SweepConfig) -> list[Cell]:
+    """Every cell, those of one shape beside each other."""
+    found = []
+    sources = ("synthetic", "zsre") if config.zsre else ("synthetic",)
+    for label, settings in config.variants.items():
+        variant = memory.variants()[settings["variant"]]
+        fields = {f.name: f for f in dataclasses.fields(variant)}
+        for chosen in _choices({k: v for k, v in settings.items() if k != "variant"}):
+            real = {n: v for n, v in chosen.items() if not fields[n].metadata.get("static")}
+            fixed = {n: v for n, v in chosen.items() if n not in real}
+            grid = itertools.product(
+                sources, config.slots, config.facts, config.rephrasings, config.noises, config.seeds
+            )
+            for source, slots, facts, rephrasings, noise, seed in grid:
+                said = [label, source, slots, facts, rephrasings, noise, seed, *chosen.values()]
+                found.append(
+                    Cell(
+                        "/".join(map(str, said)),
+                        label,
+                        settings["variant"],
+                        source,
+                        slots,
+                        facts,
+                        rephrasings,
+                        noise,
+                        seed,
+                        tuple(sorted(fixed.items())),
+                        tuple(sorted((n, float(v)) for n, v in real.items())),
+                    )
+                )
+    return sorted(found, key=lambda cell: (repr(cell.shape), cell.case_id))
+
+
+class Sweep:
+    """See the head of this file; an experiment as in `runner.Experiment`.
+
+    Attributes:
+        compiled: how many programs were compiled so far.
+    """
+
+    name = "sweep"
+
+    def __init__(self, config: SweepConfig):
+        self.config, self.cases = config, cells(config)
+        self.chunk = CHUNK * jax.device_count()
+        self.settings: Mapping[str, Any] = dataclasses.asdict(config) | {"chunk": self.chunk}
+        self.compiled = 0
+        self._programs: dict[tuple, Any] = {}
+        self._encodings: sweep_data.Encodings | None = None
+
+    def run(self, cases: Sequence[Cell]) -> list[Record]:
+        """What each cell measures; those of one shape in one call."""
+        records: dict[str, Record] = {}
+        for _, group in itertools.groupby(cases, key=lambda cell: cell.shape):
+            for record in self._run(list(group)):
+                records[record["case_id"]] = record
+        return [records[cell.case_id] for cell in cases]
+
+    def _run(self, group: list[Cell]) -> list[Record]:
+        shape = group[0].shape
+        begin = time.perf_counter()
+        fresh = shape not in self._programs
+        if fresh:
+            self._programs[shape] = self._program(group[0])
+        # Filled up with the last one, so that every call has one shape.
+        rows = group + [group[-1]] * (-len(group) % self.chunk)
+        numbers = {
+            "facts": jnp.int32([cell.facts for cell in rows]),
+            "noise": jnp.float32([cell.noise for cell in rows]),
+            "seed": jnp.int32([cell.seed for cell in rows]),
+            **{
+                name: jnp.float32([dict(cell.real)[name] for cell in rows])
+                for name, _ in group[0].real
+            },
+        }
+        if fresh:
+            jax.block_until_ready(self._programs[shape](numbers))
+        compiled = time.perf_counter()
+        found = jax.device_get(self._programs[shape](numbers))
+        seconds = (time.perf_counter() - compiled) / len(rows)
+        size = self._bytes(group[0])
+        return [
+            {
+                **{n: v for n, v in dataclasses.asdict(cell).items() if n not in ("fixed", "real")},
+                **{n: v for n, v in (*cell.fixed, *cell.real) if n not in DRAWN},
+                **{name: np.asarray(value[i]).tolist() for name, value in found.items()},
+                "bytes": size,
+                "seconds": seconds,
+                "seconds_compiling": (compiled - begin) / len(group) if fresh else 0.0,
+            }
+            for i, cell in enumerate(group)
+        ]
+
+    def _variant(self, cell: Cell, **real: Any):
+        return memory.build(
+            cell.variant, slots=cell.slots, latent=self._latent(cell), **dict(cell.fixed), **real
+        )
+
+    def _latent(self, cell: Cell) -> int:
+        return self.config.latent if cell.source == "synthetic" else self._real().prompts.shape[1]
+
+    def _real(self) -> sweep_data.Encodings:
+        if self._encodings is None:
+            self._encodings = sweep_data.encode(self.config.zsre)
+        return self._encodings
+
+    def _bytes(self, cell: Cell) -> int:
+        """Of the state after writing."""
+        variant, latent = self._variant(cell, **dict(cell.real)), self._latent(cell)
+        rows = cell.facts * (1 + cell.rephrasings)
+
+        def written():
+            prior = variant.prepare(variant.init(jax.random.key(0)))
+            facts = jnp.zeros((rows, latent), jnp.float32)
+            return variant.write(prior, variant.empty(prior), facts, facts)
+
+        leaves = jax.tree.leaves(jax.eval_shape(written))
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+    def _program(self, cell: Cell):
+        """The compiled function of a shape: numbers [chunk] each → measures [chunk, …] each."""
+        real = self._real() if cell.source == "zsre" else None
+        one = functools.partial(self._measure, cell, real)
+
+        def many(numbers):
+            self.compiled += 1
+            return jax.vmap(one)(numbers)
+
+        # Each device maps its own cells: a partitioner would gather what LAPACK's loops read.
+        mesh = jax.make_mesh(
+            (jax.device_count(),), ("cells",), axis_types=(jax.sharding.AxisType.Auto,)
+        )
+        split = jax.P("cells")
+        return jax.jit(
+            jax.shard_map(many, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
+        )
+
+    def _measure(self, cell: Cell, encodings, numbers: Mapping[str, Any]) -> dict[str, Any]:
+        numbers = dict(numbers)
+        count, noise, seed = (numbers.pop(name) for name in ("facts", "noise", "seed"))
+        size, rephrasings = bucket(cell.facts), cell.rephrasings
+        draws = jax.random.split(jax.random.key(seed))
+        if encodings is None:
+            sizes = (size, self.config.latent, rephrasings)
+            facts = sweep_data.synthetic(draws[0], *sizes, noise, paired=self.config.paired)
+        else:
+            facts = sweep_data.real(draws[0], encodings, size, rephrasings, noise)
+        variant = self._variant(cell, **numbers)
+        prior = variant.prepare(variant.init(draws[1]))
+        there = jnp.arange(size) < count
+        rows = jnp.repeat(there, 1 + rephrasings)[:, None]
+        keys, values = (jnp.where(rows, a, 0.0) for a in (facts.keys, facts.values))
+        state = variant.write(prior, variant.empty(prior), keys, values)
+        asked = jnp.concatenate([facts.keys[:: 1 + rephrasings], facts.queries])
+        latent = variant.read(prior, state, asked).latent.reshape(2, size, -1)
+        written, held_out = (_recall(side, facts.targets, there) for side in latent)
+        return {
+            "recall_written": written[0],
+            "error_written": written[1],
+            "recall": held_out[0],
+            "error": held_out[1],
+            "recall_by_age": _quarters(held_out[2], count),
+        }
+
+    def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
+        """By variant and source: mean recall and error at the held-out wordings; and what it cost."""
+        table: dict[str, Any] = {}
+        for (source, label), rows in _grouped(records, "source", "label").items():
+            table.setdefault(source, {})[label] = {
+                name: float(np.mean([row[name] for row in rows]))
+                for name in ("recall_written", "recall", "error", "bytes", "seconds")
+            } | {"cells": len(rows)}
+        shapes = len({cell.shape for cell in self.cases})
+        return {
+            "means": table,
+            "shapes": shapes,
+            "compiled_in_this_run": self.compiled,
+            "seconds_measuring": sum(record["seconds"] for record in records),
+            "seconds_compiling": sum(record["seconds_compiling"] for record in records),
+        }
+
+    def show(self, summary: Mapping[str, Any], console: Console) -> None:
+        """A row a variant."""
+        for source, means in summary["means"].items():
+            table = Table(source, "cells", "recall, written", "recall, held out", "error", "kB", "ms")
+            for label, found in sorted(means.items(), key=lambda item: -item[1]["recall"]):
+                table.add_row(
+                    label,
+                    str(found["cells"]),
+                    f"{found['recall_written']:.3f}",
+                    f"{found['recall']:.3f}",
+                    f"{found['error']:.3f}",
+                    f"{found['bytes'] / 1e3:.0f}",
+                    f"{1e3 * found['seconds']:.2f}",
+                )
+            console.print(table)
+        console.print(
+            f"{summary['shapes']} shapes, {summary['compiled_in_this_run']} compiled now; "
+            f"{summary['seconds_measuring']:.0f} s of measuring, "
+            f"{summary['seconds_compiling']:.0f} s of compiling"
+        )
+
+
+def _recall(latent, targets, there):
+    """(share of facts whose own value is the nearest, relative error, each fact's hit)."""
+    found = jnp.where(jnp.isfinite(latent), latent, 0.0)
+    likeness = found @ targets.T / jnp.maximum(jnp.linalg.norm(targets, axis=1), 1e-9)[None, :]
+    best = jnp.argmax(jnp.where(there[None, :], likeness, -jnp.inf), axis=1)
+    hit = jnp.where(there, (best == jnp.arange(there.shape[0])).astype(jnp.float32), 0.0)
+    apart = jnp.where(there[:, None], found - targets, 0.0)
+    size = jnp.where(there[:, None], targets, 0.0)
+    error = jnp.sqrt(jnp.sum(jnp.square(apart)) / jnp.sum(jnp.square(size)))
+    return jnp.sum(hit) / jnp.sum(there).astype(jnp.float32), error, hit
+
+
+def _quarters(hit, count):
+    """The recall of the first, second, third and last quarter of the facts in their order."""
+    quarter = jnp.minimum(4 * jnp.arange(hit.shape[0]) // jnp.maximum(count, 1), 3)
+    inside = jnp.arange(hit.shape[0]) < count
+    members = (quarter[None, :] == jnp.arange(4)[:, None]) & inside[None, :]
+    number = jnp.maximum(jnp.sum(members, axis=1), 1).astype(jnp.float32)
+    return jnp.sum(jnp.where(members, hit[None, :], 0.0), axis=1) / number
+
+
+def _grouped(records: Sequence[Record], *names: str) -> dict[tuple, list[Record]]:
+    found: dict[tuple, list[Record]] = {}
+    for record in records:
+        found.setdefault(tuple(record[name] for name in names), []).append(record)
+    return found
