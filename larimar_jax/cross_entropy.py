@@ -147,6 +147,9 @@ def _slopes(how: _How, values, trained: tuple[bool, bool], weights):
     """
     kernel, bias, hidden, targets = values
     across = 1 - _contract(how.tied)
+    # A weight is one over all tokens: float16 would lose most of such slopes.
+    size = jnp.max(jnp.abs(weights))
+    weights = weights / jnp.where(size > 0, size, 1.0)
 
     def some(sums, part):
         hidden, targets, weights = part
@@ -163,7 +166,7 @@ def _slopes(how: _How, values, trained: tuple[bool, bool], weights):
             of_kernel = of_kernel + _product(*(pair if how.tied else pair[::-1]), contract=(0, 0))
         if trained[1]:
             of_bias = of_bias + slope.sum(axis=0)
-        return (of_kernel, of_bias), (each, back.astype(hidden.dtype))
+        return (of_kernel, of_bias), (each, (size * back).astype(hidden.dtype))
 
     start = tuple(
         jnp.zeros(array.shape, jnp.float32) if wanted else None
@@ -171,6 +174,7 @@ def _slopes(how: _How, values, trained: tuple[bool, bool], weights):
     )
     parts = tuple(_cut(how, array) for array in (hidden, targets, weights))
     sums, (each, back) = jax.lax.scan(some, start, parts)
+    sums = jax.tree.map(lambda total: size * total, sums)
     return _join(each, targets.shape), (*sums, _join(back, hidden.shape))
 
 

@@ -258,6 +258,20 @@ def lower_inverse(factor: Float[Array, "K K"]) -> Float[Array, "K K"]:
     ).T
 
 
+@jax.custom_vjp
+def constant_solve(
+    factor: Float[Array, "K K"], rows: Float[Array, "N K"]
+) -> Float[Array, "N K"]:
+    """rows · (L Lᵀ)⁻¹, linear in the rows; L is a constant to differentiation (in reverse mode)."""
+    return _unwhiten(factor, _whiten(factor, rows))
+
+
+constant_solve.defvjp(
+    lambda factor, rows: (constant_solve(factor, rows), factor),
+    lambda factor, slope: (None, constant_solve(factor, slope)),
+)
+
+
 def spd_solve(
     matrix: Float[Array, "K K"], factor: Float[Array, "K K"], right: Float[Array, "K C"]
 ) -> Float[Array, "K C"]:

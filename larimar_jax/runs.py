@@ -6,6 +6,7 @@ Everything heavy is imported inside its command, as in cli.py.
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -55,11 +56,17 @@ def train(arguments: argparse.Namespace) -> int:
     from larimar_jax.train import distributed
 
     place = (arguments.coordinator, arguments.processes, arguments.process)
-    distributed.initialise(distributed.place(*place, os.environ))
+    where = distributed.place(*place, os.environ)
+    # Before the others are met, who would wait for one that has no config.
+    values = config.override(config.load_dict(find(arguments.config)), arguments.overrides)
+    parsed = config.parse(values)
+    distributed.initialise(where)
+    if where is None:
+        # While there are no steps to finish: of what is done before them, nothing has to be saved.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(distributed.RETRY))
     from larimar_jax.train import loop
 
-    values = config.override(config.load_dict(find(arguments.config)), arguments.overrides)
-    return outcome(lambda: loop.train(config.parse(values), arguments.run))
+    return outcome(lambda: loop.train(parsed, arguments.run))
 
 
 def outcome(run: Callable[[], Any]) -> int:
@@ -97,11 +104,11 @@ def plan_options(made: argparse.ArgumentParser, shared: argparse.ArgumentParser)
         "hold, send and compute. Weights are not needed where the config gives the towers' sizes."
     )
     _run(made)
-    made.add_argument("--devices", type=int, required=True, metavar="N", help="how many")
+    made.add_argument("--devices", type=_count, required=True, metavar="N", help="how many")
     made.add_argument("--memory", default="80GB", metavar="SIZE", help="of each (%(default)s)")
     made.add_argument(
         "--flops",
-        type=float,
+        type=_rate,
         default=A100_FLOPS,
         metavar="RATE",
         help="FLOP/s that a device reaches (%(default).3g, the peak of an A100 in bfloat16: take what "
@@ -109,13 +116,27 @@ def plan_options(made: argparse.ArgumentParser, shared: argparse.ArgumentParser)
     )
     made.add_argument(
         "--link",
-        type=float,
+        type=_rate,
         default=A100_LINK,
         metavar="RATE",
         help="bytes/s that a device sends (%(default).3g, NVLink 3)",
     )
     made.add_argument("--json", action="store_true", help="numbers for a program")
     made.set_defaults(command=plan)
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+    return value
 
 
 def plan(arguments: argparse.Namespace) -> int:

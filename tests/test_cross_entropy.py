@@ -119,6 +119,18 @@ def test_half_precision_accumulates_in_float32():
     assert jnp.linalg.norm(kernel - expected) < 0.02 * jnp.linalg.norm(expected)
 
 
+def test_slopes_of_many_tokens_do_not_vanish_in_float16():
+    head, hidden, targets, _ = _problem(True, False, dtype=jnp.float16)
+    weights = jnp.full(targets.shape, 1e-6)  # Of a million tokens.
+
+    def loss(kernel, dtype):
+        mine = head._replace(kernel=kernel, dtype=dtype)
+        return cross_entropy.weighted(mine, hidden, targets, weights)[0]
+
+    found, want = (jax.grad(loss)(head.kernel, dtype) for dtype in (jnp.float16, jnp.float32))
+    assert jnp.linalg.norm(found - want) < 0.01 * jnp.linalg.norm(want)
+
+
 def test_a_frozen_head_costs_no_gradient():
     head, hidden, targets, weights = _problem(True, False)
 

@@ -122,6 +122,7 @@ def test_a_process_knows_its_place():
         (("a:1", None, 0), {}, "--processes: missing"),
         ((None,) * 3, dict(LARIMAR_PROCESS="0"), "LARIMAR_COORDINATOR, LARIMAR_PROCESSES: missing"),
         (("a:1", 2, 2), {}, "counted from 0"),
+        ((None,) * 3, dict(SLURM_PROCID="1", SLURM_NTASKS="4"), "one of SLURM's 4 tasks"),
         (("a", 2, 0), {}, "host:port"),
         (
             (None,) * 3,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,16 @@ import world
 
 from larimar_jax import config as configs
 from larimar_jax.settings import StartConfig
-from larimar_jax.train import export, folder, guard, loop, metrics, sharding, start
+from larimar_jax.train import (
+    export,
+    folder,
+    guard,
+    loop,
+    metrics,
+    optimizer,
+    sharding,
+    start,
+)
 from larimar_jax.train.step import Stepper, initialise
 
 ROOT = Path(__file__).parents[1]
@@ -273,6 +283,34 @@ def test_any_mesh_computes_what_one_device_does(tiny, one_device, mesh):
     assert kernel.sharding.mesh.size == 8
     moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.shape == kernel.shape]
     assert moments and all(leaf.sharding == kernel.sharding for leaf in moments)
+
+
+def test_a_source_that_went_on_is_not_taken_for_what_it_was(tiny, whole, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(whole[0], source)
+    said = StartConfig(str(source), ("^decoder/",))
+    changes = dict(start_from=said, frozen=("^decoder/",), checkpoint_every=2)
+    assert loop.train(_train(tiny, **changes, steps=24), tmp_path / "run", progress=False).finished
+    arrays, meta = export.load_exported(source / "model.safetensors")
+    arrays["decoder/norm/scale"] = arrays["decoder/norm/scale"] * 1.5
+    (source / "model.safetensors").unlink()
+    export.save_exported(source / "model.safetensors", arrays, meta)
+    with pytest.raises(folder.OtherRun, match="begun with other frozen parameters"):
+        loop.train(_train(tiny, **changes, steps=24), tmp_path / "run", progress=False)
+
+
+def test_a_folder_in_which_nothing_was_trained_takes_a_corrected_config(tiny, tmp_path):
+    wrong = dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, corpus="/no/such.jsonl"))
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        loop.train(wrong, tmp_path, progress=False)
+    folder.claim(tmp_path, tiny)
+    assert configs.load(json.loads((tmp_path / "config.json").read_text())) == tiny
+
+
+def test_what_does_not_fit_is_said_before_the_corpus_is_read(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.corpus, "open_corpus", lambda name: pytest.fail("it was read"))
+    with pytest.raises(optimizer.FreezeError, match="matches no parameter"):
+        loop.train(_train(tiny, frozen=("^nowhere",)), tmp_path, progress=False)
 
 
 def test_a_step_that_is_skipped_does_not_move_the_learning_rate(tiny):

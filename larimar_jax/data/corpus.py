@@ -101,8 +101,15 @@ def _of_file(path: Path) -> str:
 
 def _paragraphs(path: Path) -> Iterator[Document]:
     block: list[str] = []
-    with path.open(encoding="utf-8") as lines:
-        for line in itertools.chain(lines, [""]):
+    with path.open("rb") as lines:
+        for number, raw in enumerate(itertools.chain(lines, [b""]), 1):
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path}, line {number}: not UTF-8 ({error.reason}). Convert the file, for example "
+                    "with iconv -t utf-8."
+                ) from None
             block += line.split()
             if block and not line.strip():
                 # Without titles a document's own text stands in for it.

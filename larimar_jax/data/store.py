@@ -353,8 +353,12 @@ def _checksum(path: Path) -> str:
 
 def _wait(place: Path) -> None:
     def progress() -> float:
-        parts = place.parent.glob(f"{place.name}.*.part/*")
-        return max((file.stat().st_mtime for file in parts), default=0.0)
+        newest = 0.0
+        # A part is renamed when it is whole, perhaps between being listed and being looked at.
+        with contextlib.suppress(FileNotFoundError):
+            for file in place.parent.glob(f"{place.name}.*.part/*"):
+                newest = max(newest, file.stat().st_mtime)
+        return newest
 
     seen, since = progress(), time.monotonic()
     while not (place / MANIFEST).is_file():

@@ -1,6 +1,7 @@
 """The tokenizers of a run: of its pretrained towers, beside its model, or trained on its corpus."""
 
 import os
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def _trained(texts: Callable[[], Iterable[str]], size: int, path: Path) -> Token
     made = Tokenizer.train(texts(), size)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Replaced whole; processes of one run that write it at once write the same.
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = path.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
     temporary.write_text(made.to_json(), encoding="utf-8")
     os.replace(temporary, path)
     return made

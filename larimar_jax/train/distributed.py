@@ -55,6 +55,13 @@ def place(
             slurm = ("SLURM_NTASKS", "SLURM_PROCID")
             said[1:], origin = [environment.get(name) for name in slurm], (_OURS[0], *slurm)
     if all(value in (None, "") for value in said):
+        tasks = environment.get("SLURM_NTASKS", "1")
+        if "SLURM_PROCID" in environment and tasks != "1":
+            raise PlaceError(
+                f"this is one of SLURM's {tasks} tasks, and LARIMAR_COORDINATOR does not say where "
+                "process 0 listens: each task would be a run of its own in one folder. Set it to "
+                "HOST:PORT as launch/slurm.sbatch does, or run one task."
+            )
         return None
     missing = [name for name, value in zip(origin, said, strict=True) if value in (None, "")]
     if missing:

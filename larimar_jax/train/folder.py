@@ -30,20 +30,26 @@ class OtherRun(ValueError):
 
 
 def claim(run_dir: Path, config: Config) -> None:
-    """Makes the folder this config's.
+    """Makes the folder this config's; one in which nothing was trained yet may be anybody's.
 
     Raises:
         OtherRun: it is another's; names the keys that differ.
     """
     path = run_dir / "config.json"
     mine = configs.to_dict(config)
-    if path.is_file():
+    if path.is_file() and _begun(run_dir):
         same_run(json.loads(path.read_text(encoding="utf-8")), mine, run_dir)
     if jax.process_index() == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, path)
+
+
+def _begun(run_dir: Path) -> bool:
+    checkpoints = run_dir / "checkpoints"
+    kept = checkpoints.is_dir() and any(child.name.isdigit() for child in checkpoints.iterdir())
+    return kept or (run_dir / "model.safetensors").exists()
 
 
 def same_run(theirs: Mapping[str, Any], mine: Mapping[str, Any], where: Path) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from larimar_jax import config as configs
+from larimar_jax import model
 from larimar_jax.data import corpus, episodes, pieces, store, vocabulary
 from larimar_jax.settings import Config
 from larimar_jax.train import (
@@ -32,10 +33,11 @@ from larimar_jax.train import (
     start,
     throughput,
 )
+from larimar_jax.train.checksums import array_checksums
 from larimar_jax.train.finish import finish
 from larimar_jax.train.held_out import HeldOut
 from larimar_jax.train.metrics import MetricsLog
-from larimar_jax.train.step import Stepper, TrainState, initialise
+from larimar_jax.train.step import Skeleton, Stepper, TrainState, initialise
 
 # Seconds that compiling, an evaluation or a save may take beyond `train.stall`.
 _SLOW = 3600.0
@@ -74,6 +76,9 @@ def _train(config: Config, run_dir: Path, dog: distributed.Watchdog, progress: b
     first = jax.process_index() == 0
     folder.claim(run_dir, config)
     mesh = sharding.make_mesh(config.train.mesh)
+    # Before the corpus is tokenised: what does not fit is said while little was done.
+    abstract = Skeleton(model.abstract(config))
+    Stepper(config, abstract, mesh)
     # A corpus takes its time, and whoever waits for its pieces gives up by itself.
     dog.beat(math.inf)
     source = corpus.open_corpus(config.data.corpus)
@@ -94,6 +99,8 @@ def _train(config: Config, run_dir: Path, dog: distributed.Watchdog, progress: b
         # Of a run that goes on as well: a checkpoint holds nothing of what is frozen.
         parameters = start.replace(parameters, config.train.start_from)
     frozen = stepper.freeze(parameters)
+    # No checkpoint holds these: when the run goes on they have to be what they were.
+    taken = [n for n in start.named(skeleton.parameters, config.train.start_from) if n in frozen]
     state = stepper.begin({name: parameters[name] for name in stepper.trained})
     del parameters
     data = config.data
@@ -102,6 +109,7 @@ def _train(config: Config, run_dir: Path, dog: distributed.Watchdog, progress: b
     )
     hashes = dict(zip(("encoder", "decoder"), (t.hash for t in tokenizers), strict=True))
     meta = {"config": configs.to_dict(config), "tokenizers": hashes}
+    meta["start"] = array_checksums({name: frozen[name] for name in taken})
     state = saved.restore(state, stream, meta)
     dog.beat(_SLOW)
     with _Run(config, run_dir, mesh, stepper, saved, meta, dog, progress) as run:
@@ -121,6 +129,8 @@ def _train(config: Config, run_dir: Path, dog: distributed.Watchdog, progress: b
             {**meta, "step": step, "evaluation": evaluation},
             progress=progress and first,
         )
+        if progress and first:
+            report.say(f"finished: {step:,} steps, the model is {run_dir / 'model.safetensors'}")
     return Outcome(step, finished, evaluation)
 
 
@@ -179,6 +189,12 @@ class _Saved:
                     "or the package of a tower has changed since; restore it, or start a new run."
                 )
             folder.same_run(found["config"], meta["config"], self.checkpoints.directory)
+            if found.get("start", meta["start"]) != meta["start"]:
+                raise folder.OtherRun(
+                    f"{self.checkpoints.directory} was begun with other frozen parameters than "
+                    "train.start_from now has: the run there has gone on since. Point it at a copy of "
+                    "what it was, or at one checkpoint (…/checkpoints/STEP), or start a new run."
+                )
 
         items = self._items(self._stepper.abstract())
         restored = self.checkpoints.restore(**items, data=stream, check=check)
