@@ -12,6 +12,8 @@ from larimar_jax.train import sharding, step
 
 K, C, N, Q = 5, 7, 3, 4
 VARIANTS = sorted(memory.variants())
+# One of each way to read: by the posterior, by M_ref, from a list, in slots that grow.
+KINDS = ["direct", "streaming", "nearest", "grown"]
 LINEAR = ("query", "memory", "both")
 
 
@@ -64,7 +66,8 @@ def test_a_reading_s_log_variance_is_the_formula(variant, setting):
     reread = built.read(*written(built, params, seed=5), queries).log_variance
     here = built.read(prior, state, queries).log_variance
     assert bool(jnp.allclose(here, other, atol=1e-3)) is (setting not in ("query", "both"))
-    assert bool(jnp.allclose(here, reread, atol=1e-3)) is (setting not in ("memory", "both"))
+    changes = setting in ("memory", "both") and built.STORES
+    assert bool(jnp.allclose(here, reread, atol=1e-3)) is not changes
 
 
 @pytest.mark.parametrize("setting", variance.SETTINGS)
@@ -99,7 +102,7 @@ def test_zero_maps_leave_one_number_per_slot(setting):
 
 
 @pytest.mark.parametrize("setting", variance.SETTINGS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", KINDS)
 def test_samples_have_the_variance_that_the_reading_names(variant, setting):
     built, params = drawn(variant, setting)
     prior, state = written(built, params)
@@ -115,7 +118,7 @@ def test_samples_have_the_variance_that_the_reading_names(variant, setting):
 
 
 @pytest.mark.parametrize("setting", variance.SETTINGS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", KINDS)
 def test_gradients_reach_every_part_and_are_those_of_differences(variant, setting):
     built, params = drawn(variant, setting)
     queries, keys, rng = facts(3, Q), facts(2), jax.random.key(7)
@@ -134,14 +137,18 @@ def test_gradients_reach_every_part_and_are_those_of_differences(variant, settin
     names += ["variance_by_memory"] if setting in ("memory", "both") else []
     for name in names:
         value, slope = getattr(params, name), getattr(gradient, name)
-        assert jnp.all(slope != 0.0)
+        # Where a memory has free slots their rows are zero, and B there is not asked.
+        filled = built.SAME == "matrix" or name != "variance_by_memory"
+        assert jnp.all(slope != 0.0) if filled else jnp.any(slope != 0.0)
         direction = jnp.float32(np.random.default_rng(5).standard_normal(value.shape))
 
         def moved(size, name=name, value=value, direction=direction):
             parts = {field: getattr(params, field) for field in vars(params)}
             return float(loss(memory.MemoryParams(**parts | {name: value + size * direction})))
 
-        want = (moved(1e-2) - moved(-1e-2)) / 2e-2
+        # Where nothing is written M is M₀, which is large here, and the loss bends sooner.
+        size = 1e-2 if built.STORES else 1e-3
+        want = (moved(size) - moved(-size)) / (2 * size)
         assert abs(float(jnp.sum(slope * direction)) - want) <= 2e-2 * max(1.0, abs(want)), name
 
 

@@ -189,7 +189,8 @@ class _Saved:
                     "or the package of a tower has changed since; restore it, or start a new run."
                 )
             folder.same_run(found["config"], meta["config"], self.checkpoints.directory)
-            if found.get("start", meta["start"]) != meta["start"]:
+            begun = meta.get("start", {})
+            if found.get("start", begun) != begun:
                 raise folder.OtherRun(
                     f"{self.checkpoints.directory} was begun with other frozen parameters than "
                     "train.start_from now has: the run there has gone on since. Point it at a copy of "
