@@ -5,10 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from larimar_jax.linalg import dot
+from larimar_jax.memory._rows import MATCH
 from larimar_jax.memory.contract import Memory, Prior, Reading, Sign, observe, pytree, sample
-
-# How near a fact has to be, relative to it, to be the one to forget (see direct.py).
-MATCH = 1e-3
 
 
 @pytree

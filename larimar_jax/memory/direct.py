@@ -18,26 +18,12 @@ stays exact for keys ≠ values, equal values under different keys, and a prior 
 
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from larimar_jax.linalg import dot, pinv
-from larimar_jax.memory.contract import (
-    Memory,
-    Prior,
-    Reading,
-    Sign,
-    observe,
-    pytree,
-    sample,
-    share,
-    static,
-)
-
-# How far a recomputed fact may lie from the written one, relative to it, to be the one to forget:
-# encoding a text in another batch shape moves it by 1e-6, a paraphrase by 1e-1.
-MATCH = 1e-3
+from larimar_jax.memory._rows import Rows
+from larimar_jax.memory.contract import Prior, Reading, pytree, sample, share, static
 
 
 @pytree
@@ -58,56 +44,25 @@ class DirectState:
 
 
 @pytree
-class Direct(Memory):
+class Direct(Rows):
     """Algorithm 1 with exact pseudo-inverses.
 
     query: what a query is addressed by. 'posterior' is Algorithm 1's W̄ = Q M†; 'prior' is
     W̄ = Q M_ref†, the protocol of §4, for which keys are prompts and values prompts with answers.
-
-    A later write adds its facts to those in the state: the memory is that of all of them, and
-    arrays grow with every write (each number of facts compiles once). Forgetting zeroes the
-    matching fact's row and leaves the shape; a fact written with noise can not be found again.
     """
 
     query: Literal["posterior", "prior"] = static(default="posterior", kw_only=True)
 
-    def empty(self, prior: Prior) -> DirectState:
-        """No facts: the memory is M₀."""
-        weights = jnp.zeros((0, self.slots), jnp.float32)
-        values = jnp.zeros((0, self.latent), jnp.float32)
-        return self._state(weights, values, jnp.zeros((), jnp.int32))
-
-    def write(
+    def solve(
         self,
         prior: Prior,
-        state: DirectState,
-        keys: Float[Array, "N C"],
+        weights: Float[Array, "N K"],
         values: Float[Array, "N C"],
-        sign: Sign = 1,
-        rng: PRNGKeyArray | None = None,
+        missing: Int[Array, ""],
     ) -> DirectState:
-        """Algorithm 1's write over all facts so far. In a batch of mixed signs the forgets go
-        first, and act on what was there before the batch."""
-        keys, values = observe(keys, values, self.noise, rng)
-        weights = self.address(prior, keys)
-        old_weights, old_values, missing = state.weights, state.values, state.missing
-        if not (isinstance(sign, int) and sign > 0):
-            signs = jnp.broadcast_to(jnp.asarray(sign, jnp.int32), keys.shape[:1])
-            keep, lost = _forget(old_weights, old_values, weights, values, signs < 0)
-            old_weights, old_values = (
-                jnp.where(keep[:, None], facts, 0.0) for facts in (old_weights, old_values)
-            )
-            missing = missing + lost
-            if isinstance(sign, int):
-                return self._state(old_weights, old_values, missing)
-            weights, values = (
-                jnp.where(signs[:, None] > 0, facts, 0.0) for facts in (weights, values)
-            )
-        return self._state(
-            jnp.concatenate([old_weights, weights]),
-            jnp.concatenate([old_values, values]),
-            missing,
-        )
+        """Algorithm 1's write."""
+        inverse, outer, inner = self._factors(weights, values)
+        return DirectState(weights, values, inverse, outer, inner, jnp.any(weights != 0), missing)
 
     def read(
         self,
@@ -143,12 +98,6 @@ class Direct(Memory):
         """M = W₀† Z, the least-squares memory of least norm; M₀ where no fact is left."""
         return jnp.where(state.written, dot(state.inverse, state.values), prior.memory)
 
-    def _state(
-        self, weights: Float[Array, "N K"], values: Float[Array, "N C"], missing: Int[Array, ""]
-    ) -> DirectState:
-        inverse, outer, inner = self._factors(weights, values)
-        return DirectState(weights, values, inverse, outer, inner, jnp.any(weights != 0), missing)
-
     def _factors(self, weights: Float[Array, "N K"], values: Float[Array, "N C"]):
         """W₀†, and the two factors of M† (see the head of this file)."""
         inverse = pinv(weights)
@@ -159,35 +108,3 @@ class Direct(Memory):
         seen = dot(weights, dot(inverse, values))  # Π Z
         told = dot(dot(inverse, values), pinv(values))  # W₀† Π_Z
         return inverse, pinv(seen), pinv(told)
-
-
-def _forget(
-    weights: Float[Array, "N K"],
-    values: Float[Array, "N C"],
-    gone_weights: Float[Array, "G K"],
-    gone_values: Float[Array, "G C"],
-    active: Bool[Array, "G"],
-) -> tuple[Bool[Array, "N"], Int[Array, ""]]:
-    """Which of the N facts stay when G are forgotten, and how many of the G were not there.
-
-    One forget takes out one copy of its fact, so forgets look one after the other.
-    """
-    if weights.shape[0] == 0:
-        return jnp.ones((0,), bool), jnp.sum(active & jnp.any(gone_weights != 0, axis=1)).astype(
-            jnp.int32
-        )
-
-    def close(facts, fact):
-        return jnp.sum(jnp.square(facts - fact), axis=1) <= MATCH**2 * jnp.sum(jnp.square(fact))
-
-    def step(keep, gone):
-        weight, value, wanted = gone
-        wanted = wanted & jnp.any(weight != 0)
-        match = keep & close(weights, weight) & close(values, value) & wanted
-        first = jnp.argmax(match)
-        keep = keep & ~(match & (jnp.arange(match.shape[0]) == first))
-        return keep, wanted & ~jnp.any(match)
-
-    present = jnp.any(weights != 0, axis=1)
-    keep, lost = jax.lax.scan(step, present, (gone_weights, gone_values, active))
-    return keep, jnp.sum(lost).astype(jnp.int32)

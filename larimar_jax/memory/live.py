@@ -5,11 +5,12 @@ its own gain (recursive least squares, Eq. 4),
 
     g = A⁻¹wᵀ,   M ← M + α g (z − wM) / (1 + α w g),   A⁻¹ ← A⁻¹ − α g gᵀ / (1 + α w g)
 
-and A⁻¹ is never formed: it is the inverse of the last factor, less the gains since then. What rounding
-does to M is not fed back into the statistics, which stay exact sums, and M is solved anew from them
-before it matters: after `RECENT` facts, where 1 + α w g is small (a fact is forgotten that nothing else
-supports: the difference cancels), where μ changes its level, or where A is so ill-conditioned that no
-gain can be trusted.
+and neither A⁻¹ nor M is touched: A⁻¹ is that of the last refresh less the gains since then, M that of
+the last refresh plus gains times errors, and the facts since then wait to be added to the statistics.
+All of it are a few rows. So what rounding does to M never reaches the statistics, which stay exact sums,
+and M is solved anew from them before it matters: after `RECENT` facts, where 1 + α w g is small (a fact
+is forgotten that nothing else supports: the difference cancels), where μ changes its level, or where A
+is so ill-conditioned that no gain can be trusted.
 
     now = live.begin(memory, prior, state)
     now, steps = live.stream(memory, prior, now, keys, values, signs)       # T facts, one by one
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax.linalg import (
+    Sum,
     add_ridge,
     cholesky,
     condition_of_inverse,
@@ -38,36 +40,55 @@ from larimar_jax.memory.contract import Prior, Sign, pytree
 from larimar_jax.memory.streaming import Streaming, StreamingState
 
 # Facts between two factorisations at the most.
-RECENT = 64
+RECENT = 128
 # Relative error of M that streaming may add. One fact adds CANCELLED · κ / support, which for K = 512 is
 # ten times what it was measured to add for κ from 3 to 2e4, and ROUNDING.
 DRIFT, CANCELLED, ROUNDING = 3e-5, 1e-9, 3e-8
+
+
+class Recent(NamedTuple):
+    """The facts since the last refresh, one a row; rows of zeros where there is none.
+
+    weights: w. news: z − wM₀, what the statistics take. signs: α, 0 for a forget that was refused.
+    gains: g. scales: α / (1 + α w g). errors: z − wM, M that before the fact. number: how many. trace:
+    tr(Σ α WᵀW) of all facts. drift: a bound on the relative error of M that was added since then.
+    """
+
+    weights: Float[Array, "R K"]
+    news: Float[Array, "R C"]
+    signs: Float[Array, "R"]
+    gains: Float[Array, "R K"]
+    scales: Float[Array, "R"]
+    errors: Float[Array, "R C"]
+    number: Int[Array, ""]
+    trace: Float[Array, ""]
+    drift: Float[Array, ""]
 
 
 @pytree
 class Live:
     """A streaming memory whose M is up to date.
 
-    state: its statistics are up to date, its factor and solution are not (`settle`). solution: M.
-    inverse: L⁻¹ of the factor of the last refresh. gains: g of the facts since then, one a row;
-    scales: α / (1 + α w g) of each, 0 where there is none. pending: how many. shrink: μ at the refresh.
-    condition: κ(A) there. drift: a bound on the relative error of M that was added since then.
-    owed_weights, owed_error, owed: a fact that the statistics have counted and must not, with the sign
-    that takes it out again.
+    state: its statistics, M and factor as of the last refresh. inverse: L⁻¹ of that factor. shrink: μ
+    there. condition: κ(A) there. recent: the facts since then.
     """
 
-    state: StreamingState | None
-    solution: Float[Array, "K C"]
+    state: StreamingState
     inverse: Float[Array, "K K"]
-    gains: Float[Array, "R K"]
-    scales: Float[Array, "R"]
-    pending: Int[Array, ""]
     shrink: Float[Array, ""]
     condition: Float[Array, ""]
-    drift: Float[Array, ""]
-    owed_weights: Float[Array, "K"]
-    owed_error: Float[Array, "C"]
-    owed: Float[Array, ""]
+    recent: Recent
+
+    @property
+    def solution(self) -> Float[Array, "K C"]:
+        """M."""
+        moved = dot(self.recent.gains.T * self.recent.scales, self.recent.errors)
+        return self.state.solution + moved
+
+    @property
+    def count(self) -> Int[Array, ""]:
+        """Facts in."""
+        return self.state.count + jnp.sum(self.recent.signs).astype(jnp.int32)
 
 
 class Step(NamedTuple):
@@ -85,67 +106,66 @@ class Step(NamedTuple):
 def begin(memory: Streaming, prior: Prior, state: StreamingState) -> Live:
     """Makes a state live."""
     zero, k, c = jnp.zeros((), jnp.float32), memory.slots, memory.latent
-    blank = Live(
-        state,
-        state.solution,
-        jnp.zeros((k, k), jnp.float32),
-        jnp.zeros((RECENT, k), jnp.float32),
-        jnp.zeros((RECENT,), jnp.float32),
-        jnp.zeros((), jnp.int32),
-        zero,
-        zero,
-        zero,
-        jnp.zeros((k,), jnp.float32),
-        jnp.zeros((c,), jnp.float32),
-        zero,
+
+    def rows(*width: int):
+        return jnp.zeros((RECENT, *width), jnp.float32)
+
+    nothing = Recent(
+        rows(k), rows(c), rows(), rows(k), rows(), rows(c), jnp.zeros((), jnp.int32), zero, zero
     )
-    return refresh(memory, prior, blank)
+    return refresh(memory, prior, Live(state, jnp.zeros((k, k), jnp.float32), zero, zero, nothing))
 
 
 def settle(memory: Streaming, prior: Prior, live: Live) -> StreamingState:
     """The state as `Streaming.write` would have left it: with M and its factor solved anew."""
-    return memory.solve(prior, _paid(live).state)
+    return memory.solve(prior, _summed(live))
 
 
 def read(
     memory: Streaming, prior: Prior, live: Live, queries: Float[Array, "Q C"]
 ) -> Float[Array, "Q C"]:
     """Z_read = W M, as the memory is now."""
-    return dot(memory.address(prior, queries), live.solution)
+    weights = memory.address(prior, queries)
+    moved = dot(dot(weights, live.recent.gains.T) * live.recent.scales, live.recent.errors)
+    return dot(weights, live.state.solution) + moved
 
 
 def refresh(memory: Streaming, prior: Prior, live: Live) -> Live:
     """M solved anew from the statistics; NaN where A is indefinite."""
-    live = _paid(live)
-    gram = live.state.gram.total()
-    shrink = memory.shrink(gram)
-    factor = cholesky(add_ridge(gram, memory.ridge + shrink))
-    return _renewed(live, prior, factor, shrink, live.state.cross.total())
+    state = _summed(live)
+    return _renewed(live, prior, state, *_factored(memory, state.gram))
 
 
-def _renewed(live: Live, prior: Prior, factor, shrink, cross) -> Live:
-    inverse = lower_inverse(factor)
-    return dataclasses.replace(
-        live,
-        solution=prior.memory + factor_solve(factor, cross - shrink * prior.memory),
-        inverse=inverse,
-        scales=jnp.zeros_like(live.scales),
-        pending=jnp.zeros((), jnp.int32),
-        shrink=shrink,
-        condition=condition_of_inverse(factor, inverse),
-        drift=jnp.zeros((), jnp.float32),
+def _summed(live: Live) -> StreamingState:
+    """The statistics with the recent facts; solution and factor are those of before."""
+    state, recent = live.state, live.recent
+    gram, cross = rank_update(
+        (state.gram, state.cross), recent.weights, recent.news, recent.signs
     )
+    added = jnp.sum(recent.signs * jnp.sum(jnp.square(recent.news), axis=1))
+    energy = state.energy.plus(added[None, None])
+    return dataclasses.replace(state, gram=gram, cross=cross, energy=energy, count=live.count)
 
 
-def _paid(live: Live) -> Live:
-    """What is owed to the statistics, taken out."""
-    rows = (live.owed_weights[None], live.owed_error[None], live.owed[None])
-    state = live.state
-    gram, cross = rank_update((state.gram, state.cross), *rows)
-    energy = state.energy.plus((live.owed * jnp.sum(jnp.square(live.owed_error)))[None, None])
-    count = state.count + live.owed.astype(jnp.int32)
-    state = dataclasses.replace(state, gram=gram, cross=cross, energy=energy, count=count)
-    return dataclasses.replace(live, state=state, owed=jnp.zeros((), jnp.float32))
+def _factored(memory: Streaming, gram: Sum):
+    """The factor of A, μ, and tr(Σ α WᵀW)."""
+    total = gram.total()
+    trace = jnp.trace(total)
+    shrink = memory.shrink_of(trace)
+    return cholesky(add_ridge(total, memory.ridge + shrink)), shrink, trace
+
+
+def _renewed(live: Live, prior: Prior, state: StreamingState, factor, shrink, trace) -> Live:
+    inverse = lower_inverse(factor)
+    change = factor_solve(factor, state.cross.total() - shrink * prior.memory)
+    cleared = jax.tree.map(jnp.zeros_like, live.recent)
+    return Live(
+        dataclasses.replace(state, factor=factor, solution=prior.memory + change),
+        inverse,
+        shrink,
+        condition_of_inverse(factor, inverse, steps=6),
+        cleared._replace(trace=trace),
+    )
 
 
 def update(
@@ -162,49 +182,52 @@ def update(
       The memory; what the fact did; and whether it is due: `refresh` it before the next fact, and
       before it is read. (Its statistics are right in any case.)
     """
-    weights = memory.address(prior, key[None])[0]
-    live, step, due, _ = _moved(memory, prior, live, weights, value, sign)
-    return live, step, due
+    weights = memory.address(prior, key[None])
+    fact = _fact(live, prior, weights, value[None], sign)
+    recent, step, due = _moved(memory, live, live.recent, *(row[0] for row in fact))
+    return dataclasses.replace(live, recent=recent), step, due
 
 
-def _moved(memory: Streaming, prior: Prior, live: Live, w, value, sign):
-    alpha = jnp.where(jnp.any(w != 0), jnp.asarray(sign, jnp.float32).reshape(()), 0.0)
-    value, state = value.astype(jnp.float32), live.state
-    new = value - dot(w, prior.memory)
-    # What is owed goes out with the new fact in, in one pass over the statistics.
-    rows = (
-        jnp.stack([w, live.owed_weights]),
-        jnp.stack([new, live.owed_error]),
-        jnp.stack([alpha, live.owed]),
+def _fact(live: Live, prior: Prior, weights, values, sign):
+    """What `_moved` needs of facts, for many of them at once: w, z − wM₀, z − wM and w A⁻¹ with the M
+    and A of the last refresh, and α, 0 for padding."""
+    values = values.astype(jnp.float32)
+    signs = jnp.broadcast_to(jnp.asarray(sign, jnp.float32), weights.shape[:1])
+    return (
+        weights,
+        values - dot(weights, prior.memory),
+        values - dot(weights, live.state.solution),
+        dot(dot(weights, live.inverse.T), live.inverse),
+        jnp.where(jnp.any(weights != 0, axis=1), signs, 0.0),
     )
-    gram, cross = rank_update((state.gram, state.cross), *rows)
-    energy = state.energy.plus(jnp.sum(rows[2] * jnp.sum(jnp.square(rows[1]), axis=1))[None, None])
-    count = state.count + jnp.sum(rows[2]).astype(jnp.int32)
-    gain = dot(live.inverse.T, dot(live.inverse, w))
-    gain = gain - dot(live.gains.T, live.scales * dot(live.gains, w))
+
+
+def _moved(memory: Streaming, live: Live, recent: Recent, w, new, error, gain, alpha):
+    """One fact more: (the recent facts, what it did, whether a refresh is due)."""
+    shares = recent.scales * dot(recent.gains, w)
+    gain = gain - dot(shares, recent.gains)
+    error = error - dot(shares, recent.errors)
     leverage = dot(w, gain)
     support = 1.0 + alpha * leverage
-    scale = alpha / jnp.where(support > 0, support, 1.0)
-    error = value - dot(w, live.solution)
-    last = jnp.minimum(live.pending, live.gains.shape[0] - 1)
     added = CANCELLED * live.condition / jnp.maximum(support, 1e-6) + ROUNDING
-    drift = live.drift + jnp.where(alpha == 0, 0.0, added)
-    moved = dataclasses.replace(
-        live,
-        state=dataclasses.replace(state, gram=gram, cross=cross, energy=energy, count=count),
-        solution=live.solution + (scale * gain)[:, None] * error[None, :],
-        gains=live.gains.at[last].set(gain),
-        scales=live.scales.at[last].set(scale),
-        pending=live.pending + 1,
+    drift = recent.drift + jnp.where(alpha == 0, 0.0, added)
+    trace = recent.trace + alpha * jnp.sum(jnp.square(w))
+    last = jnp.minimum(recent.number, RECENT - 1)
+    now = Recent(
+        weights=recent.weights.at[last].set(w),
+        news=recent.news.at[last].set(new),
+        signs=recent.signs.at[last].set(alpha),
+        gains=recent.gains.at[last].set(gain),
+        scales=recent.scales.at[last].set(alpha / jnp.where(support > 0, support, 1.0)),
+        errors=recent.errors.at[last].set(error),
+        number=recent.number + 1,
+        trace=trace,
         drift=drift,
-        owed=jnp.zeros((), jnp.float32),
     )
-    size = jnp.trace(gram.high) + jnp.trace(gram.low)
-    due = (memory.shrink_of(size) != live.shrink) | (drift > DRIFT) | (support <= 0)
-    due = due | (moved.pending >= live.gains.shape[0])
+    due = (memory.shrink_of(trace) != live.shrink) | (drift > DRIFT) | (support <= 0)
+    due = due | (now.number >= RECENT)
     no = jnp.zeros((), bool)
-    step = Step(leverage, jnp.sqrt(jnp.sum(jnp.square(error))), support, no, no)
-    return moved, step, due, (w, new, alpha)
+    return now, Step(leverage, jnp.sqrt(jnp.sum(jnp.square(error))), support, no, no), due
 
 
 def stream(
@@ -220,40 +243,64 @@ def stream(
     M is right after each of them, to `DRIFT`. A forget that would leave A indefinite changes nothing
     and counts in `missing`, as in `Streaming.write`. Not for differentiation: M counts as a constant.
     """
-
-    def one(live: Live, fact):
-        w, value, sign = fact
-        moved, step, due, (w, new, alpha) = _moved(memory, prior, live, w, value, sign)
-        # The statistics stay out of the branches: they would be copied there at every fact.
-        state = moved.state
-        cached = dataclasses.replace(moved, state=None)
-
-        def anew(cached: Live) -> tuple[Live, Bool[Array, ""]]:
-            gram, cross = state.gram.total(), state.cross.total()
-            shrink = memory.shrink(gram)
-            ridge = memory.ridge + shrink
-            factor = cholesky(add_ridge(gram, ridge))
-            sound = is_positive_definite(factor) | (alpha >= 0)
-            back = jnp.where(sound, 0.0, alpha)
-            gram = gram - back * w[:, None] * w[None, :]
-            cross = cross - back * w[:, None] * new[None, :]
-            shrink = jnp.where(sound, shrink, memory.shrink(gram))
-            ridge = memory.ridge + shrink
-            factor = jax.lax.cond(
-                sound, lambda: factor, lambda: cholesky(add_ridge(gram, ridge))
-            )
-            solved = _renewed(cached, prior, factor, shrink, cross)
-            return dataclasses.replace(
-                solved, owed_weights=w, owed_error=new, owed=-back
-            ), ~sound
-
-        cached, refused = jax.lax.cond(due, anew, lambda c: (c, jnp.zeros((), bool)), cached)
-        state = dataclasses.replace(state, missing=state.missing + refused.astype(jnp.int32))
-        live = dataclasses.replace(cached, state=state)
-        return live, step._replace(refreshed=due, refused=refused)
-
+    total = keys.shape[0]
+    window = min(total, RECENT)
     weights = memory.address(prior, jax.lax.stop_gradient(keys))
-    signs = jnp.broadcast_to(jnp.asarray(sign, jnp.int32), keys.shape[:1])
-    facts = (weights, jax.lax.stop_gradient(values), signs)
-    live, steps = jax.lax.scan(one, live, facts)
-    return _paid(live), steps
+    signs = jnp.broadcast_to(jnp.asarray(sign, jnp.float32), (total,))
+    # As many rows more as a window that begins at the last fact needs.
+    given = tuple(
+        jnp.pad(rows, ((0, window), *((0, 0),) * (rows.ndim - 1)))
+        for rows in (weights, jax.lax.stop_gradient(values), signs)
+    )
+
+    def segment(carry):
+        """Facts up to the next refresh, and the refresh: what they need of M and A is computed for all
+        of them at once."""
+        live, steps, start = carry
+        rows = (jax.lax.dynamic_slice_in_dim(x, start, window) for x in given)
+        facts = _fact(live, prior, *rows)
+        end = jnp.minimum(start + window, total)
+
+        def fact(carry):
+            recent, steps, at, _ = carry
+            recent, step, due = _moved(memory, live, recent, *(x[at - start] for x in facts))
+            steps = jax.tree.map(lambda all_, one: all_.at[at].set(one), steps, step)
+            return recent, steps, at + 1, due
+
+        recent, steps, at, due = jax.lax.while_loop(
+            lambda carry: (carry[2] < end) & ~carry[3],
+            fact,
+            (live.recent, steps, start, jnp.zeros((), bool)),
+        )
+        # A loop of one turn or none: a condition would copy what it leaves as it is.
+        live, refused, _ = jax.lax.while_loop(
+            lambda carry: carry[2],
+            lambda carry: (*_checked(memory, prior, carry[0]), jnp.zeros((), bool)),
+            (dataclasses.replace(live, recent=recent), jnp.zeros((), bool), due),
+        )
+        steps = steps._replace(
+            refreshed=steps.refreshed.at[at - 1].set(due), refused=steps.refused.at[at - 1].set(refused)
+        )
+        return live, steps, at
+
+    real, truth = jnp.zeros((total,), jnp.float32), jnp.zeros((total,), bool)
+    start = (live, Step(real, real, real, truth, truth), jnp.zeros((), jnp.int32))
+    live, steps, _ = jax.lax.while_loop(lambda carry: carry[2] < total, segment, start)
+    return live, steps
+
+
+def _checked(memory: Streaming, prior: Prior, live: Live) -> tuple[Live, Bool[Array, ""]]:
+    """`refresh`, and whether the last fact was a forget that A does not stand: then without it."""
+    recent = live.recent
+    last = jnp.minimum(recent.number, RECENT) - 1
+    state = _summed(live)
+    found = _factored(memory, state.gram)
+    refused = ~is_positive_definite(found[0]) & (recent.signs[last] < 0)
+
+    def without():
+        fewer = recent._replace(signs=recent.signs.at[last].set(0.0))
+        state = _summed(dataclasses.replace(live, recent=fewer))
+        state = dataclasses.replace(state, missing=state.missing + 1)
+        return state, *_factored(memory, state.gram)
+
+    return _renewed(live, prior, *jax.lax.cond(refused, without, lambda: (state, *found))), refused

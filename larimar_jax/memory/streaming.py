@@ -59,6 +59,14 @@ from larimar_jax.memory.contract import (
 )
 
 
+def level(trace: Float[Array, ""], slots: int) -> Float[Array, ""]:
+    """tr(Σ α WᵀW) / K to the nearest power of two, 0 where nothing is in; a constant to
+    differentiation."""
+    size = jax.lax.stop_gradient(trace) / slots
+    power = jnp.exp2(jnp.round(jnp.log2(jnp.maximum(size, jnp.finfo(jnp.float32).tiny))))
+    return jnp.where(size > 0, power, 0.0)
+
+
 @pytree
 class StreamingState:
     """Sufficient statistics of one memory (λ and μ not included), and the solution they imply.
@@ -149,9 +157,7 @@ class Streaming(Memory):
 
     def shrink_of(self, trace: Float[Array, ""]) -> Float[Array, ""]:
         """μ of the trace of Σ α WᵀW."""
-        size = jax.lax.stop_gradient(trace) / self.slots
-        level = jnp.exp2(jnp.round(jnp.log2(jnp.maximum(size, jnp.finfo(jnp.float32).tiny))))
-        return jnp.where(size > 0, jnp.square(self.query_noise) * level, 0.0)
+        return jnp.square(self.query_noise) * level(trace, self.slots)
 
     def solve(self, prior: Prior, state: StreamingState) -> StreamingState:
         """M and the factor of A from the statistics; NaN where A is not positive definite."""

@@ -102,7 +102,7 @@ def run(ridge, noise, steps):
             "read_noisy": apart(noisy),
             "memory": apart(np.eye(SLOTS)),
             "certificate": float(certify(now, prior)),
-            "count": int(now.state.count),
+            "count": int(now.count),
             "refused": int(now.state.missing),
             "condition": float(now.condition),
             "refreshed": refreshed,

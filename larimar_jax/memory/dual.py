@@ -1,0 +1,89 @@
+"""Ridge regression in its dual form: many memories of few facts each (§4).
+
+The memory is that of `streaming`, with the same λ and μ, and costs N x N where N facts are in: with
+r = λ + μ and S = W Wᵀ + rI, the identity (WᵀW + rI)⁻¹Wᵀ = WᵀS⁻¹ turns its solution into
+
+    M = βM₀ + WᵀS⁻¹ (Z − βWM₀),     β = λ / r
+
+and what is read into βwM₀ + (wWᵀ) S⁻¹ (Z − βWM₀). Neither A nor M is ever formed, so that a thousand
+tenants with sixteen facts each take the room of one full memory, and are solved under one `vmap`.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from larimar_jax.linalg import add_ridge, cholesky, dot, spd_solve
+from larimar_jax.memory._rows import Rows
+from larimar_jax.memory.contract import Prior, Reading, Real, pytree, sample, share
+from larimar_jax.memory.streaming import level
+
+
+@pytree
+class DualState:
+    """The facts of one memory, forgotten and padded ones as zero rows, and what a read needs of them.
+
+    factor: Cholesky of S. solved: S⁻¹ (Z − βWM₀). shrink: μ. missing: forgets that found nothing.
+    """
+
+    weights: Float[Array, "N K"]
+    values: Float[Array, "N C"]
+    factor: Float[Array, "N N"]
+    solved: Float[Array, "N C"]
+    shrink: Float[Array, ""]
+    missing: Int[Array, ""]
+
+
+@pytree
+class Dual(Rows):
+    """The streaming memory of few facts.
+
+    ridge: λ; query_noise: ρ, how far queries are expected to lie from keys (see streaming.py).
+    """
+
+    ridge: Real = dataclasses.field(default=1e-2, kw_only=True)
+    query_noise: Real = dataclasses.field(default=0.5, kw_only=True)
+
+    def solve(
+        self,
+        prior: Prior,
+        weights: Float[Array, "N K"],
+        values: Float[Array, "N C"],
+        missing: Int[Array, ""],
+    ) -> DualState:
+        """S, and its solution for all facts."""
+        shrink = jnp.square(self.query_noise) * level(jnp.sum(jnp.square(weights)), self.slots)
+        products = dot(weights, weights.T)
+        factor = cholesky(add_ridge(products, self.ridge + shrink))
+        wanted = values - self._kept(shrink) * dot(weights, prior.memory)
+        solved = spd_solve(add_ridge(products, self.ridge + shrink), factor, wanted)
+        return DualState(weights, values, factor, solved, shrink, missing)
+
+    def read(
+        self,
+        prior: Prior,
+        state: DualState,
+        queries: Float[Array, "Q C"],
+        rng: PRNGKeyArray | None = None,
+    ) -> Reading:
+        """Z_read = W M with W addressed by M_ref. Confidence: 1 − ‖w − w WᵀS⁻¹W‖² / ‖w‖²."""
+        mean = self.address(prior, queries)
+        log_variance = self.log_variance(prior, state, queries)
+        weights = sample(mean, log_variance, rng)
+        latent = self._kept(state.shrink) * dot(weights, prior.memory)
+        latent = latent + dot(dot(weights, state.weights.T), state.solved)
+        squared = jnp.sum(jnp.square(mean), axis=1)
+        products = add_ridge(dot(state.weights, state.weights.T), self.ridge + state.shrink)
+        shares = spd_solve(products, state.factor, dot(state.weights, mean.T))
+        left = jnp.sum(jnp.square(mean - dot(shares.T, state.weights)), axis=1)
+        return Reading(latent, mean, log_variance, share(squared - left, squared))
+
+    def matrix(self, prior: Prior, state: DualState) -> Float[Array, "K C"]:
+        """The posterior memory M."""
+        return self._kept(state.shrink) * prior.memory + dot(state.weights.T, state.solved)
+
+    def _kept(self, shrink: Float[Array, ""]) -> Float[Array, ""]:
+        """β, the share of M₀ that is kept where nothing is written; 1 where μ is 0, whatever λ."""
+        ridge = jnp.asarray(self.ridge, jnp.float32)
+        return jnp.where(shrink > 0, ridge / jnp.where(shrink > 0, ridge + shrink, 1.0), 1.0)
