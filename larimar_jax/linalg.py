@@ -1,11 +1,10 @@
-"""Least squares on one system: pseudo-inverses, ridge solves, and statistics that are added up.
+"""Least squares on one system: pseudo-inverses, ridge solves, factors and their condition.
 
 Everything here is float32 at the highest matmul precision, acts on one system (callers `vmap`), is
 differentiable, and has static shapes: a rank is never read out to choose a shape.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -153,51 +152,6 @@ def newton_schulz_pinv(
         return 2.0 * x - xax, None
 
     return jax.lax.scan(step, start, None, length=steps)[0]
-
-
-class Sum(NamedTuple):
-    """A sum in about twice float32: `high` is the rounded total, `low` what rounding left."""
-
-    high: Float[Array, "K C"]
-    low: Float[Array, "K C"]
-
-    def total(self) -> Float[Array, "K C"]:
-        """The sum as one float32 matrix."""
-        return self.high + self.low
-
-    def plus(self, term: Float[Array, "K C"]) -> "Sum":
-        """The sum with one more term, whose rounding is kept."""
-        high, error = _two_sum(self.high, term)
-        return Sum(high, self.low + error)
-
-
-def zero_sum(rows: int, columns: int) -> Sum:
-    """The empty sum."""
-    return Sum(jnp.zeros((rows, columns), jnp.float32), jnp.zeros((rows, columns), jnp.float32))
-
-
-def _two_sum(a, b):
-    """Knuth's error-free addition: a + b = total + error exactly, without comparing magnitudes."""
-    total = a + b
-    part = total - a
-    return total, (a - (total - part)) + (b - part)
-
-
-def rank_update(
-    sums: tuple[Sum, Sum],
-    weights: Float[Array, "N K"],
-    errors: Float[Array, "N C"],
-    sign: Float[Array, "N"],
-) -> tuple[Sum, Sum]:
-    """Adds Σᵢ sᵢ wᵢᵀwᵢ and Σᵢ sᵢ wᵢᵀeᵢ over N facts to the statistics of least squares (Eq. 3).
-
-    The products of this batch are rounded as one matmul rounds them; adding them to what was there
-    loses nothing. So thousands of writes do not drift, and what is written and later forgotten with
-    the same weights leaves nothing behind, however large the sums have grown in between.
-    """
-    signed = (weights * sign[:, None]).T
-    gram, cross = sums
-    return gram.plus(dot(signed, weights)), cross.plus(dot(signed, errors))
 
 
 @_one_at_a_time

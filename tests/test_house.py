@@ -19,6 +19,7 @@ FLOORS = {
     "registry": 0,
     "cross_entropy": 1,
     "linalg": 1,
+    "sums": 1,
     "rotary": 1,
     "layers": 1,
     "encoders": 2,

@@ -74,7 +74,8 @@ def test_a_long_stream_reads_as_the_facts_that_are_in(ridge, noise):
     written = variant.write(prior, variant.empty(prior), k[jnp.array(inside)], v[jnp.array(inside)])
     assert int(state.count) == IN
     np.testing.assert_allclose(state.gram.total(), written.gram.total(), atol=1e-6)
-    assert np.linalg.norm(np.float64(state.solution) - want) < 1e-4 * np.linalg.norm(want)
+    read = w @ np.float64(state.solution)
+    assert np.linalg.norm(read - w @ want) < 3e-5 * np.linalg.norm(w @ want)
     # A refresh comes by itself, and not at every fact where none is needed.
     refreshed = float(steps.refreshed.mean())
     assert len(signs) // live.RECENT / len(signs) <= refreshed + 1e-6

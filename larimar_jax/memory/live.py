@@ -26,7 +26,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax.linalg import (
-    Sum,
     add_ridge,
     cholesky,
     condition_of_inverse,
@@ -34,10 +33,10 @@ from larimar_jax.linalg import (
     factor_solve,
     is_positive_definite,
     lower_inverse,
-    rank_update,
 )
 from larimar_jax.memory.contract import Prior, Sign, pytree
 from larimar_jax.memory.streaming import Streaming, StreamingState
+from larimar_jax.sums import Sum, rank_update
 
 # Facts between two factorisations at the most.
 RECENT = 128

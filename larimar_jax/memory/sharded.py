@@ -21,9 +21,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from larimar_jax.linalg import Sum, cholesky, dot, solve_lower
+from larimar_jax.linalg import cholesky, dot, solve_lower
 from larimar_jax.memory.contract import Prior, Sign
 from larimar_jax.memory.streaming import Streaming, StreamingState
+from larimar_jax.sums import Sum
 
 
 class Place(NamedTuple):

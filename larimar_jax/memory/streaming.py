@@ -36,15 +36,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from larimar_jax.linalg import (
-    Sum,
     add_ridge,
     cholesky,
     condition,
     dot,
     is_positive_definite,
-    rank_update,
     spd_solve,
-    zero_sum,
 )
 from larimar_jax.memory.contract import (
     Memory,
@@ -57,6 +54,7 @@ from larimar_jax.memory.contract import (
     sample,
     share,
 )
+from larimar_jax.sums import Sum, rank_update, zero_sum
 
 
 def level(trace: Float[Array, ""], slots: int) -> Float[Array, ""]:

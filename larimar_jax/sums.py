@@ -1,0 +1,84 @@
+"""Sums in about twice float32, and the statistics of least squares added up in them.
+
+A fact that is written in one batch and forgotten in another must leave nothing behind, after a million
+others: neither the product of a batch nor adding it to a sum may round as float32 does.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from larimar_jax.linalg import dot
+
+
+class Sum(NamedTuple):
+    """A sum in about twice float32: `high` is the rounded total, `low` what rounding left."""
+
+    high: Float[Array, "K C"]
+    low: Float[Array, "K C"]
+
+    def total(self) -> Float[Array, "K C"]:
+        """The sum as one float32 matrix."""
+        return self.high + self.low
+
+    def plus(self, term: Float[Array, "K C"]) -> "Sum":
+        """The sum with one more term, whose rounding is kept."""
+        high, error = _two_sum(self.high, term)
+        return Sum(high, self.low + error)
+
+
+def zero_sum(rows: int, columns: int) -> Sum:
+    """The empty sum."""
+    return Sum(jnp.zeros((rows, columns), jnp.float32), jnp.zeros((rows, columns), jnp.float32))
+
+
+def _two_sum(a, b):
+    """Knuth's error-free addition: a + b = total + error exactly, without comparing magnitudes."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
+
+
+def rank_update(
+    sums: tuple[Sum, Sum],
+    weights: Float[Array, "N K"],
+    errors: Float[Array, "N C"],
+    sign: Float[Array, "N"],
+) -> tuple[Sum, Sum]:
+    """Adds Σᵢ sᵢ wᵢᵀwᵢ and Σᵢ sᵢ wᵢᵀeᵢ over N facts, sᵢ ∈ {−1, 0, 1}, to the statistics of least
+    squares (Eq. 3).
+
+    What rounds in the product of 100 facts is a hundredth of what rounds in one matmul (a tenth for
+    3,000), and adding it to what was there loses nothing. So a million facts do not drift that are
+    written in one batch and forgotten in another, however large the sums have grown in between.
+    """
+    signed = weights * sign[:, None]
+    gram, cross = sums
+    for_gram, for_cross = _product(signed, weights), _product(signed, errors)
+    for part in for_gram:
+        gram = gram.plus(part)
+    for part in for_cross:
+        cross = cross.plus(part)
+    return gram, cross
+
+
+def _product(left: Float[Array, "N K"], right: Float[Array, "N C"]):
+    """leftᵀ right, as two matrices to be added up: the product of the leading bits, which is exact
+    (sums of integers below 2²⁴), and all the rest."""
+    left_coarse, right_coarse = _coarse(left), _coarse(right)
+    rest = dot(
+        jnp.concatenate([left_coarse, left - left_coarse]).T,
+        jnp.concatenate([right - right_coarse, right]),
+    )
+    return dot(left_coarse.T, right_coarse), rest
+
+
+def _coarse(rows: Float[Array, "N C"]) -> Float[Array, "N C"]:
+    """The leading bits of all numbers on one grid, as many as N products can be added up of exactly;
+    a constant to differentiation."""
+    rows = jax.lax.stop_gradient(rows)
+    bits = max(1, (24 - max(0, rows.shape[0] - 1).bit_length()) // 2)
+    _, exponent = jnp.frexp(jnp.max(jnp.abs(rows), initial=0.0))
+    return jnp.ldexp(jnp.round(jnp.ldexp(rows, bits - exponent)), exponent - bits)
