@@ -81,7 +81,10 @@ def outcome(run: Callable[[], Any]) -> int:
     from larimar_jax.train import distributed
 
     try:
-        return 0 if run().finished else distributed.RETRY
+        code = 0 if run().finished else distributed.RETRY
+        if jax.process_count() > 1:
+            distributed.end(code)
+        return code
     except Exception as error:
         # What a connection that breaks is reported as; any other error would come again.
         lost = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "Gloo", "NCCL", "Connection")

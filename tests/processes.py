@@ -53,7 +53,9 @@ def start(values, run, *, count=1, devices=8, deaths=None):
     """
     coordinator = f"127.0.0.1:{free_port()}"
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // count}",
+        # The last of two settings counts.
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
+        + f" --xla_force_host_platform_device_count={devices // count}",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
     }

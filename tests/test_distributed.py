@@ -160,7 +160,8 @@ def test_what_one_process_cannot_read_is_damaged_for_all():
         "import sys; from larimar_jax.train import checkpoint, distributed as d; i = {index}\n"
         "d.initialise(d.Place('127.0.0.1:{port}', 2, i), start=60)\n"
         "read = lambda: 1 // (1 - i) if {damaged} else 7\n"
-        "found, damage = checkpoint._tried(read); print(found, type(damage).__name__, damage)"
+        "found, damage = checkpoint._tried(read); print(found, type(damage).__name__, damage)\n"
+        "sys.stdout.flush(); d.end(0)"
     )
     for damaged, said in (
         (True, ["None ValueError process 1 could not read it", "None ZeroDivisionError"]),

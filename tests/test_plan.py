@@ -24,7 +24,7 @@ TOWERS = {
 
 
 def _plan(*arguments, optimized=True):
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
     if optimized:  # As a user compiles it.
         environment.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
     line = [sys.executable, "-m", "larimar_jax.cli", "plan", *arguments]

@@ -174,8 +174,9 @@ def test_every_gradient_matches_torch(name):
     assert not {path: e for path, e in error.items() if e > max(1e-3 * norms[path], rounding)}
 
 
+# A layer of each file with a tower; what sets models of one file apart is in `computed` above.
 @pytest.mark.parametrize("remat", ["dots", "layers"])
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", ["tiny_bert", "tiny_gpt2", "tiny_gptj", "tiny_llama"])
 def test_remat_changes_no_gradient(name, remat):
     got, want = computed(name, remat=remat)[2], computed(name)[2]
     whole = np.sqrt(sum(np.sum(np.square(gradient)) for gradient in want.values()))

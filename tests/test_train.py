@@ -272,9 +272,8 @@ def one_device(tiny):
     return _two_steps(tiny, (1, 1, 1))
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2)])
-def test_any_mesh_computes_what_one_device_does(tiny, one_device, mesh):
-    losses, state, _ = _two_steps(tiny, mesh)
+def test_a_mesh_computes_what_one_device_does(tiny, one_device):
+    losses, state, _ = _two_steps(tiny, (4, 2, 1))
     np.testing.assert_allclose(losses, one_device[0], rtol=2e-5)
     for name, leaf in one_device[1].params.items():
         assert leaf.shape == state.params[name].shape

@@ -1,6 +1,6 @@
 """A million facts in and out of one streaming memory in float32, beside float64.
 
-    python tests/long/drift.py --out runs/drift        # about 25 minutes for each ridge on 2 cores
+    python tests/long/drift.py --out runs/drift        # about 5 minutes for each ridge on 2 cores
 
 256 facts are in at any time (K = 512, C = 768); each two steps forget one of them and write another of
 1,024. Every 50,000 steps the memory is compared with a float64 solve of the facts that are in, and its
