@@ -17,6 +17,7 @@ values, run, place, death, dying = map(json.loads, sys.argv[1:])
 from larimar_jax import config, runs
 from larimar_jax.train import distributed, loop, step
 place = distributed.Place(*place) if place else None
+distributed.LEAVE = 4
 distributed.initialise(place, heartbeat=10 if dying else 100, start=200)
 if death:
     original = step.Stepper.__init__

@@ -132,3 +132,43 @@ def test_batches_are_a_vmap(function):
     batch = jax.random.normal(jax.random.key(2), (3, 4, 6))
     one_by_one = jnp.stack([function(a) for a in batch])
     np.testing.assert_allclose(jax.vmap(function)(batch), one_by_one, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 16, 33, 130, 300])
+def test_an_inverse_factor_alone_and_in_a_batch(size):
+    rng = np.random.default_rng(size)
+    rows = rng.standard_normal((3, size, size + 5))
+    grams = rows @ rows.transpose(0, 2, 1) + np.eye(size)
+    want = np.linalg.inv(np.linalg.cholesky(grams))
+    # Only the lower half is read.
+    lower = jnp.float32(np.tril(grams) + 7 * np.triu(np.ones((size, size)), 1))
+    close(jax.jit(linalg.inverse_factor)(lower[0]), want[0], 1e-5)
+    close(jax.jit(jax.vmap(linalg.inverse_factor))(lower), want, 1e-5)
+    assert not np.isfinite(linalg.inverse_factor(-lower[0])).all()
+
+
+def test_inverse_solve_and_its_slopes():
+    rng = np.random.default_rng(0)
+    a, right, on = rng.standard_normal((6, 9)), rng.standard_normal((6, 4)), rng.standard_normal((6, 4))
+    gram = a @ a.T
+
+    def value(gram, right):
+        return jnp.sum(on * linalg.inverse_solve(gram, linalg.inverse_factor(gram), right))
+
+    for_gram, for_right = jax.grad(value, argnums=(0, 1))(jnp.float32(gram), jnp.float32(right))
+    back, solved = np.linalg.solve(gram, on), np.linalg.solve(gram, right)
+    close(for_gram, -back @ solved.T, 1e-4)
+    close(for_right, back, 1e-4)
+
+
+def test_a_condition_of_many_is_one_for_all():
+    def skip(x):
+        return jax.lax.cond(linalg.everywhere(x > 0), lambda: x, lambda: -x)
+
+    some, all_of_them = jnp.float32([1.0, -2.0, 3.0]), jnp.float32([1.0, 2.0])
+    np.testing.assert_array_equal(jax.vmap(skip)(some), -some)
+    np.testing.assert_array_equal(jax.vmap(skip)(all_of_them), all_of_them)
+    np.testing.assert_array_equal(jax.vmap(jax.vmap(skip))(some[:, None]), -some[:, None])
+    np.testing.assert_array_equal(jax.vmap(jax.grad(skip))(all_of_them), [1.0, 1.0])
+    # One loop over branches is left, and no choice between two that were both computed.
+    assert "cond" in str(jax.make_jaxpr(jax.vmap(skip))(some))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from larimar_jax.linalg import cholesky, constant_solve, dot, pinv, whitener
+from larimar_jax.linalg import dot, inverse_factor, pinv, whitener
 
 Real = float | Float[Array, ""]
 
@@ -34,13 +34,13 @@ class Addressing(NamedTuple):
 class Projector(NamedTuple):
     """M_ref† without its K x C numbers: a tenth of the time where few encodings are projected.
 
-    reference: M_ref. factor: the Cholesky factor of M_ref M_refᵀ [K, K], or of M_refᵀM_ref [C, C] where
-    K > C. sound: whether that is good enough (see `projector`); where it is not, it is the identity and
-    not used. inverse: M_ref† where it is not sound, else zeros.
+    reference: M_ref. whiten: L⁻¹ for the Cholesky factor L of M_ref M_refᵀ [K, K], or of M_refᵀM_ref
+    [C, C] where K > C. sound: whether that is good enough (see `projector`); where it is not, it is the
+    identity and not used. inverse: M_ref† where it is not sound, else zeros.
     """
 
     reference: Float[Array, "K C"]
-    factor: Float[Array, "n n"]
+    whiten: Float[Array, "n n"]
     sound: Bool[Array, ""]
     inverse: Float[Array, "C K"]
 
@@ -56,7 +56,7 @@ def projector(reference: Float[Array, "K C"]) -> Projector:
     slots, latent = reference.shape
     gram = dot(reference, reference.T) if slots <= latent else dot(reference.T, reference)
     made = Projector(
-        reference, cholesky(gram), jnp.ones((), bool), jnp.zeros((latent, slots), jnp.float32)
+        reference, inverse_factor(gram), jnp.ones((), bool), jnp.zeros((latent, slots), jnp.float32)
     )
     first, last = _refined(made, jax.random.normal(jax.random.key(0), (4, latent), jnp.float32))
     size, correction = (jnp.max(jnp.abs(a)) for a in (first, last - first))
@@ -64,31 +64,34 @@ def projector(reference: Float[Array, "K C"]) -> Projector:
     inverse = jax.lax.cond(sound, lambda: made.inverse, lambda: pinv(reference))
     # Both ways are taken, and one is chosen: the other has to be finite, and so its derivatives.
     blank = jnp.eye(gram.shape[0], dtype=jnp.float32)
-    factor = jnp.where(sound, made.factor, blank)
-    return made._replace(factor=factor, sound=sound, inverse=inverse)
+    whiten = jnp.where(sound, made.whiten, blank)
+    return made._replace(whiten=whiten, sound=sound, inverse=inverse)
 
 
 def _refined(by: Projector, encodings: Float[Array, "N C"]):
     """Weights by the normal equations, and after a step of refinement.
 
-    With P for the factor's inverse, a constant to differentiation, the second step is W + (Z − WM)MᵀP
-    (or the like with P first): its derivative at the solution is that of Z M†, so that no solve has to
-    be differentiated.
+    With P for the inverse of M_ref M_refᵀ, a constant to differentiation, the second step is
+    W + (Z − WM)MᵀP (or the like with P first): its derivative at the solution is that of Z M†, so that
+    no solve has to be differentiated.
     """
     reference, wide = by.reference, by.reference.shape[0] <= by.reference.shape[1]
 
+    def solve(rows: Float[Array, "N n"]) -> Float[Array, "N n"]:
+        return dot(dot(rows, by.whiten.T), by.whiten)
+
     def project(rows: Float[Array, "N C"]) -> Float[Array, "N K"]:
         if wide:
-            return constant_solve(by.factor, dot(rows, reference.T))
-        return dot(constant_solve(by.factor, rows), reference.T)
+            return solve(dot(rows, reference.T))
+        return dot(solve(rows), reference.T)
 
     first = project(encodings)
     if wide:
         return first, first + project(encodings - dot(first, reference))
     # (MᵀM)⁻¹ is on the other side: what is refined is Z(MᵀM)⁻¹.
-    inner = constant_solve(by.factor, encodings)
+    inner = solve(encodings)
     left = encodings - dot(dot(inner, reference.T), reference)
-    return first, dot(inner + constant_solve(by.factor, left), reference.T)
+    return first, dot(inner + solve(left), reference.T)
 
 
 def project(encodings: Float[Array, "N C"], inverse: Float[Array, "C K"]) -> Float[Array, "N K"]:
@@ -100,7 +103,9 @@ def _project(by: Projector | Float[Array, "C K"], encodings: Float[Array, "N C"]
     if not isinstance(by, Projector):
         return project(encodings, by)
     encodings = encodings.astype(jnp.float32)
-    return jnp.where(by.sound, _refined(by, encodings)[1], dot(encodings, by.inverse))
+    return jax.lax.cond(
+        by.sound, lambda: _refined(by, encodings)[1], lambda: dot(encodings, by.inverse)
+    )
 
 
 def gaussian(

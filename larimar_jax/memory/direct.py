@@ -18,12 +18,16 @@ stays exact for keys ≠ values, equal values under different keys, and a prior 
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from larimar_jax.linalg import dot, pinv
+from larimar_jax.linalg import dot, everywhere, pinv
 from larimar_jax.memory._rows import Rows
 from larimar_jax.memory.contract import Prior, Reading, pytree, sample, share, static
+
+# How far apart Π and Π_Z may be, by their largest number, to be the same: 10 times what rounding does.
+_SAME = 1e-5
 
 
 @pytree
@@ -78,7 +82,12 @@ class Direct(Rows):
         if state.outer is not None:
             found = dot(queries, state.outer)
             found = found if state.inner is None else dot(found, state.inner)
-            mean = jnp.where(state.written, found, asked)
+            # Addressed anew: where only the latent is asked for, `asked` is never computed.
+            mean = jax.lax.cond(
+                everywhere(state.written),
+                lambda: found,
+                lambda: jnp.where(state.written, found, self.address(prior, queries)),
+            )
         log_variance = self.log_variance(prior, state, queries)
         weights = sample(mean, log_variance, rng)
         latent = jnp.where(
@@ -105,6 +114,12 @@ class Direct(Rows):
             return inverse, None, None
         if weights.shape[0] > self.slots:  # M itself is now the thin matrix
             return inverse, pinv(dot(inverse, values)), None
-        seen = dot(weights, dot(inverse, values))  # Π Z
-        told = dot(dot(inverse, values), pinv(values))  # W₀† Π_Z
-        return inverse, pinv(seen), pinv(told)
+        back = pinv(values)
+        fitted, told = dot(weights, inverse), dot(values, back)  # Π, Π_Z
+        ordinary = jnp.all(jnp.abs(fitted - told) <= _SAME)
+        outer, inner = jax.lax.cond(
+            everywhere(ordinary),
+            lambda: (back, weights),
+            lambda: (pinv(dot(fitted, values)), pinv(dot(inverse, told))),
+        )
+        return inverse, outer, inner

@@ -14,7 +14,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from larimar_jax.linalg import add_ridge, cholesky, dot, spd_solve
+from larimar_jax.linalg import add_ridge, dot, inverse_factor, inverse_solve
 from larimar_jax.memory._rows import Rows
 from larimar_jax.memory.contract import Prior, Reading, Real, pytree, sample, share
 from larimar_jax.memory.streaming import level
@@ -24,12 +24,13 @@ from larimar_jax.memory.streaming import level
 class DualState:
     """The facts of one memory, forgotten and padded ones as zero rows, and what a read needs of them.
 
-    factor: Cholesky of S. solved: S⁻¹ (Z − βWM₀). shrink: μ. missing: forgets that found nothing.
+    whiten: L⁻¹ for the Cholesky factor L of S. solved: S⁻¹ (Z − βWM₀). shrink: μ.
+    missing: forgets that found nothing.
     """
 
     weights: Float[Array, "N K"]
     values: Float[Array, "N C"]
-    factor: Float[Array, "N N"]
+    whiten: Float[Array, "N N"]
     solved: Float[Array, "N C"]
     shrink: Float[Array, ""]
     missing: Int[Array, ""]
@@ -54,11 +55,11 @@ class Dual(Rows):
     ) -> DualState:
         """S, and its solution for all facts."""
         shrink = jnp.square(self.query_noise) * level(jnp.sum(jnp.square(weights)), self.slots)
-        products = dot(weights, weights.T)
-        factor = cholesky(add_ridge(products, self.ridge + shrink))
+        matrix = add_ridge(dot(weights, weights.T), self.ridge + shrink)
+        whiten = inverse_factor(matrix)
         wanted = values - self._kept(shrink) * dot(weights, prior.memory)
-        solved = spd_solve(add_ridge(products, self.ridge + shrink), factor, wanted)
-        return DualState(weights, values, factor, solved, shrink, missing)
+        solved = inverse_solve(matrix, whiten, wanted)
+        return DualState(weights, values, whiten, solved, shrink, missing)
 
     def read(
         self,
@@ -75,7 +76,7 @@ class Dual(Rows):
         latent = latent + dot(dot(weights, state.weights.T), state.solved)
         squared = jnp.sum(jnp.square(mean), axis=1)
         products = add_ridge(dot(state.weights, state.weights.T), self.ridge + state.shrink)
-        shares = spd_solve(products, state.factor, dot(state.weights, mean.T))
+        shares = inverse_solve(products, state.whiten, dot(state.weights, mean.T))
         left = jnp.sum(jnp.square(mean - dot(shares.T, state.weights)), axis=1)
         return Reading(latent, mean, log_variance, share(squared - left, squared))
 

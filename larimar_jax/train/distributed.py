@@ -117,13 +117,13 @@ def initialise(where: Place | None, *, heartbeat: int = HEARTBEAT, start: int = 
         ) from error
 
 
-def leave(code: int, seconds: float = LEAVE) -> None:
-    """Ends the process with `code` in `seconds` at the latest: for one that is failing.
+def leave(code: int) -> None:
+    """Ends the process with `code` in LEAVE seconds at the latest: for one that is failing.
 
     At exit JAX waits for the other processes, and they wait for this one in a collective. Where all
     fail alike they meet, and each ends by itself with its own code.
     """
-    ending = threading.Timer(seconds, os._exit, [code])
+    ending = threading.Timer(LEAVE, os._exit, [code])
     ending.daemon = True
     ending.start()
 
