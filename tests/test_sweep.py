@@ -120,6 +120,23 @@ def test_a_config_that_does_not_fit_names_everything():
         assert part in str(error.value)
 
 
+def test_a_reference_of_prompts_known_beforehand():
+    kinds = {f"by_{r}": dict(variant="direct", query="prior", initial="normal", addressing="gaussian",
+                             width=1e-3, reference=r) for r in ("prior", "prompts")}
+    made = sweep.Sweep(sweep.parse(changed(variants=kinds, facts=[4], noises=[0.0], seeds=[0])))
+    found = {record["label"]: record for record in made.run(made.cases)}
+    assert {record["reference"] for record in found.values()} == {"prior", "prompts"}
+    # The slots are then the very prompts, and each fact has one of its own.
+    assert found["by_prompts"]["recall"] == 1.0
+    assert found["by_prompts"]["error"] < 1e-5 < found["by_prior"]["error"]
+    params = memory.build("direct", slots=3, latent=2).init(jax.random.key(0))
+    prompts = jnp.arange(8.0).reshape(4, 2)
+    known = sweep._known(params, prompts, jnp.array([True, True, False, False])).reference
+    np.testing.assert_array_equal(known, [*prompts[:2], params.prior[2]])
+    with pytest.raises(sweep.SweepError, match="variants.a.reference: must be one of prior, prompts"):
+        sweep.parse(changed(variants=dict(a=dict(variant="none", reference="x"))))
+
+
 def test_the_command_runs_a_config(tmp_path, capsys):
     path = tmp_path / "small.py"
     small = changed(variants=dict(none=dict(variant="none")), seeds=[0], noises=[0.5])

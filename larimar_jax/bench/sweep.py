@@ -23,9 +23,12 @@ from rich.table import Table
 from larimar_jax import memory, strict
 from larimar_jax.bench import sweep_data
 from larimar_jax.bench.runner import Record
+from larimar_jax.memory.addressing import from_prompts
 
 # Cells computed together; a multiple of it for each device.
 CHUNK = 16
+# What may be said of a variant beside its own settings: what M_ref is.
+REFERENCES = ("prior", "prompts")
 # Settings that are part of what a cell is drawn from, beside the variant's own real numbers.
 DRAWN = ("noise", "seed")
 
@@ -39,7 +42,9 @@ class SweepConfig:
     """What to sweep. latent: C of the synthetic facts. paired: whether their values are their prompts
     themselves, as in Algorithm 1, instead of unrelated. zsre: a ZsRE file whose prompts are encoded,
     beside the synthetic ones; "" for none. variants: names with their settings, each a value or a list
-    of them. slots, facts, rephrasings, noises, seeds: what they are multiplied with."""
+    of them, and with `reference="prompts"` where M_ref is to be the facts' first wordings, known before
+    they are written (Table 3), and not M₀. slots, facts, rephrasings, noises, seeds: what they are
+    multiplied with."""
 
     name: str
     latent: int
@@ -107,18 +112,16 @@ def _offences(label: str, settings: Any) -> list[str]:
     if not isinstance(settings, Mapping) or settings.get("variant") not in memory.variants():
         known = ", ".join(sorted(memory.variants()))
         return [f"variants.{label}.variant: must be one of {known}"]
-    given = {k: v for k, v in settings.items() if k not in ("variant", *_SIZES)}
-    given |= {name: settings[name] for name in _SIZES if name in settings}
     found = []
-    for chosen in _choices(given):
+    for chosen in _choices({k: v for k, v in settings.items() if k != "variant"}):
+        reference = chosen.pop("reference", REFERENCES[0])
+        if reference not in REFERENCES:
+            found.append(f"variants.{label}.reference: must be one of {', '.join(REFERENCES)}")
         try:
             memory.build(settings["variant"], slots=2, latent=2, **chosen)
         except (memory.UnknownVariant, TypeError) as error:
             found.append(f"variants.{label}: {' '.join(str(error).split())}")
     return list(dict.fromkeys(found))
-
-
-_SIZES = ("slots", "latent")
 
 
 def _choices(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -134,7 +137,11 @@ def cells(config: SweepConfig) -> list[Cell]:
         variant = memory.variants()[settings["variant"]]
         fields = {f.name: f for f in dataclasses.fields(variant)}
         for chosen in _choices({k: v for k, v in settings.items() if k != "variant"}):
-            real = {n: v for n, v in chosen.items() if not fields[n].metadata.get("static")}
+            real = {
+                n: v
+                for n, v in chosen.items()
+                if n in fields and not fields[n].metadata.get("static")
+            }
             fixed = {n: v for n, v in chosen.items() if n not in real}
             grid = itertools.product(
                 sources, config.slots, config.facts, config.rephrasings, config.noises, config.seeds
@@ -220,8 +227,9 @@ class Sweep:
         ]
 
     def _variant(self, cell: Cell, **real: Any):
+        fixed = {name: value for name, value in cell.fixed if name != "reference"}
         return memory.build(
-            cell.variant, slots=cell.slots, latent=self._latent(cell), **dict(cell.fixed), **real
+            cell.variant, slots=cell.slots, latent=self._latent(cell), **fixed, **real
         )
 
     def _latent(self, cell: Cell) -> int:
@@ -274,8 +282,10 @@ class Sweep:
         else:
             facts = sweep_data.real(draws[0], encodings, size, rephrasings, noise)
         variant = self._variant(cell, **numbers)
-        prior = variant.prepare(variant.init(draws[1]))
-        there = jnp.arange(size) < count
+        params, there = variant.init(draws[1]), jnp.arange(size) < count
+        if dict(cell.fixed).get("reference") == "prompts":
+            params = _known(params, facts.keys[:: 1 + rephrasings], there)
+        prior = variant.prepare(params)
         rows = jnp.repeat(there, 1 + rephrasings)[:, None]
         keys, values = (jnp.where(rows, a, 0.0) for a in (facts.keys, facts.values))
         state = variant.write(prior, variant.empty(prior), keys, values)
@@ -327,6 +337,14 @@ class Sweep:
             f"{summary['seconds_measuring']:.0f} s of measuring, "
             f"{summary['seconds_compiling']:.0f} s of compiling"
         )
+
+
+def _known(params: memory.MemoryParams, prompts, there) -> memory.MemoryParams:
+    """The parameters with the prompts that are there as M_ref."""
+    slots = params.prior.shape[0]
+    most = min(slots, len(prompts))
+    rows = jnp.where(there[:most, None], prompts[:most], params.prior[:most])
+    return dataclasses.replace(params, reference=from_prompts(rows, slots, params.prior))
 
 
 def _recall(latent, targets, there):

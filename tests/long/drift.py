@@ -4,7 +4,8 @@
 
 256 facts are in at any time (K = 512, C = 768); each two steps forget one of them and write another of
 1,024. Every 50,000 steps the memory is compared with a float64 solve of the facts that are in, and its
-own estimate of its error with what it is. A line of drift.jsonl each; a run that was stopped goes on.
+own estimate of its error with what it is. A line of drift.jsonl each, and a picture, drift.png; a run
+that was stopped goes on.
 """
 
 import argparse
@@ -110,6 +111,25 @@ def run(ridge, noise, steps):
         }
 
 
+def draw(lines, path):
+    """The error of reads over the steps, a line a ridge, beside the bound."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    for case in dict.fromkeys((x["ridge"], x["query_noise"]) for x in lines):
+        rows = [x for x in lines if (x["ridge"], x["query_noise"]) == case]
+        worst = [max(x["read"], x["read_noisy"]) for x in rows]
+        axes.plot([x["step"] for x in rows], worst, label=f"λ = {case[0]:g}, ρ = {case[1]:g}")
+    axes.axhline(1e-4, color="grey", linestyle="--", label="bound")
+    axes.set(yscale="log", xlabel="writes and forgets", ylabel="relative error of reads")
+    axes.legend(ncols=2)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -129,6 +149,7 @@ def main():
             lines.append(line)
             path.write_text("".join(json.dumps(x) + "\n" for x in lines))
             print(json.dumps(line), flush=True)
+    draw(lines, given.out / "drift.png")
     worst = max(max(x["read"], x["read_noisy"]) for x in lines)
     ratios = [x["certificate"] / x["memory"] for x in lines]
     print(f"worst error of a read: {worst:.2e}")
