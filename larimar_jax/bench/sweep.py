@@ -39,12 +39,15 @@ class SweepError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class SweepConfig:
-    """What to sweep. latent: C of the synthetic facts. paired: whether their values are their prompts
+    """What to sweep.
+
+    latent: C of the synthetic facts, 0 for none. paired: whether their values are their prompts
     themselves, as in Algorithm 1, instead of unrelated. zsre: a ZsRE file whose prompts are encoded,
     beside the synthetic ones; "" for none. variants: names with their settings, each a value or a list
     of them, and with `reference="prompts"` where M_ref is to be the facts' first wordings, known before
     they are written (Table 3), and not M₀. slots, facts, rephrasings, noises, seeds: what they are
-    multiplied with."""
+    multiplied with.
+    """
 
     name: str
     latent: int
@@ -103,6 +106,8 @@ def parse(values: Mapping[str, Any]) -> SweepConfig:
         variants = {}
     for label, settings in variants.items():
         problems += _offences(label, settings)
+    if not built.get("latent") and not built.get("zsre"):
+        problems.append("latent: 0 leaves nothing to sweep without zsre")
     if problems:
         raise SweepError("The sweep's config does not fit:\n  " + "\n  ".join(problems))
     return SweepConfig(**built, variants=variants)
@@ -132,7 +137,7 @@ def _choices(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
 def cells(config: SweepConfig) -> list[Cell]:
     """Every cell, those of one shape beside each other."""
     found = []
-    sources = ("synthetic", "zsre") if config.zsre else ("synthetic",)
+    sources = [n for n, on in (("synthetic", config.latent), ("zsre", config.zsre)) if on]
     for label, settings in config.variants.items():
         variant = memory.variants()[settings["variant"]]
         fields = {f.name: f for f in dataclasses.fields(variant)}
