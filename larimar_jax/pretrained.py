@@ -156,6 +156,15 @@ class Pretrained:
         """ℓ of c candidates for each of n prompts, in nats per token [n, c]; see `scoring.score`."""
         return scoring.score(self.model, self.decoder_tokenizer, prompts, candidates, condition)
 
+    def judge(
+        self,
+        prompts: Sequence[str],
+        candidates: Sequence[Sequence[str]],
+        condition: Condition | None = None,
+    ) -> scoring.Scores:
+        """`score` with the teacher-forced accuracy of every candidate; see `scoring.judge`."""
+        return scoring.judge(self.model, self.decoder_tokenizer, prompts, candidates, condition)
+
     def generate(
         self, prompts: Sequence[str], condition: Condition | None = None, **options
     ) -> list[str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,14 @@ from larimar_jax.weights.tokenizers import Tokenizer
 HEAD_CHUNK = 16
 
 
+class Scores(NamedTuple):
+    """Of c candidates for each of n prompts: `loss` is ℓ in nats per token, `accuracy` the share of a
+    candidate's tokens that are the likeliest where they stand, teacher-forced (a tie counts)."""
+
+    loss: Float[np.ndarray, "n c"]
+    accuracy: Float[np.ndarray, "n c"]
+
+
 def score(
     model: Larimar,
     tokenizer: Tokenizer,
@@ -28,6 +37,19 @@ def score(
     *,
     batch: int = 32,
 ) -> np.ndarray:
+    """The `loss` of `judge`, float32 [n, c]."""
+    return judge(model, tokenizer, prompts, candidates, condition, batch=batch).loss
+
+
+def judge(
+    model: Larimar,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    candidates: Sequence[Sequence[str]],
+    condition: Condition | None = None,
+    *,
+    batch: int = 32,
+) -> Scores:
     """ℓ(p, t): mean −ln p(target token | prompt, target so far, condition), in nats (metrics.md).
 
     Prompt and target are separated by one space. Prompt i is decoded under row i of `condition`;
@@ -37,9 +59,6 @@ def score(
 
     Args:
       candidates: c targets for each of the n prompts.
-
-    Returns:
-      float32 [n, c].
 
     Raises:
       ValueError: for an empty target, one without tokens, or a condition of fewer rows than there are
@@ -54,9 +73,9 @@ def score(
         )
     if condition is not None:
         check_rows(condition, len(prompts))
-    scores = np.full((len(prompts), width), np.nan, np.float32)
+    scores = np.full((2, len(prompts), width), np.nan, np.float32)
     if not scores.size:
-        return scores
+        return Scores(*scores)
     rows = [
         _branch(model, tokenizer, prompt, targets)
         for prompt, targets in zip(prompts, candidates, strict=True)
@@ -75,8 +94,8 @@ def score(
         packed = _pack([rows[index] for index in padded], places, ways, longest)
         part = None if condition is None else condition.rows(jnp.asarray(padded, jnp.int32))
         found = np.asarray(_score_rows(graph, state, *map(jnp.asarray, packed), part))
-        scores[chosen] = found[: len(chosen)]
-    return scores
+        scores[:, chosen] = found[:, : len(chosen)]
+    return Scores(*scores)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,8 +200,9 @@ def _score_rows(
     paths: Int[Array, "B c A"],
     mask: Bool[Array, "B c A"],
     condition: Condition | None,
-) -> Float[Array, "B c"]:
-    """−ln p of R labels after each of N places, then the mean along each candidate's path."""
+) -> Float[Array, "2 B c"]:
+    """−ln p of R labels after each of N places and whether they are the likeliest there; then the mean
+    of both along each candidate's path."""
     model = nnx.merge(graph, state)
     hidden, _ = model.hidden(tokens, condition, tree=Tree(index, seen))
     bonus = model.bonus(condition)
@@ -195,7 +215,9 @@ def _score_rows(
             fading = model.lexicon.decay ** depth.astype(jnp.float32)
             logits = logits + bonus[:, None, :] * fading[..., None]
         chosen = jnp.take_along_axis(logits, labels, axis=-1)
-        return jax.nn.logsumexp(logits, axis=-1, keepdims=True) - chosen
+        likeliest = chosen >= jnp.max(logits, axis=-1, keepdims=True)
+        losses = jax.nn.logsumexp(logits, axis=-1, keepdims=True) - chosen
+        return jnp.stack([losses, likeliest.astype(losses.dtype)])
 
     pieces = max(1, at.shape[1] // HEAD_CHUNK)
 
@@ -203,6 +225,6 @@ def _score_rows(
         return a.reshape(a.shape[0], pieces, -1, *a.shape[2:]).swapaxes(0, 1)
 
     found = jax.lax.map(entropies, jax.tree.map(split, (at, depth, labels)))
-    found = found.swapaxes(0, 1).reshape(at.shape[0], -1)
-    along = jnp.take_along_axis(found[:, None, :], paths, axis=2)
+    found = jnp.moveaxis(found, 0, 2).reshape(2, at.shape[0], 1, -1)
+    along = jnp.take_along_axis(found, paths[None], axis=3)
     return jnp.where(mask, along, 0.0).sum(axis=-1) / mask.sum(axis=-1).astype(jnp.float32)

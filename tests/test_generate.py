@@ -1,5 +1,6 @@
 """Scoring and cached decoding against plain, uncached loops."""
 
+import dataclasses
 import functools
 
 import jax
@@ -49,15 +50,45 @@ def test_scores_equal_a_plain_loop(tiny, condition, conditioned):
     condition = condition if conditioned else None
     tokenizer = tiny.decoder_tokenizer
     candidates = [("new 1", "true"), ("Japan", "France city"), ("0", "1")]
-    found = tiny.score(PROMPTS, candidates, condition)
+    found = tiny.judge(PROMPTS, candidates, condition)
     for row, part in enumerate(rows_of(condition)):
         for column, target in enumerate(candidates[row]):
             ids = [tokenizer.bos, *tokenizer.ids(PROMPTS[row])]
-            total, answer = 0.0, tokenizer.ids(" " + target)
+            total, right, answer = 0.0, 0, tokenizer.ids(" " + target)
             for step, token in enumerate(answer):
-                total -= jax.nn.log_softmax(logits_after(tiny, ids, part, step))[token]
+                logits = logits_after(tiny, ids, part, step)
+                total -= jax.nn.log_softmax(logits)[token]
+                right += int(jnp.argmax(logits)) == token
                 ids.append(token)
-            np.testing.assert_allclose(found[row, column], total / len(answer), rtol=2e-5)
+            np.testing.assert_allclose(found.loss[row, column], total / len(answer), rtol=2e-5)
+            np.testing.assert_allclose(found.accuracy[row, column], right / len(answer), rtol=1e-6)
+    np.testing.assert_array_equal(tiny.score(PROMPTS, candidates, condition), found.loss)
+
+
+class _Numbers(Tokenizer):
+    """For whom a target is its tokens' numbers."""
+
+    def following(self, text: str) -> list[int]:
+        return [int(number) for number in text.split()]
+
+
+@pytest.mark.parametrize("conditioned", [True, False])
+def test_accuracy_is_the_share_of_tokens_that_are_likeliest(tiny, condition, conditioned):
+    condition = condition if conditioned else None
+    tokenizer, targets, want = tiny.decoder_tokenizer, [], []
+    for prompt, part in zip(PROMPTS, rows_of(condition), strict=True):
+        ids = [tokenizer.bos, *tokenizer.ids(prompt)]
+        right, mixed = [], []
+        for step in range(4):
+            right.append(int(jnp.argmax(logits_after(tiny, [*ids, *right], part, step))))
+        for step in range(4):
+            best = int(jnp.argmax(logits_after(tiny, [*ids, *mixed], part, step)))
+            mixed.append(best if step in (0, 3) else (best + 1) % tokenizer.vocab_size)
+        targets.append([" ".join(map(str, row)) for row in (right, mixed)])
+        want.append([1.0, 0.5])
+    fields = {f.name: getattr(tokenizer, f.name) for f in dataclasses.fields(tokenizer)}
+    found = scoring.judge(tiny.model, _Numbers(**fields), PROMPTS, targets, condition)
+    np.testing.assert_allclose(found.accuracy, want)
 
 
 def test_scores_do_not_depend_on_the_batch(tiny, condition):

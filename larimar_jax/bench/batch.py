@@ -1,0 +1,209 @@
+"""Batch editing: N facts of CounterFact written at once, each asked by its own prompt (Fig. 2a).
+
+Rewrite S for every N, protocol `rome`, beside the controls: the untouched LM, z = 0, the fact in the
+prompt, and a lookup that puts the nearest written fact there. What none of them holds in memory does
+not depend on N and is measured once.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from larimar_jax.bench import metrics
+from larimar_jax.bench.runner import Record
+from larimar_jax.bench.store import Encoded, Store, encoded, written
+from larimar_jax.data.records import EditRecord
+from larimar_jax.pretrained import Pretrained, load
+
+CONTROLS = {"base": "base LM", "zero": "z = 0", "prompt": "fact in the prompt"}
+SYSTEMS = {"lookup": "nearest neighbour", "larimar": "Larimar with scope"}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares `larimar bench batch`."""
+    parser.add_argument("--data", required=True, help="CounterFact's JSON file, either schema")
+    parser.add_argument(
+        "--facts",
+        type=int,
+        nargs="+",
+        default=[1, 64, 256, 512, 1024, 2048],
+        help="how many at once, N (%(default)s)",
+    )
+    parser.add_argument("--model", default="smol", help="checkpoint, by name or path (%(default)s)")
+    parser.add_argument("--chunk", type=int, default=128, help="cases computed together (%(default)s)")
+
+
+def experiment(args: argparse.Namespace) -> "Batch":
+    """The experiment of a parsed command line; reads the data and loads the model.
+
+    Raises:
+        ValueError: the file has fewer records than facts are to be written.
+    """
+    from larimar_jax.data import counterfact
+
+    most = max(args.facts)
+    records = counterfact.load(args.data, most)
+    if len(records) < most:
+        raise ValueError(
+            f"{args.data} has {len(records)} records, and {most} are to be written at once: give a "
+            "larger file, or fewer --facts"
+        )
+    path = Path(args.data)
+    data = {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return Batch(load(args.model), records, args.facts, data=data, chunk=args.chunk)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Fact `index` asked while `facts` are in; with 0 facts, what does not depend on a memory."""
+
+    case_id: str
+    facts: int
+    index: int
+
+
+class Batch:
+    """See the head of this file; an experiment as in `runner.Experiment`."""
+
+    name = "batch"
+
+    def __init__(
+        self,
+        model: Pretrained,
+        records: Sequence[EditRecord],
+        sizes: Sequence[int],
+        *,
+        data: Mapping[str, Any],
+        chunk: int = 128,
+    ):
+        self.model, self.records, self.chunk = model, records, chunk
+        self.sizes = sorted(set(sizes))
+        self.cases = [
+            Case(f"{size}/{index}", size, index)
+            for size in (0, *self.sizes)
+            for index in range(size or self.sizes[-1])
+        ]
+        self.settings: Mapping[str, Any] = {
+            "mode": "rome",
+            "data": dict(data),
+            "model": {"name": model.source, "fingerprint": model.fingerprint},
+            "facts": self.sizes,
+            "chunk": chunk,
+            "seed": None,
+        }
+        self._encoded: Encoded | None = None
+        self._store: Store | None = None
+
+    def run(self, cases: Sequence[Case]) -> list[Record]:
+        """ℓ(new) and ℓ(true) under every system; cases of one size in one batch."""
+        groups = itertools.groupby(cases, key=lambda case: case.facts)
+        return [record for size, some in groups for record in self._group(size, list(some))]
+
+    def _group(self, size: int, cases: list[Case]) -> list[Record]:
+        records = [self.records[case.index] for case in cases]
+        prompts = [record.prompt for record in records]
+        targets = [(record.target_new, record.target_true) for record in records]
+        if size == 0:
+            own = [written(record.prompt, record.target_new) for record in records]
+            losses = {
+                "base": self.model.score(prompts, targets),
+                "zero": self.model.score(prompts, targets, self.model.zero(len(prompts))),
+                "prompt": self.model.score(_in_front(own, prompts), targets),
+            }
+            more = [{} for _ in cases]
+        else:
+            store = self._filled(size)
+            recall, nearest = store.recall(prompts)
+            inside = np.flatnonzero(recall.in_scope)
+            outside = np.flatnonzero(~recall.in_scope)
+            texts = [store.texts[key] for key in nearest]
+            losses = {name: np.zeros((len(cases), 2), np.float32) for name in SYSTEMS}
+            for system, asked, condition in (
+                ("lookup", _in_front(texts, prompts), None),
+                ("larimar", prompts, recall.condition),
+            ):
+                for rows, said, by in ((inside, asked, condition), (outside, prompts, None)):
+                    if len(rows):
+                        losses[system][rows] = self.model.score(
+                            [said[row] for row in rows],
+                            [targets[row] for row in rows],
+                            None if by is None else by(rows),
+                        )
+            more = [
+                {"scope_score": float(score), "nearest": key, "in_scope": bool(within)}
+                for score, key, within in zip(
+                    recall.scope_score, nearest, recall.in_scope, strict=True
+                )
+            ]
+        return [
+            {
+                "case_id": case.case_id,
+                "facts": size,
+                "index": case.index,
+                "prompt": record.prompt,
+                "target_new": record.target_new,
+                "target_true": record.target_true,
+                **extra,
+                "loss": {name: [float(x) for x in found[row]] for name, found in losses.items()},
+            }
+            for row, (case, record, extra) in enumerate(zip(cases, records, more, strict=True))
+        ]
+
+    def _filled(self, size: int) -> Store:
+        """The store of the first `size` facts; one is kept at a time."""
+        if self._encoded is None:
+            self._encoded = encoded(self.model, _facts(self.records))
+        if self._store is None or len(self._store.facts) != size:
+            self._store = Store(self._encoded, _facts(self.records[:size]))
+        return self._store
+
+    def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Rewrite S and M by N and system, in percent with standard errors; how often the nearest key
+        was the fact's own."""
+        controls = [record for record in records if record["facts"] == 0]
+        result = {}
+        for size in self.sizes:
+            rows = [record for record in records if record["facts"] == size]
+            alone = [record for record in controls if record["index"] < size]
+            found = {name: _measured(alone, name) for name in CONTROLS}
+            found |= {name: _measured(rows, name) for name in SYSTEMS}
+            own = metrics.estimate([record["nearest"] == record["index"] for record in rows])
+            result[str(size)] = found | {"own_key_nearest": vars(own)}
+        return result
+
+    def show(self, summary: Mapping[str, Any], console: Console) -> None:
+        """A row for every N."""
+        names = {**CONTROLS, **SYSTEMS}
+        table = Table("N", *names.values(), title="rewrite S, percent ± standard error")
+        for size, found in summary.items():
+            cells = []
+            for name in names:
+                mean, error = (found[name]["S"][part] for part in ("mean", "standard_error"))
+                cells.append(f"{mean:.1f}" + ("" if error is None else f" ± {error:.1f}"))
+            table.add_row(size, *cells)
+        console.print(table)
+
+
+def _facts(records: Sequence[EditRecord]) -> list[tuple[str, str]]:
+    return [(record.prompt, record.target_new) for record in records]
+
+
+def _in_front(facts: Sequence[str], prompts: Sequence[str]) -> list[str]:
+    """Each fact as a sentence in front of its prompt."""
+    return [f"{fact.rstrip('.')}. {prompt}" for fact, prompt in zip(facts, prompts, strict=True)]
+
+
+def _measured(records: Sequence[Record], system: str) -> dict[str, Any]:
+    pairs = [np.asarray([record["loss"][system]], np.float64) for record in records]
+    return {
+        "S": vars(metrics.estimate([metrics.success("edit", p[:, 0], p[:, 1]) for p in pairs])),
+        "M": vars(metrics.estimate([metrics.magnitude("edit", p[:, 0], p[:, 1]) for p in pairs])),
+    }
