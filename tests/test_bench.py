@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from larimar_jax import bench
-from larimar_jax.bench import counterfact, editor, metrics, runner
+from larimar_jax.bench import counterfact, editor, metrics, runner, systems
 from larimar_jax.data.records import EditRecord
 from larimar_jax.weights.tokenizers import TextTooLong
 
@@ -55,6 +55,13 @@ class KnownEditor:
                 for row, (_, answer), targets in rows
             ]
         return np.asarray(losses, np.float32).reshape(-1, 2)
+
+    def accuracy(self, prompts, targets, condition):
+        found = [fraction(p, t) for p, t in zip(prompts, targets, strict=True)]
+        if condition is not None:
+            rows = zip(found, condition, targets, strict=True)
+            found = [1.0 if answer == target else share for share, (_, answer), target in rows]
+        return np.asarray(found, np.float32)
 
 
 def cases(count):
@@ -103,7 +110,7 @@ def test_records_hold_all_that_the_summary_says(finished):
     assert json.loads((folder / runner.SUMMARY).read_text()) == summary
     again = json.loads(json.dumps(counterfact.summarise(records)))
     assert summary["results"] == again
-    assert set(again) == {*counterfact.SYSTEMS, "in_scope"}
+    assert set(again) == {*systems.SYSTEMS, "in_scope"}
     assert summary["environment"]["versions"]["jax"]
     assert summary["settings"]["mode"] == "rome" and summary["cases"] == 11
 
@@ -237,7 +244,7 @@ def test_a_memory_that_does_not_beat_the_lookup_says_so_in_that_row(finished):
     console.print(counterfact.table(results, "title"))
     text = console.export_text()
     assert "does not beat" in text
-    assert all(label.split()[-1] in text for label in counterfact.SYSTEMS.values())
+    assert all(label.split()[-1] in text for label in systems.SYSTEMS.values())
 
 
 # A real model, tiny and random
@@ -259,7 +266,7 @@ def test_a_batch_of_cases_equals_one_by_one(larimar):
             ours, theirs = record["scope_score"][kind], alone["scope_score"][kind]
             np.testing.assert_allclose(ours, theirs, rtol=1e-5)
         assert alone["prompts"] == record["prompts"]
-        for system in counterfact.SYSTEMS:
+        for system in systems.SYSTEMS:
             for kind in metrics.KINDS:
                 ours, theirs = record["loss"][system][kind], alone["loss"][system][kind]
                 np.testing.assert_allclose(ours, theirs, rtol=2e-5)

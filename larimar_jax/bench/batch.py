@@ -175,7 +175,7 @@ class Batch:
             alone = [record for record in controls if record["index"] < size]
             found = {name: _measured(alone, name) for name in CONTROLS}
             found |= {name: _measured(rows, name) for name in SYSTEMS}
-            own = metrics.estimate([record["nearest"] == record["index"] for record in rows])
+            own = metrics.estimate([float(row["nearest"] == row["index"]) for row in rows])
             result[str(size)] = found | {"own_key_nearest": vars(own)}
         return result
 

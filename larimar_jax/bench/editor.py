@@ -53,6 +53,11 @@ class Editor(Protocol):
     ) -> np.ndarray:
         """ℓ of c candidates after each of n prompts, in nats, float32 [n, c]; None is the base LM."""
 
+    def accuracy(
+        self, prompts: Sequence[str], targets: Sequence[str], condition: Any
+    ) -> np.ndarray:
+        """The share of each target's tokens that are the likeliest, teacher-forced, float32 [n]."""
+
 
 # Rows and queries are padded to these, so that few shapes are compiled.
 _FACTS, _QUERIES = 8, 4
@@ -130,6 +135,12 @@ class LarimarEditor:
     ) -> np.ndarray:
         """`scoring.score` of this model."""
         return self.model.score(prompts, candidates, condition)
+
+    def accuracy(
+        self, prompts: Sequence[str], targets: Sequence[str], condition: Condition | None
+    ) -> np.ndarray:
+        """`scoring.judge` of this model."""
+        return self.model.judge(prompts, [[t] for t in targets], condition).accuracy[:, 0]
 
 
 @jax.jit

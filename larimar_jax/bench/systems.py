@@ -1,0 +1,123 @@
+"""Single edits under Larimar and its controls, side by side on the same prompts and weights.
+
+    base      the untouched language model
+    zero      z = 0: the memory slot is there and holds zeros
+    prompt    the fact written in front of every prompt, whatever it asks
+    lookup    the fact in front of the prompts that the scope detector lets through, and no matrix
+    larimar   memory-conditioned decoding of the prompts that the scope detector lets through
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from larimar_jax.bench import metrics
+from larimar_jax.bench.editor import Editor, Recall
+
+SYSTEMS = {
+    "base": "base LM",
+    "zero": "z = 0",
+    "prompt": "fact in the prompt",
+    "lookup": "nearest neighbour",
+    "larimar": "Larimar with scope",
+}
+MEMORY_SYSTEMS = ("larimar",)
+CONTROL = "lookup"
+
+# (prompts, their targets, the condition or None for the base LM) → values [n, …].
+Measure = Callable[[Sequence[str], Sequence[Any], Any], np.ndarray]
+
+
+class Measured(NamedTuple):
+    """Of a chunk of cases, all their queries in one row, R of them. written: the text of each fact.
+    values: [R, …] of every system."""
+
+    written: list[str]
+    recalled: Recall
+    values: Mapping[str, np.ndarray]
+
+
+def measured(
+    editor: Editor,
+    facts: Sequence[tuple[str, str]],
+    queries: Sequence[Sequence[str]],
+    targets: Sequence[Any],
+    measure: Measure,
+) -> Measured:
+    """Writes each case's fact into a memory of its own, and measures its queries under every system.
+
+    Args:
+        facts: (prompt, answer) of each case. queries: of each case. targets: one a query, in one row.
+    """
+    written = [editor.written(*fact) for fact in facts]
+    recalled = editor.recall(facts, queries)
+    inside = recalled.in_scope
+    prompts = [prompt for row in queries for prompt in row]
+    supported = [
+        f"{fact.rstrip('.')}. {prompt}"
+        for fact, row in zip(written, queries, strict=True)
+        for prompt in row
+    ]
+
+    def values(prompts, rows, condition=None):
+        chosen = [prompts[row] for row in rows]
+        return measure(chosen, [targets[row] for row in rows], condition)
+
+    everyone = np.arange(len(prompts))
+    base = values(prompts, everyone)
+    with_fact = values(supported, everyone)
+    found = {
+        "base": base,
+        "zero": values(prompts, everyone, editor.zero(len(prompts))),
+        "prompt": with_fact,
+        # Outside the scope both fall back to the untouched LM, whose numbers are there already.
+        "lookup": np.where(inside.reshape(-1, *[1] * (base.ndim - 1)), with_fact, base),
+        "larimar": base.copy(),
+    }
+    scoped = everyone[inside]
+    if len(scoped):
+        found["larimar"][scoped] = values(prompts, scoped, recalled.condition(scoped))
+    return Measured(written, recalled, found)
+
+
+def by_kind(kinds: Sequence[str], values: Sequence[Any], order: Sequence[str]) -> dict[str, list]:
+    """Values of one case's queries as {kind: its values}, in the order of the kinds."""
+    return {
+        kind: [value for k, value in zip(kinds, values, strict=True) if k == kind]
+        for kind in order
+    }
+
+
+def versus_lookup(ours: Sequence[float], control: Sequence[float]) -> dict[str, Any]:
+    """The paired difference to the lookup over the same cases, with a note where it is not positive."""
+    if not ours:
+        return {}
+    difference = metrics.paired_difference(ours, control)
+    found: dict[str, Any] = {"versus_lookup": vars(difference)}
+    if difference.mean <= 0.0:
+        found["note"] = "does not beat the lookup"
+    return found
+
+
+def percent(value: Mapping[str, Any]) -> str:
+    """A mean with its standard error, for tables."""
+    error = value["standard_error"]
+    return number(value["mean"]) + ("" if error is None else f" ± {error:.1f}")
+
+
+def number(value: float | None) -> str:
+    """A mean, for tables."""
+    return "–" if value is None else f"{value:.1f}"
+
+
+def check_finite(case_id: Any, kinds: Sequence[str], values: Mapping[str, np.ndarray]) -> None:
+    """Raises metrics.UnusableScore where a value of a case's queries is not a number."""
+    for system, rows in values.items():
+        broken = np.flatnonzero(~np.isfinite(rows.reshape(len(rows), -1)).all(axis=1))
+        if broken.size:
+            raise metrics.UnusableScore(
+                f"case {case_id}, {kinds[broken[0]]}, system {system}: a score is not finite. The "
+                "model's logits overflowed: run it in float32, or check the checkpoint it was loaded "
+                "from."
+            )

@@ -1,0 +1,168 @@
+"""ZsRE, one edit at a time: accuracy of rewrite, paraphrase and neighbourhood (Tables 12–13).
+
+The share of the answer's tokens that are the likeliest where they stand, teacher-forced, protocol
+`rome`: the scope decision and the memory query see the prompt only. Neighbours are asked for their own
+right answers. Each case is written into an empty memory of its own; its controls are in `systems.py`.
+"""
+
+import argparse
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from larimar_jax.bench import metrics, systems
+from larimar_jax.bench.editor import Editor
+from larimar_jax.bench.runner import Record
+from larimar_jax.data.records import EditRecord
+
+# In this order everywhere: tables, records.
+KINDS = ("rewrite", "paraphrase", "neighbourhood")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares `larimar bench zsre`."""
+    parser.add_argument("--data", required=True, help="ZsRE's JSON file, of MEND or of KnowEdit")
+    parser.add_argument(
+        "--target",
+        choices=("answer", "alternative"),
+        help="what is written: the right answer, or the false one that the record proposes "
+        "(default: the first for MEND's file, the second for KnowEdit's)",
+    )
+    parser.add_argument("--limit", type=int, help="only the first N records (default: all)")
+    parser.add_argument("--model", default="smol", help="checkpoint, by name or path (%(default)s)")
+    parser.add_argument(
+        "--chunk", type=int, default=25, help="cases computed together (%(default)s)"
+    )
+
+
+def experiment(args: argparse.Namespace) -> "ZsRE":
+    """The experiment of a parsed command line; reads the data and loads the model."""
+    from larimar_jax.bench import editor
+    from larimar_jax.data import zsre
+
+    cases = zsre.load(args.data, args.limit, args.target)
+    path = Path(args.data)
+    data = {
+        "name": path.name,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None,
+        "limit": args.limit,
+        "target": args.target,
+    }
+    return ZsRE(editor.LarimarEditor(args.model), cases, data=data, chunk=args.chunk)
+
+
+class ZsRE:
+    """ZsRE under one model and its controls; see `runner.Experiment`."""
+
+    name = "zsre"
+
+    def __init__(
+        self,
+        editor: Editor,
+        cases: Sequence[EditRecord],
+        *,
+        data: Mapping[str, Any],
+        chunk: int = 25,
+    ):
+        self.editor, self.cases, self.chunk = editor, cases, chunk
+        # Nothing is drawn at random: σ_W = 0 and ξ = 0 at inference (§4).
+        self.settings: Mapping[str, Any] = {
+            "mode": "rome",
+            "data": dict(data),
+            "model": dict(editor.settings),
+            "chunk": chunk,
+            "seed": None,
+        }
+
+    def run(self, cases: Sequence[EditRecord]) -> list[Record]:
+        """Measures a chunk of cases; every system sees the same rows in one batch."""
+        queries = [_queries(case) for case in cases]
+        found = systems.measured(
+            self.editor,
+            [(case.prompt, case.target_new) for case in cases],
+            [[prompt for _, prompt, _ in row] for row in queries],
+            [target for row in queries for _, _, target in row],
+            self.editor.accuracy,
+        )
+        records, start = [], 0
+        for written, case, row in zip(found.written, cases, queries, strict=True):
+            kinds = [kind for kind, _, _ in row]
+            rows = slice(start, start + len(kinds))
+            start = rows.stop
+            accuracy = {system: values[rows] for system, values in found.values.items()}
+            systems.check_finite(case.case_id, kinds, accuracy)
+
+            def by_kind(values, kinds=kinds):
+                return systems.by_kind(kinds, values, KINDS)
+
+            records.append(
+                {
+                    "case_id": case.case_id,
+                    "written": written,
+                    "prompts": by_kind([prompt for _, prompt, _ in row]),
+                    "targets": by_kind([target for _, _, target in row]),
+                    "scope_score": by_kind(found.recalled.scope_score[rows].tolist()),
+                    "in_scope": by_kind(found.recalled.in_scope[rows].tolist()),
+                    "accuracy": {
+                        system: by_kind(values.tolist()) for system, values in accuracy.items()
+                    },
+                }
+            )
+        return records
+
+    def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
+        """{system: {kind: accuracy}} in percent with standard errors: prompts are averaged inside a
+        case, cases afterwards; and the share of prompts in scope."""
+        results: dict[str, Any] = {}
+        for system in systems.SYSTEMS:
+            results[system] = {
+                kind: vars(metrics.estimate(_means(records, system, kind))) for kind in KINDS
+            }
+            if system in systems.MEMORY_SYSTEMS:
+                for kind in KINDS:
+                    control = _means(records, systems.CONTROL, kind)
+                    found = systems.versus_lookup(_means(records, system, kind), control)
+                    results[system][kind] |= found
+        results["in_scope"] = {
+            kind: vars(
+                metrics.estimate([np.mean(r["in_scope"][kind]) for r in records if r["in_scope"][kind]])
+            )
+            for kind in KINDS
+        }
+        return results
+
+    def show(self, summary: Mapping[str, Any], console: Console) -> None:
+        """A row a system."""
+        title = f"ZsRE, {len(self.cases)} cases, mode rome"
+        caption = "accuracy ± standard error, percent"
+        table = Table("system", *KINDS, title=title, caption=caption)
+        for system, label in {**systems.SYSTEMS, "in_scope": "prompts in scope"}.items():
+            cells = [
+                "\n".join(
+                    filter(None, (systems.percent(summary[system][kind]),
+                                  summary[system][kind].get("note", "").replace(" the", "\nthe")))
+                )
+                for kind in KINDS
+            ]
+            table.add_row(label, *cells)
+        console.print(table)
+
+
+def _queries(case: EditRecord) -> list[tuple[str, str, str]]:
+    """(kind, prompt, the answer it is asked for) of every prompt of a case, in the order of KINDS."""
+    neighbours = zip(case.neighbourhood, case.neighbourhood_targets, strict=True)
+    return [
+        ("rewrite", case.prompt, case.target_new),
+        *(("paraphrase", prompt, case.target_new) for prompt in case.paraphrases),
+        *(("neighbourhood", prompt, target) for prompt, target in neighbours),
+    ]
+
+
+def _means(records: Sequence[Record], system: str, kind: str) -> list[float]:
+    found = [record["accuracy"][system][kind] for record in records]
+    return [float(np.mean(values)) for values in found if values]

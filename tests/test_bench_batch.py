@@ -1,0 +1,83 @@
+"""Batch editing of a tiny model: what is in one memory, and what a plain loop finds there."""
+
+import numpy as np
+import pytest
+from test_bench import cases
+
+from larimar_jax.bench import batch, runner, store
+from larimar_jax.session import Session
+
+RECORDS = cases(5)
+
+
+@pytest.fixture
+def made(tiny):
+    return batch.Batch(tiny, RECORDS, [1, 5], data={}, chunk=3)
+
+
+def test_a_store_is_the_session_with_the_same_facts(tiny):
+    facts = [(record.prompt, record.target_new) for record in RECORDS]
+    queries = [*(prompt for prompt, _ in facts), "Says something else"]
+    full = store.Store(store.encoded(tiny, facts, queries), facts)
+    session = Session(tiny)
+    for prompt, answer in facts:
+        session.write(prompt, answer)
+    targets = [("new 1", "true 0")] * len(queries)
+    recall, nearest = full.recall(queries)
+    assert nearest[:5] == list(range(5)) and recall.in_scope[:5].all()
+    rows = np.flatnonzero(recall.in_scope)
+    got = tiny.score([queries[r] for r in rows], [targets[r] for r in rows], recall.condition(rows))
+    np.testing.assert_allclose(got, session.score(queries, targets)[rows], rtol=1e-3)
+    left = full.without([1, 3])
+    assert [fact for fact, _ in left.facts] == [facts[i][0] for i in (0, 2, 4)]
+    assert int(left.state.count) == 3 and int(left.state.missing) == 0
+    again = store.Store(left._encoded, left.facts)
+    np.testing.assert_allclose(left.state.solution, again.state.solution, atol=2e-3)
+
+
+def test_records_equal_one_fact_at_a_time(tiny, made, tmp_path):
+    summary = runner.run(made, tmp_path / "run", quiet=True)
+    records = runner.read_cases(tmp_path / "run")
+    assert len(records) == 5 + 1 + 5
+    facts = [(record.prompt, record.target_new) for record in RECORDS]
+    full = store.Store(store.encoded(tiny, facts), facts)
+    for record in records:
+        case = RECORDS[record["index"]]
+        pair = [(case.target_new, case.target_true)]
+        own = f"{case.prompt} {case.target_new}. {case.prompt}"
+        if record["facts"] == 0:
+            want = {
+                "base": tiny.score([case.prompt], pair),
+                "zero": tiny.score([case.prompt], pair, tiny.zero(1)),
+                "prompt": tiny.score([own], pair),
+            }
+        elif record["facts"] == 5:
+            condition = full.recall([case.prompt])[0].condition(np.array([0]))
+            want = {
+                "lookup": tiny.score([own], pair),
+                "larimar": tiny.score([case.prompt], pair, condition),
+            }
+            assert record["in_scope"] and record["nearest"] == record["index"]
+        else:
+            continue
+        for system, values in want.items():
+            np.testing.assert_allclose(record["loss"][system], values[0], rtol=1e-4)
+    for size in (1, 5):
+        rows = [r for r in records if r["facts"] == size]
+        new, true = np.array([r["loss"]["larimar"] for r in rows]).T
+        found = summary["results"][str(size)]["larimar"]["S"]
+        assert found["mean"] == pytest.approx(100 * np.mean(new < true))
+        alone = [r for r in records if r["facts"] == 0 and r["index"] < size]
+        new, true = np.array([r["loss"]["base"] for r in alone]).T
+        assert summary["results"][str(size)]["base"]["S"]["mean"] == pytest.approx(
+            100 * np.mean(new < true)
+        )
+
+
+def test_a_run_that_was_cut_off_goes_on_line_for_line(tiny, made, tmp_path):
+    folder = tmp_path / "run"
+    runner.run(made, folder, quiet=True)
+    whole = (folder / runner.CASES).read_bytes()
+    (folder / runner.CASES).write_bytes(whole[: len(whole) * 2 // 3])
+    runner.run(batch.Batch(tiny, RECORDS, [1, 5], data={}, chunk=3), folder, quiet=True)
+    assert (folder / runner.CASES).read_bytes() == whole
