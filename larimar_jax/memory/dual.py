@@ -5,8 +5,12 @@ r = λ + μ and S = W Wᵀ + rI, the identity (WᵀW + rI)⁻¹Wᵀ = WᵀS⁻¹
 
     M = βM₀ + WᵀS⁻¹ (Z − βWM₀),     β = λ / r
 
-and what is read into βwM₀ + (wWᵀ) S⁻¹ (Z − βWM₀). Neither A nor M is ever formed, so that a thousand
-tenants with sixteen facts each take the room of one full memory, and are solved under one `vmap`.
+A query's weights w are shared out among the facts, a = wWᵀS⁻¹, and what no fact takes is left to M₀:
+
+    z_read = aZ + β (w − aW) M₀
+
+Neither A nor M is ever formed, and M₀ is multiplied with queries alone, so that a thousand tenants with
+sixteen facts each take the room of one full memory, and are written and read under one `vmap`.
 """
 
 import dataclasses
@@ -24,14 +28,12 @@ from larimar_jax.memory.streaming import level
 class DualState:
     """The facts of one memory, forgotten and padded ones as zero rows, and what a read needs of them.
 
-    whiten: L⁻¹ for the Cholesky factor L of S. solved: S⁻¹ (Z − βWM₀). shrink: μ.
-    missing: forgets that found nothing.
+    whiten: L⁻¹ for the Cholesky factor L of S. shrink: μ. missing: forgets that found nothing.
     """
 
     weights: Float[Array, "N K"]
     values: Float[Array, "N C"]
     whiten: Float[Array, "N N"]
-    solved: Float[Array, "N C"]
     shrink: Float[Array, ""]
     missing: Int[Array, ""]
 
@@ -53,13 +55,10 @@ class Dual(Rows):
         values: Float[Array, "N C"],
         missing: Int[Array, ""],
     ) -> DualState:
-        """S, and its solution for all facts."""
+        """S of all facts, ready to be solved with."""
         shrink = jnp.square(self.query_noise) * level(jnp.sum(jnp.square(weights)), self.slots)
         matrix = add_ridge(dot(weights, weights.T), self.ridge + shrink)
-        whiten = inverse_factor(matrix)
-        wanted = values - self._kept(shrink) * dot(weights, prior.memory)
-        solved = inverse_solve(matrix, whiten, wanted)
-        return DualState(weights, values, whiten, solved, shrink, missing)
+        return DualState(weights, values, inverse_factor(matrix), shrink, missing)
 
     def read(
         self,
@@ -68,21 +67,32 @@ class Dual(Rows):
         queries: Float[Array, "Q C"],
         rng: PRNGKeyArray | None = None,
     ) -> Reading:
-        """Z_read = W M with W addressed by M_ref. Confidence: 1 − ‖w − w WᵀS⁻¹W‖² / ‖w‖²."""
+        """Z_read = W M with W addressed by M_ref. Confidence: 1 − ‖w − aW‖² / ‖w‖²."""
         mean = self.address(prior, queries)
         log_variance = self.log_variance(prior, state, queries)
         weights = sample(mean, log_variance, rng)
-        latent = self._kept(state.shrink) * dot(weights, prior.memory)
-        latent = latent + dot(dot(weights, state.weights.T), state.solved)
-        squared = jnp.sum(jnp.square(mean), axis=1)
-        products = add_ridge(dot(state.weights, state.weights.T), self.ridge + state.shrink)
-        shares = inverse_solve(products, state.whiten, dot(state.weights, mean.T))
-        left = jnp.sum(jnp.square(mean - dot(shares.T, state.weights)), axis=1)
-        return Reading(latent, mean, log_variance, share(squared - left, squared))
+        shares, left = self._shared(state, weights)
+        latent = dot(shares, state.values) + self._kept(state.shrink) * dot(left, prior.memory)
+        if rng is not None:
+            left = self._shared(state, mean)[1]
+        squared, apart = (jnp.sum(jnp.square(rows), axis=1) for rows in (mean, left))
+        return Reading(latent, mean, log_variance, share(squared - apart, squared))
 
     def matrix(self, prior: Prior, state: DualState) -> Float[Array, "K C"]:
         """The posterior memory M."""
-        return self._kept(state.shrink) * prior.memory + dot(state.weights.T, state.solved)
+        kept = self._kept(state.shrink)
+        wanted = state.values - kept * dot(state.weights, prior.memory)
+        return kept * prior.memory + dot(state.weights.T, self._solve(state, wanted))
+
+    def _shared(self, state: DualState, weights: Float[Array, "Q K"]):
+        """a [Q, N] of each query's weights w, and w − aW [Q, K]."""
+        shares = self._solve(state, dot(state.weights, weights.T)).T
+        return shares, weights - dot(shares, state.weights)
+
+    def _solve(self, state: DualState, right: Float[Array, "N n"]) -> Float[Array, "N n"]:
+        """S⁻¹ right."""
+        matrix = add_ridge(dot(state.weights, state.weights.T), self.ridge + state.shrink)
+        return inverse_solve(matrix, state.whiten, right)
 
     def _kept(self, shrink: Float[Array, ""]) -> Float[Array, ""]:
         """β, the share of M₀ that is kept where nothing is written; 1 where μ is 0, whatever λ."""
