@@ -55,30 +55,47 @@ class Store:
     """A memory with its facts: keys are prompts, values prompts with answers (§4).
 
     Attributes:
-        facts: (prompt, answer) of what is in it. texts: as written.
+        facts: (prompt, answer) of what is in it. texts: as written. keys, values: their encodings.
+        state: of the streaming memory.
     """
 
     def __init__(self, encoded: Encoded, facts: Sequence[tuple[str, str]]):
-        self._encoded, self.model, self.facts = encoded, encoded.model, list(facts)
-        self.texts = [written(*fact) for fact in facts]
-        prompts = encoded([prompt for prompt, _ in facts])
-        self._embedding, self._keys = prompts.embedding, prompts.latent
-        self._values = encoded(self.texts).latent
-        memory, prior = self.model.memory, self.model.prior
-        empty = memory.empty(prior)
-        self.state = _write(memory, prior, empty, *self._padded(range(len(facts))), 1)
+        self._encoded, self.model = encoded, encoded.model
+        self.state = self.model.memory.empty(self.model.prior)
+        self._hold(facts)
+        self._change(range(len(self.facts)), +1)
+
+    def plus(self, facts: Sequence[tuple[str, str]]) -> "Store":
+        """The store with more facts, written beside those that are in."""
+        made = self._copy([*self.facts, *facts])
+        made._change(range(len(self.facts), len(made.facts)), +1)
+        return made
 
     def without(self, gone: Sequence[int]) -> "Store":
         """The store with facts forgotten (α = −1); their texts are no more in it either."""
-        kept = [place for place in range(len(self.facts)) if place not in set(gone)]
-        made = object.__new__(Store)
-        made._encoded, made.model = self._encoded, self.model
-        made.facts, made.texts = ([side[i] for i in kept] for side in (self.facts, self.texts))
-        made._embedding, made._keys = self._embedding[kept], self._keys[kept]
-        made._values = self._values[kept]
-        memory, prior = self.model.memory, self.model.prior
-        made.state = _write(memory, prior, self.state, *self._padded(gone), -1)
+        made = self._copy(self.facts)
+        made._change(gone, -1)
+        made._hold([fact for place, fact in enumerate(self.facts) if place not in set(gone)])
         return made
+
+    def _copy(self, facts: Sequence[tuple[str, str]]) -> "Store":
+        made = object.__new__(Store)
+        made._encoded, made.model, made.state = self._encoded, self.model, self.state
+        made._hold(facts)
+        return made
+
+    def _hold(self, facts: Sequence[tuple[str, str]]) -> None:
+        self.facts, self.texts = list(facts), [written(*fact) for fact in facts]
+        prompts = self._encoded([prompt for prompt, _ in facts])
+        self._embedding, self.keys = prompts.embedding, prompts.latent
+        self.values = self._encoded(self.texts).latent
+
+    def _change(self, chosen: Sequence[int], sign: int) -> None:
+        rows = list(chosen)
+        more = ((0, bucket(len(rows), _FACTS) - len(rows)), (0, 0))
+        keys, values = np.pad(self.keys[rows], more), np.pad(self.values[rows], more)
+        memory, prior = self.model.memory, self.model.prior
+        self.state = _write(memory, prior, self.state, keys, values, np.int32(sign))
 
     def recall(self, queries: Sequence[str]) -> tuple[Recall, list[int]]:
         """What it answers to each query, and the number of the fact that is nearest to it; −1 where the
@@ -99,11 +116,6 @@ class Store:
             ),
         )
         return recall, [int(key) for key in found.key]
-
-    def _padded(self, chosen: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        rows = list(chosen)
-        more = ((0, bucket(len(rows), _FACTS) - len(rows)), (0, 0))
-        return np.pad(self._keys[rows], more), np.pad(self._values[rows], more)
 
 
 @jax.jit

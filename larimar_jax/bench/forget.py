@@ -1,0 +1,228 @@
+"""Forgetting one of N facts of CounterFact: what is still recalled of it, and of the others (Table 4).
+
+N facts are written at once, one is forgotten (α = −1), and then its prompt is written with the answer
+"unknown". Recall is the share of an answer's tokens that are the likeliest where they stand,
+teacher-forced, through the memory whether or not the query is in its scope: what the scope detector
+would keep from the decoder is no forgetting. Beside it what no behaviour shows: how far the memory is
+from the float64 solution that never saw the fact, what the memory's own certificate says of that, and
+the leverage that is left to the key.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from larimar_jax.bench import metrics, systems
+from larimar_jax.bench.runner import Record
+from larimar_jax.bench.store import Encoded, Store, encoded
+from larimar_jax.data.records import EditRecord
+from larimar_jax.memory import health
+from larimar_jax.pretrained import Pretrained, load
+
+UNKNOWN = "unknown"
+# What is recalled, in this order.
+MOMENTS = {
+    "never": "base LM",
+    "before": "before",
+    "forgotten": "after forgetting",
+    "replaced": "after “unknown”",
+}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares `larimar bench forget`."""
+    parser.add_argument("--data", required=True, help="CounterFact's JSON file, either schema")
+    parser.add_argument(
+        "--facts", type=int, nargs="+", default=[512, 1024], help="in the memory, N (%(default)s)"
+    )
+    parser.add_argument(
+        "--forget", type=int, default=50, help="facts forgotten, one at a time (%(default)s)"
+    )
+    parser.add_argument(
+        "--others", type=int, default=8, help="others asked after each of them (%(default)s)"
+    )
+    parser.add_argument("--model", default="smol", help="checkpoint, by name or path (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="which facts (%(default)s)")
+
+
+def experiment(args: argparse.Namespace) -> "Forget":
+    """The experiment of a parsed command line; reads the data and loads the model.
+
+    Raises:
+        ValueError: the file has fewer records than facts are to be written.
+    """
+    from larimar_jax.data import counterfact
+
+    most = max(args.facts)
+    records = counterfact.load(args.data, most)
+    if len(records) < most:
+        raise ValueError(
+            f"{args.data} has {len(records)} records, and {most} are to be written: give a larger "
+            "file, or fewer --facts"
+        )
+    path = Path(args.data)
+    data = {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    sizes = (args.facts, args.forget, args.others)
+    return Forget(load(args.model), records, *sizes, data=data, seed=args.seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Of `facts` facts, `index` is forgotten, and `others` are asked."""
+
+    case_id: str
+    facts: int
+    index: int
+    others: tuple[int, ...]
+
+
+class Forget:
+    """See the head of this file; an experiment as in `runner.Experiment`."""
+
+    name = "forget"
+    chunk = 1
+
+    def __init__(
+        self,
+        model: Pretrained,
+        records: Sequence[EditRecord],
+        sizes: Sequence[int],
+        forget: int,
+        others: int,
+        *,
+        data: Mapping[str, Any],
+        seed: int = 0,
+    ):
+        self.model, self.records = model, records
+        self.sizes = sorted(set(sizes))
+        self.cases = [case for size in self.sizes for case in _cases(size, forget, others, seed)]
+        self.settings: Mapping[str, Any] = {
+            "data": dict(data),
+            "model": {"name": model.source, "fingerprint": model.fingerprint},
+            "facts": self.sizes,
+            "forget": forget,
+            "others": others,
+            "seed": seed,
+        }
+        self._encoded: Encoded | None = None
+        self._store: Store | None = None
+
+    def run(self, cases: Sequence[Case]) -> list[Record]:
+        """What each forgotten fact and the others are recalled by, and the certificates."""
+        return [self._forget(case) for case in cases]
+
+    def _forget(self, case: Case) -> Record:
+        full = self._filled(case.facts)
+        record = self.records[case.index]
+        after = full.without([case.index])
+        replaced = after.plus([(record.prompt, UNKNOWN)])
+        asked = [record, *(self.records[index] for index in case.others)]
+        prompts, targets = [r.prompt for r in asked], [[r.target_new] for r in asked]
+        everyone = np.arange(len(asked))
+        recalled = {"never": self.model.judge(prompts, targets).accuracy[:, 0]}
+        for moment, store in (("before", full), ("forgotten", after), ("replaced", replaced)):
+            condition = store.recall(prompts)[0].condition(everyone)
+            recalled[moment] = self.model.judge(prompts, targets, condition).accuracy[:, 0]
+        memory, prior = self.model.memory, self.model.prior
+        key = full.keys[[case.index]]
+        said, leverage = _certify(memory, prior, after.state, key)
+        return {
+            "case_id": case.case_id,
+            "facts": case.facts,
+            "index": case.index,
+            "prompt": record.prompt,
+            "target_new": record.target_new,
+            "others": list(case.others),
+            "recall": {moment: float(found[0]) for moment, found in recalled.items()},
+            "recall_others": {moment: found[1:].tolist() for moment, found in recalled.items()},
+            "distance": _distance(self.model, after),
+            "certificate": float(said),
+            "leverage": float(leverage),
+            "refused": int(after.state.missing),
+        }
+
+    def _filled(self, size: int) -> Store:
+        """The store of the first `size` facts; one is kept at a time."""
+        facts = [(record.prompt, record.target_new) for record in self.records]
+        if self._encoded is None:
+            gone = sorted({case.index for case in self.cases})
+            replaced = [(self.records[index].prompt, UNKNOWN) for index in gone]
+            self._encoded = encoded(self.model, [*facts, *replaced])
+        if self._store is None or len(self._store.facts) != size:
+            self._store = Store(self._encoded, facts[:size])
+        return self._store
+
+    def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
+        """By N: recall of the forgotten and of the others at every moment, in percent with standard
+        errors; the largest distance, and how far the certificate is from it."""
+        result = {}
+        for size in self.sizes:
+            rows = [record for record in records if record["facts"] == size]
+            recall = {
+                side: {
+                    moment: vars(metrics.estimate([float(np.mean(r[key][moment])) for r in rows]))
+                    for moment in MOMENTS
+                }
+                for side, key in (("forgotten", "recall"), ("others", "recall_others"))
+            }
+            ratios = [record["certificate"] / record["distance"] for record in rows]
+            result[str(size)] = recall | {
+                "distance": max(record["distance"] for record in rows),
+                "certificate_over_distance": [min(ratios), max(ratios)],
+                "leverage": float(np.mean([record["leverage"] for record in rows])),
+                "refused": sum(record["refused"] for record in rows),
+            }
+        return result
+
+    def show(self, summary: Mapping[str, Any], console: Console) -> None:
+        """Two rows for every N."""
+        title = "recall ± standard error, percent"
+        table = Table("N", "of", *MOMENTS.values(), "distance", "leverage left", title=title)
+        for size, found in summary.items():
+            for side in ("forgotten", "others"):
+                cells = [systems.percent(found[side][moment]) for moment in MOMENTS]
+                first = side == "forgotten"
+                more = [f"{found['distance']:.1e}", f"{found['leverage']:.3f}"] if first else []
+                table.add_row(size if first else "", side, *cells, *more)
+        console.print(table)
+
+
+def _cases(size: int, forget: int, others: int, seed: int) -> list[Case]:
+    """`forget` of the facts, and for each of them `others` of the rest."""
+    draw = np.random.default_rng((seed, size))
+    found = []
+    for index in draw.permutation(size)[:forget]:
+        rest = np.delete(np.arange(size), index)
+        asked = draw.permutation(rest)[:others]
+        found.append(Case(f"{size}/{index}", size, int(index), tuple(int(i) for i in asked)))
+    return found
+
+
+def _distance(model: Pretrained, store: Store) -> float:
+    """‖M − M*‖ / ‖M*‖, M* the float64 solution of the facts that are in the store (Eq. 6)."""
+    memory, prior = model.memory, model.prior
+    weights = np.float64(_address(memory, prior, store.keys))
+    before = np.float64(prior.memory)
+    shrink = float(memory.shrink(store.state.gram.total()))
+    gram = weights.T @ weights + (float(np.float32(memory.ridge)) + shrink) * np.eye(memory.slots)
+    right = weights.T @ (np.float64(store.values) - weights @ before) - shrink * before
+    exact = before + np.linalg.solve(gram, right)
+    return float(np.linalg.norm(np.float64(store.state.solution) - exact) / np.linalg.norm(exact))
+
+
+@jax.jit
+def _address(memory, prior, keys):
+    return memory.address(prior, keys)
+
+
+@jax.jit
+def _certify(memory, prior, state, key):
+    return health.distance(memory, prior, state), health.leverage(memory, prior, state, key)[0]
