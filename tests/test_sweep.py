@@ -135,8 +135,8 @@ def test_a_reference_of_prompts_known_beforehand():
     np.testing.assert_array_equal(known, [*prompts[:2], params.prior[2]])
     with pytest.raises(sweep.SweepError, match="variants.a.reference: must be one of prior, prompts"):
         sweep.parse(changed(variants=dict(a=dict(variant="none", reference="x"))))
-    with pytest.raises(sweep.SweepError, match="0 leaves nothing"):
-        sweep.parse(changed(latent=0))
+    with pytest.raises(sweep.SweepError, match="latent is 0"):
+        sweep.Sweep(sweep.parse(changed(latent=0)))
 
 
 def test_the_command_runs_a_config(tmp_path, capsys):

@@ -106,8 +106,6 @@ def parse(values: Mapping[str, Any]) -> SweepConfig:
         variants = {}
     for label, settings in variants.items():
         problems += _offences(label, settings)
-    if not built.get("latent") and not built.get("zsre"):
-        problems.append("latent: 0 leaves nothing to sweep without zsre")
     if problems:
         raise SweepError("The sweep's config does not fit:\n  " + "\n  ".join(problems))
     return SweepConfig(**built, variants=variants)
@@ -182,6 +180,11 @@ class Sweep:
 
     def __init__(self, config: SweepConfig):
         self.config, self.cases = config, cells(config)
+        if not self.cases:
+            raise SweepError(
+                "The sweep has no cells: latent is 0, that is, no synthetic facts, and zsre names "
+                "no file. Give --set zsre=FILE, or a latent size."
+            )
         self.chunk = CHUNK * jax.device_count()
         self.settings: Mapping[str, Any] = dataclasses.asdict(config) | {"chunk": self.chunk}
         self.compiled = 0
