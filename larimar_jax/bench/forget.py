@@ -32,8 +32,8 @@ UNKNOWN = "unknown"
 MOMENTS = {
     "never": "base LM",
     "before": "before",
-    "forgotten": "after forgetting",
-    "replaced": "after “unknown”",
+    "forgotten": "forgotten",
+    "replaced": "“unknown”",
 }
 
 
@@ -185,7 +185,7 @@ class Forget:
     def show(self, summary: Mapping[str, Any], console: Console) -> None:
         """Two rows for every N."""
         title = "recall ± standard error, percent"
-        table = Table("N", "of", *MOMENTS.values(), "distance", "leverage left", title=title)
+        table = Table("N", "of", *MOMENTS.values(), "distance", "leverage", title=title)
         for size, found in summary.items():
             for side in ("forgotten", "others"):
                 cells = [systems.percent(found[side][moment]) for moment in MOMENTS]
