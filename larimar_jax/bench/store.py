@@ -52,18 +52,21 @@ def encoded(
 
 
 class Store:
-    """A memory with its facts: keys are prompts, values prompts with answers (§4).
+    """A memory with its facts: keys are prompts, values prompts with answers (§4). They are written at
+    once, where no `state` is given that holds them.
 
     Attributes:
         facts: (prompt, answer) of what is in it. texts: as written. keys, values: their encodings.
         state: of the streaming memory.
     """
 
-    def __init__(self, encoded: Encoded, facts: Sequence[tuple[str, str]]):
+    def __init__(self, encoded: Encoded, facts: Sequence[tuple[str, str]], state: Any = None):
         self._encoded, self.model = encoded, encoded.model
-        self.state = self.model.memory.empty(self.model.prior)
         self._hold(facts)
-        self._change(range(len(self.facts)), +1)
+        self.state = state
+        if state is None:
+            self.state = self.model.memory.empty(self.model.prior)
+            self._change(range(len(self.facts)), +1)
 
     def plus(self, facts: Sequence[tuple[str, str]]) -> "Store":
         """The store with more facts, written beside those that are in."""

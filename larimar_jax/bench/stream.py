@@ -1,0 +1,254 @@
+"""A stream of ZsRE edits, one after the other, with no knowledge of the future (Table 3, Fig. 2b).
+
+Every fact is streamed into one memory (Eqs. 2–4). Along the way, wordings that were never written of
+facts that were are asked (the generalisation curve); at the end every written prompt is (edit
+retention), and so are prompts of facts that were never written, for their right answers (test
+retention: as for the base LM, where nothing was lost). Answers are decoded greedily; the score is the F1
+of their words, of which as many count as the right answer has. Controls: the base LM, and a lookup that
+puts the nearest written fact in front of the prompt.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from larimar_jax.bench import metrics, systems
+from larimar_jax.bench.runner import Record
+from larimar_jax.bench.store import Encoded, Store, encoded, written
+from larimar_jax.data.records import EditRecord
+from larimar_jax.memory import live
+from larimar_jax.pretrained import Pretrained, load
+
+SYSTEMS = {"base": "base LM", "lookup": "nearest neighbour", "larimar": "Larimar with scope"}
+KINDS = {
+    "edit": "edit retention",
+    "rephrased": "held-out rephrasings",
+    "unwritten": "test retention",
+}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares `larimar bench stream`."""
+    parser.add_argument("--data", required=True, help="ZsRE's JSON file, of MEND or of KnowEdit")
+    parser.add_argument("--edits", type=int, default=900, help="facts of the stream (%(default)s)")
+    parser.add_argument(
+        "--unwritten", type=int, default=100, help="facts after them, never written (%(default)s)"
+    )
+    parser.add_argument(
+        "--every", type=int, default=50, help="edits between points of the curve (%(default)s)"
+    )
+    parser.add_argument(
+        "--asked", type=int, default=32, help="facts asked at a point of the curve (%(default)s)"
+    )
+    parser.add_argument("--model", default="smol", help="checkpoint, by name or path (%(default)s)")
+    parser.add_argument("--chunk", type=int, default=32, help="cases computed together (%(default)s)")
+
+
+def experiment(args: argparse.Namespace) -> "Stream":
+    """The experiment of a parsed command line; reads the data and loads the model.
+
+    Raises:
+        ValueError: the file has fewer records than are asked for.
+    """
+    from larimar_jax.data import zsre
+
+    needed = args.edits + args.unwritten
+    records = zsre.load(args.data, needed)
+    # What was never written is asked for its right answer, whatever the file proposes to write.
+    records = [*records[: args.edits], *zsre.load(args.data, needed, "answer")[args.edits :]]
+    if len(records) < needed:
+        raise ValueError(
+            f"{args.data} has {len(records)} records, and --edits and --unwritten ask for {needed}: "
+            "give a larger file, or fewer of them"
+        )
+    path = Path(args.data)
+    data = {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    sizes = (args.edits, args.every, args.asked)
+    return Stream(load(args.model), records, *sizes, data=data, chunk=args.chunk)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Record `index` asked after `edits` edits, in the wording that `kind` says."""
+
+    case_id: str
+    kind: str
+    edits: int
+    index: int
+
+
+class Stream:
+    """See the head of this file; an experiment as in `runner.Experiment`."""
+
+    name = "stream"
+
+    def __init__(
+        self,
+        model: Pretrained,
+        records: Sequence[EditRecord],
+        edits: int,
+        every: int,
+        asked: int,
+        *,
+        data: Mapping[str, Any],
+        chunk: int = 32,
+    ):
+        self.model, self.records, self.edits, self.chunk = model, records, edits, chunk
+        self.points = sorted({*range(every, edits + 1, every), edits})
+        self.cases = [*self._curve(asked), *self._end()]
+        self.settings: Mapping[str, Any] = {
+            "data": dict(data),
+            "model": {"name": model.source, "fingerprint": model.fingerprint},
+            "edits": edits,
+            "unwritten": len(records) - edits,
+            "every": every,
+            "asked": asked,
+            "chunk": chunk,
+            "seed": 0,
+        }
+        self._encoded: Encoded | None = None
+        self._now: tuple[int, live.Live] | None = None
+
+    def _curve(self, asked: int) -> list[Case]:
+        """At every point, `asked` of the facts so far that have another wording."""
+        draw, found = np.random.default_rng(0), []
+        for point in self.points:
+            known = [i for i in range(point) if self.records[i].paraphrases]
+            for index in sorted(draw.permutation(known)[:asked]):
+                found.append(Case(f"rephrased/{point}/{index}", "rephrased", point, int(index)))
+        return found
+
+    def _end(self) -> list[Case]:
+        kinds = [*["edit"] * self.edits, *["unwritten"] * (len(self.records) - self.edits)]
+        return [
+            Case(f"{kind}/{index}", kind, self.edits, index) for index, kind in enumerate(kinds)
+        ]
+
+    def run(self, cases: Sequence[Case]) -> list[Record]:
+        """Answers and their F1; cases after as many edits in one batch."""
+        groups = itertools.groupby(cases, key=lambda case: case.edits)
+        return [record for edits, some in groups for record in self._group(edits, list(some))]
+
+    def _group(self, edits: int, cases: list[Case]) -> list[Record]:
+        chosen = [self.records[case.index] for case in cases]
+        prompts = [
+            record.paraphrases[0] if case.kind == "rephrased" else record.prompt
+            for case, record in zip(cases, chosen, strict=True)
+        ]
+        golds = [record.target_new for record in chosen]
+        store = self._after(edits)
+        recall, nearest = store.recall(prompts)
+        inside = np.flatnonzero(recall.in_scope)
+        words = max(len(self.model.decoder_tokenizer.ids(f" {gold}")) for gold in golds) + 2
+        base = self.model.generate(prompts, max_tokens=words)
+        said = {"base": base, "lookup": list(base), "larimar": list(base)}
+        if len(inside):
+            asked = [prompts[row] for row in inside]
+            facts = [store.texts[nearest[row]] for row in inside]
+            in_front = [f"{fact.rstrip('.')}. {p}" for fact, p in zip(facts, asked, strict=True)]
+            for system, texts, condition in (
+                ("lookup", in_front, None),
+                ("larimar", asked, recall.condition(inside)),
+            ):
+                found = self.model.generate(texts, condition, max_tokens=words)
+                for row, text in zip(inside, found, strict=True):
+                    said[system][row] = text
+        records = []
+        for row, (case, gold) in enumerate(zip(cases, golds, strict=True)):
+            wanted = metrics.answer_tokens(gold)
+            answers = {name: metrics.answer_tokens(texts[row]) for name, texts in said.items()}
+            cut = {name: found[: len(wanted)] for name, found in answers.items()}
+            records.append(
+                {
+                    "case_id": case.case_id,
+                    "kind": case.kind,
+                    "edits": edits,
+                    "prompt": prompts[row],
+                    "gold": gold,
+                    "said": {name: texts[row] for name, texts in said.items()},
+                    "in_scope": bool(recall.in_scope[row]),
+                    "f1": {n: metrics.token_f1(found, wanted) for n, found in cut.items()},
+                    "f1_grace": {n: metrics.token_f1_grace(f, wanted) for n, f in cut.items()},
+                }
+            )
+        return records
+
+    def _after(self, edits: int) -> Store:
+        """The store after so many edits, streamed one by one."""
+        memory, prior = self.model.memory, self.model.prior
+        facts = [(record.prompt, record.target_new) for record in self.records[: self.edits]]
+        if self._encoded is None:
+            asked = [record.paraphrases[0] for record in self.records if record.paraphrases]
+            unwritten = [record.prompt for record in self.records[self.edits :]]
+            self._encoded = encoded(self.model, facts, [*asked, *unwritten])
+        if self._now is None or self._now[0] > edits:
+            self._now = 0, _begin(memory, prior, memory.empty(prior))
+        # From point to point, so that a run that is taken up streams the very same blocks.
+        for point in self.points:
+            done, now = self._now
+            if done < point <= edits:
+                keys = self._encoded([prompt for prompt, _ in facts[done:point]]).latent
+                values = self._encoded([written(*fact) for fact in facts[done:point]]).latent
+                self._now = point, _stream(memory, prior, now, keys, values)
+        return Store(self._encoded, facts[:edits], _settle(memory, prior, self._now[1]))
+
+    def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Mean F1 in percent with standard errors by kind and system at the end, and the curve."""
+        end = [record for record in records if record["edits"] == self.edits]
+        tables = {
+            measure: {
+                system: {kind: _mean(end, kind, system, measure) for kind in KINDS}
+                for system in SYSTEMS
+            }
+            for measure in ("f1", "f1_grace")
+        }
+        curve = {
+            str(point): {
+                system: _mean([r for r in records if r["edits"] == point], "rephrased", system, "f1")
+                for system in SYSTEMS
+            }
+            for point in self.points
+        }
+        return tables | {"curve": curve}
+
+    def show(self, summary: Mapping[str, Any], console: Console) -> None:
+        """A row a system at the end, and the curve of held-out rephrasings."""
+        title = f"word F1 ± standard error after {self.edits} edits, percent"
+        table = Table("system", *KINDS.values(), title=title)
+        for system, label in SYSTEMS.items():
+            cells = [systems.percent(summary["f1"][system][kind]) for kind in KINDS]
+            table.add_row(label, *cells)
+        console.print(table)
+        curve = Table("edits", *SYSTEMS.values(), title="held-out rephrasings")
+        for point, found in summary["curve"].items():
+            curve.add_row(point, *(systems.percent(found[system]) for system in SYSTEMS))
+        console.print(curve)
+
+
+@jax.jit
+def _begin(memory, prior, state):
+    return live.begin(memory, prior, state)
+
+
+@jax.jit
+def _stream(memory, prior, now, keys, values):
+    return live.stream(memory, prior, now, keys, values)[0]
+
+
+@jax.jit
+def _settle(memory, prior, now):
+    return live.settle(memory, prior, now)
+
+
+def _mean(records: Sequence[Record], kind: str, system: str, measure: str) -> dict[str, Any]:
+    values = [float(r[measure][system]) for r in records if r["kind"] == kind]
+    return vars(metrics.estimate(values))
