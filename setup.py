@@ -37,6 +37,7 @@ setup(
         "orbax-checkpoint>=0.12.8",
         "rich>=13.9",
         "safetensors>=0.8.0",
+        "scipy>=1.13",
         "tensorboardX>=2.6.5",
         "tensorflow-datasets>=4.9.9",
         "tokenizers>=0.23.3",
