@@ -4,8 +4,8 @@ Every fact is streamed into one memory (Eqs. 2–4). Along the way, wordings tha
 facts that were are asked (the generalisation curve); at the end every written prompt is (edit
 retention), and so are prompts of facts that were never written, for their right answers (test
 retention: as for the base LM, where nothing was lost). Answers are decoded greedily; the score is the F1
-of their words, of which as many count as the right answer has. Controls: the base LM, and a lookup that
-puts the nearest written fact in front of the prompt.
+of the words of the first line that is not empty, of which as many count as the right answer has.
+Controls: the base LM, and a lookup that puts the nearest written fact in front of the prompt.
 """
 
 import argparse
@@ -74,6 +74,10 @@ def experiment(args: argparse.Namespace) -> "Stream":
     data = {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     sizes = (args.edits, args.every, args.asked)
     return Stream(load(args.model), records, *sizes, data=data, chunk=args.chunk)
+
+
+# Tokens decoded beyond those of the longest answer of a chunk: line breaks before it.
+_MORE = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +152,13 @@ class Stream:
         store = self._after(edits)
         recall, nearest = store.recall(prompts)
         inside = np.flatnonzero(recall.in_scope)
-        words = max(len(self.model.decoder_tokenizer.ids(f" {gold}")) for gold in golds) + 2
-        base = self.model.generate(prompts, max_tokens=words)
+        words = max(len(self.model.decoder_tokenizer.ids(f" {gold}")) for gold in golds) + _MORE
+
+        def generate(texts, condition=None):
+            # A question mark is often followed by a line break, and the answer comes after it.
+            return self.model.generate(texts, condition, max_tokens=words, stop=())
+
+        base = generate(prompts)
         said = {"base": base, "lookup": list(base), "larimar": list(base)}
         if len(inside):
             asked = [prompts[row] for row in inside]
@@ -159,13 +168,13 @@ class Stream:
                 ("lookup", in_front, None),
                 ("larimar", asked, recall.condition(inside)),
             ):
-                found = self.model.generate(texts, condition, max_tokens=words)
+                found = generate(texts, condition)
                 for row, text in zip(inside, found, strict=True):
                     said[system][row] = text
         records = []
         for row, (case, gold) in enumerate(zip(cases, golds, strict=True)):
             wanted = metrics.answer_tokens(gold)
-            answers = {name: metrics.answer_tokens(texts[row]) for name, texts in said.items()}
+            answers = {name: metrics.answer_tokens(_line(texts[row])) for name, texts in said.items()}
             cut = {name: found[: len(wanted)] for name, found in answers.items()}
             records.append(
                 {
@@ -247,6 +256,11 @@ def _stream(memory, prior, now, keys, values):
 @jax.jit
 def _settle(memory, prior, now):
     return live.settle(memory, prior, now)
+
+
+def _line(text: str) -> str:
+    """The first line of an answer that is not empty."""
+    return next((line for line in text.splitlines() if line.strip()), "")
 
 
 def _mean(records: Sequence[Record], kind: str, system: str, measure: str) -> dict[str, Any]:
