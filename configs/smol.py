@@ -94,6 +94,11 @@ def get_config() -> ConfigDict:
                 stall=0.0,
                 seed=0,
             ),
-            editing=dict(ridge=1e-2, query_noise=0.0, scope_threshold=0.68),
+            editing=dict(
+                ridge=1e-2,
+                query_noise=0.0,
+                scope_threshold=0.68,
+                spelling=dict(positions=12, width=96, limit=40.0),
+            ),
         )
     )

@@ -97,7 +97,7 @@ _SINCE = {
     "model": dict(lora=None),
     "memory": dict(variance="scalar", addressing="pinv", width=1e-3),
     "data": dict(workers=0),
-    "editing": dict(query_noise=0.0),
+    "editing": dict(query_noise=0.0, spelling=None),
     "train": dict(
         optimizer="adamw",
         accumulate=1,
@@ -171,6 +171,16 @@ def _ranges(config: Config) -> list[str]:
         if config.model.lora.rank < 1:
             problems.append(f"model.lora.rank: must be above 0, got {config.model.lora.rank}")
         problems += _regex("model.lora.modules", config.model.lora.modules)
+    spelling = config.editing.spelling
+    if spelling is not None:
+        if spelling.positions < 1:
+            problems.append(f"editing.spelling.positions: must be above 0, got {spelling.positions}")
+        if spelling.width < 32 or spelling.width % 32:
+            problems.append(
+                f"editing.spelling.width: must be a multiple of 32, got {spelling.width}; 96 is usual"
+            )
+        if spelling.limit <= 0:
+            problems.append(f"editing.spelling.limit: must be above 0, got {spelling.limit}")
     patterns = {"train.frozen": config.train.frozen}
     if config.train.start_from is not None:
         patterns["train.start_from.parameters"] = config.train.start_from.parameters

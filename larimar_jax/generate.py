@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax.layers import Cache
-from larimar_jax.model import Condition
+from larimar_jax.model import Bonus, Condition
 from larimar_jax.sampling import Draw, Sampling, pick
 from larimar_jax.weights.tokenizers import Tokenizer, bucket
 
@@ -34,7 +34,7 @@ class LanguageModel(Protocol):
     hidden: Any
     """(tokens, condition, cache, start) → (last hidden states, cache)."""
     bonus: Any
-    """condition → what the first token's logits gain [B, V], or None."""
+    """condition → what an answer's logits gain (`model.Bonus`), or None."""
 
 
 def generate(
@@ -390,10 +390,10 @@ def _decode(
 def _logits(
     model: LanguageModel,
     hidden: Float[Array, "B D"],
-    bonus: Float[Array, "B V"] | None,
+    bonus: Bonus | None,
     step: Int[Array, ""],
 ) -> Float[Array, "B V"]:
     logits = model.decoder.logits(hidden)
     if bonus is None:
         return logits
-    return logits + bonus * model.lexicon.decay ** step.astype(jnp.float32)
+    return bonus.add(logits[:, None], jnp.full((len(hidden), 1), step))[:, 0]

@@ -15,6 +15,7 @@ from larimar_jax.decoders.base import Tree
 from larimar_jax.layers import Cache, Prefix
 from larimar_jax.memory.contract import MemoryParams
 from larimar_jax.settings import Config
+from larimar_jax.spelling import Spelled
 
 
 @jax.tree_util.register_dataclass
@@ -23,11 +24,13 @@ class Condition:
     """All that a read hands to the decoder, one row per sequence.
 
     prefix: memory slots and embedding made from the latent (§2). innovation: what the memory adds to
-    the query (§10), zero where it adds nothing and where the base LM is to speak alone.
+    the query (§10), zero where it adds nothing and where the base LM is to speak alone. spelled: the
+    tokens of the answer (spelling.py), where the memory keeps them.
     """
 
     prefix: Prefix
     innovation: Float[Array, "B C"]
+    spelled: Spelled | None = None
 
     def rows(self, index: Int[Array, " R"]) -> "Condition":
         """The condition of chosen rows, in the order of `index`."""
@@ -37,7 +40,31 @@ class Condition:
             value=self.prefix.value[:, index],
             active=self.prefix.active[index],
         )
-        return Condition(prefix=prefix, innovation=self.innovation[index])
+        spelled = None if self.spelled is None else self.spelled.rows(index)
+        return Condition(prefix=prefix, innovation=self.innovation[index], spelled=spelled)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Bonus:
+    """What a condition adds to logits beside what the decoder makes of its prefix (§10).
+
+    first: the lexicon's words at the first token of the answer, of which `decay` stays with each token
+    more; None without a lexicon. spelled: as in `Condition`.
+    """
+
+    first: Float[Array, "B V"] | None
+    spelled: Spelled | None
+    decay: float = dataclasses.field(metadata=dict(static=True))
+
+    def add(
+        self, logits: Float[Array, "B n V"], depth: Int[Array, "B n"]
+    ) -> Float[Array, "B n V"]:
+        """The logits of tokens at these depths of the answer (0 is its first), with what they gain."""
+        if self.first is not None:
+            fading = self.decay ** depth.astype(jnp.float32)
+            logits = logits + self.first[:, None] * fading[..., None]
+        return logits if self.spelled is None else self.spelled.add(logits, depth)
 
 
 class PriorMemory(nnx.Module):
@@ -146,8 +173,10 @@ class Larimar(nnx.Module):
         latent: Float[Array, "B C"],
         innovation: Float[Array, "B C"] | None = None,
         active: Bool[Array, " B"] | None = None,
+        spelled: Spelled | None = None,
     ) -> Condition:
-        """Latent → memory slots and embedding (§2), with the innovation for the lexicon (§10).
+        """Latent → memory slots and embedding (§2), with the innovation for the lexicon (§10), and what
+        is spelled.
 
         A zero latent is the paper's "no memory" (z = 0): the slot is there and holds zeros. A row whose
         `active` is False is decoded as by the untouched base LM (`layers.Prefix`).
@@ -165,7 +194,8 @@ class Larimar(nnx.Module):
         )
         if innovation is None:
             innovation = jnp.zeros_like(latent)
-        return Condition(prefix=prefix, innovation=jnp.where(active[:, None], innovation, 0.0))
+        innovation = jnp.where(active[:, None], innovation, 0.0)
+        return Condition(prefix=prefix, innovation=innovation, spelled=spelled)
 
     def hidden(
         self,
@@ -179,11 +209,14 @@ class Larimar(nnx.Module):
         prefix = None if condition is None else condition.prefix
         return self.decoder.hidden(tokens, prefix, cache, start, tree)
 
-    def bonus(self, condition: Condition | None) -> Float[Array, "B V"] | None:
-        """What the lexicon adds to the first generated token's logits; None without a lexicon."""
-        if condition is None or self.lexicon is None:
+    def bonus(self, condition: Condition | None) -> Bonus | None:
+        """What the logits of an answer gain; None where they gain nothing."""
+        if condition is None or (self.lexicon is None and condition.spelled is None):
             return None
-        return self.lexicon.bonus(condition.innovation, self.decoder.config.vocab_size)
+        if self.lexicon is None:
+            return Bonus(None, condition.spelled, 0.0)
+        first = self.lexicon.bonus(condition.innovation, self.decoder.config.vocab_size)
+        return Bonus(first, condition.spelled, self.lexicon.decay)
 
 
 def build(config: Config, key: jax.Array, where: weights.Where | None = None) -> Larimar:

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import config as configs
-from larimar_jax import generate, scoring
+from larimar_jax import generate, scoring, spelling
 from larimar_jax.data import vocabulary
 from larimar_jax.memory.contract import Prior
 from larimar_jax.memory.streaming import Streaming
@@ -38,7 +38,11 @@ class EncodingNotFinite(FloatingPointError):
 
 @dataclasses.dataclass(frozen=True)
 class Encodings:
-    """n texts: `embedding` for the scope detector (§6), `latent` for the memory (§2); float32."""
+    """n texts: `embedding` for the scope detector (§6), `latent` for the memory (§2); float32.
+
+    Where the memory keeps spellings, C is more than `model.latent`: behind a text's encoding stands the
+    spelling of its answer, zeros where it has none.
+    """
 
     embedding: Float[np.ndarray, "n H"]
     latent: Float[np.ndarray, "n C"]
@@ -66,20 +70,29 @@ class Pretrained:
         self.source, self.fingerprint = source, fingerprint
         slots, latent = model.memory.prior[...].shape
         editing = config.editing
+        more = spelling.size(editing.spelling)
         self.memory = Streaming(
-            slots=slots, latent=latent, ridge=editing.ridge, query_noise=editing.query_noise
+            slots=slots, latent=latent + more, ridge=editing.ridge, query_noise=editing.query_noise
         )
-        self.prior: Prior = jax.jit(self.memory.prepare)(model.memory.params())
+        params = spelling.widen(model.memory.params(), more)
+        self.prior: Prior = jax.jit(self.memory.prepare)(params)
         self.graph, self.state = nnx.split(model)
 
     @property
     def scope_threshold(self) -> float:
         return self.config.editing.scope_threshold
 
-    def encode(self, texts: Sequence[str]) -> Encodings:
+    def encode(
+        self, texts: Sequence[str], answers: Sequence[str | None] | None = None
+    ) -> Encodings:
         """Embeds and encodes n texts.
 
+        Args:
+          answers: of each text the answer in it, which is spelled beside its encoding where the memory
+            keeps spellings; None has none, as a query.
+
         Raises:
+          ValueError: not as many answers as texts.
           TextTooLong: a text exceeds what the encoder takes; names it.
           EncodingNotFinite: names the first text whose encoding is not finite.
         """
@@ -110,18 +123,34 @@ class Pretrained:
             for output, part in zip(outputs, made, strict=True):
                 output[rows] = part
         if outputs is None:
-            width = self.model.encoder.config.width
-            return Encodings(
-                np.zeros((0, width), np.float32), np.zeros((0, self.memory.latent), np.float32)
-            )
-        finite = np.isfinite(outputs[0]).all(axis=1) & np.isfinite(outputs[1]).all(axis=1)
+            sizes = (self.model.encoder.config.width, self.config.model.latent)
+            outputs = [np.zeros((0, size), np.float32) for size in sizes]
+        embedding, latent = outputs
+        finite = np.isfinite(embedding).all(axis=1) & np.isfinite(latent).all(axis=1)
         if not finite.all():
             raise EncodingNotFinite(
                 f"The encoding of {_shorten(texts[int(np.argmin(finite))])!r} is not finite, so nothing "
                 "was written or read. The encoder's weights are damaged, or its compute dtype "
                 "overflows: load the model anew, or set model.dtype to float32."
             )
-        return Encodings(*outputs)
+        if self.config.editing.spelling is not None:
+            answers = [None] * len(texts) if answers is None else answers
+            if len(answers) != len(texts):
+                raise ValueError(f"{len(texts)} texts need as many answers; got {len(answers)}")
+            latent = np.concatenate([latent, self._spell(answers)], axis=1)
+        return Encodings(embedding, latent)
+
+    def _spell(self, answers: Sequence[str | None]) -> Float[np.ndarray, "n S"]:
+        config, following = self.config.editing.spelling, self.decoder_tokenizer.following
+        tokens = [None if answer is None else following(answer.strip()) for answer in answers]
+        packed = spelling.pack(config, tokens)
+        written = np.zeros((len(packed), spelling.size(config)), np.float32)
+        rows = np.flatnonzero((packed != spelling.NOTHING).any(axis=1))
+        if len(rows):
+            # Padded, so that few numbers of answers are compiled for.
+            padded = np.resize(packed[rows], (bucket(len(rows), 8), config.positions))
+            written[rows] = np.asarray(spelling.spell(config, padded))[: len(rows)]
+        return written
 
     def condition(
         self,
@@ -129,9 +158,10 @@ class Pretrained:
         innovation: Float[np.ndarray, "n C"] | Array | None = None,
         active: Bool[np.ndarray, " n"] | None = None,
     ) -> Condition:
-        """`Larimar.condition`, compiled; rows of padding, not active, come after the n.
+        """`Larimar.condition` of readouts and innovations, compiled, with what is spelled in them.
 
-        Padded, so that few numbers of rows are compiled for; decoding and scoring ignore the rest.
+        Rows of padding, not active, come after the n, so that few numbers of rows are compiled for;
+        decoding and scoring ignore them.
         """
         rows, more = len(latent), generate.steps_bucket(len(latent), 1) - len(latent)
         latent = np.pad(np.asarray(latent, np.float32), ((0, more), (0, 0)))
@@ -141,7 +171,8 @@ class Pretrained:
             else np.pad(np.asarray(innovation, np.float32), ((0, more), (0, 0)))
         )
         active = np.pad(np.ones(rows, bool) if active is None else np.asarray(active), (0, more))
-        return _condition(self.graph, self.state, latent, innovation, active)
+        config = self.config.editing.spelling
+        return _condition(self.graph, self.state, latent, innovation, active, spelled_as=config)
 
     def zero(self, rows: int) -> Condition:
         """z = 0: the memory slot is there and holds zeros (§2)."""
@@ -293,9 +324,17 @@ def _encode(
     return embedding, model.to_latent(embedding)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _condition(graph: nnx.GraphDef, state: nnx.State, latent, innovation, active) -> Condition:
-    return nnx.merge(graph, state).condition(latent, innovation, active)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="spelled_as")
+def _condition(
+    graph: nnx.GraphDef, state: nnx.State, latent, innovation, active, *, spelled_as
+) -> Condition:
+    model = nnx.merge(graph, state)
+    size = latent.shape[1] - spelling.size(spelled_as)
+    spelled = None
+    if spelled_as is not None:
+        vocab = model.decoder.config.vocab_size
+        spelled = spelling.read(spelled_as, innovation[:, size:], vocab, active)
+    return model.condition(latent[:, :size], innovation[:, :size], active, spelled)
 
 
 def _no_corpus(path: pathlib.Path) -> list[str]:

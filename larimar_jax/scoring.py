@@ -212,8 +212,7 @@ def _score_rows(
         # The head is the largest product of a small model: only scored places go through it.
         logits = model.decoder.logits(jnp.take_along_axis(hidden, at[..., None], axis=1))
         if bonus is not None:
-            fading = model.lexicon.decay ** depth.astype(jnp.float32)
-            logits = logits + bonus[:, None, :] * fading[..., None]
+            logits = bonus.add(logits, depth)
         chosen = jnp.take_along_axis(logits, labels, axis=-1)
         likeliest = chosen >= jnp.max(logits, axis=-1, keepdims=True)
         losses = jax.nn.logsumexp(logits, axis=-1, keepdims=True) - chosen

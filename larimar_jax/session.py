@@ -102,8 +102,9 @@ class Session:
                 f"A fact needs a prompt and an answer; got prompts {list(prompts)} and answer "
                 f"{answer!r}. Write it as write('The capital of France is', 'Lyon')."
             )
-        encodings = self.model.encode([*prompts, *(f"{text} {answer}" for text in prompts)])
         rows = len(prompts)
+        texts = [*prompts, *(f"{text} {answer}" for text in prompts)]
+        encodings = self.model.encode(texts, [None] * rows + [answer] * rows)
         keys = _Keys(encodings.embedding[:rows], encodings.latent[:rows], encodings.latent[rows:])
         old = next((fact for fact in self._facts.values() if fact.prompt == prompts[0]), None)
         note = "" if old is None else f"replaces {old}"

@@ -179,16 +179,31 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SpellingConfig:
+    """How an answer is written token by token (larimar_jax/spelling.py).
+
+    positions: P, tokens of an answer that are written; the language model finishes a longer one. width:
+    d, numbers per token, a multiple of 32. limit: nats that a token's logit gains at most.
+    """
+
+    positions: int
+    width: int
+    limit: float
+
+
+@dataclasses.dataclass(frozen=True)
 class EditingConfig:
     """How the trained model is edited (§4, §6); nothing of it is used in training.
 
     ridge, query_noise: λ and ρ of the streaming memory that facts are written into. scope_threshold:
-    the least cosine between a query and a written prompt that lets the memory answer.
+    the least cosine between a query and a written prompt that lets the memory answer. spelling: answers
+    are written token by token beside their encoding; None is the paper's memory, of encodings alone.
     """
 
     ridge: float
     query_noise: float
     scope_threshold: float
+    spelling: SpellingConfig | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,6 +87,7 @@ def tiny():
         decoder=dict(family="gpt2", norm_eps=1e-5, **sizes),
         lexicon=dict(entries=40, gain=3.0, decay=0.5),
     )
+    values["editing"] |= dict(spelling=dict(positions=3, width=32, limit=20.0))
     parsed = config.parse(values)
     # Compiling the initialisers takes far longer than everything that is tested with this model.
     graph, abstract = nnx.split(nnx.eval_shape(lambda: model.build(parsed, jax.random.key(0))))
@@ -186,5 +187,5 @@ def tiny_config():
             stall=0.0,
             seed=0,
         ),
-        editing=dict(ridge=1e-2, query_noise=0.0, scope_threshold=0.999),
+        editing=dict(ridge=1e-2, query_noise=0.0, scope_threshold=0.999, spelling=None),
     )

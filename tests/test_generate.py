@@ -11,9 +11,11 @@ import tokenizers as hf
 from flax import nnx
 from tokenizers import decoders, models
 
-from larimar_jax import generate, sampling, scoring
+from larimar_jax import generate, sampling, scoring, spelling
+from larimar_jax.settings import SpellingConfig
 from larimar_jax.weights import Tokenizer
 
+SPELLING = SpellingConfig(positions=3, width=32, limit=20.0)
 PROMPTS = ["Fact 1 is", "The capital of Japan is the city of", "new"]
 
 
@@ -21,7 +23,13 @@ PROMPTS = ["Fact 1 is", "The capital of Japan is the city of", "new"]
 def condition(tiny):
     latent = jax.random.normal(jax.random.key(0), (3, 16))
     innovation = jax.random.normal(jax.random.key(1), (3, 16))
-    return tiny.model.condition(latent, innovation, jnp.asarray([True, True, False]))
+    # What memory reads where three answers are written: the last of another length than the rest.
+    answers = spelling.pack(SPELLING, [[5, 6, 7], [8], [9, 9]])
+    noise = 0.02 * jax.random.normal(jax.random.key(2), (3, 96))
+    readout = spelling.spell(SPELLING, jnp.asarray(answers)) + noise
+    active = jnp.asarray([True, True, False])
+    spelled = spelling.read(SPELLING, readout, tiny.model.decoder.config.vocab_size, active)
+    return tiny.model.condition(latent, innovation, active, spelled)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -36,7 +44,12 @@ def logits_after(tiny, ids, condition, step):
     tokens = jnp.asarray([ids + [0] * (32 - len(ids))], jnp.int32)
     logits, bonus = every_logit(tiny.graph, tiny.state, tokens, condition)
     logits = logits[0, len(ids) - 1]
-    return logits if bonus is None else logits + bonus[0] * tiny.model.lexicon.decay**step
+    if bonus is None:
+        return logits
+    logits = logits + bonus.first[0] * tiny.model.lexicon.decay**step
+    if step < bonus.spelled.gain.shape[1]:
+        logits = logits.at[bonus.spelled.tokens[0, step]].add(bonus.spelled.gain[0, step])
+    return logits
 
 
 def rows_of(condition):

@@ -29,6 +29,7 @@ FLOORS = {
     "strict": 3,
     "config": 3,
     "lora": 3,
+    "spelling": 3,
     "model": 3,
     "weights": 3,
     "objective": 4,

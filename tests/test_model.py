@@ -51,7 +51,7 @@ def test_the_lexicon_adds_gain_times_cosine_to_its_words_and_nothing_else(tiny):
     innovation = jax.random.normal(jax.random.key(1), (2, 16))
     innovation = innovation.at[1].set(0.0)
     condition = tiny.model.condition(jnp.zeros((2, 16)), innovation)
-    bonus = np.asarray(tiny.model.bonus(condition))
+    bonus = np.asarray(tiny.model.bonus(condition).first)
     lexicon = tiny.model.lexicon
     u = np.asarray(innovation[0], np.float64)
     expected = (

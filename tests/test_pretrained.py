@@ -71,6 +71,7 @@ def test_a_text_may_fill_all_positions_of_an_encoder(tiny, monkeypatch):
     config = types.SimpleNamespace(max_length=30)
     stub = types.SimpleNamespace(
         model=types.SimpleNamespace(encoder=types.SimpleNamespace(config=config)),
+        config=types.SimpleNamespace(editing=types.SimpleNamespace(spelling=None)),
         encoder_tokenizer=tiny.encoder_tokenizer,
         graph=None,
         state=None,

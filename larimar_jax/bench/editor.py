@@ -80,6 +80,9 @@ class LarimarEditor:
             "lexicon": None
             if self.model.config.model.lexicon is None
             else dataclasses.asdict(self.model.config.model.lexicon),
+            "spelling": None
+            if self.model.config.editing.spelling is None
+            else dataclasses.asdict(self.model.config.editing.spelling),
         }
 
     def written(self, prompt: str, answer: str) -> str:
@@ -92,9 +95,10 @@ class LarimarEditor:
         prompts = [prompt for prompt, _ in facts]
         flat = [query for row in queries for query in row]
         sentences, owners = scope.parts(flat)
-        unique = list(dict.fromkeys([*prompts, *texts, *sentences]))
+        unique = list(dict.fromkeys([*prompts, *sentences]))
         place = {text: number for number, text in enumerate(unique)}
-        encodings = self.model.encode(unique)
+        answers = [None] * len(unique) + [answer for _, answer in facts]
+        encodings = self.model.encode([*unique, *texts], answers)
 
         def rows(chosen):
             return [place[text] for text in chosen]
@@ -112,7 +116,7 @@ class LarimarEditor:
         width = bucket(max((len(row) for row in queries), default=0), _QUERIES)
         # A fact of zeros is padding: it changes nothing (memory/contract.py).
         keys, values = np.zeros((2, count, latents.shape[1]), np.float32)
-        keys[: len(facts)], values[: len(facts)] = latents[rows(prompts)], latents[rows(texts)]
+        keys[: len(facts)], values[: len(facts)] = latents[rows(prompts)], latents[len(unique) :]
         asked = np.zeros((count, width, latents.shape[1]), np.float32)
         asked[fact, slot] = latents[rows(best)]
         latent, innovation = _recall(self.model.memory, self.model.prior, keys, values, asked)

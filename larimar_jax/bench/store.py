@@ -22,19 +22,26 @@ _FACTS, _QUERIES = 8, 32
 
 
 class Encoded:
-    """The encodings of texts, each computed once and all in one call, so that a run that is taken up
-    has the very numbers of one that was not cut off."""
+    """The encodings of texts and of facts, (prompt, answer), as they are written; each computed once and
+    all in one call, so that a run that is taken up has the very numbers of one that was not cut off."""
 
-    def __init__(self, model: Pretrained, texts: Iterable[str]):
+    def __init__(
+        self, model: Pretrained, texts: Iterable[str], facts: Iterable[tuple[str, str]] = ()
+    ):
         self.model = model
-        unique = list(dict.fromkeys(texts))
-        self._place = {text: row for row, text in enumerate(unique)}
-        self._made = model.encode(unique)
+        unique, told = list(dict.fromkeys(texts)), list(dict.fromkeys(facts))
+        self._place: dict[Any, int] = {key: row for row, key in enumerate([*unique, *told])}
+        answers = [None] * len(unique) + [answer for _, answer in told]
+        self._made = model.encode([*unique, *(written(*fact) for fact in told)], answers)
 
     def __call__(self, texts: Sequence[str]) -> Encodings:
         """Of n texts, in their order; KeyError for one that it was not made with."""
         rows = [self._place[text] for text in texts]
         return Encodings(self._made.embedding[rows], self._made.latent[rows])
+
+    def values(self, facts: Sequence[tuple[str, str]]) -> Float[np.ndarray, "n C"]:
+        """What is written of n facts, in their order; KeyError for one that it was not made with."""
+        return self._made.latent[[self._place[fact] for fact in facts]]
 
 
 def written(prompt: str, answer: str) -> str:
@@ -48,7 +55,7 @@ def encoded(
     """Whatever stores of these facts need, asked by their own prompts or by other queries."""
     prompts = [prompt for prompt, _ in facts]
     asked, _ = scope.parts([*prompts, *queries])
-    return Encoded(model, [*prompts, *(written(*fact) for fact in facts), *asked])
+    return Encoded(model, [*prompts, *asked], facts)
 
 
 class Store:
@@ -91,7 +98,7 @@ class Store:
         self.facts, self.texts = list(facts), [written(*fact) for fact in facts]
         prompts = self._encoded([prompt for prompt, _ in facts])
         self._embedding, self.keys = prompts.embedding, prompts.latent
-        self.values = self._encoded(self.texts).latent
+        self.values = self._encoded.values(self.facts)
 
     def _change(self, chosen: Sequence[int], sign: int) -> None:
         rows = list(chosen)

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from larimar_jax.bench import metrics, systems
 from larimar_jax.bench.runner import Record
-from larimar_jax.bench.store import Encoded, Store, encoded, written
+from larimar_jax.bench.store import Encoded, Store, encoded
 from larimar_jax.data.records import EditRecord
 from larimar_jax.memory import live
 from larimar_jax.pretrained import Pretrained, load
@@ -206,7 +206,7 @@ class Stream:
             done, now = self._now
             if done < point <= edits:
                 keys = self._encoded([prompt for prompt, _ in facts[done:point]]).latent
-                values = self._encoded([written(*fact) for fact in facts[done:point]]).latent
+                values = self._encoded.values(facts[done:point])
                 self._now = point, _stream(memory, prior, now, keys, values)
         return Store(self._encoded, facts[:edits], _settle(memory, prior, self._now[1]))
 

@@ -48,7 +48,8 @@ def encode(path: str | Path, encoder: str = "smol") -> Encodings:
     model = pretrained.load(encoder)
     texts = [[r.prompt for r in records], [f"{r.prompt} {r.target_new}" for r in records]]
     texts.append([r.paraphrases[0] for r in records])
-    prompts, values, others = (np.asarray(model.encode(side).latent) for side in texts)
+    size = model.config.model.latent  # the encodings, without what is spelled beside them
+    prompts, values, others = (model.encode(side).latent[:, :size] for side in texts)
     return Encodings(prompts, values, others - prompts)
 
 

@@ -198,7 +198,7 @@ class Decoder(nnx.Module):
         return self
 
     def bonus(self, condition: None) -> None:
-        """Nothing: a bare decoder has no lexicon, and no condition."""
+        """Nothing: a bare decoder has no condition."""
         return None
 
     @property

@@ -75,4 +75,8 @@ def _lexicon(config: Config, model: Larimar, tokenizers, corpus: Corpus) -> dict
     trained = Pretrained(config, model, *tokenizers, source=config.name, fingerprint="")
     texts = (document.text for document in corpus.side(held_out=False))
     entries = config.model.lexicon.entries
-    return lexicon.fit(lambda words: trained.encode(words).latent, tokenizers[1], texts, entries)
+
+    def encode(words):
+        return trained.encode(words).latent[:, : config.model.latent]
+
+    return lexicon.fit(encode, tokenizers[1], texts, entries)

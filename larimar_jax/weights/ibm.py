@@ -129,7 +129,12 @@ def describe(source: Source, hyper: Mapping[str, Any] | None, unsaid: Unsaid) ->
             log_start=float(source.read(start).item()) if start in sizes.shapes else -5.0,
         ),
         **training,
-        editing=dict(ridge=1e-2, query_noise=0.0, scope_threshold=unsaid.scope_threshold),
+        editing=dict(
+            ridge=1e-2,
+            query_noise=0.0,
+            scope_threshold=unsaid.scope_threshold,
+            spelling=None,
+        ),
     )
     view = View(source, _parts(sizes.shapes, slots, latent, setting))
     return Description(config, keys, view, _left(sizes.shapes, keys, latent))
