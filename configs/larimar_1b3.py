@@ -106,6 +106,12 @@ def get_config() -> ConfigDict:
                 stall=900.0,
                 seed=0,
             ),
-            editing=dict(ridge=1e-2, query_noise=0.0, scope_threshold=0.95, spelling=None),
+            editing=dict(
+                ridge=1e-2,
+                query_noise=0.0,
+                scope_threshold=0.95,
+                features=None,
+                spelling=None,
+            ),
         )
     )

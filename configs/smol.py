@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
                 latent=384,
                 slots_per_layer=2,
                 tied_slots=False,
-                lexicon=dict(entries=18000, gain=30.0, decay=0.25),
+                lexicon=None,
                 lora=None,
                 dtype="float32",
                 remat="none",
@@ -70,13 +70,12 @@ def get_config() -> ConfigDict:
                 clip_norm=1.0,
                 accumulate=1,
                 ema=0.0,
-                # The encodings are the space of the lexicon and of the scope detector; σ_W is noise
+                # The encodings are the space of the scope detector; σ_W is noise
                 # against paraphrases here, and β would only push it back to 1.
                 frozen=(
                     "^encoder/",
                     "^decoder/",
                     "^to_latent/",
-                    "^lexicon/",
                     "^memory/log_variance$",
                 ),
                 start_from=None,
@@ -95,9 +94,10 @@ def get_config() -> ConfigDict:
                 seed=0,
             ),
             editing=dict(
-                ridge=1e-2,
+                ridge=3e-2,
                 query_noise=0.0,
                 scope_threshold=0.68,
+                features=dict(count=128, scale=0.5, length=1.0),
                 spelling=dict(positions=12, width=96, limit=40.0),
             ),
         )

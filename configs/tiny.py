@@ -103,6 +103,12 @@ def get_config() -> ConfigDict:
                 stall=0.0,
                 seed=0,
             ),
-            editing=dict(ridge=1e-2, query_noise=0.0, scope_threshold=0.68, spelling=None),
+            editing=dict(
+                ridge=1e-2,
+                query_noise=0.0,
+                scope_threshold=0.68,
+                features=None,
+                spelling=None,
+            ),
         )
     )

@@ -97,7 +97,7 @@ _SINCE = {
     "model": dict(lora=None),
     "memory": dict(variance="scalar", addressing="pinv", width=1e-3),
     "data": dict(workers=0),
-    "editing": dict(query_noise=0.0, spelling=None),
+    "editing": dict(query_noise=0.0, features=None, spelling=None),
     "train": dict(
         optimizer="adamw",
         accumulate=1,
@@ -171,7 +171,19 @@ def _ranges(config: Config) -> list[str]:
         if config.model.lora.rank < 1:
             problems.append(f"model.lora.rank: must be above 0, got {config.model.lora.rank}")
         problems += _regex("model.lora.modules", config.model.lora.modules)
-    spelling = config.editing.spelling
+    features, spelling = config.editing.features, config.editing.spelling
+    if features is not None:
+        room = config.memory.hyperparameters["slots"] - config.model.latent
+        if not 1 <= features.count <= room:
+            problems.append(
+                f"editing.features.count: must be from 1 to memory.slots − model.latent ({room}), got "
+                f"{features.count}"
+            )
+        problems += [
+            f"editing.features.{name}: must be above 0, got {value}"
+            for name, value in (("scale", features.scale), ("length", features.length))
+            if value <= 0
+        ]
     if spelling is not None:
         if spelling.positions < 1:
             problems.append(f"editing.spelling.positions: must be above 0, got {spelling.positions}")

@@ -15,12 +15,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import config as configs
-from larimar_jax import generate, scoring, spelling
+from larimar_jax import generate, latents, scoring, spelling
 from larimar_jax.data import vocabulary
 from larimar_jax.memory.contract import Prior
 from larimar_jax.memory.streaming import Streaming
 from larimar_jax.model import Condition, Larimar, assign, build, parameters
-from larimar_jax.settings import Config
+from larimar_jax.settings import Config, FeaturesConfig
 from larimar_jax.train import export
 from larimar_jax.train.step import Skeleton
 from larimar_jax.weights import PACKAGED
@@ -40,8 +40,8 @@ class EncodingNotFinite(FloatingPointError):
 class Encodings:
     """n texts: `embedding` for the scope detector (§6), `latent` for the memory (§2); float32.
 
-    Where the memory keeps spellings, C is more than `model.latent`: behind a text's encoding stands the
-    spelling of its answer, zeros where it has none.
+    C is the size of all `latents.parts`: behind a text's encoding stand its features and the spelling of
+    its answer, zeros where it has none.
     """
 
     embedding: Float[np.ndarray, "n H"]
@@ -68,13 +68,14 @@ class Pretrained:
         self.config, self.model = config, model
         self.encoder_tokenizer, self.decoder_tokenizer = encoder_tokenizer, decoder_tokenizer
         self.source, self.fingerprint = source, fingerprint
-        slots, latent = model.memory.prior[...].shape
-        editing = config.editing
-        more = spelling.size(editing.spelling)
+        editing, self.parts = config.editing, latents.parts(config)
         self.memory = Streaming(
-            slots=slots, latent=latent + more, ridge=editing.ridge, query_noise=editing.query_noise
+            slots=model.memory.prior.shape[0],
+            latent=self.parts.size,
+            ridge=editing.ridge,
+            query_noise=editing.query_noise,
         )
-        params = spelling.widen(model.memory.params(), more)
+        params = latents.widen(model.memory.params(), self.parts)
         self.prior: Prior = jax.jit(self.memory.prepare)(params)
         self.graph, self.state = nnx.split(model)
 
@@ -116,14 +117,15 @@ class Pretrained:
             mask = np.zeros((height, width), bool)
             ids[: len(rows)], mask[: len(rows)] = batch.ids[rows, :width], batch.mask[rows, :width]
             made = [
-                np.asarray(part)[: len(rows)] for part in _encode(self.graph, self.state, ids, mask)
+                np.asarray(part)[: len(rows)]
+                for part in _encode(self.graph, self.state, ids, mask, self.config.editing.features)
             ]
             if outputs is None:
                 outputs = [np.zeros((len(texts), part.shape[1]), np.float32) for part in made]
             for output, part in zip(outputs, made, strict=True):
                 output[rows] = part
         if outputs is None:
-            sizes = (self.model.encoder.config.width, self.config.model.latent)
+            sizes = (self.model.encoder.config.width, self.parts.encoding + self.parts.features)
             outputs = [np.zeros((0, size), np.float32) for size in sizes]
         embedding, latent = outputs
         finite = np.isfinite(embedding).all(axis=1) & np.isfinite(latent).all(axis=1)
@@ -143,7 +145,7 @@ class Pretrained:
     def _spell(self, answers: Sequence[str | None]) -> Float[np.ndarray, "n S"]:
         config, following = self.config.editing.spelling, self.decoder_tokenizer.following
         tokens = [None if answer is None else following(answer.strip()) for answer in answers]
-        packed = spelling.pack(config, tokens)
+        packed = spelling.pack(config, tokens, self.decoder_tokenizer.eos)
         written = np.zeros((len(packed), spelling.size(config)), np.float32)
         rows = np.flatnonzero((packed != spelling.NOTHING).any(axis=1))
         if len(rows):
@@ -171,8 +173,9 @@ class Pretrained:
             else np.pad(np.asarray(innovation, np.float32), ((0, more), (0, 0)))
         )
         active = np.pad(np.ones(rows, bool) if active is None else np.asarray(active), (0, more))
-        config = self.config.editing.spelling
-        return _condition(self.graph, self.state, latent, innovation, active, spelled_as=config)
+        told = self.config.editing.spelling
+        rows = latent, innovation, active
+        return _condition(self.graph, self.state, *rows, sizes=self.parts, spelled_as=told)
 
     def zero(self, rows: int) -> Condition:
         """z = 0: the memory slot is there and holds zeros (§2)."""
@@ -315,26 +318,31 @@ def _check_whole(
         raise export.ExportError(f"{path} does not fit its own config:\n  " + "\n  ".join(problems))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 4))
 def _encode(
-    graph: nnx.GraphDef, state: nnx.State, tokens: Int[Array, "n S"], mask: Bool[Array, "n S"]
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    tokens: Int[Array, "n S"],
+    mask: Bool[Array, "n S"],
+    features: FeaturesConfig | None,
 ) -> tuple[Float[Array, "n H"], Float[Array, "n C"]]:
     model = nnx.merge(graph, state)
     embedding = model.embed(tokens, mask)
-    return embedding, model.to_latent(embedding)
+    latent = model.to_latent(embedding)
+    return embedding, jnp.concatenate([latent, latents.features(features, latent)], axis=1)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="spelled_as")
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("sizes", "spelled_as"))
 def _condition(
-    graph: nnx.GraphDef, state: nnx.State, latent, innovation, active, *, spelled_as
+    graph: nnx.GraphDef, state: nnx.State, latent, innovation, active, *, sizes, spelled_as
 ) -> Condition:
     model = nnx.merge(graph, state)
-    size = latent.shape[1] - spelling.size(spelled_as)
     spelled = None
     if spelled_as is not None:
-        vocab = model.decoder.config.vocab_size
-        spelled = spelling.read(spelled_as, innovation[:, size:], vocab, active)
-    return model.condition(latent[:, :size], innovation[:, :size], active, spelled)
+        written = innovation[:, sizes.size - sizes.spelling :]
+        spelled = spelling.read(spelled_as, written, model.decoder.config.vocab_size, active)
+    latent, innovation = (rows[:, : sizes.encoding] for rows in (latent, innovation))
+    return model.condition(latent, innovation, active, spelled)
 
 
 def _no_corpus(path: pathlib.Path) -> list[str]:

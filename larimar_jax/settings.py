@@ -179,6 +179,18 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class FeaturesConfig:
+    """Random features of encodings beside them, for more facts than encodings have dimensions
+    (larimar_jax/latents.py). count: F, at most memory.slots − model.latent. scale: s, their size beside
+    an encoding of length 1. length: ℓ, over which encodings differ.
+    """
+
+    count: int
+    scale: float
+    length: float
+
+
+@dataclasses.dataclass(frozen=True)
 class SpellingConfig:
     """How an answer is written token by token (larimar_jax/spelling.py).
 
@@ -196,13 +208,15 @@ class EditingConfig:
     """How the trained model is edited (§4, §6); nothing of it is used in training.
 
     ridge, query_noise: λ and ρ of the streaming memory that facts are written into. scope_threshold:
-    the least cosine between a query and a written prompt that lets the memory answer. spelling: answers
-    are written token by token beside their encoding; None is the paper's memory, of encodings alone.
+    the least cosine between a query and a written prompt that lets the memory answer. features and
+    spelling: what is written and asked beside an encoding; the paper's memory is of encodings alone,
+    None and None.
     """
 
     ridge: float
     query_noise: float
     scope_threshold: float
+    features: FeaturesConfig | None
     spelling: SpellingConfig | None
 
 

@@ -87,7 +87,10 @@ def tiny():
         decoder=dict(family="gpt2", norm_eps=1e-5, **sizes),
         lexicon=dict(entries=40, gain=3.0, decay=0.5),
     )
-    values["editing"] |= dict(spelling=dict(positions=3, width=32, limit=20.0))
+    values["editing"] |= dict(
+        features=dict(count=4, scale=0.5, length=1.0),
+        spelling=dict(positions=3, width=32, limit=20.0),
+    )
     parsed = config.parse(values)
     # Compiling the initialisers takes far longer than everything that is tested with this model.
     graph, abstract = nnx.split(nnx.eval_shape(lambda: model.build(parsed, jax.random.key(0))))
@@ -187,5 +190,5 @@ def tiny_config():
             stall=0.0,
             seed=0,
         ),
-        editing=dict(ridge=1e-2, query_noise=0.0, scope_threshold=0.999, spelling=None),
+        editing=dict(ridge=1e-2, query_noise=0.0, scope_threshold=0.999, features=None, spelling=None),
     )

@@ -24,7 +24,7 @@ def condition(tiny):
     latent = jax.random.normal(jax.random.key(0), (3, 16))
     innovation = jax.random.normal(jax.random.key(1), (3, 16))
     # What memory reads where three answers are written: the last of another length than the rest.
-    answers = spelling.pack(SPELLING, [[5, 6, 7], [8], [9, 9]])
+    answers = spelling.pack(SPELLING, [[5, 6, 7], [8], [9, 9]], 3)
     noise = 0.02 * jax.random.normal(jax.random.key(2), (3, 96))
     readout = spelling.spell(SPELLING, jnp.asarray(answers)) + noise
     active = jnp.asarray([True, True, False])

@@ -30,6 +30,7 @@ FLOORS = {
     "config": 3,
     "lora": 3,
     "spelling": 3,
+    "latents": 3,
     "model": 3,
     "weights": 3,
     "objective": 4,

@@ -63,7 +63,7 @@ def test_a_text_may_fill_all_positions_of_an_encoder(tiny, monkeypatch):
     """30 positions, which no bucket of 8 ends at."""
     widths = []
 
-    def encode(graph, state, ids, mask):
+    def encode(graph, state, ids, mask, features):
         widths.append(ids.shape[1])
         return np.ones((len(ids), 3), np.float32), np.ones((len(ids), 2), np.float32)
 
@@ -71,7 +71,7 @@ def test_a_text_may_fill_all_positions_of_an_encoder(tiny, monkeypatch):
     config = types.SimpleNamespace(max_length=30)
     stub = types.SimpleNamespace(
         model=types.SimpleNamespace(encoder=types.SimpleNamespace(config=config)),
-        config=types.SimpleNamespace(editing=types.SimpleNamespace(spelling=None)),
+        config=types.SimpleNamespace(editing=types.SimpleNamespace(features=None, spelling=None)),
         encoder_tokenizer=tiny.encoder_tokenizer,
         graph=None,
         state=None,

@@ -75,14 +75,10 @@ class LarimarEditor:
         self.settings = {
             "model": self.model.source,
             "fingerprint": self.model.fingerprint,
-            "ridge": self.model.config.editing.ridge,
-            "scope_threshold": self.model.scope_threshold,
+            "editing": dataclasses.asdict(self.model.config.editing),
             "lexicon": None
             if self.model.config.model.lexicon is None
             else dataclasses.asdict(self.model.config.model.lexicon),
-            "spelling": None
-            if self.model.config.editing.spelling is None
-            else dataclasses.asdict(self.model.config.editing.spelling),
         }
 
     def written(self, prompt: str, answer: str) -> str:

@@ -133,6 +133,7 @@ def describe(source: Source, hyper: Mapping[str, Any] | None, unsaid: Unsaid) ->
             ridge=1e-2,
             query_noise=0.0,
             scope_threshold=unsaid.scope_threshold,
+            features=None,
             spelling=None,
         ),
     )

@@ -1,0 +1,77 @@
+"""What the edited memory holds of a text: its encoding, features of it, and its answer's spelling.
+
+    [ e(text) : C | s·φ(e(text)) : F | spelling : S ]
+
+Linear keys of C dimensions tell at most C facts apart, whatever K is. Random features φ of the encoding
+(`addressing.features`) use the slots beyond C: the product of two keys becomes
+
+    z·z' + s² exp(−‖z − z'‖² / (2ℓ²))
+
+and the memory holds about C + F facts before it has to blend them. M₀ is widened so that it reads every
+text back as itself as before; where there are no spellings and features, all of this is e(text) alone.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from larimar_jax import spelling
+from larimar_jax.memory import addressing
+from larimar_jax.memory.contract import MemoryParams
+from larimar_jax.settings import Config, FeaturesConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """How many numbers each part has: C, F and S."""
+
+    encoding: int
+    features: int
+    spelling: int
+
+    @property
+    def size(self) -> int:
+        return self.encoding + self.features + self.spelling
+
+
+def parts(config: Config) -> Parts:
+    """Those of a model as it is edited."""
+    told = config.editing.features
+    features = 0 if told is None else told.count
+    return Parts(config.model.latent, features, spelling.size(config.editing.spelling))
+
+
+def features(
+    config: FeaturesConfig | None, encodings: Float[Array, "n C"]
+) -> Float[Array, "n F"]:
+    """s·φ of encodings; F is 0 without a config. Saved memories depend on them: they never change."""
+    if config is None:
+        return jnp.zeros((len(encodings), 0), jnp.float32)
+    key = jax.random.key(0, impl="threefry2x32")
+    directions = jax.random.normal(key, (config.count, encodings.shape[1]), jnp.float32)
+    return config.scale * addressing.features(encodings, directions, config.length)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def widen(params: MemoryParams, sizes: Parts) -> MemoryParams:
+    """A model's memory for all parts: the last F slots of M₀ stand for the features, one each, and M₀
+    has no spelling. M_ref is M₀."""
+
+    def pad(part: Array | None, axis: int) -> Array | None:
+        if part is None:
+            return None
+        more = sizes.size - sizes.encoding
+        return jnp.pad(part, [(0, more * (at == axis)) for at in range(part.ndim)])
+
+    prior = pad(params.prior, 1)
+    place = jnp.arange(sizes.features)
+    prior = prior.at[len(prior) - sizes.features + place, sizes.encoding + place].set(1.0)
+    return dataclasses.replace(
+        params,
+        prior=prior,
+        variance_by_query=pad(params.variance_by_query, 0),
+        variance_by_memory=pad(params.variance_by_memory, 1),
+    )

@@ -1,0 +1,70 @@
+"""The parts of a latent, and a prior memory that is widened for them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from larimar_jax import config, latents
+from larimar_jax.memory import variance
+from larimar_jax.memory.streaming import Streaming
+from larimar_jax.settings import FeaturesConfig
+
+PARTS = latents.Parts(encoding=8, features=3, spelling=32)
+
+
+@pytest.mark.parametrize("kind", variance.SETTINGS)
+def test_a_wider_memory_reads_encodings_back_as_themselves_and_spells_nothing(kind):
+    """And σ_W is what it was before, where it does not go by M, which has more columns now."""
+    small = Streaming(slots=11, latent=8, ridge=0.1, variance=kind, initial="normal")
+    params = small.init(jax.random.key(0))
+    large = dataclasses.replace(small, latent=PARTS.size)
+    prior = large.prepare(latents.widen(params, PARTS))
+    queries = jax.random.normal(jax.random.key(1), (5, 11))
+    asked = jnp.pad(queries, ((0, 0), (0, 32)))
+    reading = large.read(prior, large.empty(prior), asked)
+    np.testing.assert_allclose(reading.latent, asked, atol=1e-4)
+    if kind in ("scalar", "slot", "query"):
+        one = small.prepare(params)
+        before = small.read(one, small.empty(one), queries[:, :8])
+        np.testing.assert_allclose(reading.log_variance, before.log_variance, atol=1e-5)
+
+
+def test_features_are_a_gaussian_kernel_of_encodings():
+    told = FeaturesConfig(count=20_000, scale=0.5, length=1.5)
+    rows = jax.random.normal(jax.random.key(0), (6, 8)) / 3
+    made = np.asarray(latents.features(told, rows), np.float64)
+    apart = np.linalg.norm(np.asarray(rows)[:, None] - np.asarray(rows)[None], axis=-1)
+    np.testing.assert_allclose(made @ made.T, 0.25 * np.exp(-(apart**2) / 4.5), atol=0.01)
+    assert latents.features(None, rows).shape == (6, 0)
+    assert not latents.features(told, jnp.zeros((1, 8))).any()
+
+
+def test_features_let_a_memory_tell_more_facts_apart_than_encodings_have_dimensions():
+    """16 dimensions and 40 facts; 40 slots, of which 24 are for features."""
+    keys = jax.random.normal(jax.random.key(0), (40, 16)) / 4
+    values = jax.random.normal(jax.random.key(1), (40, 32))
+    errors = []
+    for count in (0, 24):
+        told = FeaturesConfig(count, 0.5, 1.0) if count else None
+        parts = latents.Parts(16, count, 32)
+        memory = Streaming(slots=40, latent=parts.size, ridge=1e-5, query_noise=0.0)
+        narrow = dataclasses.replace(memory, latent=16).init(jax.random.key(0))
+        prior = memory.prepare(latents.widen(narrow, parts))
+        own = jnp.concatenate([keys, latents.features(told, keys)], axis=1)
+        asked, told = jnp.pad(own, ((0, 0), (0, 32))), jnp.concatenate([own, values], axis=1)
+        state = memory.write(prior, memory.empty(prior), asked, told)
+        read = memory.read(prior, state, asked).latent[:, -32:]
+        errors.append(float(jnp.linalg.norm(read - values) / jnp.linalg.norm(values)))
+    assert errors[0] > 0.5 and errors[1] < 0.1
+
+
+def test_features_that_do_not_fit_are_refused(tiny):
+    values = config.to_dict(tiny.config)
+    values["editing"]["features"] = dict(count=9, scale=0.0, length=1.0)
+    with pytest.raises(config.ConfigError) as refused:
+        config.parse(values)
+    assert "must be from 1 to memory.slots − model.latent (8), got 9" in str(refused.value)
+    assert "editing.features.scale: must be above 0" in str(refused.value)
