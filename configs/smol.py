@@ -97,7 +97,7 @@ def get_config() -> ConfigDict:
                 ridge=3e-2,
                 query_noise=0.0,
                 scope_threshold=0.68,
-                features=dict(count=128, scale=0.5, length=1.0),
+                features=dict(count=640, scale=0.5, length=1.0),
                 spelling=dict(positions=12, width=96, limit=40.0),
             ),
         )

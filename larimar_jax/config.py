@@ -173,15 +173,9 @@ def _ranges(config: Config) -> list[str]:
         problems += _regex("model.lora.modules", config.model.lora.modules)
     features, spelling = config.editing.features, config.editing.spelling
     if features is not None:
-        room = config.memory.hyperparameters["slots"] - config.model.latent
-        if not 1 <= features.count <= room:
-            problems.append(
-                f"editing.features.count: must be from 1 to memory.slots − model.latent ({room}), got "
-                f"{features.count}"
-            )
         problems += [
             f"editing.features.{name}: must be above 0, got {value}"
-            for name, value in (("scale", features.scale), ("length", features.length))
+            for name, value in dataclasses.asdict(features).items()
             if value <= 0
         ]
     if spelling is not None:

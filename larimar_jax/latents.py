@@ -2,13 +2,14 @@
 
     [ e(text) : C | s·φ(e(text)) : F | spelling : S ]
 
-Linear keys of C dimensions tell at most C facts apart, whatever K is. Random features φ of the encoding
-(`addressing.features`) use the slots beyond C: the product of two keys becomes
+Linear keys of C dimensions tell at most C facts apart, whatever K is. With random features φ of the
+encoding (`addressing.features`) the product of two keys becomes
 
     z·z' + s² exp(−‖z − z'‖² / (2ℓ²))
 
-and the memory holds about C + F facts before it has to blend them. M₀ is widened so that it reads every
-text back as itself as before; where there are no spellings and features, all of this is e(text) alone.
+and the memory holds about C + F facts before it has to blend them, in max(K, C + F) slots: those of M₀
+beyond C, which an M₀ of C columns cannot use, and as many more as that takes. M₀ is widened so that it
+reads every text back as itself as before. Without features and spellings all of this is e(text) alone.
 """
 
 import dataclasses
@@ -58,7 +59,11 @@ def features(
 @functools.partial(jax.jit, static_argnums=1)
 def widen(params: MemoryParams, sizes: Parts) -> MemoryParams:
     """A model's memory for all parts: the last F slots of M₀ stand for the features, one each, and M₀
-    has no spelling. M_ref is M₀."""
+    has no spelling. M_ref is M₀.
+
+    Raises:
+        ValueError: σ_W is of slots or goes by M, and there are more slots than it was learned for.
+    """
 
     def pad(part: Array | None, axis: int) -> Array | None:
         if part is None:
@@ -67,6 +72,13 @@ def widen(params: MemoryParams, sizes: Parts) -> MemoryParams:
         return jnp.pad(part, [(0, more * (at == axis)) for at in range(part.ndim)])
 
     prior = pad(params.prior, 1)
+    more = max(0, sizes.encoding + sizes.features - len(prior))
+    if more and (params.log_variance.ndim or params.variance_by_query is not None):
+        raise ValueError(
+            f"the memory's σ_W was learned for {len(prior)} slots, and editing.features needs "
+            f"{len(prior) + more}. Set editing.features.count to {sizes.features - more} at the most."
+        )
+    prior = jnp.pad(prior, ((0, more), (0, 0)))
     place = jnp.arange(sizes.features)
     prior = prior.at[len(prior) - sizes.features + place, sizes.encoding + place].set(1.0)
     return dataclasses.replace(

@@ -69,13 +69,13 @@ class Pretrained:
         self.encoder_tokenizer, self.decoder_tokenizer = encoder_tokenizer, decoder_tokenizer
         self.source, self.fingerprint = source, fingerprint
         editing, self.parts = config.editing, latents.parts(config)
+        params = latents.widen(model.memory.params(), self.parts)
         self.memory = Streaming(
-            slots=model.memory.prior.shape[0],
+            slots=len(params.prior),
             latent=self.parts.size,
             ridge=editing.ridge,
             query_noise=editing.query_noise,
         )
-        params = latents.widen(model.memory.params(), self.parts)
         self.prior: Prior = jax.jit(self.memory.prepare)(params)
         self.graph, self.state = nnx.split(model)
 

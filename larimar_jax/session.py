@@ -33,9 +33,9 @@ from larimar_jax.facts import (
     event,
     fact_of,
 )
-from larimar_jax.memory import health
-from larimar_jax.memory.contract import Prior, Reading
-from larimar_jax.memory.streaming import Streaming
+from larimar_jax.memory import health, live
+from larimar_jax.memory.contract import Prior
+from larimar_jax.memory.streaming import Streaming, StreamingState
 from larimar_jax.model import Condition
 from larimar_jax.pretrained import Pretrained, load
 from larimar_jax.train import export
@@ -79,7 +79,7 @@ class Session:
 
     def __init__(self, model: Pretrained | str | pathlib.Path = "smol"):
         self.model = model if isinstance(model, Pretrained) else load(model)
-        self._state = self.model.memory.empty(self.model.prior)
+        self._begin(self.model.memory.empty(self.model.prior))
         self._facts: dict[int, Fact] = {}
         self._keys: dict[int, _Keys] = {}
         self._events: list[Event] = []
@@ -110,14 +110,14 @@ class Session:
         note = "" if old is None else f"replaces {old}"
         if old is None and (near := self._nearest(keys)) is not None:
             note = f"its prompt is hard to tell from that of fact {near[0]} (cosine {near[1]:.2f})"
-        state, events = self._state, []
+        now, events = self._now, []
         if old is not None:
-            state, taken = self._update(state, self._keys[old.id], -1)
+            now, taken = self._update(now, self._keys[old.id], -1)
             events.append(event("forget", old, taken))
-        state, taken = self._update(state, keys, +1)
+        now, taken = self._update(now, keys, +1)
         fact = Fact(self._next_id, prompts[0], answer, prompts[1:])
         events.append(event("write", fact, taken, note))
-        self._state = state
+        self._now = now
         if old is not None:
             del self._facts[old.id], self._keys[old.id]
         self._facts[fact.id], self._keys[fact.id] = fact, keys
@@ -140,9 +140,11 @@ class Session:
                 f"{'forgotten before' if forgotten else 'never written'}. Facts in memory: {known}."
             )
         fact, keys = self._facts[fact_id], self._keys[fact_id]
-        state, taken = self._update(self._state, keys, -1)
-        distance, leverage = _certify(self.model.memory, self.model.prior, state, keys.key[:1])
-        self._state = state
+        now, taken = self._update(self._now, keys, -1)
+        # What is certified is what will be read: M solved anew.
+        now = _refresh(self.model.memory, self.model.prior, now)
+        distance, leverage = _certify(self.model.memory, self.model.prior, now.state, keys.key[:1])
+        self._now = now
         del self._facts[fact_id], self._keys[fact_id]
         self._events.append(event("forget", fact, taken))
         return Forgotten(fact, float(distance), float(leverage))
@@ -220,8 +222,8 @@ class Session:
         # Padded, so that few numbers of queries are compiled for.
         more = generate.steps_bucket(len(queries), 1) - len(queries)
         asked = np.pad(queries, ((0, more), (0, 0)))
-        reading = _read(self.model.memory, self.model.prior, self._state, asked)
-        latent = np.asarray(reading.latent)[: len(queries)]
+        read = _read(self.model.memory, self.model.prior, self._now, asked)
+        latent = np.asarray(read)[: len(queries)]
         milliseconds = {
             "encode": 1e3 * (encoded - begin),
             "read": 1e3 * (time.perf_counter() - encoded),
@@ -299,35 +301,37 @@ class Session:
         if not set(names) <= set(arrays):
             # Of a version whose memory kept less: the facts are here, and written again they are it.
             for keys in self._keys.values():
-                self._state, _ = self._update(self._state, keys, +1)
+                self._now, _ = self._update(self._now, keys, +1)
             return
         leaves = [jnp.asarray(arrays[name]) for name in names]
-        self._state = jax.tree.unflatten(jax.tree.structure(self._state), leaves)
+        self._begin(jax.tree.unflatten(jax.tree.structure(self._now.state), leaves))
 
-    def _update(self, state: Any, keys: _Keys, sign: int) -> tuple[Any, float]:
-        """The state with a fact's rows added or taken away, and the milliseconds it took."""
-        # Rows of zeros are padding to the memory; powers of two keep the compiled shapes few.
-        rows = 1 << (len(keys.key) - 1).bit_length()
-        padding = ((0, rows - len(keys.key)), (0, 0))
-        key, value = (
-            jnp.asarray(np.pad(keys.key, padding)),
-            jnp.asarray(np.pad(keys.value, padding)),
-        )
+    @property
+    def _state(self) -> StreamingState:
+        """The memory, solved anew."""
+        return _settle(self.model.memory, self.model.prior, self._now)
+
+    def _begin(self, state: StreamingState) -> None:
+        self._now = _begin(self.model.memory, self.model.prior, state)
+
+    def _update(self, now: live.Live, keys: _Keys, sign: int) -> tuple[live.Live, float]:
+        """The memory with a fact's rows added or taken away, and the milliseconds it took."""
+        memory, prior = self.model.memory, self.model.prior
         begin = time.perf_counter()
-        updated = _write(self.model.memory, self.model.prior, state, key, value, jnp.int32(sign))
-        updated = jax.block_until_ready(updated)
-        taken = 1e3 * (time.perf_counter() - begin)
-        # The memory refuses what would leave it indefinite, and then counts nothing in or out.
-        rows = int(np.any(keys.key != 0, axis=1).sum())
-        refused = int(updated.count) != int(state.count) + sign * rows
-        finite = all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(updated))
-        if refused or not finite:
-            raise MemoryNotFinite(
-                f"The memory could not {'write' if sign > 0 else 'forget'} this in float32, and stays "
-                f"as it was. Its ridge ({float(self.model.memory.ridge):g}) is too small for what is "
-                "written: load the model with a larger editing.ridge and write the facts again."
-            )
-        return updated, taken
+        for key, value in zip(keys.key, keys.value, strict=True):
+            # The statistics and the solution stay where they are: what moves is a few rows.
+            recent, due, finite = _move(memory, prior, now, key, value, jnp.int32(sign))
+            now = dataclasses.replace(now, recent=recent)
+            if due:
+                now = _refresh(memory, prior, now)
+                finite = jnp.isfinite(now.state.solution).all()
+            if not finite:
+                raise MemoryNotFinite(
+                    f"The memory could not {'write' if sign > 0 else 'forget'} this in float32, and "
+                    f"stays as it was. Its ridge ({float(memory.ridge):g}) is too small for what is "
+                    "written: load the model with a larger editing.ridge and write the facts again."
+                )
+        return now, 1e3 * (time.perf_counter() - begin)
 
     # Last in the class: below it, `list` in an annotation would be this method.
     def list(self) -> list[Fact]:
@@ -336,19 +340,39 @@ class Session:
 
 
 @jax.jit
-def _write(
-    memory: Streaming, prior: Prior, state: Any, key: Array, value: Array, sign: Array
-) -> Any:
-    return memory.write(prior, state, key, value, sign)
+def _begin(memory: Streaming, prior: Prior, state: StreamingState) -> live.Live:
+    return live.begin(memory, prior, state)
 
 
 @jax.jit
-def _certify(memory: Streaming, prior: Prior, state: Any, key: Array) -> tuple[Array, Array]:
+def _settle(memory: Streaming, prior: Prior, now: live.Live) -> StreamingState:
+    return live.settle(memory, prior, now)
+
+
+@jax.jit
+def _refresh(memory: Streaming, prior: Prior, now: live.Live) -> live.Live:
+    return live.refresh(memory, prior, now)
+
+
+@jax.jit
+def _move(
+    memory: Streaming, prior: Prior, now: live.Live, key: Array, value: Array, sign: Array
+) -> tuple[live.Recent, Array, Array]:
+    """The recent facts with one more, whether a refresh is due, and whether all of it is finite."""
+    moved, _, due = live.update(memory, prior, now, key, value, sign)
+    finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(moved.recent)]
+    return moved.recent, due, jnp.stack(finite).all()
+
+
+@jax.jit
+def _certify(
+    memory: Streaming, prior: Prior, state: StreamingState, key: Array
+) -> tuple[Array, Array]:
     return health.distance(memory, prior, state), health.leverage(memory, prior, state, key)[0]
 
 
 @jax.jit
-def _health(memory: Streaming, prior: Prior, state: Any) -> health.Health:
+def _health(memory: Streaming, prior: Prior, state: StreamingState) -> health.Health:
     return health.health(memory, prior, state)
 
 
@@ -358,8 +382,8 @@ def _cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 @jax.jit
-def _read(memory: Streaming, prior: Prior, state: Any, queries: Array) -> Reading:
-    return memory.read(prior, state, queries)
+def _read(memory: Streaming, prior: Prior, now: live.Live, queries: Array) -> Array:
+    return live.read(memory, prior, now, queries)
 
 
 def _named(state: Any) -> dict[str, np.ndarray]:

@@ -181,8 +181,8 @@ class TrainConfig:
 @dataclasses.dataclass(frozen=True)
 class FeaturesConfig:
     """Random features of encodings beside them, for more facts than encodings have dimensions
-    (larimar_jax/latents.py). count: F, at most memory.slots − model.latent. scale: s, their size beside
-    an encoding of length 1. length: ℓ, over which encodings differ.
+    (larimar_jax/latents.py). count: F; the memory has at least model.latent + F slots then. scale: s,
+    their size beside an encoding of length 1. length: ℓ, over which encodings differ.
     """
 
     count: int

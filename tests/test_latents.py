@@ -43,16 +43,17 @@ def test_features_are_a_gaussian_kernel_of_encodings():
 
 
 def test_features_let_a_memory_tell_more_facts_apart_than_encodings_have_dimensions():
-    """16 dimensions and 40 facts; 40 slots, of which 24 are for features."""
+    """16 dimensions and 40 facts; of 20 slots become 40."""
     keys = jax.random.normal(jax.random.key(0), (40, 16)) / 4
     values = jax.random.normal(jax.random.key(1), (40, 32))
     errors = []
     for count in (0, 24):
         told = FeaturesConfig(count, 0.5, 1.0) if count else None
         parts = latents.Parts(16, count, 32)
-        memory = Streaming(slots=40, latent=parts.size, ridge=1e-5, query_noise=0.0)
-        narrow = dataclasses.replace(memory, latent=16).init(jax.random.key(0))
-        prior = memory.prepare(latents.widen(narrow, parts))
+        params = latents.widen(Streaming(slots=20, latent=16).init(jax.random.key(0)), parts)
+        slots = len(params.prior)
+        memory = Streaming(slots=slots, latent=parts.size, ridge=1e-5, query_noise=0.0)
+        prior = memory.prepare(params)
         own = jnp.concatenate([keys, latents.features(told, keys)], axis=1)
         asked, told = jnp.pad(own, ((0, 0), (0, 32))), jnp.concatenate([own, values], axis=1)
         state = memory.write(prior, memory.empty(prior), asked, told)
@@ -61,10 +62,17 @@ def test_features_let_a_memory_tell_more_facts_apart_than_encodings_have_dimensi
     assert errors[0] > 0.5 and errors[1] < 0.1
 
 
-def test_features_that_do_not_fit_are_refused(tiny):
+def test_slots_are_not_added_to_a_variance_of_slots():
+    parts = latents.Parts(8, 4, 0)
+    params = Streaming(slots=11, latent=8, variance="slot").init(jax.random.key(0))
+    with pytest.raises(ValueError, match="editing.features.count to 3 at the most"):
+        latents.widen(params, parts)
+
+
+def test_features_that_make_no_sense_are_refused(tiny):
     values = config.to_dict(tiny.config)
-    values["editing"]["features"] = dict(count=9, scale=0.0, length=1.0)
+    values["editing"]["features"] = dict(count=0, scale=0.0, length=1.0)
     with pytest.raises(config.ConfigError) as refused:
         config.parse(values)
-    assert "must be from 1 to memory.slots − model.latent (8), got 9" in str(refused.value)
+    assert "editing.features.count: must be above 0, got 0" in str(refused.value)
     assert "editing.features.scale: must be above 0" in str(refused.value)

@@ -28,7 +28,7 @@ def state_of(made):
 
 
 def same(one, two):
-    return all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+    return all(np.array_equal(a, b, equal_nan=True) for a, b in zip(one, two, strict=True))
 
 
 def test_facts_have_ids_and_a_history(written):
@@ -148,8 +148,8 @@ def test_a_memory_that_float32_can_not_solve_is_kept(tiny):
 
 def test_a_write_that_float32_can_not_solve_is_refused(tiny, monkeypatch):
     """It was once listed as written while the memory had left it out."""
-    made = Session(tiny)
     monkeypatch.setattr(tiny, "memory", dataclasses.replace(tiny.memory, ridge=0.0))
+    made = Session(tiny)
     before = state_of(made)
     with pytest.raises(session.MemoryNotFinite, match="could not write"):
         made.write("Fact 1 is", "new 1")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from larimar_jax.bench import metrics
@@ -70,10 +69,25 @@ class Case:
     index: int
 
 
+def tables(summary: Mapping[str, Any]) -> list[Table | str]:
+    """A row for every N."""
+    results = summary["results"]
+    names = {**CONTROLS, **SYSTEMS}
+    table = Table("N", *names.values(), title="rewrite S, percent ± standard error")
+    for size, found in results.items():
+        cells = []
+        for name in names:
+            mean, error = (found[name]["S"][part] for part in ("mean", "standard_error"))
+            cells.append(f"{mean:.1f}" + ("" if error is None else f" ± {error:.1f}"))
+        table.add_row(size, *cells)
+    return [table]
+
+
 class Batch:
     """See the head of this file; an experiment as in `runner.Experiment`."""
 
     name = "batch"
+    tables = staticmethod(tables)
 
     def __init__(
         self,
@@ -178,18 +192,6 @@ class Batch:
             own = metrics.estimate([float(row["nearest"] == row["index"]) for row in rows])
             result[str(size)] = found | {"own_key_nearest": vars(own)}
         return result
-
-    def show(self, summary: Mapping[str, Any], console: Console) -> None:
-        """A row for every N."""
-        names = {**CONTROLS, **SYSTEMS}
-        table = Table("N", *names.values(), title="rewrite S, percent ± standard error")
-        for size, found in summary.items():
-            cells = []
-            for name in names:
-                mean, error = (found[name]["S"][part] for part in ("mean", "standard_error"))
-                cells.append(f"{mean:.1f}" + ("" if error is None else f" ± {error:.1f}"))
-            table.add_row(size, *cells)
-        console.print(table)
 
 
 def _facts(records: Sequence[EditRecord]) -> list[tuple[str, str]]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from larimar_jax.bench import metrics, systems
@@ -47,10 +46,16 @@ def experiment(args: argparse.Namespace) -> "CounterFact":
     return CounterFact(editor.LarimarEditor(args.model), cases, data=data, chunk=args.chunk)
 
 
+def tables(summary: Mapping[str, Any]) -> list[Table | str]:
+    """S ± standard error above M of each kind, and the score; a row a system."""
+    return [table(summary["results"], f"CounterFact, {summary['cases']} cases, mode rome")]
+
+
 class CounterFact:
     """CounterFact under one model and its controls; see `runner.Experiment`."""
 
     name = "counterfact"
+    tables = staticmethod(tables)
 
     def __init__(
         self,
@@ -88,10 +93,6 @@ class CounterFact:
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
         """`summarise`, as the runner calls it."""
         return summarise(records)
-
-    def show(self, summary: Mapping[str, Any], console: Console) -> None:
-        """Prints one row a system."""
-        console.print(table(summary, f"CounterFact, {len(self.cases)} cases, mode rome"))
 
 
 def _queries(case: EditRecord) -> list[tuple[str, str, str]]:

@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from larimar_jax.bench import metrics, systems
@@ -84,10 +83,25 @@ class Case:
     others: tuple[int, ...]
 
 
+def tables(summary: Mapping[str, Any]) -> list[Table | str]:
+    """Two rows for every N."""
+    results = summary["results"]
+    title = "recall ± standard error, percent"
+    table = Table("N", "of", *MOMENTS.values(), "distance", "leverage", title=title)
+    for size, found in results.items():
+        for side in ("forgotten", "others"):
+            cells = [systems.percent(found[side][moment]) for moment in MOMENTS]
+            first = side == "forgotten"
+            more = [f"{found['distance']:.1e}", f"{found['leverage']:.3f}"] if first else []
+            table.add_row(size if first else "", side, *cells, *more)
+    return [table]
+
+
 class Forget:
     """See the head of this file; an experiment as in `runner.Experiment`."""
 
     name = "forget"
+    tables = staticmethod(tables)
     chunk = 1
 
     def __init__(
@@ -181,18 +195,6 @@ class Forget:
                 "refused": sum(record["refused"] for record in rows),
             }
         return result
-
-    def show(self, summary: Mapping[str, Any], console: Console) -> None:
-        """Two rows for every N."""
-        title = "recall ± standard error, percent"
-        table = Table("N", "of", *MOMENTS.values(), "distance", "leverage", title=title)
-        for size, found in summary.items():
-            for side in ("forgotten", "others"):
-                cells = [systems.percent(found[side][moment]) for moment in MOMENTS]
-                first = side == "forgotten"
-                more = [f"{found['distance']:.1e}", f"{found['leverage']:.3f}"] if first else []
-                table.add_row(size if first else "", side, *cells, *more)
-        console.print(table)
 
 
 def _cases(size: int, forget: int, others: int, seed: int) -> list[Case]:

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from larimar_jax import decoders, generate, weights
@@ -58,10 +57,27 @@ class Case:
     repeat: int
 
 
+def tables(summary: Mapping[str, Any]) -> list[Table | str]:
+    """A row a batch size."""
+    results = summary["results"]
+    table = Table("rows", "tokens/s", "Hugging Face", "ratio", "same tokens")
+    for batch, found in results.items():
+        speed = found["tokens_per_second"]
+        table.add_row(
+            batch,
+            f"{speed['larimar']:.1f}",
+            f"{speed['huggingface']:.1f}" if "ratio" in found else "–",
+            f"{found['ratio']:.2f}" if "ratio" in found else "–",
+            f"{found['same_tokens']:.1%}" if "ratio" in found else "–",
+        )
+    return [table]
+
+
 class Generation:
     """See the head of this file; an experiment as in `runner.Experiment`."""
 
     name = "generation"
+    tables = staticmethod(tables)
     chunk = 1
 
     def __init__(
@@ -135,20 +151,6 @@ class Generation:
                 result[str(batch)]["ratio"] = speed["larimar"] / speed["huggingface"]
                 result[str(batch)]["same_tokens"] = min(r["same_tokens"] for r in rows)
         return result
-
-    def show(self, summary: Mapping[str, Any], console: Console) -> None:
-        """A row a batch size."""
-        table = Table("rows", "tokens/s", "Hugging Face", "ratio", "same tokens")
-        for batch, found in summary.items():
-            speed = found["tokens_per_second"]
-            table.add_row(
-                batch,
-                f"{speed['larimar']:.1f}",
-                f"{speed['huggingface']:.1f}" if "ratio" in found else "–",
-                f"{found['ratio']:.2f}" if "ratio" in found else "–",
-                f"{found['same_tokens']:.1%}" if "ratio" in found else "–",
-            )
-        console.print(table)
 
 
 class _Ours:

@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from rich.console import Console
 from rich.table import Table
 
 from larimar_jax import memory
@@ -77,10 +76,22 @@ class Case:
     case_id: str
 
 
+def tables(summary: Mapping[str, Any]) -> list[Table | str]:
+    """A row a ratio."""
+    results = summary["results"]
+    table = Table("", "plain (ms)", "here (ms)", "ratio")
+    for name, plain, ours in RATIOS:
+        times = [f"{1e3 * results['seconds'][side]:.3g}" for side in (plain, ours)]
+        table.add_row(name, *times, f"{results['ratios'][name]:.1f}")
+    table.add_row("one long stream, facts/s", "", "", f"{results['facts_per_second']:,.0f}")
+    return [table]
+
+
 class MemorySpeed:
     """See the head of this file; an experiment as in `runner.Experiment`."""
 
     name = "memory"
+    tables = staticmethod(tables)
     chunk = 1
 
     def __init__(self, slots: int, latent: int, facts: int, scan: int, tenants: int, repeats: int):
@@ -121,15 +132,6 @@ class MemorySpeed:
         ratios = {name: seconds[plain] / seconds[ours] for name, plain, ours in RATIOS}
         rate = self.settings["scan"] / seconds["scan"]
         return {"seconds": seconds, "ratios": ratios, "facts_per_second": rate}
-
-    def show(self, summary: Mapping[str, Any], console: Console) -> None:
-        """A row a ratio."""
-        table = Table("", "plain (ms)", "here (ms)", "ratio")
-        for name, plain, ours in RATIOS:
-            times = [f"{1e3 * summary['seconds'][side]:.3g}" for side in (plain, ours)]
-            table.add_row(name, *times, f"{summary['ratios'][name]:.1f}")
-        table.add_row("one long stream, facts/s", "", "", f"{summary['facts_per_second']:,.0f}")
-        console.print(table)
 
 
 def _seconds(side: Callable[[], Any]) -> float:

@@ -22,6 +22,7 @@ from typing import IO, Any, Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 SETTINGS, CASES, SUMMARY = "settings.json", "cases.jsonl", "summary.json"
 Record = dict[str, Any]
@@ -45,8 +46,8 @@ class Experiment(Protocol):
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
         """The result, as JSON, from records as read back from the file."""
 
-    def show(self, summary: Mapping[str, Any], console: Console) -> None:
-        """Prints the result for people."""
+    def tables(self, summary: Mapping[str, Any]) -> Sequence[Table | str]:
+        """The result for people, from what summary.json holds: tables, and notes between them."""
 
 
 class DifferentSettings(ValueError):
@@ -94,7 +95,8 @@ def run(experiment: Experiment, folder: str | Path, *, quiet: bool = False) -> d
     }
     _replace(folder / SUMMARY, json.dumps(_plain(summary), indent=2) + "\n")
     if not quiet:
-        experiment.show(summary["results"], Console())
+        for shown in experiment.tables(summary):
+            Console().print(shown)
         console.print(f"written: {folder / SUMMARY}")
     return summary
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
@@ -88,10 +87,34 @@ def detection(positive: Float[np.ndarray, "P"], negative: Float[np.ndarray, "N"]
     )
 
 
+def tables(summary: Mapping[str, Any]) -> list[Table | str]:
+    """A row for each store."""
+    results = summary["results"]
+    title = f"scope, {summary['cases']} records"
+    table = Table("against", "EER %", "F1", "AUROC", "at", *KINDS, title=title)
+    for name, label in STORES.items():
+        found = results[name]
+        table.add_row(
+            label,
+            f"{100 * found['error']:.1f}",
+            f"{found['f1']:.3f}",
+            f"{found['auroc']:.3f}",
+            f"{found['threshold']:.2f}",
+            *(systems.percent(found["in_scope"][kind]) for kind in KINDS),
+        )
+    note = (
+        f"{KINDS[0]}, {KINDS[1]}: percent in scope at the model's threshold "
+        f"{summary['settings']['threshold']}; paraphrases that find their own prompt among all: "
+        f"{systems.percent(results['found_own'])} %"
+    )
+    return [table, note]
+
+
 class Scope:
     """See the head of this file; an experiment as in `runner.Experiment`."""
 
     name = "scope"
+    tables = staticmethod(tables)
     chunk = 100
 
     def __init__(
@@ -155,27 +178,6 @@ class Scope:
         own = [r["paraphrase"]["found_own"] for r in records if r["paraphrase"]["found_own"]]
         result["found_own"] = vars(metrics.estimate([float(np.mean(found)) for found in own]))
         return result
-
-    def show(self, summary: Mapping[str, Any], console: Console) -> None:
-        """A row for each store."""
-        title = f"scope, {len(self.cases)} records"
-        table = Table("against", "EER %", "F1", "AUROC", "at", *KINDS, title=title)
-        for name, label in STORES.items():
-            found = summary[name]
-            table.add_row(
-                label,
-                f"{100 * found['error']:.1f}",
-                f"{found['f1']:.3f}",
-                f"{found['auroc']:.3f}",
-                f"{found['threshold']:.2f}",
-                *(systems.percent(found["in_scope"][kind]) for kind in KINDS),
-            )
-        console.print(table)
-        console.print(
-            f"{KINDS[0]}, {KINDS[1]}: percent in scope at the model's threshold "
-            f"{self.model.scope_threshold}; paraphrases that find their own prompt among all: "
-            f"{systems.percent(summary['found_own'])} %"
-        )
 
 
 def _queries(case: EditRecord) -> dict[str, tuple[str, ...]]:

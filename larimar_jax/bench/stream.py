@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from larimar_jax.bench import metrics, systems
@@ -90,10 +89,25 @@ class Case:
     index: int
 
 
+def tables(summary: Mapping[str, Any]) -> list[Table | str]:
+    """A row a system at the end, and the curve of held-out rephrasings."""
+    results = summary["results"]
+    title = f"word F1 ± standard error after {summary['settings']['edits']} edits, percent"
+    table = Table("system", *KINDS.values(), title=title)
+    for system, label in SYSTEMS.items():
+        cells = [systems.percent(results["f1"][system][kind]) for kind in KINDS]
+        table.add_row(label, *cells)
+    curve = Table("edits", *SYSTEMS.values(), title="held-out rephrasings")
+    for point, found in results["curve"].items():
+        curve.add_row(point, *(systems.percent(found[system]) for system in SYSTEMS))
+    return [table, curve]
+
+
 class Stream:
     """See the head of this file; an experiment as in `runner.Experiment`."""
 
     name = "stream"
+    tables = staticmethod(tables)
 
     def __init__(
         self,
@@ -228,19 +242,6 @@ class Stream:
             for point in self.points
         }
         return tables | {"curve": curve}
-
-    def show(self, summary: Mapping[str, Any], console: Console) -> None:
-        """A row a system at the end, and the curve of held-out rephrasings."""
-        title = f"word F1 ± standard error after {self.edits} edits, percent"
-        table = Table("system", *KINDS.values(), title=title)
-        for system, label in SYSTEMS.items():
-            cells = [systems.percent(summary["f1"][system][kind]) for kind in KINDS]
-            table.add_row(label, *cells)
-        console.print(table)
-        curve = Table("edits", *SYSTEMS.values(), title="held-out rephrasings")
-        for point, found in summary["curve"].items():
-            curve.add_row(point, *(systems.percent(found[system]) for system in SYSTEMS))
-        console.print(curve)
 
 
 @jax.jit

@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from larimar_jax import memory, strict
@@ -325,9 +324,11 @@ class Sweep:
             "seconds_compiling": sum(record["seconds_compiling"] for record in records),
         }
 
-    def show(self, summary: Mapping[str, Any], console: Console) -> None:
+    @staticmethod
+    def tables(summary: Mapping[str, Any]) -> list[Table | str]:
         """A row a variant."""
-        for source, means in summary["means"].items():
+        results, shown = summary["results"], []
+        for source, means in results["means"].items():
             table = Table(source, "cells", "recall, written", "recall, held out", "error", "kB", "ms")
             for label, found in sorted(means.items(), key=lambda item: -item[1]["recall"]):
                 table.add_row(
@@ -339,12 +340,13 @@ class Sweep:
                     f"{found['bytes'] / 1e3:.0f}",
                     f"{1e3 * found['seconds']:.2f}",
                 )
-            console.print(table)
-        console.print(
-            f"{summary['shapes']} shapes, {summary['compiled_in_this_run']} compiled now; "
-            f"{summary['seconds_measuring']:.0f} s of measuring, "
-            f"{summary['seconds_compiling']:.0f} s of compiling"
+            shown.append(table)
+        note = (
+            f"{results['shapes']} shapes, {results['compiled_in_this_run']} compiled now; "
+            f"{results['seconds_measuring']:.0f} s of measuring, "
+            f"{results['seconds_compiling']:.0f} s of compiling"
         )
+        return [*shown, note]
 
 
 def _known(params: memory.MemoryParams, prompts, there) -> memory.MemoryParams:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from larimar_jax import config as configs
@@ -72,10 +71,50 @@ class Case:
     case_id: str
 
 
+def tables(summary: Mapping[str, Any]) -> list[Table | str]:
+    """What was timed, and what follows from it."""
+    results = summary["results"]
+    timed = Table("", "seconds", "spread", "best", "CPU seconds")
+    for name, seconds in results["seconds"].items():
+        best, cpu = (results[kind][name] for kind in ("best_seconds", "cpu_seconds"))
+        spread = f"{results['spread'][name]:.0%}"
+        timed.add_row(name, f"{seconds:.3f}", spread, f"{best:.3f}", f"{cpu:.3f}")
+    found = Table("", "measured", "best of each", "of CPU seconds")
+    cpu, share = results["of_cpu_seconds"], results["memory_share"]
+    rows: list[tuple[str, ...]] = [("tokens/s", f"{results['tokens_per_second']:.1f}")]
+    if "ratio" in results:
+        apart = max(results["apart"].values())
+        ratios = (results["ratio"], results["ratio_of_best"], cpu["ratio"])
+        rows += [
+            ("tokens/s, torch", f"{results['torch_tokens_per_second']:.1f}"),
+            ("throughput over torch's", *(f"{ratio:.3f}" for ratio in ratios)),
+            ("losses apart (relative)", f"{apart:.1e}"),
+        ]
+    used = (results["utilisation"], results["utilisation_of_best"], cpu["utilisation"])
+    fed = (results["pipeline_over_constant"], cpu["pipeline_over_constant"])
+    rows += [
+        ("GFLOP/s of the step", f"{results['step_flops_per_second'] / 1e9:.1f}"),
+        ("GFLOP/s of a matrix product", f"{results['gemm_flops_per_second'] / 1e9:.1f}"),
+        ("utilisation", *(f"{value:.1%}" for value in used)),
+        ("memory's share, timed alone", f"{share['timed alone']:.2%}"),
+        (
+            "memory's share, by difference",
+            f"{share['by difference']:.2%}",
+            "",
+            f"{cpu['memory_share']:.2%}",
+        ),
+        ("with pipeline over constant batch", f"{fed[0]:.3f}", "", f"{fed[1]:.3f}"),
+    ]
+    for row in rows:
+        found.add_row(*row)
+    return [timed, found]
+
+
 class Training:
     """See the head of this file; an experiment as in `runner.Experiment`."""
 
     name = "training"
+    tables = staticmethod(tables)
     chunk = 1
 
     def __init__(self, config: Config, repeats: int, *, alone: bool):
@@ -187,44 +226,6 @@ class Training:
             result["ratio_of_best"] = best["torch"] / best["step"]
             result["apart"] = records[0]["apart"]
         return result
-
-    def show(self, summary: Mapping[str, Any], console: Console) -> None:
-        """What was timed, and what follows from it."""
-        timed = Table("", "seconds", "spread", "best", "CPU seconds")
-        for name, seconds in summary["seconds"].items():
-            best, cpu = (summary[kind][name] for kind in ("best_seconds", "cpu_seconds"))
-            spread = f"{summary['spread'][name]:.0%}"
-            timed.add_row(name, f"{seconds:.3f}", spread, f"{best:.3f}", f"{cpu:.3f}")
-        console.print(timed)
-        found = Table("", "measured", "best of each", "of CPU seconds")
-        cpu, share = summary["of_cpu_seconds"], summary["memory_share"]
-        rows: list[tuple[str, ...]] = [("tokens/s", f"{summary['tokens_per_second']:.1f}")]
-        if not self._alone:
-            apart = max(summary["apart"].values())
-            ratios = (summary["ratio"], summary["ratio_of_best"], cpu["ratio"])
-            rows += [
-                ("tokens/s, torch", f"{summary['torch_tokens_per_second']:.1f}"),
-                ("throughput over torch's", *(f"{ratio:.3f}" for ratio in ratios)),
-                ("losses apart (relative)", f"{apart:.1e}"),
-            ]
-        used = (summary["utilisation"], summary["utilisation_of_best"], cpu["utilisation"])
-        fed = (summary["pipeline_over_constant"], cpu["pipeline_over_constant"])
-        rows += [
-            ("GFLOP/s of the step", f"{summary['step_flops_per_second'] / 1e9:.1f}"),
-            ("GFLOP/s of a matrix product", f"{summary['gemm_flops_per_second'] / 1e9:.1f}"),
-            ("utilisation", *(f"{value:.1%}" for value in used)),
-            ("memory's share, timed alone", f"{share['timed alone']:.2%}"),
-            (
-                "memory's share, by difference",
-                f"{share['by difference']:.2%}",
-                "",
-                f"{cpu['memory_share']:.2%}",
-            ),
-            ("with pipeline over constant batch", f"{fed[0]:.3f}", "", f"{fed[1]:.3f}"),
-        ]
-        for row in rows:
-            found.add_row(*row)
-        console.print(found)
 
 
 def comparable(config: Config) -> list[str]:

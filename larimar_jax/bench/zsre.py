@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from larimar_jax.bench import metrics, systems
@@ -56,10 +55,29 @@ def experiment(args: argparse.Namespace) -> "ZsRE":
     return ZsRE(editor.LarimarEditor(args.model), cases, data=data, chunk=args.chunk)
 
 
+def tables(summary: Mapping[str, Any]) -> list[Table | str]:
+    """A row a system."""
+    results = summary["results"]
+    title = f"ZsRE, {summary['cases']} cases, mode rome"
+    caption = "accuracy ± standard error, percent"
+    table = Table("system", *KINDS, title=title, caption=caption)
+    for system, label in {**systems.SYSTEMS, "in_scope": "prompts in scope"}.items():
+        cells = [
+            "\n".join(
+                filter(None, (systems.percent(results[system][kind]),
+                              results[system][kind].get("note", "").replace(" the", "\nthe")))
+            )
+            for kind in KINDS
+        ]
+        table.add_row(label, *cells)
+    return [table]
+
+
 class ZsRE:
     """ZsRE under one model and its controls; see `runner.Experiment`."""
 
     name = "zsre"
+    tables = staticmethod(tables)
 
     def __init__(
         self,
@@ -135,22 +153,6 @@ class ZsRE:
             for kind in KINDS
         }
         return results
-
-    def show(self, summary: Mapping[str, Any], console: Console) -> None:
-        """A row a system."""
-        title = f"ZsRE, {len(self.cases)} cases, mode rome"
-        caption = "accuracy ± standard error, percent"
-        table = Table("system", *KINDS, title=title, caption=caption)
-        for system, label in {**systems.SYSTEMS, "in_scope": "prompts in scope"}.items():
-            cells = [
-                "\n".join(
-                    filter(None, (systems.percent(summary[system][kind]),
-                                  summary[system][kind].get("note", "").replace(" the", "\nthe")))
-                )
-                for kind in KINDS
-            ]
-            table.add_row(label, *cells)
-        console.print(table)
 
 
 def _queries(case: EditRecord) -> list[tuple[str, str, str]]:
