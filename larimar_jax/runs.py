@@ -1,4 +1,4 @@
-"""`larimar train`, `plan` and `sweep`: a run, what it will take, and many memories side by side.
+"""`larimar train`, `plan`, `sweep` and `report`: runs, what they will take, and what came of them.
 
 Everything heavy is imported inside its command, as in cli.py.
 """
@@ -203,6 +203,31 @@ def sweep(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def report_options(made: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
+    """The options of `larimar report`."""
+    made.description = (
+        "Makes report.md and report.html of finished benchmark runs: tables beside the paper's numbers, "
+        "pictures, the worst and best cases with their texts. Where two runs are of one benchmark, each "
+        "later one is compared with the first, case by case, and what differs by more than chance is "
+        "marked. The page needs nothing beside it."
+    )
+    made.add_argument("folders", nargs="+", metavar="RUN", help="folders of finished runs")
+    made.add_argument("--out", required=True, metavar="DIR", help="where the two files go")
+    made.add_argument("--title", default="Larimar: results", help="(%(default)s)")
+    made.set_defaults(command=report)
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """larimar report"""
+    from larimar_jax.bench import pages
+    from larimar_jax.bench import report as reports
+
+    runs = [reports.read(folder) for folder in arguments.folders]
+    for path in pages.write(reports.sections(runs), arguments.out, arguments.title):
+        print(f"written: {path}", file=sys.stderr)
+    return 0
+
+
 def find(name: str) -> Path:
     """A config by its path from here, or from the clone that the package is installed from."""
     path = Path(name)
@@ -226,5 +251,10 @@ COMMANDS = {
         "measure every memory over a grid of settings, sizes and noise",
         "larimar sweep --config=configs/sweep_memory.py --out runs/sweep",
         sweep_options,
+    ),
+    "report": (
+        "make a report of finished benchmark runs, and compare them",
+        "larimar report runs/counterfact runs/batch --out runs/report",
+        report_options,
     ),
 }

@@ -83,6 +83,43 @@ def tables(summary: Mapping[str, Any]) -> list[Table | str]:
     return [table]
 
 
+PAPER = "Fig. 2a, K = 512: about 100 % up to N = 512, 82 % at 1,024."
+
+
+def values(record: Record) -> dict[str, float]:
+    """Rewrite S of a fact by system and N."""
+    names = CONTROLS | SYSTEMS
+    return {
+        names[system] + (f", N = {record['facts']}" if record["facts"] else ""): float(new < true)
+        for system, (new, true) in record["loss"].items()
+    }
+
+
+def texts(record: Record) -> list[str]:
+    """The fact, and ℓ of both answers by system."""
+    names = CONTROLS | SYSTEMS
+    return [f"N = {record['facts']}: {record['prompt']}"] + [
+        f"{names[system]}: ℓ({record['target_new']}) {new:.2f}, ℓ({record['target_true']}) {true:.2f}"
+        for system, (new, true) in record["loss"].items()
+    ]
+
+
+def draw(axes: Any, summary: Mapping[str, Any]) -> None:
+    """Rewrite S against N."""
+    results = summary["results"]
+    sizes = [int(size) for size in results]
+    for name, label in {**CONTROLS, **SYSTEMS}.items():
+        found = [results[str(size)][name]["S"] for size in sizes]
+        errors = [row["standard_error"] or 0.0 for row in found]
+        axes.errorbar(sizes, [row["mean"] for row in found], errors, marker="o", label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set_ylim(0, 101)
+    axes.set_xlabel("N, facts in one memory")
+    axes.set_ylabel("rewrite S (percent, ± standard error)")
+    axes.legend(fontsize=9)
+
+
 class Batch:
     """See the head of this file; an experiment as in `runner.Experiment`."""
 

@@ -51,6 +51,39 @@ def tables(summary: Mapping[str, Any]) -> list[Table | str]:
     return [table(summary["results"], f"CounterFact, {summary['cases']} cases, mode rome")]
 
 
+PAPER = (
+    "Table 2, edit / paraphrase / neighbourhood S: GPT-2 XL 22.2 / 24.7 / 78.1, Larimar-1.3B 100 / 83.5 "
+    "/ 74.7, GPT-J 16.3 / 18.6 / 83.0, Larimar-6B 99.6 / 88.4 / 80.4 (first 2,000 cases; other LMs)."
+)
+
+
+def values(record: Record) -> dict[str, float]:
+    """S of a case by system and kind."""
+    return {
+        f"{label}, {kind}": metrics.success(kind, *np.asarray(record["loss"][system][kind]).T)
+        for system, label in systems.SYSTEMS.items()
+        for kind in metrics.KINDS
+        if record["loss"][system][kind]
+    }
+
+
+def texts(record: Record) -> list[str]:
+    """What was written, and ℓ of both answers to every prompt through the memory."""
+    new, true = record["target_new"], record["target_true"]
+    lines = [f"written: {record['written']}"]
+    for kind in metrics.KINDS:
+        losses = record["loss"]["larimar"][kind]
+        for prompt, (mine, other) in zip(record["prompts"][kind], losses, strict=True):
+            lines.append(f"{kind}: {prompt} → ℓ({new}) {mine:.2f}, ℓ({true}) {other:.2f}")
+    return lines
+
+
+def draw(axes: Any, summary: Mapping[str, Any]) -> None:
+    """S by kind, a bar a system."""
+    systems.bars(axes, summary["results"], metrics.KINDS, lambda row: row["S"])
+    axes.set_ylabel("S (percent, ± standard error)")
+
+
 class CounterFact:
     """CounterFact under one model and its controls; see `runner.Experiment`."""
 

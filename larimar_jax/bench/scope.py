@@ -110,6 +110,9 @@ def tables(summary: Mapping[str, Any]) -> list[Table | str]:
     return [table, note]
 
 
+PAPER = "ESD, pairwise on 3,800 pairs: equal error rate 2.9 %, F1 0.974."
+
+
 class Scope:
     """See the head of this file; an experiment as in `runner.Experiment`."""
 

@@ -103,6 +103,38 @@ def tables(summary: Mapping[str, Any]) -> list[Table | str]:
     return [table, curve]
 
 
+PAPER = (
+    "Table 3, 1,000 edits (200 facts in 5 wordings), edit retention: MEND 27, GRACE 93, Larimar-1.3B "
+    "97, Larimar-6B 92 (with a slot for each of the prompts, known beforehand)."
+)
+
+
+def values(record: Record) -> dict[str, float]:
+    """F1 of a case by system, and what was asked."""
+    kind = KINDS[record["kind"]]
+    return {f"{label}, {kind}": float(record["f1"][name]) for name, label in SYSTEMS.items()}
+
+
+def texts(record: Record) -> list[str]:
+    """The question, the right answer, and what was said."""
+    said = (f"{label}: {record['said'][name]!r}" for name, label in SYSTEMS.items())
+    return [f"after {record['edits']} edits: {record['prompt']} → {record['gold']}", *said]
+
+
+def draw(axes: Any, summary: Mapping[str, Any]) -> None:
+    """F1 of held-out rephrasings over the stream."""
+    curve = summary["results"]["curve"]
+    points = [int(point) for point in curve]
+    for name, label in SYSTEMS.items():
+        found = [curve[str(point)][name] for point in points]
+        errors = [row["standard_error"] or 0.0 for row in found]
+        axes.errorbar(points, [row["mean"] for row in found], errors, marker="o", label=label)
+    axes.set_ylim(0, 101)
+    axes.set_xlabel("edits so far")
+    axes.set_ylabel("F1 of held-out rephrasings (percent, ± standard error)")
+    axes.legend(fontsize=9)
+
+
 class Stream:
     """See the head of this file; an experiment as in `runner.Experiment`."""
 

@@ -100,6 +100,28 @@ def versus_lookup(ours: Sequence[float], control: Sequence[float]) -> dict[str, 
     return found
 
 
+def bars(
+    axes: Any,
+    results: Mapping[str, Any],
+    kinds: Sequence[str],
+    of: Callable[[Any], Mapping[str, float]],
+) -> None:
+    """Draws a bar for each system and kind; `of` finds the estimate in {system: {kind: …}}."""
+    width = 0.8 / len(SYSTEMS)
+    for number, (system, label) in enumerate(SYSTEMS.items()):
+        found = [of(results[system][kind]) for kind in kinds]
+        axes.bar(
+            np.arange(len(kinds)) + (number - (len(SYSTEMS) - 1) / 2) * width,
+            [row["mean"] or 0.0 for row in found],
+            width,
+            yerr=[row["standard_error"] or 0.0 for row in found],
+            label=label,
+        )
+    axes.set_xticks(np.arange(len(kinds)), kinds)
+    axes.set_ylim(0, 100)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, fontsize=9)
+
+
 def percent(value: Mapping[str, Any]) -> str:
     """A mean with its standard error, for tables."""
     error = value["standard_error"]

@@ -73,6 +73,38 @@ def tables(summary: Mapping[str, Any]) -> list[Table | str]:
     return [table]
 
 
+PAPER = (
+    "Tables 12–13, rewrite / paraphrase / neighbourhood: Larimar-1.3B 98.1 / 81.6 / 19.7, Larimar-6B "
+    "94.5 / 70.4 / 25.1 (other base LMs; neighbours from Natural Questions)."
+)
+
+
+def values(record: Record) -> dict[str, float]:
+    """Accuracy of a case by system and kind."""
+    return {
+        f"{label}, {kind}": float(np.mean(record["accuracy"][system][kind]))
+        for system, label in systems.SYSTEMS.items()
+        for kind in KINDS
+        if record["accuracy"][system][kind]
+    }
+
+
+def texts(record: Record) -> list[str]:
+    """What was written, and every prompt with its target and how much of it is likeliest."""
+    lines = [f"written: {record['written']}"]
+    for kind in KINDS:
+        rows = (record["prompts"][kind], record["targets"][kind], record["accuracy"]["larimar"][kind])
+        for prompt, target, accuracy in zip(*rows, strict=True):
+            lines.append(f"{kind}: {prompt} → {target}: {100 * accuracy:.0f} %")
+    return lines
+
+
+def draw(axes: Any, summary: Mapping[str, Any]) -> None:
+    """Accuracy by kind, a bar a system."""
+    systems.bars(axes, summary["results"], KINDS, lambda row: row)
+    axes.set_ylabel("accuracy (percent, ± standard error)")
+
+
 class ZsRE:
     """ZsRE under one model and its controls; see `runner.Experiment`."""
 

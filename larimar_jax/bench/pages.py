@@ -1,0 +1,127 @@
+"""A report's sections as Markdown and as one HTML page that needs nothing beside it."""
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+from larimar_jax.bench.report import Case, Grid, Item, Picture, Section
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; --mark: #f5c54233; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 68rem; padding: 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; overflow-wrap: anywhere; }
+.wide { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+caption { text-align: left; font-weight: 600; padding: .3rem 0; }
+th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align: left;
+  vertical-align: top; white-space: pre-line; }
+td + td, th + th { text-align: right; white-space: pre; }
+@media (max-width: 40rem) { th, td { padding: .3rem .4rem; font-size: .9rem; } }
+tr.mark { background: var(--mark); }
+p.note { font-size: .9rem; opacity: .8; }
+img { max-width: 100%; height: auto; background: #fff; }
+details { background: var(--soft); padding: .4rem .8rem; margin: .4rem 0; overflow-wrap: anywhere; }
+"""
+
+
+def write(sections: Sequence[Section], folder: str | Path, title: str) -> list[Path]:
+    """Writes report.md and report.html into a folder; returns their paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    for name, text in (
+        ("report.md", markdown(sections, title)),
+        ("report.html", page(sections, title)),
+    ):
+        made.append(folder / name)
+        made[-1].write_text(text, encoding="utf-8")
+    return made
+
+
+# Markdown
+
+
+def markdown(sections: Sequence[Section], title: str) -> str:
+    """Tables and texts; pictures are in the page alone."""
+    parts = [f"# {title}"]
+    for section in sections:
+        parts.append(f"## {section.title}")
+        parts += filter(None, map(_markdown, section.items))
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown(item: Item) -> str:
+    match item:
+        case Picture():
+            return ""
+        case Case(heading, lines):
+            return "\n".join([f"**{_plain(heading)}**", "", *(f"* {_plain(line)}" for line in lines)])
+        case Grid():
+            return _markdown_table(item)
+    return _plain(item)
+
+
+def _markdown_table(grid: Grid) -> str:
+    def row(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(_plain(cell).replace("\n", "<br>") for cell in cells) + " |"
+
+    rows = [row(grid.header), "|" + "---|" * len(grid.header), *map(row, grid.rows)]
+    head = [f"**{_plain(grid.title)}**", ""] if grid.title else []
+    foot = ["", f"*{_plain(grid.caption)}*"] if grid.caption else []
+    return "\n".join([*head, *rows, *foot])
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    for sign in "\\`*_|<>[]":
+        text = text.replace(sign, f"\\{sign}")
+    return text
+
+
+# HTML
+
+
+def page(sections: Sequence[Section], title: str) -> str:
+    """One page; nothing is fetched, and nothing runs in it."""
+    body = [f"<h1>{html.escape(title)}</h1>"]
+    if len(sections) > 1:
+        links = (
+            f'<li><a href="#s{number}">{html.escape(section.title)}</a></li>'
+            for number, section in enumerate(sections)
+        )
+        body.append(f"<nav><ul>{''.join(links)}</ul></nav>")
+    for number, section in enumerate(sections):
+        body.append(f'<h2 id="s{number}">{html.escape(section.title)}</h2>')
+        body += map(_html, section.items)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<link rel="icon" href="data:,">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _html(item: Item) -> str:
+    match item:
+        case Picture(alt, source):
+            return f'<p><img alt="{html.escape(alt, quote=True)}" src="{source}"></p>'
+        case Case(heading, lines):
+            listed = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+            return f"<details><summary>{html.escape(heading)}</summary><ul>{listed}</ul></details>"
+        case Grid():
+            return _html_table(item)
+    return f'<p class="note">{html.escape(item)}</p>'
+
+
+def _html_table(grid: Grid) -> str:
+    def row(cells: Sequence[str], tag: str, mark: bool = False) -> str:
+        inside = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+        return f'<tr class="mark">{inside}</tr>' if mark else f"<tr>{inside}</tr>"
+
+    rows = "".join(row(cells, "td", n in grid.marks) for n, cells in enumerate(grid.rows))
+    caption = f"<caption>{html.escape(grid.title)}</caption>" if grid.title else ""
+    note = f'<p class="note">{html.escape(grid.caption)}</p>' if grid.caption else ""
+    head = f"<thead>{row(grid.header, 'th')}</thead>"
+    return f'<div class="wide"><table>{caption}{head}<tbody>{rows}</tbody></table></div>{note}'
