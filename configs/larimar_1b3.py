@@ -42,7 +42,6 @@ def get_config() -> ConfigDict:
                 latent=768,
                 slots_per_layer=1,
                 tied_slots=True,
-                lexicon=None,
                 lora=None,
                 dtype="bfloat16",
                 remat="layers",

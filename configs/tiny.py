@@ -40,7 +40,6 @@ def get_config() -> ConfigDict:
                 latent=128,
                 slots_per_layer=4,
                 tied_slots=False,
-                lexicon=None,
                 lora=None,
                 dtype="float32",
                 remat="none",

@@ -124,6 +124,8 @@ def parse_saved(values: Mapping[str, Any]) -> Config:
     model, data, memory = (values.get(name) for name in ("model", "data", "memory"))
     if isinstance(memory, dict) and "address" in memory:
         memory["query"] = memory.pop("address")
+    if isinstance(model, dict) and model.get("lexicon", 0) is None:
+        del model["lexicon"]  # once a setting; what was saved with one is of another shape
     if isinstance(model, dict) and isinstance(model.get("remat"), bool):
         model["remat"] = "layers" if model["remat"] else "none"
     if isinstance(data, dict) and isinstance(data.get("episode"), int):
@@ -196,12 +198,6 @@ def _ranges(config: Config) -> list[str]:
     if not (weights.reconstruction or weights.autoencoding or weights.language):
         problems.append(
             "objective: all three cross-entropies have weight 0; nothing is to be learned"
-        )
-    slots = config.memory.hyperparameters["slots"]
-    if config.model.lexicon is not None and slots < config.model.latent:
-        # Only then does M₀ read a query back as itself, so that an innovation is what was written.
-        problems.append(
-            f"memory.slots: a lexicon needs at least model.latent ({config.model.latent}), got {slots}"
         )
     return problems
 

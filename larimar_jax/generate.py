@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax.layers import Cache
-from larimar_jax.model import Bonus, Condition
+from larimar_jax.model import Condition
 from larimar_jax.sampling import Draw, Sampling, pick
 from larimar_jax.weights.tokenizers import Tokenizer, bucket
 
@@ -33,8 +33,6 @@ class LanguageModel(Protocol):
     decoder: Any
     hidden: Any
     """(tokens, condition, cache, start) → (last hidden states, cache)."""
-    bonus: Any
-    """condition → what an answer's logits gain (`model.Bonus`), or None."""
 
 
 def generate(
@@ -257,7 +255,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 def check_rows(condition: Condition, prompts: int) -> None:
     """Raises ValueError where a condition has fewer rows than there are prompts."""
-    given = condition.innovation.shape[0]
+    given = len(condition.prefix.active)
     if given < prompts:
         raise ValueError(
             f"the condition has {given} rows for {prompts} prompts; row i of it belongs to prompt i"
@@ -271,7 +269,7 @@ def fit_rows(condition: Condition, prompts: int, rows: int) -> Condition:
       ValueError: as `check_rows`.
     """
     check_rows(condition, prompts)
-    given = condition.innovation.shape[0]
+    given = len(condition.prefix.active)
     if given == rows:
         return condition
 
@@ -341,7 +339,7 @@ def _prefill(
     hidden, cache = model.hidden(tokens, condition, cache)
     hidden = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
     step = jnp.int32(0)
-    token = pick(_logits(model, hidden, model.bonus(condition), step), step, draw, **how)
+    token = pick(_logits(model, hidden, condition, step), step, draw, **how)
     return _Loop(step + 1, token, cache, idle | ends[token])
 
 
@@ -367,7 +365,7 @@ def _decode(
 ) -> tuple[_Loop, Int[Array, "B N"], Int[Array, ""]]:
     """Up to steps ≤ capacity tokens more, and how many; a row that is done goes on with eos."""
     model = nnx.merge(graph, state)
-    bonus, first = model.bonus(condition), loop.step
+    first = loop.step
 
     def unfinished(carry):
         loop, _ = carry
@@ -377,7 +375,7 @@ def _decode(
         loop, produced = carry
         place = lengths + loop.step - 1
         hidden, cache = model.hidden(loop.token[:, None], condition, loop.cache, place)
-        token = pick(_logits(model, hidden[:, 0], bonus, loop.step), loop.step, draw, **how)
+        token = pick(_logits(model, hidden[:, 0], condition, loop.step), loop.step, draw, **how)
         token = jnp.where(loop.done, eos, token)
         produced = produced.at[:, loop.step - first].set(token)
         return _Loop(loop.step + 1, token, cache, loop.done | ends[token]), produced
@@ -390,10 +388,10 @@ def _decode(
 def _logits(
     model: LanguageModel,
     hidden: Float[Array, "B D"],
-    bonus: Bonus | None,
+    condition: Condition | None,
     step: Int[Array, ""],
 ) -> Float[Array, "B V"]:
     logits = model.decoder.logits(hidden)
-    if bonus is None:
+    if condition is None or condition.spelled is None:
         return logits
-    return bonus.add(logits[:, None], jnp.full((len(hidden), 1), step))[:, 0]
+    return condition.spelled.add(logits[:, None], jnp.full((len(hidden), 1), step))[:, 0]

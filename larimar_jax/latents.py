@@ -72,7 +72,7 @@ def widen(params: MemoryParams, sizes: Parts) -> MemoryParams:
         return jnp.pad(part, [(0, more * (at == axis)) for at in range(part.ndim)])
 
     prior = pad(params.prior, 1)
-    more = max(0, sizes.encoding + sizes.features - len(prior))
+    more = max(0, sizes.encoding + sizes.features - len(prior)) if sizes.features else 0
     if more and (params.log_variance.ndim or params.variance_by_query is not None):
         raise ValueError(
             f"the memory's σ_W was learned for {len(prior)} slots, and editing.features needs "

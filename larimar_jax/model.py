@@ -23,13 +23,11 @@ from larimar_jax.spelling import Spelled
 class Condition:
     """All that a read hands to the decoder, one row per sequence.
 
-    prefix: memory slots and embedding made from the latent (§2). innovation: what the memory adds to
-    the query (§10), zero where it adds nothing and where the base LM is to speak alone. spelled: the
-    tokens of the answer (spelling.py), where the memory keeps them.
+    prefix: memory slots and embedding made from the latent (§2). spelled: the tokens of the answer
+    (spelling.py), where the memory keeps them.
     """
 
     prefix: Prefix
-    innovation: Float[Array, "B C"]
     spelled: Spelled | None = None
 
     def rows(self, index: Int[Array, " R"]) -> "Condition":
@@ -41,30 +39,7 @@ class Condition:
             active=self.prefix.active[index],
         )
         spelled = None if self.spelled is None else self.spelled.rows(index)
-        return Condition(prefix=prefix, innovation=self.innovation[index], spelled=spelled)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Bonus:
-    """What a condition adds to logits beside what the decoder makes of its prefix (§10).
-
-    first: the lexicon's words at the first token of the answer, of which `decay` stays with each token
-    more; None without a lexicon. spelled: as in `Condition`.
-    """
-
-    first: Float[Array, "B V"] | None
-    spelled: Spelled | None
-    decay: float = dataclasses.field(metadata=dict(static=True))
-
-    def add(
-        self, logits: Float[Array, "B n V"], depth: Int[Array, "B n"]
-    ) -> Float[Array, "B n V"]:
-        """The logits of tokens at these depths of the answer (0 is its first), with what they gain."""
-        if self.first is not None:
-            fading = self.decay ** depth.astype(jnp.float32)
-            logits = logits + self.first[:, None] * fading[..., None]
-        return logits if self.spelled is None else self.spelled.add(logits, depth)
+        return Condition(prefix=prefix, spelled=spelled)
 
 
 class PriorMemory(nnx.Module):
@@ -93,30 +68,6 @@ class PriorMemory(nnx.Module):
         )
 
 
-class Lexicon(nnx.Module):
-    """The innovation, said in words (§10; ours, not the paper's).
-
-    R of the decoder's tokens are whole words. `directions` holds what the encoder makes of each word
-    by itself: centred, of unit length, [R, C]. An innovation e(prompt + answer) − e(prompt) points
-    along the words of the answer, so the logits of those tokens gain `gain · cos(innovation, direction)`
-    at the first generated token, `decay` times that at the second, and so on: once the answer has
-    begun, the language model finishes it. Filled by `lexicon.fit`, in closed form.
-    """
-
-    def __init__(self, entries: int, latent: int, gain: float, decay: float):
-        self.gain, self.decay = gain, decay
-        self.tokens = nnx.Param(jnp.zeros((entries,), jnp.int32))
-        self.directions = nnx.Param(jnp.zeros((entries, latent), jnp.float32))
-
-    def bonus(self, innovation: Float[Array, "B C"], vocab_size: int) -> Float[Array, "B V"]:
-        """What the first generated token's logits gain; exactly zero without an innovation."""
-        norm = jnp.linalg.norm(innovation, axis=-1, keepdims=True)
-        unit = jnp.where(norm > 1e-6, innovation / jnp.maximum(norm, 1e-6), 0.0)
-        cosine = unit @ self.directions[...].astype(jnp.float32).T
-        empty = jnp.zeros((innovation.shape[0], vocab_size), jnp.float32)
-        return empty.at[:, self.tokens[...]].set(self.gain * cosine)
-
-
 class Larimar(nnx.Module):
     """Encoder e, decoder d, the projections between them, and the memory's parameters."""
 
@@ -129,7 +80,6 @@ class Larimar(nnx.Module):
         latent: int,
         slots_per_layer: int,
         tied_slots: bool,
-        lexicon: Lexicon | None,
         rngs: nnx.Rngs,
     ):
         width, depth = decoder.config.width, decoder.config.depth
@@ -152,7 +102,6 @@ class Larimar(nnx.Module):
             latent, width, use_bias=False, kernel_init=nnx.initializers.normal(0.02), rngs=rngs
         )
         self.memory = PriorMemory(memory_params)
-        self.lexicon = lexicon
 
     def embed(
         self, tokens: Int[Array, "*rows S"], mask: Bool[Array, "*rows S"]
@@ -171,12 +120,10 @@ class Larimar(nnx.Module):
     def condition(
         self,
         latent: Float[Array, "B C"],
-        innovation: Float[Array, "B C"] | None = None,
         active: Bool[Array, " B"] | None = None,
         spelled: Spelled | None = None,
     ) -> Condition:
-        """Latent → memory slots and embedding (§2), with the innovation for the lexicon (§10), and what
-        is spelled.
+        """Latent → memory slots and embedding (§2), with what is spelled.
 
         A zero latent is the paper's "no memory" (z = 0): the slot is there and holds zeros. A row whose
         `active` is False is decoded as by the untouched base LM (`layers.Prefix`).
@@ -192,10 +139,7 @@ class Larimar(nnx.Module):
             value=value.astype(dtype),
             active=active,
         )
-        if innovation is None:
-            innovation = jnp.zeros_like(latent)
-        innovation = jnp.where(active[:, None], innovation, 0.0)
-        return Condition(prefix=prefix, innovation=innovation, spelled=spelled)
+        return Condition(prefix=prefix, spelled=spelled)
 
     def hidden(
         self,
@@ -208,15 +152,6 @@ class Larimar(nnx.Module):
         """Last hidden states of the decoder; `condition=None` is the untouched base LM."""
         prefix = None if condition is None else condition.prefix
         return self.decoder.hidden(tokens, prefix, cache, start, tree)
-
-    def bonus(self, condition: Condition | None) -> Bonus | None:
-        """What the logits of an answer gain; None where they gain nothing."""
-        if condition is None or (self.lexicon is None and condition.spelled is None):
-            return None
-        if self.lexicon is None:
-            return Bonus(None, condition.spelled, 0.0)
-        first = self.lexicon.bonus(condition.innovation, self.decoder.config.vocab_size)
-        return Bonus(first, condition.spelled, self.lexicon.decay)
 
 
 def build(config: Config, key: jax.Array, where: weights.Where | None = None) -> Larimar:
@@ -265,7 +200,6 @@ def abstract(config: Config) -> Larimar:
 
 
 def _assemble(config: Config, encoder: nnx.Module, decoder: nnx.Module, rngs: nnx.Rngs) -> Larimar:
-    words = config.model.lexicon
     made = Larimar(
         encoder,
         decoder,
@@ -273,9 +207,6 @@ def _assemble(config: Config, encoder: nnx.Module, decoder: nnx.Module, rngs: nn
         latent=config.model.latent,
         slots_per_layer=config.model.slots_per_layer,
         tied_slots=config.model.tied_slots,
-        lexicon=None
-        if words is None
-        else Lexicon(words.entries, config.model.latent, words.gain, words.decay),
         rngs=rngs,
     )
     if config.model.lora is not None:

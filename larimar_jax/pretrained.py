@@ -156,26 +156,19 @@ class Pretrained:
 
     def condition(
         self,
-        latent: Float[np.ndarray, "n C"] | Array,
-        innovation: Float[np.ndarray, "n C"] | Array | None = None,
+        readout: Float[np.ndarray, "n C"] | Array,
         active: Bool[np.ndarray, " n"] | None = None,
     ) -> Condition:
-        """`Larimar.condition` of readouts and innovations, compiled, with what is spelled in them.
+        """`Larimar.condition` of n readouts, compiled, with what is spelled in them.
 
         Rows of padding, not active, come after the n, so that few numbers of rows are compiled for;
         decoding and scoring ignore them.
         """
-        rows, more = len(latent), generate.steps_bucket(len(latent), 1) - len(latent)
-        latent = np.pad(np.asarray(latent, np.float32), ((0, more), (0, 0)))
-        innovation = (
-            np.zeros_like(latent)
-            if innovation is None
-            else np.pad(np.asarray(innovation, np.float32), ((0, more), (0, 0)))
-        )
+        rows, more = len(readout), generate.steps_bucket(len(readout), 1) - len(readout)
+        readout = np.pad(np.asarray(readout, np.float32), ((0, more), (0, 0)))
         active = np.pad(np.ones(rows, bool) if active is None else np.asarray(active), (0, more))
-        told = self.config.editing.spelling
-        rows = latent, innovation, active
-        return _condition(self.graph, self.state, *rows, sizes=self.parts, spelled_as=told)
+        how = dict(sizes=self.parts, spelled_as=self.config.editing.spelling)
+        return _condition(self.graph, self.state, readout, active, **how)
 
     def zero(self, rows: int) -> Condition:
         """z = 0: the memory slot is there and holds zeros (§2)."""
@@ -334,15 +327,13 @@ def _encode(
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("sizes", "spelled_as"))
 def _condition(
-    graph: nnx.GraphDef, state: nnx.State, latent, innovation, active, *, sizes, spelled_as
+    graph: nnx.GraphDef, state: nnx.State, readout, active, *, sizes, spelled_as
 ) -> Condition:
-    model = nnx.merge(graph, state)
-    spelled = None
+    model, spelled = nnx.merge(graph, state), None
     if spelled_as is not None:
-        written = innovation[:, sizes.size - sizes.spelling :]
+        written = readout[:, sizes.size - sizes.spelling :]
         spelled = spelling.read(spelled_as, written, model.decoder.config.vocab_size, active)
-    latent, innovation = (rows[:, : sizes.encoding] for rows in (latent, innovation))
-    return model.condition(latent, innovation, active, spelled)
+    return model.condition(readout[:, : sizes.encoding], active, spelled)
 
 
 def _no_corpus(path: pathlib.Path) -> list[str]:

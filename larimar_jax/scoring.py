@@ -205,14 +205,14 @@ def _score_rows(
     of both along each candidate's path."""
     model = nnx.merge(graph, state)
     hidden, _ = model.hidden(tokens, condition, tree=Tree(index, seen))
-    bonus = model.bonus(condition)
+    spelled = None if condition is None else condition.spelled
 
     def entropies(piece):
         at, depth, labels = piece
         # The head is the largest product of a small model: only scored places go through it.
         logits = model.decoder.logits(jnp.take_along_axis(hidden, at[..., None], axis=1))
-        if bonus is not None:
-            logits = bonus.add(logits, depth)
+        if spelled is not None:
+            logits = spelled.add(logits, depth)
         chosen = jnp.take_along_axis(logits, labels, axis=-1)
         likeliest = chosen >= jnp.max(logits, axis=-1, keepdims=True)
         losses = jax.nn.logsumexp(logits, axis=-1, keepdims=True) - chosen

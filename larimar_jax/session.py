@@ -232,7 +232,7 @@ class Session:
             [ids[key] if within else None for key, within in zip(found.key, inside, strict=True)],
             [float(score) for score in found.score],
             # Where nothing is in scope, the very program of the base LM, and not a masked slot.
-            self.model.condition(latent, latent - queries, inside) if inside.any() else None,
+            self.model.condition(latent, inside) if inside.any() else None,
             milliseconds,
         )
 

@@ -22,18 +22,6 @@ class TowerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LexiconConfig:
-    """entries: how many words, the most frequent of the corpus. gain: logits per unit of cosine.
-
-    decay: factor on the gain from one generated token to the next.
-    """
-
-    entries: int
-    gain: float
-    decay: float
-
-
-@dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """Low-rank changes of frozen kernels: x W + scale · (x A) B, with A [in, rank], B [rank, out].
 
@@ -51,8 +39,7 @@ class ModelConfig:
     """Where encoder, memory and decoder meet (§2).
 
     latent: C. slots_per_layer: P, past key/value positions that a latent fills in each layer (the
-    paper's is 1). tied_slots: key and value are the same vector (the paper's way). lexicon: how the
-    innovation of a read enters the logits (§10); None is the paper's interface alone. lora: low-rank
+    paper's is 1). tied_slots: key and value are the same vector (the paper's way). lora: low-rank
     changes of kernels that are themselves frozen; None for none. dtype: the towers' compute dtype;
     parameters and memory algebra stay float32. remat: what the backward pass computes again instead
     of keeping: "none", "dots" (all but matrix products), "layers" (each layer from its input).
@@ -63,7 +50,6 @@ class ModelConfig:
     latent: int
     slots_per_layer: int
     tied_slots: bool
-    lexicon: LexiconConfig | None
     lora: LoraConfig | None
     dtype: Literal["float32", "bfloat16", "float16"]
     remat: Remat

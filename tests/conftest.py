@@ -60,7 +60,7 @@ def smollm2():
 
 @pytest.fixture(scope="session")
 def tiny():
-    """A `Pretrained` over tiny random towers, a lexicon and 24 memory slots.
+    """A `Pretrained` over tiny random towers and 24 memory slots.
 
     Random encodings are all alike, so its scope lets through what is all but the written prompt.
     """
@@ -85,7 +85,6 @@ def tiny():
             family="bert", type_vocab=1, norm_eps=1e-12, pooling="mean", normalize=True, **sizes
         ),
         decoder=dict(family="gpt2", norm_eps=1e-5, **sizes),
-        lexicon=dict(entries=40, gain=3.0, decay=0.5),
     )
     values["editing"] |= dict(
         features=dict(count=4, scale=0.5, length=1.0),
@@ -128,7 +127,6 @@ def tiny_config():
             latent=16,
             slots_per_layer=2,
             tied_slots=False,
-            lexicon=None,
             lora=None,
             dtype="float32",
             remat="none",

@@ -27,7 +27,8 @@ def test_a_store_is_the_session_with_the_same_facts(tiny):
     assert nearest[:5] == list(range(5)) and recall.in_scope[:5].all()
     rows = np.flatnonzero(recall.in_scope)
     got = tiny.score([queries[r] for r in rows], [targets[r] for r in rows], recall.condition(rows))
-    np.testing.assert_allclose(got, session.score(queries, targets)[rows], rtol=1e-3)
+    # ℓ near 0 is what is left of two numbers of about 20.
+    np.testing.assert_allclose(got, session.score(queries, targets)[rows], rtol=1e-3, atol=1e-4)
     left = full.without([1, 3])
     assert [fact for fact, _ in left.facts] == [facts[i][0] for i in (0, 2, 4)]
     assert int(left.state.count) == 3 and int(left.state.missing) == 0

@@ -317,12 +317,12 @@ def test_parts_of_a_checkpoint_begin_another_run_where_its_own_were(written):
 def test_parts_that_do_not_fit_are_one_error_that_names_all(written, tmp_path):
     mine = {**_others(), "memory/prior": jnp.zeros((5, 6))}
     del mine["decoder/norm/scale"]
-    said = StartConfig(str(written), ("^decoder/", "^memory/", "^encoder/", "^lexicon/"))
+    said = StartConfig(str(written), ("^decoder/", "^memory/", "^encoder/", "^heads/"))
     with pytest.raises(start.StartError) as error:
         start.replace(mine, said)
     for offence in (
         "'^encoder/' matches no parameter",
-        "'^lexicon/' matches no parameter",
+        "'^heads/' matches no parameter",
         "decoder/norm/scale: this model has no such parameter",
         "memory/prior: (4, 6) there, (5, 6) in this model",
     ):

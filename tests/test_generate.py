@@ -22,33 +22,29 @@ PROMPTS = ["Fact 1 is", "The capital of Japan is the city of", "new"]
 @pytest.fixture
 def condition(tiny):
     latent = jax.random.normal(jax.random.key(0), (3, 16))
-    innovation = jax.random.normal(jax.random.key(1), (3, 16))
     # What memory reads where three answers are written: the last of another length than the rest.
     answers = spelling.pack(SPELLING, [[5, 6, 7], [8], [9, 9]], 3)
     noise = 0.02 * jax.random.normal(jax.random.key(2), (3, 96))
     readout = spelling.spell(SPELLING, jnp.asarray(answers)) + noise
     active = jnp.asarray([True, True, False])
     spelled = spelling.read(SPELLING, readout, tiny.model.decoder.config.vocab_size, active)
-    return tiny.model.condition(latent, innovation, active, spelled)
+    return tiny.model.condition(latent, active, spelled)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def every_logit(graph, state, tokens, condition):
     model = nnx.merge(graph, state)
-    return model.decoder.logits(model.hidden(tokens, condition)[0]), model.bonus(condition)
+    return model.decoder.logits(model.hidden(tokens, condition)[0])
 
 
 def logits_after(tiny, ids, condition, step):
     """Logits of the next token, one row, nothing cached; `step` tokens were generated before."""
     # Padded to one shape, so that the loop compiles once; causality hides the padding.
     tokens = jnp.asarray([ids + [0] * (32 - len(ids))], jnp.int32)
-    logits, bonus = every_logit(tiny.graph, tiny.state, tokens, condition)
-    logits = logits[0, len(ids) - 1]
-    if bonus is None:
-        return logits
-    logits = logits + bonus.first[0] * tiny.model.lexicon.decay**step
-    if step < bonus.spelled.gain.shape[1]:
-        logits = logits.at[bonus.spelled.tokens[0, step]].add(bonus.spelled.gain[0, step])
+    logits = every_logit(tiny.graph, tiny.state, tokens, condition)[0, len(ids) - 1]
+    if condition is not None and step < condition.spelled.gain.shape[1]:
+        spelled = condition.spelled
+        logits = logits.at[spelled.tokens[0, step]].add(spelled.gain[0, step])
     return logits
 
 

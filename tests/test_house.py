@@ -38,7 +38,6 @@ FLOORS = {
     "generate": 4,
     "scoring": 4,
     "scope": 4,
-    "lexicon": 4,
     "long_context": 4,
     "data": 4,
     "train.sharding": 4,

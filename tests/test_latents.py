@@ -62,6 +62,11 @@ def test_features_let_a_memory_tell_more_facts_apart_than_encodings_have_dimensi
     assert errors[0] > 0.5 and errors[1] < 0.1
 
 
+def test_a_memory_without_features_keeps_its_slots():
+    params = Streaming(slots=5, latent=8, variance="slot").init(jax.random.key(0))
+    assert latents.widen(params, latents.Parts(8, 0, 32)).prior.shape == (5, 40)
+
+
 def test_slots_are_not_added_to_a_variance_of_slots():
     parts = latents.Parts(8, 4, 0)
     params = Streaming(slots=11, latent=8, variance="slot").init(jax.random.key(0))

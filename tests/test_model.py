@@ -1,4 +1,4 @@
-"""Where encoder, memory and decoder meet: conditioning, the lexicon, and Eq. 1 term by term."""
+"""Where encoder, memory and decoder meet: conditioning, and Eq. 1 term by term."""
 
 import dataclasses
 
@@ -45,28 +45,6 @@ def test_base_zero_and_memory_are_three_things_and_inactive_is_base(tiny):
     assert jnp.abs(base - zero).max() > 1e-3
     assert jnp.abs(half[0] - zero[0]).max() > 1e-3
     np.testing.assert_allclose(half[1], base[1], rtol=1e-5, atol=1e-6)
-
-
-def test_the_lexicon_adds_gain_times_cosine_to_its_words_and_nothing_else(tiny):
-    innovation = jax.random.normal(jax.random.key(1), (2, 16))
-    innovation = innovation.at[1].set(0.0)
-    condition = tiny.model.condition(jnp.zeros((2, 16)), innovation)
-    bonus = np.asarray(tiny.model.bonus(condition).first)
-    lexicon = tiny.model.lexicon
-    u = np.asarray(innovation[0], np.float64)
-    expected = (
-        lexicon.gain * np.asarray(lexicon.directions[...], np.float64) @ (u / np.linalg.norm(u))
-    )
-    words = np.asarray(lexicon.tokens[...])
-    np.testing.assert_allclose(bonus[0, words], expected, rtol=1e-5, atol=1e-6)
-    others = np.setdiff1d(np.arange(bonus.shape[1]), words)
-    assert not bonus[0, others].any() and not bonus[1].any()
-
-
-def test_a_row_out_of_scope_has_no_innovation(tiny):
-    ones = jnp.ones((2, 16))
-    condition = tiny.model.condition(ones, ones, jnp.asarray([True, False]))
-    assert condition.innovation[0].all() and not condition.innovation[1].any()
 
 
 def test_equation_1_is_the_weighted_sum_of_its_terms(tiny):

@@ -34,7 +34,6 @@ def config(corpus: Path, **train) -> Config:
             latent=16,
             slots_per_layer=1,
             tied_slots=True,
-            lexicon=None,
             lora=None,
             dtype="float32",
             remat="none",

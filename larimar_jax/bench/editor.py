@@ -85,9 +85,6 @@ class LarimarEditor:
             "model": self.model.source,
             "fingerprint": self.model.fingerprint,
             "editing": dataclasses.asdict(self.model.config.editing),
-            "lexicon": None
-            if self.model.config.model.lexicon is None
-            else dataclasses.asdict(self.model.config.model.lexicon),
         }
 
     def written(self, prompt: str, answer: str) -> str:
@@ -124,16 +121,15 @@ class LarimarEditor:
         keys[: len(facts)], values[: len(facts)] = latents[rows(prompts)], latents[len(unique) :]
         asked = np.zeros((count, width, latents.shape[1]), np.float32)
         asked[fact, slot] = latents[rows(best)]
-        latent, innovation = _recall(self._memory, self.model.prior, keys, values, asked)
-        latent, innovation = np.asarray(latent)[fact, slot], np.asarray(innovation)[fact, slot]
+        read = np.asarray(_recall(self._memory, self.model.prior, keys, values, asked))[fact, slot]
         return Recall(
             scope_score=found.score,
             in_scope=found.within(self.model.scope_threshold),
-            condition=lambda chosen: self.model.condition(latent[chosen], innovation[chosen]),
+            condition=lambda chosen: self.model.condition(read[chosen]),
         )
 
     def zero(self, rows: int) -> Condition:
-        """z = 0, innovation 0."""
+        """z = 0, and nothing spelled."""
         return self.model.zero(rows)
 
     def score(
@@ -159,12 +155,11 @@ def _recall(
     keys: Float[Array, "N C"],
     values: Float[Array, "N C"],
     queries: Float[Array, "N Q C"],
-) -> tuple[Float[Array, "N Q C"], Float[Array, "N Q C"]]:
-    """N memories of one fact each: their readouts, and the innovations Z_read − z_query (§10)."""
+) -> Float[Array, "N Q C"]:
+    """The readouts of N memories of one fact each."""
 
     def one(key, value, asked):
         state = memory.write(prior, memory.empty(prior), key[None], value[None])
-        latent = memory.read(prior, state, asked).latent
-        return latent, latent - asked
+        return memory.read(prior, state, asked).latent
 
     return jax.vmap(one)(keys, values, queries)

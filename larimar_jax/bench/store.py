@@ -121,9 +121,7 @@ class Store:
         recall = Recall(
             scope_score=found.score,
             in_scope=found.within(self.model.scope_threshold),
-            condition=lambda chosen: self.model.condition(
-                latent[chosen], latent[chosen] - asked[chosen]
-            ),
+            condition=lambda chosen: self.model.condition(latent[chosen]),
         )
         return recall, [int(key) for key in found.key]
 

@@ -240,7 +240,6 @@ def comparable(config: Config) -> list[str]:
         ("model.encoder.normalize", "False", not getattr(towers[0].sizes, "normalize", False)),
         ("model.slots_per_layer", "1", model.slots_per_layer == 1),
         ("model.tied_slots", "True", model.tied_slots),
-        ("model.lexicon", "None", model.lexicon is None),
         ("model.lora", "None", model.lora is None),
         ("model.dtype", "float32", model.dtype == "float32"),
         ("memory.variant", "direct", config.memory.variant == "direct"),

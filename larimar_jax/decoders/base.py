@@ -197,10 +197,6 @@ class Decoder(nnx.Module):
         """Itself: generating and scoring take a bare decoder, the base LM, where they take a Larimar."""
         return self
 
-    def bonus(self, condition: None) -> None:
-        """Nothing: a bare decoder has no condition."""
-        return None
-
     @property
     def embeddings(self) -> Float[Array, "V D"]:
         """The token embedding table."""

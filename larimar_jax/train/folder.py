@@ -14,9 +14,6 @@ from larimar_jax.settings import Config
 # What may differ between a run and its continuation: none of these changes a step's result beyond
 # rounding.
 _FREE = {"name", "editing.ridge", "editing.query_noise", "editing.scope_threshold", "model.remat"} | {
-    # Fitted when training is over.
-    *(f"model.lexicon.{key}" for key in ("entries", "gain", "decay"))
-} | {
     f"train.{key}"
     for key in (
         "mesh layout memory_layout accumulate on_bad_step spike log_every evaluate_every edits "

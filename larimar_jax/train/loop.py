@@ -121,13 +121,9 @@ def _train(config: Config, run_dir: Path, dog: distributed.Watchdog, progress: b
         finish(
             run_dir / "model.safetensors",
             config,
-            skeleton,
             {**frozen, **(state.average or state.params)},
             [*stepper.trained, *start.named(skeleton.parameters, config.train.start_from)],
-            tokenizers,
-            source,
             {**meta, "step": step, "evaluation": evaluation},
-            progress=progress and first,
         )
         if progress and first:
             report.say(f"finished: {step:,} steps, the model is {run_dir / 'model.safetensors'}")

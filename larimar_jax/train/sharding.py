@@ -73,7 +73,6 @@ def rules(model: Any, memory_layout: str = "replicated") -> list[Rule]:
     own: list[Rule] = [
         (r"^memory/(prior|variance_by_memory)$", slots, False),
         (r"^memory/", P(), False),
-        (r"^lexicon/", P(), True),
         # Not over tensor as well: XLA's partitioner (jaxlib 0.10) then computes a wrong gradient through
         # the slots' heads where a device has one episode. tests/test_layouts.py would see it.
         (r"^to_(latent|slots|embedding)/kernel$", P("fsdp"), False),

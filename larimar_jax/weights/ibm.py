@@ -110,7 +110,6 @@ def describe(source: Source, hyper: Mapping[str, Any] | None, unsaid: Unsaid) ->
             latent=latent,
             slots_per_layer=1,
             tied_slots=True,
-            lexicon=None,
             lora=None,
             dtype="float32",
             remat="none",
