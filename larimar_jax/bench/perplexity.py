@@ -1,0 +1,202 @@
+"""Perplexity of text that no fact is about, with facts in memory: is the language model left alone?
+
+The rest of a held-out text after its first words, per token: exp of the mean −ln p over all tokens.
+
+    base      the untouched language model
+    zero      z = 0: the memory slot is there and holds zeros
+    larimar   the facts are in one memory, and the scope detector sees the first words
+    open      the same memory, let through for every text
+"""
+
+import argparse
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from larimar_jax.bench.runner import Record
+from larimar_jax.bench.store import Encoded, Store, encoded
+from larimar_jax.data import corpus
+from larimar_jax.pretrained import Pretrained, load
+
+SYSTEMS = {
+    "base": "base LM",
+    "zero": "z = 0",
+    "larimar": "Larimar with scope",
+    "open": "Larimar without scope",
+}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares `larimar bench perplexity`."""
+    parser.add_argument("--data", required=True, help="CounterFact's JSON file: what is in memory")
+    parser.add_argument("--facts", type=int, default=512, help="in the memory (%(default)s)")
+    parser.add_argument(
+        "--corpus",
+        default="wikipedia-summaries",
+        help="where the texts are from: its held-out side (%(default)s)",
+    )
+    parser.add_argument("--texts", type=int, default=200, help="how many (%(default)s)")
+    parser.add_argument(
+        "--begun", type=int, default=8, help="words that are given and asked with (%(default)s)"
+    )
+    parser.add_argument(
+        "--words", type=int, default=48, help="words of a text, the given ones included (%(default)s)"
+    )
+    parser.add_argument("--model", default="smol", help="checkpoint, by name or path (%(default)s)")
+    parser.add_argument("--chunk", type=int, default=32, help="texts computed together (%(default)s)")
+
+
+def experiment(args: argparse.Namespace) -> "Perplexity":
+    """The experiment of a parsed command line; reads the data and loads the model.
+
+    Raises:
+        ValueError: there are fewer facts or texts than are asked for, or no words are left to judge.
+    """
+    from larimar_jax.data import counterfact
+
+    if not 0 < args.begun < args.words:
+        raise ValueError(f"--begun ({args.begun}) has to be above 0 and below --words ({args.words})")
+    records = counterfact.load(args.data, args.facts)
+    if len(records) < args.facts:
+        raise ValueError(f"{args.data} has {len(records)} records and not {args.facts}")
+    texts = []
+    for document in corpus.open_corpus(args.corpus).side(held_out=True):
+        words = document.text.split()
+        if len(words) >= args.words and len(texts) < args.texts:
+            texts.append(Text(len(texts), *_cut(words[: args.words], args.begun)))
+    if len(texts) < args.texts:
+        raise ValueError(
+            f"{args.corpus} has {len(texts)} held-out texts of {args.words} words, and not {args.texts}"
+        )
+    path = Path(args.data)
+    data = {
+        "name": path.name,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "facts": args.facts,
+        "corpus": args.corpus,
+        "words": [args.begun, args.words],
+    }
+    facts = [(record.prompt, record.target_new) for record in records]
+    return Perplexity(load(args.model), facts, texts, data=data, chunk=args.chunk)
+
+
+def _cut(words: Sequence[str], begun: int) -> tuple[str, str]:
+    return " ".join(words[:begun]), " ".join(words[begun:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """begun: what is given. rest: what is judged."""
+
+    case_id: int
+    begun: str
+    rest: str
+
+
+def values(record: Record) -> dict[str, float]:
+    """Mean ln p per token of a text by system."""
+    return {label: -record["loss"][name] for name, label in SYSTEMS.items()}
+
+
+def tables(summary: Mapping[str, Any]) -> list[Table | str]:
+    """A row a system."""
+    results = summary["results"]
+    table = Table(
+        "system", "perplexity", "over the base LM's", title=f"{summary['cases']} held-out texts"
+    )
+    for name, label in SYSTEMS.items():
+        found = results[name]
+        error = found["ratio_error"]
+        over = f"{found['ratio']:.4f}" + ("" if error is None else f" ± {error:.4f}")
+        table.add_row(label, f"{found['perplexity']:.2f}", over)
+    return [table, f"in scope: {100 * results['in_scope']:.1f} % of the texts"]
+
+
+class Perplexity:
+    """See the head of this file; an experiment as in `runner.Experiment`."""
+
+    name = "perplexity"
+    tables = staticmethod(tables)
+
+    def __init__(
+        self,
+        model: Pretrained,
+        facts: Sequence[tuple[str, str]],
+        texts: Sequence[Text],
+        *,
+        data: Mapping[str, Any],
+        chunk: int = 32,
+    ):
+        self.model, self.facts, self.cases, self.chunk = model, list(facts), texts, chunk
+        self.settings: Mapping[str, Any] = {
+            "data": dict(data),
+            "model": {"name": model.source, "fingerprint": model.fingerprint},
+            "chunk": chunk,
+            "seed": None,
+        }
+        self._encoded: Encoded | None = None
+        self._store: Store | None = None
+
+    def run(self, cases: Sequence[Text]) -> list[Record]:
+        """−ln p per token of every rest, under every system."""
+        if self._encoded is None or self._store is None:
+            begun = [text.begun for text in self.cases]
+            self._encoded = encoded(self.model, self.facts, begun)
+            self._store = Store(self._encoded, self.facts)
+        prompts, rests = [text.begun for text in cases], [[text.rest] for text in cases]
+
+        def losses(rows: np.ndarray, condition: Any) -> np.ndarray:
+            asked, judged = ([side[row] for row in rows] for side in (prompts, rests))
+            return self.model.score(asked, judged, condition)[:, 0]
+
+        recall, _ = self._store.recall(prompts)
+        everyone, inside = np.arange(len(cases)), np.flatnonzero(recall.in_scope)
+        found = {
+            "base": losses(everyone, None),
+            "zero": losses(everyone, self.model.zero(len(cases))),
+            "open": losses(everyone, recall.condition(everyone)),
+        }
+        found["larimar"] = found["base"].copy()
+        if len(inside):
+            found["larimar"][inside] = losses(inside, recall.condition(inside))
+        tokens = [len(self.model.decoder_tokenizer.following(text.rest)) for text in cases]
+        return [
+            {
+                "case_id": text.case_id,
+                "begun": text.begun,
+                "rest": text.rest,
+                "tokens": tokens[row],
+                "scope_score": float(recall.scope_score[row]),
+                "in_scope": bool(recall.in_scope[row]),
+                "loss": {name: float(values[row]) for name, values in found.items()},
+            }
+            for row, text in enumerate(cases)
+        ]
+
+    def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Perplexity by system, and its ratio to the base LM's with its standard error over texts."""
+        tokens = np.asarray([record["tokens"] for record in records], np.float64)
+        losses = {
+            name: np.asarray([record["loss"][name] for record in records], np.float64)
+            for name in SYSTEMS
+        }
+        results: dict[str, Any] = {"in_scope": float(np.mean([r["in_scope"] for r in records]))}
+        for name, each in losses.items():
+            apart = (each - losses["base"]) * tokens
+            ratio = float(np.exp(apart.sum() / tokens.sum()))
+            error = None
+            if len(records) > 1:
+                # The delta method for a ratio of two sums, and for its exp.
+                left = apart - apart.sum() / tokens.sum() * tokens
+                error = ratio * float(left.std(ddof=1) / np.sqrt(len(records)) / tokens.mean())
+            results[name] = {
+                "perplexity": float(np.exp((each * tokens).sum() / tokens.sum())),
+                "ratio": ratio,
+                "ratio_error": error,
+            }
+        return results

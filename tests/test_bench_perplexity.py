@@ -1,0 +1,94 @@
+"""Perplexity with facts in memory, against one text at a time."""
+
+import numpy as np
+import pytest
+
+from larimar_jax import cli
+from larimar_jax.bench import perplexity, runner, store
+from larimar_jax.session import Session
+
+FACTS = [("Fact 1 is", "new 1"), ("The capital of Japan is", "city 2")]
+TEXTS = [
+    perplexity.Text(0, "Fact 1 is", "true and new"),
+    perplexity.Text(1, "Says of", "the city 3 of Japan"),
+    perplexity.Text(2, "The capital of Japan is", "France"),
+]
+
+
+@pytest.fixture
+def made(tiny):
+    return perplexity.Perplexity(tiny, FACTS, TEXTS, data={}, chunk=2)
+
+
+def test_losses_are_those_of_a_session_and_of_the_base_model(tiny, made, tmp_path):
+    summary = runner.run(made, tmp_path / "run", quiet=True)
+    session = Session(tiny)
+    for fact in FACTS:
+        session.write(*fact)
+    full = store.Store(store.encoded(tiny, FACTS, [text.begun for text in TEXTS]), FACTS)
+    records = runner.read_cases(tmp_path / "run")
+    assert [record["in_scope"] for record in records] == [True, False, True]
+    total = {name: 0.0 for name in perplexity.SYSTEMS}
+    for record, text in zip(records, TEXTS, strict=True):
+        asked = ([text.begun], [[text.rest]])
+        condition = full.recall([text.begun])[0].condition(np.array([0]))
+        wanted = {
+            "base": tiny.score(*asked),
+            "zero": tiny.score(*asked, tiny.zero(1)),
+            "larimar": session.score(*asked),
+            "open": tiny.score(*asked, condition),
+        }
+        tokens = len(tiny.decoder_tokenizer.following(text.rest))
+        assert record["tokens"] == tokens
+        for name, value in wanted.items():
+            assert record["loss"][name] == pytest.approx(float(value[0, 0]), rel=1e-3)
+            total[name] += tokens * record["loss"][name]
+    count = sum(record["tokens"] for record in records)
+    for name, value in total.items():
+        found = summary["results"][name]
+        assert found["perplexity"] == pytest.approx(np.exp(value / count))
+        assert found["ratio"] == pytest.approx(np.exp((value - total["base"]) / count))
+    assert summary["results"]["base"]["ratio_error"] == 0.0
+
+
+def test_a_text_out_of_scope_is_the_base_models_to_the_last_bit(made, tmp_path):
+    runner.run(made, tmp_path / "run", quiet=True)
+    outside = runner.read_cases(tmp_path / "run")[1]
+    assert outside["loss"]["larimar"] == outside["loss"]["base"]
+
+
+def test_a_run_that_was_cut_off_ends_with_the_same_lines(made, tiny, tmp_path):
+    runner.run(made, tmp_path / "run", quiet=True)
+    path = tmp_path / "run" / runner.CASES
+    lines = path.read_bytes()
+    path.write_bytes(lines[: len(lines) // 2])
+    runner.run(
+        perplexity.Perplexity(tiny, FACTS, TEXTS, data={}, chunk=2), tmp_path / "run", quiet=True
+    )
+    assert path.read_bytes() == lines
+
+
+def test_the_error_of_the_ratio_is_that_of_drawing_texts_again(made):
+    """Against the bootstrap."""
+    rng = np.random.default_rng(0)
+    records = [
+        {
+            "tokens": int(rng.integers(5, 40)),
+            "in_scope": False,
+            "loss": dict.fromkeys(perplexity.SYSTEMS, base := float(rng.normal(4, 1)))
+            | {"open": base + float(rng.normal(0.2, 0.5))},
+        }
+        for _ in range(300)
+    ]
+    found = made.summarise(records)["open"]
+    drawn = [
+        made.summarise([records[i] for i in rng.integers(0, 300, 300)])["open"]["ratio"]
+        for _ in range(300)
+    ]
+    assert found["ratio_error"] == pytest.approx(np.std(drawn), rel=0.15)
+
+
+def test_words_that_leave_nothing_to_judge_are_refused(tmp_path, capsys):
+    told = ["bench", "perplexity", "--data", "x.json", "--out", str(tmp_path), "--begun", "48"]
+    assert cli.main(told) != 0
+    assert "--begun (48) has to be above 0 and below --words (48)" in capsys.readouterr().err
