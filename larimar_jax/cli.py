@@ -169,6 +169,7 @@ def parser() -> argparse.ArgumentParser:
     resumes = {
         "train": "The same command goes on from the last checkpoint.",
         "sweep": "The same command goes on where the cells end.",
+        "reproduce": "The same command goes on where it was stopped.",
     }
     for name, (summary, example, fill) in (runs.COMMANDS | formats.COMMANDS).items():
         # What runs is theirs to say.

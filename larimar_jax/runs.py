@@ -1,4 +1,4 @@
-"""`larimar train`, `plan`, `sweep` and `report`: runs, what they will take, and what came of them.
+"""`larimar train`, `plan`, `sweep`, `report` and `reproduce`: runs, their cost, and what came of them.
 
 Everything heavy is imported inside its command, as in cli.py.
 """
@@ -228,6 +228,28 @@ def report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def reproduce_options(made: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
+    """The options of `larimar reproduce`."""
+    made.description = (
+        "Runs every benchmark that a config names for one model, each in a folder of its own, and makes "
+        "the report of all. What is finished is not run again."
+    )
+    _run(made)
+    made.add_argument("--out", required=True, metavar="DIR", help="the folders, and the report")
+    made.set_defaults(command=reproduce)
+
+
+def reproduce(arguments: argparse.Namespace) -> int:
+    """larimar reproduce"""
+    from larimar_jax import config
+    from larimar_jax.bench import reproduce as reproduces
+
+    values = config.override(config.load_dict(find(arguments.config)), arguments.overrides)
+    for path in reproduces.run(reproduces.parse(values), arguments.out):
+        print(f"written: {path}", file=sys.stderr)
+    return 0
+
+
 def find(name: str) -> Path:
     """A config by its path from here, or from the clone that the package is installed from."""
     path = Path(name)
@@ -256,5 +278,11 @@ COMMANDS = {
         "make a report of finished benchmark runs, and compare them",
         "larimar report runs/counterfact runs/batch --out runs/report",
         report_options,
+    ),
+    "reproduce": (
+        "run all the benchmarks of a config, and make their report",
+        "larimar reproduce --config=configs/bench_paper.py --out runs/paper "
+        "--set data.counterfact=FILE data.zsre=FILE",
+        reproduce_options,
     ),
 }

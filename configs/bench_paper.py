@@ -1,0 +1,43 @@
+"""The paper's experiments on the shipped model, with every control beside it, and one report.
+
+command   larimar reproduce --config=configs/bench_paper.py --out runs/paper \
+              --set data.counterfact=counterfact-edit.json data.zsre=zsre-knowedit.json
+hardware  2 CPU cores
+expected  TO BE MEASURED
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            name="bench_paper",
+            model="smol",
+            # CounterFact in either schema (at least 2,048 records) and ZsRE in KnowEdit's.
+            data=dict(counterfact="", zsre=""),
+            runs=dict(
+                # Table 2
+                counterfact=dict(bench="counterfact", data="counterfact", options=dict(limit=1000)),
+                # Tables 12 and 13
+                zsre=dict(bench="zsre", data="zsre", options=dict(limit=1000)),
+                # Table 3 and Fig. 2b
+                stream=dict(
+                    bench="stream",
+                    data="zsre",
+                    options=dict(edits=1000, unwritten=0, every=100),
+                ),
+                # Fig. 2a
+                batch=dict(
+                    bench="batch",
+                    data="counterfact",
+                    options=dict(facts=[1, 64, 256, 512, 1024, 2048]),
+                ),
+                # Table 4
+                forget=dict(bench="forget", data="counterfact", options=dict(facts=[512, 1024])),
+                # Section 6 of the paper
+                scope=dict(bench="scope", data="counterfact", options=dict(limit=1000)),
+                perplexity=dict(bench="perplexity", data="counterfact", options=dict(facts=512)),
+            ),
+        )
+    )

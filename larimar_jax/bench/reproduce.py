@@ -1,0 +1,115 @@
+"""Many benchmarks of one model from one config, and their report.
+
+The config says the model, the data files by name, and the runs: each a benchmark with the name of its
+data and the options of its command line. Every run has a folder of its own and is taken up where it
+was stopped; a run that is finished is only read.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from larimar_jax import bench, strict
+from larimar_jax.bench import pages, report, runner
+from larimar_jax.config import ConfigError
+
+REPORT = "report"
+
+
+@dataclasses.dataclass(frozen=True)
+class One:
+    """A run. bench: its benchmark. data: the name of its data file, "" for a benchmark without one.
+    options: of its command line, without the dashes; a list for several values."""
+
+    bench: str
+    data: str
+    options: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """model: by name or path. data: files by name. runs: by the name of their folder."""
+
+    name: str
+    model: str
+    data: Mapping[str, str]
+    runs: Mapping[str, One]
+
+
+def parse(values: Mapping[str, Any]) -> Plan:
+    """A plan from its nested dict.
+
+    Raises:
+        ConfigError: naming at once each unknown key, benchmark and option, and each data file that is
+            not given.
+    """
+    problems: list[str] = []
+    runs = values.get("runs")
+    runs = runs if isinstance(runs, Mapping) else {}
+    made = {}
+    for name, each in runs.items():
+        options = each.get("options") if isinstance(each, Mapping) else None
+        plain = {k: v for k, v in each.items() if k != "options"} if isinstance(each, Mapping) else each
+        built = strict.section(One, plain, f"runs.{name}", problems, {}, given=("options",))
+        if not isinstance(options, Mapping):
+            problems.append(f"runs.{name}.options: expected a section, got {options!r}")
+        elif built is not None and len(built) == 2:
+            made[name] = One(**built, options=dict(options))
+    plain = {k: v for k, v in values.items() if k not in ("data", "runs")}
+    whole = strict.section(Plan, plain, "", problems, {}, given=("data", "runs"))
+    data = values.get("data")
+    if not isinstance(data, Mapping):
+        problems.append(f"data: expected a section of files by name, got {data!r}")
+        data = {}
+    for name, one in made.items():
+        if one.bench not in bench.benchmarks():
+            known = ", ".join(bench.benchmarks())
+            problems.append(f"runs.{name}.bench: no benchmark {one.bench!r}; known: {known}")
+            continue
+        if one.data and not data.get(one.data):
+            problems.append(
+                f"data.{one.data}: runs.{name} needs this file; give it with --set data.{one.data}=FILE"
+            )
+        try:
+            _arguments(one, "model", "file")
+        except ValueError as error:
+            problems.append(f"runs.{name}.options: {error}")
+    if problems:
+        raise ConfigError("The config does not fit:\n  " + "\n  ".join(dict.fromkeys(problems)))
+    return Plan(**whole, data=dict(data), runs=made)
+
+
+def run(plan: Plan, folder: str | Path, *, quiet: bool = False) -> list[Path]:
+    """Runs all that is not finished, and writes the report of all; returns its files."""
+    runs = []
+    for name, one in plan.runs.items():
+        place = Path(folder) / name
+        arguments = _arguments(one, plan.model, plan.data.get(one.data, ""))
+        runner.run(bench.benchmark(one.bench).experiment(arguments), place, quiet=quiet)
+        runs.append(report.read(place))
+    return pages.write(report.sections(runs), Path(folder) / REPORT, f"{plan.name}: {plan.model}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _arguments(one: One, model: str, data: str) -> argparse.Namespace:
+    """The command line of a run, parsed by its benchmark.
+
+    Raises:
+        ValueError: an option that the benchmark does not have, or a value that it does not take.
+    """
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    bench.benchmark(one.bench).arguments(parser)
+    known = {action.dest for action in parser._actions}
+    told = {**one.options, **({"data": data} if one.data else {})}
+    told |= {"model": model} if "model" in known else {}
+    words = []
+    for name, value in told.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return parser.parse_args(words)
