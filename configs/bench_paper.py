@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
         dict(
             name="bench_paper",
             model="smol",
-            # CounterFact in either schema (at least 2,048 records) and ZsRE in KnowEdit's.
+            # CounterFact in either schema (at least 4,096 records) and ZsRE in KnowEdit's.
             data=dict(counterfact="", zsre=""),
             runs=dict(
                 # Table 2
@@ -37,6 +37,12 @@ def get_config() -> ConfigDict:
                 forget=dict(bench="forget", data="counterfact", options=dict(facts=[512, 1024])),
                 # Section 6 of the paper
                 scope=dict(bench="scope", data="counterfact", options=dict(limit=1000)),
+                # Table 6
+                longcontext=dict(
+                    bench="longcontext",
+                    data="counterfact",
+                    options=dict(facts=[64, 128, 256, 1024, 4096]),
+                ),
                 perplexity=dict(bench="perplexity", data="counterfact", options=dict(facts=512)),
             ),
         )

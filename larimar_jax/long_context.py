@@ -28,7 +28,7 @@ from larimar_jax.memory.contract import Memory, Prior
 # Of states and readouts of a block, about.
 BYTES = 64 * 2**20
 
-By = Literal["readout", "confidence"]
+By = Literal["readout", "confidence", "surest"]
 # The power of a chunk's confidence, relative to the surest, that its readout is weighted by: a chunk
 # that knows nothing of a query still explains fan_in / C of it by chance, and there are thousands.
 SHARP = 4
@@ -126,7 +126,8 @@ def read(
       fan_in: readouts to a memory of the next level; default that of the chunks.
       by: the facts of the next levels. "readout" is the paper's: a readout is key and value, so that
         the query finds the readouts that are like it. "confidence" writes each readout under the query
-        itself, both weighted by how sure its chunk was: the answer is their mean by that weight.
+        itself, both weighted by how sure its chunk was: the answer is their mean by that weight. With
+        "surest" the answer is the readout of the surest chunk alone, and there are no levels.
     """
     fan_in = memories.keys.shape[1] if fan_in is None else fan_in
     if fan_in < 2:
@@ -138,9 +139,11 @@ def read(
         return found.latent, found.confidence
 
     latent, sure = _in_blocks(chunk, memories.states)
+    best = jnp.argmax(sure, axis=0).astype(jnp.int32)
+    if by == "surest":
+        return Found(latent[best, jnp.arange(len(queries))], best, jnp.max(sure, axis=0), sure.T)
     answer = functools.partial(_reduced, memory, prior, fan_in, by)
     latent = jax.lax.map(lambda given: answer(*given), (queries, latent.swapaxes(0, 1), sure.T))
-    best = jnp.argmax(sure, axis=0).astype(jnp.int32)
     return Found(latent, best, jnp.max(sure, axis=0), sure.T)
 
 

@@ -1,0 +1,307 @@
+"""Long context: a text of N facts in chunk memories, each fact asked through all of them (Table 6).
+
+The facts stand in a row, are cut into chunks of `fan_in`, and every chunk is a memory of its own (§7).
+A question is read from all of them and decoded from what the surest says, or from the recursive read's
+answer (`--by`). Nothing decides about scope: every question is about the text. Recall is the share of
+the answer's tokens that are the likeliest, teacher-forced; the control has the whole text in front of
+the question, as far as it fits.
+"""
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+from rich.table import Table
+
+from larimar_jax import long_context
+from larimar_jax.bench import metrics, systems
+from larimar_jax.bench.runner import Record
+from larimar_jax.bench.store import Encoded, written
+from larimar_jax.data.pieces import sentences
+from larimar_jax.data.records import EditRecord
+from larimar_jax.memory.contract import Prior
+from larimar_jax.memory.dual import Dual
+from larimar_jax.pretrained import Pretrained, load
+
+SYSTEMS = {
+    "base": "base LM",
+    "prompt": "the text in the prompt",
+    "lookup": "nearest neighbour",
+    "larimar": "Larimar",
+    "rephrased": "Larimar, other words",
+}
+PAPER = (
+    "Table 6, recall at 64 / 96 / 128 / 256 facts: Larimar-1.3B .89 / .88 / .88 / .86, Mistral-7B with "
+    "the text in its prompt .98 / .96 / .57 / .42."
+)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares `larimar bench longcontext`."""
+    parser.add_argument("--data", required=True, help="CounterFact's JSON file: the facts")
+    parser.add_argument(
+        "--facts",
+        type=int,
+        nargs="+",
+        default=[64, 128, 256, 1024, 4096],
+        help="in the text, N (%(default)s)",
+    )
+    parser.add_argument("--asked", type=int, default=32, help="facts asked for each N (%(default)s)")
+    parser.add_argument("--fan-in", type=int, default=16, help="facts of a chunk (%(default)s)")
+    parser.add_argument(
+        "--by",
+        choices=("surest", "confidence", "readout"),
+        default="surest",
+        help="how the chunks' answers become one (%(default)s)",
+    )
+    parser.add_argument(
+        "--room",
+        type=int,
+        default=1024,
+        help="tokens of the text that the control has in its prompt; a larger text is cut, its end "
+        "stays (%(default)s)",
+    )
+    parser.add_argument("--model", default="smol", help="checkpoint, by name or path (%(default)s)")
+    parser.add_argument("--chunk", type=int, default=32, help="cases computed together (%(default)s)")
+
+
+def experiment(args: argparse.Namespace) -> "LongContext":
+    """The experiment of a parsed command line; reads the data and loads the model.
+
+    Raises:
+        ValueError: the file has fewer records than facts, or more are asked than there are.
+    """
+    from larimar_jax.data import counterfact
+
+    most = max(args.facts)
+    records = counterfact.load(args.data, most)
+    if len(records) < most or args.asked > min(args.facts):
+        raise ValueError(
+            f"{args.data} has {len(records)} records; a text of {most} facts and {args.asked} questions "
+            f"for one of {min(args.facts)} need more: give a larger file, or fewer --facts and --asked"
+        )
+    path = Path(args.data)
+    data = {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    how = dict(fan_in=args.fan_in, by=args.by, room=args.room, asked=args.asked)
+    return LongContext(load(args.model), records, args.facts, how, data=data, chunk=args.chunk)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Fact `index` of a text of `facts`."""
+
+    case_id: str
+    facts: int
+    index: int
+
+
+def values(record: Record) -> dict[str, float]:
+    """Recall of a fact by system and N."""
+    return {
+        f"{label}, N = {record['facts']}": record["recall"][name] for name, label in SYSTEMS.items()
+    }
+
+
+def texts(record: Record) -> list[str]:
+    """The fact, and its recall by system."""
+    recall = (f"{label}: {100 * record['recall'][name]:.0f} %" for name, label in SYSTEMS.items())
+    return [f"{record['prompt']} → {record['target_new']}", *recall]
+
+
+def tables(summary: Mapping[str, Any]) -> list[Table | str]:
+    """A row for every N."""
+    results = summary["results"]
+    title = "recall ± standard error, percent"
+    table = Table("N", *SYSTEMS.values(), "right chunk", title=title)
+    for size, found in results.items():
+        cells = [systems.percent(found["recall"][name]) for name in SYSTEMS]
+        table.add_row(size, *cells, systems.percent(found["right_chunk"]))
+    return [table]
+
+
+def draw(axes: Any, summary: Mapping[str, Any]) -> None:
+    """Recall against N."""
+    results = summary["results"]
+    sizes = [int(size) for size in results]
+    for name, label in SYSTEMS.items():
+        found = [results[str(size)]["recall"][name] for size in sizes]
+        errors = [row["standard_error"] or 0.0 for row in found]
+        axes.errorbar(sizes, [row["mean"] for row in found], errors, marker="o", label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set_ylim(0, 101)
+    axes.set_xlabel("N, facts in the text")
+    axes.set_ylabel("recall (percent, ± standard error)")
+    axes.legend(fontsize=9)
+
+
+class LongContext:
+    """See the head of this file; an experiment as in `runner.Experiment`."""
+
+    name = "longcontext"
+    tables = staticmethod(tables)
+
+    def __init__(
+        self,
+        model: Pretrained,
+        records: Sequence[EditRecord],
+        sizes: Sequence[int],
+        how: Mapping[str, Any],
+        *,
+        data: Mapping[str, Any],
+        chunk: int = 32,
+    ):
+        self.model, self.records, self.how, self.chunk = model, records, how, chunk
+        self.cases = [
+            Case(f"{size}/{index}", size, int(index))
+            for size in sizes
+            # Spread over the text, from its beginning to its end.
+            for index in np.linspace(0, size - 1, how["asked"]).round().astype(int)
+        ]
+        self.settings: Mapping[str, Any] = {
+            "data": dict(data),
+            "model": {"name": model.source, "fingerprint": model.fingerprint},
+            "facts": list(sizes),
+            **how,
+            "chunk": chunk,
+            "seed": None,
+        }
+        whole = model.memory
+        self._memory = Dual(
+            slots=whole.slots,
+            latent=whole.latent,
+            ridge=whole.ridge,
+            query_noise=whole.query_noise,
+        )
+        self._encoded: Encoded | None = None
+        self._held: tuple[int, Any] = (0, None)
+
+    def run(self, cases: Sequence[Case]) -> list[Record]:
+        """Recall of each case's fact; cases of one N are asked together."""
+        found: dict[str, Record] = {}
+        for size in dict.fromkeys(case.facts for case in cases):
+            some = [case for case in cases if case.facts == size]
+            found |= {record["case_id"]: record for record in self._asked(size, some)}
+        return [found[case.case_id] for case in cases]
+
+    def _asked(self, size: int, cases: Sequence[Case]) -> list[Record]:
+        records = [self.records[case.index] for case in cases]
+        prompts, others = [r.prompt for r in records], [_last(r) for r in records]
+        targets = [record.target_new for record in records]
+        memories, encoded = self._written(size)
+        latents = encoded([*prompts, *others])
+        by = self.how["by"]
+        reading = _read(self._memory, self.model.prior, memories, latents.latent, by=by)
+        count = len(cases)
+        facts = [written(r.prompt, r.target_new) for r in self.records[:size]]
+        keys = encoded([r.prompt for r in self.records[:size]]).embedding
+        nearest = np.argmax(_unit(latents.embedding[:count]) @ _unit(keys).T, axis=1)
+        said = {
+            "base": (prompts, None),
+            "prompt": ([f"{self._text(facts)} {prompt}" for prompt in prompts], None),
+            "lookup": (
+                [f"{facts[n].rstrip('.')}. {p}" for n, p in zip(nearest, prompts, strict=True)],
+                None,
+            ),
+            "larimar": (prompts, self.model.condition(reading.latent[:count])),
+            "rephrased": (others, self.model.condition(reading.latent[count:])),
+        }
+        recall = {
+            name: self.model.judge(asked, [[t] for t in targets], condition).accuracy[:, 0]
+            for name, (asked, condition) in said.items()
+        }
+        own = np.asarray([case.index // self.how["fan_in"] for case in cases])
+        right = np.asarray(reading.chunk)[:count] == own
+        return [
+            {
+                "case_id": case.case_id,
+                "facts": size,
+                "index": case.index,
+                "prompt": record.prompt,
+                "rephrased": other,
+                "target_new": record.target_new,
+                "recall": {name: float(rows[row]) for name, rows in recall.items()},
+                "right_chunk": bool(right[row]),
+            }
+            for row, (case, record, other) in enumerate(zip(cases, records, others, strict=True))
+        ]
+
+    def _text(self, facts: Sequence[str]) -> str:
+        """The end of the text, as many whole facts as have room."""
+        tokens, kept = 0, []
+        for fact in reversed(facts):
+            tokens += len(self.model.decoder_tokenizer.following(f"{fact}."))
+            if tokens > self.how["room"]:
+                break
+            kept.append(f"{fact.rstrip('.')}.")
+        return " ".join(reversed(kept))
+
+    def _written(self, size: int) -> tuple[long_context.Memories, Encoded]:
+        """The memories of the first `size` facts; those of one size are kept at a time."""
+        if self._encoded is None:
+            facts = [(record.prompt, record.target_new) for record in self.records]
+            asked = [_last(self.records[case.index]) for case in self.cases]
+            self._encoded = Encoded(self.model, [*(p for p, _ in facts), *asked], facts)
+        if self._held[0] != size:
+            facts = [(record.prompt, record.target_new) for record in self.records[:size]]
+            keys = self._encoded([prompt for prompt, _ in facts]).latent
+            values = self._encoded.values(facts)
+            made = _write(self._memory, self.model.prior, keys, values, fan_in=self.how["fan_in"])
+            self._held = (size, made)
+        return self._held[1], self._encoded
+
+    def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Recall by N and system, in percent with standard errors; how often the surest chunk was the
+        fact's own."""
+        results: dict[str, Any] = {}
+        for size in dict.fromkeys(record["facts"] for record in records):
+            some = [record for record in records if record["facts"] == size]
+            results[str(size)] = {
+                "recall": {
+                    name: vars(metrics.estimate([record["recall"][name] for record in some]))
+                    for name in SYSTEMS
+                },
+                "right_chunk": vars(metrics.estimate([float(r["right_chunk"]) for r in some])),
+            }
+        return results
+
+
+def _last(record: EditRecord) -> str:
+    """A fact's other words: the last sentence of its first paraphrase, what is before it being about
+    something else; its own prompt where there is none."""
+    return sentences(record.paraphrases[0])[-1] if record.paraphrases else record.prompt
+
+
+def _unit(rows: Float[np.ndarray, "n H"]) -> Float[np.ndarray, "n H"]:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
+
+
+@functools.partial(jax.jit, static_argnames="fan_in")
+def _write(
+    memory: Dual,
+    prior: Prior,
+    keys: Float[Array, "N C"],
+    values: Float[Array, "N C"],
+    *,
+    fan_in: int,
+) -> long_context.Memories:
+    return long_context.write(memory, prior, keys, values, fan_in)
+
+
+@functools.partial(jax.jit, static_argnames="by")
+def _read(
+    memory: Dual,
+    prior: Prior,
+    memories: long_context.Memories,
+    queries: Float[Array, "Q C"],
+    *,
+    by: long_context.By,
+) -> long_context.Found:
+    return long_context.read(memory, prior, memories, queries, by=by)
