@@ -237,10 +237,14 @@ def locate(source: str | pathlib.Path) -> pathlib.Path:
     return path
 
 
-def load(source: str | pathlib.Path = "smol") -> Pretrained:
+def load(source: str | pathlib.Path = "smol", overrides: Sequence[str] = ()) -> Pretrained:
     """Loads a shipped checkpoint by name, or an export or a finished run by path.
 
+    Args:
+      overrides: settings of how it is edited that differ from the file's, as "editing.ridge=0.1".
+
     Raises:
+      ConfigError: an override that names no setting of `editing`, or a value that makes no sense.
       FileNotFoundError: no such model, or the package of a tower is not installed (names the command).
       ExportError: the file is damaged, half written, or does not fit its own config.
     """
@@ -249,14 +253,20 @@ def load(source: str | pathlib.Path = "smol") -> Pretrained:
     if "config" not in meta:
         raise export.ExportError(f"{path} holds a session and not a model; give it to --session.")
     config = configs.parse_saved(meta["config"])
+    if others := [told for told in overrides if not told.startswith("editing.")]:
+        raise configs.ConfigError(
+            f"{others[0]!r} is no setting of `editing`: what else is in a checkpoint was trained so."
+        )
+    if overrides:
+        config = configs.parse(configs.override(configs.to_dict(config), overrides))
     model = _filled(path, config, arrays)
     encoder_tokenizer, decoder_tokenizer = vocabulary.tokenizers(
         config, functools.partial(_no_corpus, path), path.parent / "tokenizer.json"
     )
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
-    for tokenizer in (encoder_tokenizer, decoder_tokenizer):
-        digest.update(tokenizer.hash.encode())
+    for part in (encoder_tokenizer.hash, decoder_tokenizer.hash, *sorted(overrides)):
+        digest.update(part.encode())
     for tower in (config.model.encoder, config.model.decoder):
         # Packaged files are pinned by sha256; a folder's content is not known by its name.
         if tower.source is not None and tower.source not in PACKAGED:

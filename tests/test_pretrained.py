@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from larimar_jax import pretrained
+from larimar_jax.config import ConfigError
 from larimar_jax.session import Session
 from larimar_jax.train import export
 
@@ -80,3 +81,13 @@ def test_a_text_may_fill_all_positions_of_an_encoder(tiny, monkeypatch):
     assert int(tiny.encoder_tokenizer.encode([full]).mask.sum()) == 30
     assert pretrained.Pretrained.encode(stub, [full, "0"]).embedding.shape == (2, 3)
     assert widths == [30]
+
+
+def test_how_a_model_is_edited_can_be_set_anew_and_nothing_else(smol):
+    other = pretrained.load("smol", ["editing.features.count=128", "editing.ridge=0.5"])
+    assert other.memory.slots == 512 < smol.memory.slots and other.memory.ridge == 0.5
+    assert other.fingerprint != smol.fingerprint
+    with pytest.raises(ConfigError, match="'model.latent=3' is no setting of `editing`"):
+        pretrained.load("smol", ["model.latent=3"])
+    with pytest.raises(ConfigError, match="editing.ridge: must be above 0"):
+        pretrained.load("smol", ["editing.ridge=0"])

@@ -60,9 +60,9 @@ def test_the_papers_config_names_benchmarks_and_options_that_there_are():
 
 
 def test_runs_are_made_once_and_reported(tiny, tmp_path, monkeypatch, capsys):
-    from larimar_jax.bench import editor
+    from larimar_jax.bench import systems
 
-    monkeypatch.setattr(editor, "load", lambda source: tiny)
+    monkeypatch.setattr(systems, "load", lambda source, overrides: tiny)
     path = tmp_path / "facts.json"
     path.write_text(json.dumps(FACTS))
     told = tmp_path / "plan.py"

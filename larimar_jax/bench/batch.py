@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from larimar_jax.bench import metrics
+from larimar_jax.bench import metrics, systems
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Encoded, Store, encoded, written
 from larimar_jax.data.records import EditRecord
-from larimar_jax.pretrained import Pretrained, load
+from larimar_jax.pretrained import Pretrained
 
 CONTROLS = {"base": "base LM", "zero": "z = 0", "prompt": "fact in the prompt"}
 SYSTEMS = {"lookup": "nearest neighbour", "larimar": "Larimar with scope"}
@@ -36,7 +36,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default=[1, 64, 256, 512, 1024, 2048],
         help="how many at once, N (%(default)s)",
     )
-    parser.add_argument("--model", default="smol", help="checkpoint, by name or path (%(default)s)")
+    systems.model_options(parser)
     parser.add_argument("--chunk", type=int, default=128, help="cases computed together (%(default)s)")
 
 
@@ -57,7 +57,7 @@ def experiment(args: argparse.Namespace) -> "Batch":
         )
     path = Path(args.data)
     data = {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    return Batch(load(args.model), records, args.facts, data=data, chunk=args.chunk)
+    return Batch(systems.model(args), records, args.facts, data=data, chunk=args.chunk)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Batch:
         self.settings: Mapping[str, Any] = {
             "mode": "rome",
             "data": dict(data),
-            "model": {"name": model.source, "fingerprint": model.fingerprint},
+            "model": systems.named(model),
             "facts": self.sizes,
             "chunk": chunk,
             "seed": None,

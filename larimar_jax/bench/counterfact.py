@@ -25,7 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares `larimar bench counterfact`."""
     parser.add_argument("--data", required=True, help="CounterFact's JSON file, either schema")
     parser.add_argument("--limit", type=int, help="only the first N records (default: all)")
-    parser.add_argument("--model", default="smol", help="checkpoint, by name or path (%(default)s)")
+    systems.model_options(parser)
     parser.add_argument(
         "--chunk", type=int, default=25, help="cases computed together (%(default)s)"
     )
@@ -43,7 +43,7 @@ def experiment(args: argparse.Namespace) -> "CounterFact":
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None,
         "limit": args.limit,
     }
-    return CounterFact(editor.LarimarEditor(args.model), cases, data=data, chunk=args.chunk)
+    return CounterFact(editor.LarimarEditor(systems.model(args)), cases, data=data, chunk=args.chunk)
 
 
 def tables(summary: Mapping[str, Any]) -> list[Table | str]:

@@ -24,7 +24,7 @@ from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Encoded, Store, encoded
 from larimar_jax.data.records import EditRecord
 from larimar_jax.memory import health
-from larimar_jax.pretrained import Pretrained, load
+from larimar_jax.pretrained import Pretrained
 
 UNKNOWN = "unknown"
 # What is recalled, in this order.
@@ -48,7 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--others", type=int, default=8, help="others asked after each of them (%(default)s)"
     )
-    parser.add_argument("--model", default="smol", help="checkpoint, by name or path (%(default)s)")
+    systems.model_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="which facts (%(default)s)")
 
 
@@ -70,7 +70,7 @@ def experiment(args: argparse.Namespace) -> "Forget":
     path = Path(args.data)
     data = {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     sizes = (args.facts, args.forget, args.others)
-    return Forget(load(args.model), records, *sizes, data=data, seed=args.seed)
+    return Forget(systems.model(args), records, *sizes, data=data, seed=args.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Forget:
         self.cases = [case for size in self.sizes for case in _cases(size, forget, others, seed)]
         self.settings: Mapping[str, Any] = {
             "data": dict(data),
-            "model": {"name": model.source, "fingerprint": model.fingerprint},
+            "model": systems.named(model),
             "facts": self.sizes,
             "forget": forget,
             "others": others,

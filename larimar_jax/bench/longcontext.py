@@ -28,7 +28,7 @@ from larimar_jax.data.pieces import sentences
 from larimar_jax.data.records import EditRecord
 from larimar_jax.memory.contract import Prior
 from larimar_jax.memory.dual import Dual
-from larimar_jax.pretrained import Pretrained, load
+from larimar_jax.pretrained import Pretrained
 
 SYSTEMS = {
     "base": "base LM",
@@ -68,7 +68,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of the text that the control has in its prompt; a larger text is cut, its end "
         "stays (%(default)s)",
     )
-    parser.add_argument("--model", default="smol", help="checkpoint, by name or path (%(default)s)")
+    systems.model_options(parser)
     parser.add_argument("--chunk", type=int, default=32, help="cases computed together (%(default)s)")
 
 
@@ -90,7 +90,7 @@ def experiment(args: argparse.Namespace) -> "LongContext":
     path = Path(args.data)
     data = {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     how = dict(fan_in=args.fan_in, by=args.by, room=args.room, asked=args.asked)
-    return LongContext(load(args.model), records, args.facts, how, data=data, chunk=args.chunk)
+    return LongContext(systems.model(args), records, args.facts, how, data=data, chunk=args.chunk)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +167,7 @@ class LongContext:
         ]
         self.settings: Mapping[str, Any] = {
             "data": dict(data),
-            "model": {"name": model.source, "fingerprint": model.fingerprint},
+            "model": systems.named(model),
             "facts": list(sizes),
             **how,
             "chunk": chunk,

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from larimar_jax.bench import systems
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Encoded, Store, encoded
 from larimar_jax.data import corpus
-from larimar_jax.pretrained import Pretrained, load
+from larimar_jax.pretrained import Pretrained
 
 SYSTEMS = {
     "base": "base LM",
@@ -47,7 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--words", type=int, default=48, help="words of a text, the given ones included (%(default)s)"
     )
-    parser.add_argument("--model", default="smol", help="checkpoint, by name or path (%(default)s)")
+    systems.model_options(parser)
     parser.add_argument("--chunk", type=int, default=32, help="texts computed together (%(default)s)")
 
 
@@ -82,7 +83,7 @@ def experiment(args: argparse.Namespace) -> "Perplexity":
         "words": [args.begun, args.words],
     }
     facts = [(record.prompt, record.target_new) for record in records]
-    return Perplexity(load(args.model), facts, texts, data=data, chunk=args.chunk)
+    return Perplexity(systems.model(args), facts, texts, data=data, chunk=args.chunk)
 
 
 def _cut(words: Sequence[str], begun: int) -> tuple[str, str]:
@@ -135,7 +136,7 @@ class Perplexity:
         self.model, self.facts, self.cases, self.chunk = model, list(facts), texts, chunk
         self.settings: Mapping[str, Any] = {
             "data": dict(data),
-            "model": {"name": model.source, "fingerprint": model.fingerprint},
+            "model": systems.named(model),
             "chunk": chunk,
             "seed": None,
         }

@@ -22,7 +22,7 @@ from larimar_jax.bench import metrics, systems
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Encoded
 from larimar_jax.data.records import EditRecord
-from larimar_jax.pretrained import Pretrained, load
+from larimar_jax.pretrained import Pretrained
 
 KINDS = ("paraphrase", "neighbourhood")
 STORES = {"pairwise": "its own prompt", "store": "all prompts"}
@@ -32,7 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares `larimar bench scope`."""
     parser.add_argument("--data", required=True, help="CounterFact's JSON file, either schema")
     parser.add_argument("--limit", type=int, default=1000, help="records (%(default)s)")
-    parser.add_argument("--model", default="smol", help="checkpoint, by name or path (%(default)s)")
+    systems.model_options(parser)
 
 
 def experiment(args: argparse.Namespace) -> "Scope":
@@ -46,7 +46,7 @@ def experiment(args: argparse.Namespace) -> "Scope":
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None,
         "limit": args.limit,
     }
-    return Scope(load(args.model), records, data=data)
+    return Scope(systems.model(args), records, data=data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Scope:
         self.model, self.cases = model, records
         self.settings: Mapping[str, Any] = {
             "data": dict(data),
-            "model": {"name": model.source, "fingerprint": model.fingerprint},
+            "model": systems.named(model),
             "threshold": model.scope_threshold,
             "seed": None,
         }

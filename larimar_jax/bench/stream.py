@@ -25,7 +25,7 @@ from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Encoded, Store, encoded
 from larimar_jax.data.records import EditRecord
 from larimar_jax.memory import live
-from larimar_jax.pretrained import Pretrained, load
+from larimar_jax.pretrained import Pretrained
 
 SYSTEMS = {"base": "base LM", "lookup": "nearest neighbour", "larimar": "Larimar with scope"}
 KINDS = {
@@ -48,7 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--asked", type=int, default=32, help="facts asked at a point of the curve (%(default)s)"
     )
-    parser.add_argument("--model", default="smol", help="checkpoint, by name or path (%(default)s)")
+    systems.model_options(parser)
     parser.add_argument("--chunk", type=int, default=32, help="cases computed together (%(default)s)")
 
 
@@ -72,7 +72,7 @@ def experiment(args: argparse.Namespace) -> "Stream":
     path = Path(args.data)
     data = {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     sizes = (args.edits, args.every, args.asked)
-    return Stream(load(args.model), records, *sizes, data=data, chunk=args.chunk)
+    return Stream(systems.model(args), records, *sizes, data=data, chunk=args.chunk)
 
 
 # Tokens decoded beyond those of the longest answer of a chunk: line breaks before it.
@@ -157,7 +157,7 @@ class Stream:
         self.cases = [*self._curve(asked), *self._end()]
         self.settings: Mapping[str, Any] = {
             "data": dict(data),
-            "model": {"name": model.source, "fingerprint": model.fingerprint},
+            "model": systems.named(model),
             "edits": edits,
             "unwritten": len(records) - edits,
             "every": every,

@@ -7,6 +7,8 @@
     larimar   memory-conditioned decoding of the prompts that the scope detector lets through
 """
 
+import argparse
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ import numpy as np
 
 from larimar_jax.bench import metrics
 from larimar_jax.bench.editor import Editor, Recall
+from larimar_jax.pretrained import Pretrained, load
 
 SYSTEMS = {
     "base": "base LM",
@@ -24,6 +27,35 @@ SYSTEMS = {
 }
 MEMORY_SYSTEMS = ("larimar",)
 CONTROL = "lookup"
+
+
+
+def model_options(parser: argparse.ArgumentParser) -> None:
+    """Declares which model a benchmark is of."""
+    parser.add_argument("--model", default="smol", help="checkpoint, by name or path (%(default)s)")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings of `editing` that differ from the checkpoint's, such as editing.ridge=0.1",
+    )
+
+
+def model(args: argparse.Namespace) -> Pretrained:
+    """The model that a command line names."""
+    return load(args.model, args.overrides)
+
+
+def named(model: Pretrained) -> dict[str, Any]:
+    """What decides a model's numbers, for a run's settings."""
+    return {
+        "name": model.source,
+        "fingerprint": model.fingerprint,
+        "editing": dataclasses.asdict(model.config.editing),
+    }
+
 
 # (prompts, their targets, the condition or None for the base LM) → values [n, …].
 Measure = Callable[[Sequence[str], Sequence[Any], Any], np.ndarray]

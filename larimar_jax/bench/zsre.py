@@ -33,7 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "(default: the first for MEND's file, the second for KnowEdit's)",
     )
     parser.add_argument("--limit", type=int, help="only the first N records (default: all)")
-    parser.add_argument("--model", default="smol", help="checkpoint, by name or path (%(default)s)")
+    systems.model_options(parser)
     parser.add_argument(
         "--chunk", type=int, default=25, help="cases computed together (%(default)s)"
     )
@@ -52,7 +52,7 @@ def experiment(args: argparse.Namespace) -> "ZsRE":
         "limit": args.limit,
         "target": args.target,
     }
-    return ZsRE(editor.LarimarEditor(args.model), cases, data=data, chunk=args.chunk)
+    return ZsRE(editor.LarimarEditor(systems.model(args)), cases, data=data, chunk=args.chunk)
 
 
 def tables(summary: Mapping[str, Any]) -> list[Table | str]:
