@@ -1,6 +1,7 @@
-"""The worked example of docs/new_memory.md is a memory like any other."""
+"""The worked examples of docs/ are a memory and a benchmark like any other."""
 
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
@@ -9,10 +10,10 @@ import numpy as np
 import pytest
 import test_memory
 
-from larimar_jax import memory
-from larimar_jax.bench import runner, sweep
+from larimar_jax import bench, cli, memory, registry
+from larimar_jax.bench import report, runner, sweep, systems
 
-PAGE = Path(__file__).parents[1] / "docs" / "new_memory.md"
+DOCS = Path(__file__).parents[1] / "docs"
 CONTRACT = [
     function
     for name, function in vars(test_memory).items()
@@ -20,15 +21,23 @@ CONTRACT = [
 ]
 
 
+def saved(page, path, package, monkeypatch):
+    """The code of a page as a file of a package."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(code.splitlines()) <= 60
+    path.write_text(code, encoding="utf-8")
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(path.parent)])
+    registry.scan.cache_clear()
+
+
 @pytest.fixture
 def fading(tmp_path, monkeypatch):
-    [code] = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(code.splitlines()) <= 60
-    (tmp_path / "fading.py").write_text(code, encoding="utf-8")
-    monkeypatch.setattr(memory, "__path__", [*memory.__path__, str(tmp_path)])
+    saved("new_memory.md", tmp_path / "fading.py", memory, monkeypatch)
     yield memory.variants()["fading"]
     test_memory.built.cache_clear()
     sys.modules.pop("larimar_jax.memory.fading")
+    registry.scan.cache_clear()
 
 
 def test_it_fulfils_the_contract(fading):
@@ -58,3 +67,41 @@ def test_the_sweep_finds_it(fading, tmp_path):
     early, late = np.mean(ages[0.5], axis=0)[[0, 3]]
     assert made.compiled == 1 and late == 1.0 and early <= late
     assert np.mean(ages[1.0]) == 1.0
+
+
+@pytest.fixture
+def portability(tmp_path, monkeypatch):
+    saved("new_benchmark.md", tmp_path / "portability.py", bench, monkeypatch)
+    yield bench.benchmarks()["portability"]
+    sys.modules.pop("larimar_jax.bench.portability")
+    registry.scan.cache_clear()
+
+
+def test_the_command_line_the_runner_and_the_report_find_it(
+    portability, tiny, tmp_path, monkeypatch
+):
+    records = [
+        dict(
+            subject=f"Fact {n}",
+            target_new="new",
+            prompt=f"Fact {n} is",
+            ground_truth="['true']",
+            rephrase_prompt=f"Says of fact {n}:",
+            cond="",
+            locality={},
+            portability={"Reasoning": [{"prompt": f"City {n} of", "ground_truth": "Japan"}] * (n % 3)},
+        )
+        for n in range(7)
+    ]
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps(records))
+    monkeypatch.setattr(systems, "load", lambda source, overrides: tiny)
+    out = tmp_path / "run"
+    assert cli.main(["bench", "portability", "--data", str(path), "--out", str(out)]) == 0
+    lines = runner.read_cases(out)
+    assert [line["case_id"] for line in lines] == [1, 2, 4, 5]
+    base = tiny.judge(["City 4 of"], [["Japan"]]).accuracy[0, 0]
+    assert lines[2]["accuracy"]["base"] == pytest.approx(float(base))
+    run = report.read(out)
+    first, second = report.sections([run, run])[0], report.sections([run, run])[2]
+    assert first.items[1].title == "portability, 4 cases" and "differs" not in str(second)
