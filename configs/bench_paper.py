@@ -43,6 +43,8 @@ def get_config() -> ConfigDict:
                     data="counterfact",
                     options=dict(facts=[64, 128, 256, 1024, 4096]),
                 ),
+                # Table 1
+                speed=dict(bench="speed", data="counterfact", options={}),
                 perplexity=dict(bench="perplexity", data="counterfact", options=dict(facts=512)),
             ),
         )

@@ -1,0 +1,199 @@
+"""Wall clock of an edit (Table 1), and of the benchmark against scoring one prompt at a time.
+
+    write, forget, ask   what a session's user waits for, each with the encoder; `base` is the same
+                         question to the untouched language model
+    batched, one by one  CounterFact's cases under every system, as `larimar bench counterfact` does
+                         them, and with a call of the decoder for each prompt and candidate
+
+All are run in turns within one process, after an untimed run of each, which compiles.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from rich.table import Table
+
+from larimar_jax import scoring
+from larimar_jax.bench import counterfact, systems
+from larimar_jax.bench.editor import LarimarEditor
+from larimar_jax.bench.runner import Record
+from larimar_jax.data.records import EditRecord
+from larimar_jax.pretrained import Pretrained
+from larimar_jax.session import Session
+
+PAPER = (
+    "Table 1, seconds per edit on an A100: ROME 4.8 (GPT-2 XL) and 13.9 (GPT-J), GRACE 13.9 and 19.3, "
+    "Larimar 1.1 and 1.7."
+)
+SESSION = {
+    "write": "write a fact",
+    "ask": "ask for it, 8 tokens",
+    "base": "ask the base LM, 8 tokens",
+    "forget": "forget it, with its certificate",
+}
+# Facts that are in the session beside the one that is timed.
+_BESIDE = 64
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares `larimar bench speed`."""
+    parser.add_argument("--data", required=True, help="CounterFact's JSON file, either schema")
+    parser.add_argument("--cases", type=int, default=16, help="scored both ways (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="timings of each (%(default)s)")
+    systems.model_options(parser)
+
+
+def experiment(args: argparse.Namespace) -> "Speed":
+    """The experiment of a parsed command line; reads the data and loads the model.
+
+    Raises:
+        ValueError: the file has too few records.
+    """
+    from larimar_jax.data import counterfact as data
+
+    need = max(args.cases, _BESIDE + 1)
+    records = data.load(args.data, need)
+    if len(records) < need:
+        raise ValueError(f"{args.data} has {len(records)} records, and {need} are needed")
+    path = Path(args.data)
+    named = {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return Speed(systems.model(args), records, args.cases, args.repeats, data=named)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One timing of everything."""
+
+    case_id: int
+
+
+class _OneByOne(LarimarEditor):
+    """The same model, whose decoder is called for each prompt and each candidate by itself."""
+
+    def score(self, prompts, candidates, condition):
+        found = np.zeros((len(prompts), len(candidates[0])), np.float32)
+        model, tokenizer = self.model.model, self.model.decoder_tokenizer
+        for row, prompt in enumerate(prompts):
+            part = None if condition is None else condition.rows(jnp.asarray([row], jnp.int32))
+            for column, target in enumerate(candidates[row]):
+                scored = scoring.score(model, tokenizer, [prompt], [[target]], part, batch=1)
+                found[row, column] = scored[0, 0]
+        return found
+
+
+def tables(summary: Mapping[str, Any]) -> list[Table | str]:
+    """What a user waits for, and what batching gains."""
+    results = summary["results"]
+    waited = Table("", "ms", title=f"one call, {_BESIDE} facts in memory")
+    for name, label in SESSION.items():
+        waited.add_row(label, f"{1e3 * results['seconds'][name]:.1f}")
+    scored = Table("CounterFact, every system", "cases/s")
+    scored.add_row("batched", f"{results['cases_per_second']['batched']:.2f}")
+    scored.add_row("one prompt and candidate at a time", f"{results['cases_per_second']['single']:.2f}")
+    scored.add_row("ratio", f"{results['ratio']:.1f}")
+    return [waited, scored, f"ℓ of the two differ by {results['apart']:.1e} nats at the most"]
+
+
+class Speed:
+    """See the head of this file; an experiment as in `runner.Experiment`."""
+
+    name = "speed"
+    chunk = 1
+    tables = staticmethod(tables)
+
+    def __init__(
+        self,
+        model: Pretrained,
+        records: Sequence[EditRecord],
+        scored: int,
+        repeats: int,
+        *,
+        data: Mapping[str, Any],
+    ):
+        self.model, self.records, self.scored = model, records, scored
+        self.cases = [Case(repeat) for repeat in range(repeats)]
+        self.settings: Mapping[str, Any] = {
+            "data": dict(data),
+            "model": systems.named(model),
+            "scored": scored,
+            "repeats": repeats,
+            "seed": None,
+        }
+        self._sides: dict[str, Callable[[], Any]] | None = None
+
+    def run(self, cases: Sequence[Case]) -> list[Record]:
+        """Seconds of each side."""
+        if self._sides is None:
+            self._sides = {**self._session(), **self._scoring()}
+            for side in self._sides.values():
+                side()
+        records = []
+        for case in cases:
+            seconds, said = {}, {}
+            for name, side in self._sides.items():
+                begin = time.perf_counter()
+                said[name] = side()
+                seconds[name] = time.perf_counter() - begin
+            apart = max(
+                abs(one - other)
+                for mine, theirs in zip(said["batched"], said["single"], strict=True)
+                for one, other in zip(_losses(mine), _losses(theirs), strict=True)
+            )
+            records.append({"case_id": case.case_id, "seconds": seconds, "apart": apart})
+        return records
+
+    def _session(self) -> dict[str, Callable[[], Any]]:
+        session = Session(self.model)
+        for record in self.records[:_BESIDE]:
+            session.write(record.prompt, record.target_new)
+        last = self.records[_BESIDE]
+        written = []
+
+        def forget():
+            session.forget(written.pop())
+
+        return {
+            "write": lambda: written.append(session.write(last.prompt, last.target_new).id),
+            "ask": lambda: session.ask(last.prompt, max_tokens=8, stop=()),
+            "base": lambda: self.model.generate([last.prompt], max_tokens=8, stop=()),
+            "forget": forget,
+        }
+
+    def _scoring(self) -> dict[str, Callable[[], Any]]:
+        chosen = self.records[: self.scored]
+        made = {
+            name: counterfact.CounterFact(kind(self.model), chosen, data={})
+            for name, kind in (("batched", LarimarEditor), ("single", _OneByOne))
+        }
+        return {name: lambda one=one: one.run(chosen) for name, one in made.items()}
+
+    def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Medians, cases per second both ways, and their ratio."""
+        seconds = {
+            name: statistics.median(record["seconds"][name] for record in records)
+            for name in records[0]["seconds"]
+        }
+        return {
+            "seconds": seconds,
+            "cases_per_second": {n: self.scored / seconds[n] for n in ("batched", "single")},
+            "ratio": seconds["single"] / seconds["batched"],
+            "apart": max(record["apart"] for record in records),
+        }
+
+
+def _losses(record: Record) -> list[float]:
+    return [
+        value
+        for kinds in record["loss"].values()
+        for pairs in kinds.values()
+        for pair in pairs
+        for value in pair
+    ]
