@@ -132,6 +132,8 @@ def test_systems_are_what_their_names_say(finished):
                 assert loss["lookup"][kind][row] == (fact if inside else base)
                 expected = [base[0] / 2, base[1]] if inside else base
                 assert loss["larimar"][kind][row] == pytest.approx(expected, rel=1e-6)
+                read = [base[0] / 2, base[1]]
+                assert loss["open"][kind][row] == pytest.approx(read, rel=1e-6)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 7, 0.31, 0.5, 0.77, 0.999])

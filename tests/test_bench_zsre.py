@@ -42,6 +42,7 @@ def plain(case):
             "prompt": in_front,
             "lookup": in_front if inside else base,
             "larimar": one(prompt, [fact]) if inside else base,
+            "open": one(prompt, [fact]),
         }
         for system, value in values.items():
             found[system][kind].append(value)

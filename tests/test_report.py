@@ -44,7 +44,7 @@ def test_a_report_has_the_tables_the_papers_numbers_pictures_and_cases(runs):
     (section,) = report.sections(runs[:1])
     grids = [item for item in section.items if isinstance(item, report.Grid)]
     wanted = [report.grid(table) for table in counterfact.tables(runs[0].summary)]
-    assert grids == wanted and len(grids[0].rows) == 6
+    assert grids == wanted and len(grids[0].rows) == 7
     (drawn,) = [item for item in section.items if isinstance(item, report.Picture)]
     svg = base64.b64decode(drawn.source.partition(",")[2])
     assert b"<svg" in svg and "percent" in drawn.alt
@@ -58,7 +58,7 @@ def test_the_worst_cases_are_those_with_the_lowest_score(runs):
     shown = [i for i in report.cases(runs[0]) if i.title.startswith("worst")]
     ours = {
         str(record["case_id"]): np.mean(
-            [v for k, v in counterfact.values(record).items() if k.startswith("Larimar")]
+            [v for k, v in counterfact.values(record).items() if k.startswith("Larimar with scope")]
         )
         for record in runs[0].records
     }

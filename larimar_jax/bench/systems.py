@@ -5,6 +5,7 @@
     prompt    the fact written in front of every prompt, whatever it asks
     lookup    the fact in front of the prompts that the scope detector lets through, and no matrix
     larimar   memory-conditioned decoding of the prompts that the scope detector lets through
+    open      memory-conditioned decoding of every prompt
 """
 
 import argparse
@@ -24,8 +25,9 @@ SYSTEMS = {
     "prompt": "fact in the prompt",
     "lookup": "nearest neighbour",
     "larimar": "Larimar with scope",
+    "open": "Larimar without scope",
 }
-MEMORY_SYSTEMS = ("larimar",)
+MEMORY_SYSTEMS = ("larimar", "open")
 CONTROL = "lookup"
 
 
@@ -106,10 +108,13 @@ def measured(
         # Outside the scope both fall back to the untouched LM, whose numbers are there already.
         "lookup": np.where(inside.reshape(-1, *[1] * (base.ndim - 1)), with_fact, base),
         "larimar": base.copy(),
+        "open": base.copy(),
     }
-    scoped = everyone[inside]
-    if len(scoped):
-        found["larimar"][scoped] = values(prompts, scoped, recalled.condition(scoped))
+    for rows, names in ((everyone[inside], ("larimar", "open")), (everyone[~inside], ("open",))):
+        if len(rows):
+            read = values(prompts, rows, recalled.condition(rows))
+            for name in names:
+                found[name][rows] = read
     return Measured(written, recalled, found)
 
 
