@@ -3,7 +3,7 @@
 command   larimar train --config=configs/smol.py --run runs/smol
 hardware  2 CPU cores, 35 minutes beside other work
 expected  held-out nats per token: 5.19 through memory at the start, 4.43 at the end, 5.10 with z = 0;
-EXPECTED
+          edited: CounterFact edit S 100.0 (base LM 31.7), 1,000 records
 """
 
 from ml_collections import ConfigDict

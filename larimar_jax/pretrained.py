@@ -18,6 +18,7 @@ from larimar_jax import config as configs
 from larimar_jax import generate, latents, scoring, spelling
 from larimar_jax.data import vocabulary
 from larimar_jax.memory.contract import Prior
+from larimar_jax.memory.dual import Dual
 from larimar_jax.memory.streaming import Streaming
 from larimar_jax.model import Condition, Larimar, assign, build, parameters
 from larimar_jax.settings import Config, FeaturesConfig
@@ -78,6 +79,17 @@ class Pretrained:
         )
         self.prior: Prior = jax.jit(self.memory.prepare)(params)
         self.graph, self.state = nnx.split(model)
+
+    @property
+    def dual(self) -> Dual:
+        """The same memory, which costs what its facts are and not what its slots are: for few facts."""
+        whole = self.memory
+        return Dual(
+            slots=whole.slots,
+            latent=whole.latent,
+            ridge=whole.ridge,
+            query_noise=whole.query_noise,
+        )
 
     @property
     def scope_threshold(self) -> float:

@@ -7,7 +7,6 @@ from test_bench import cases
 
 from larimar_jax import cli
 from larimar_jax.bench import longcontext, runner, store
-from larimar_jax.memory.dual import Dual
 
 RECORDS = cases(7)
 HOW = dict(fan_in=2, by="surest", room=24, asked=3)
@@ -21,10 +20,7 @@ def test_records_are_those_of_a_memory_for_each_chunk(tiny, tmp_path):
     summary = runner.run(build(tiny), tmp_path / "run", quiet=True)
     records = runner.read_cases(tmp_path / "run")
     assert [r["case_id"] for r in records] == ["4/0", "4/2", "4/3", "7/0", "7/3", "7/6"]
-    held = tiny.memory
-    memory = Dual(
-        slots=held.slots, latent=held.latent, ridge=held.ridge, query_noise=held.query_noise
-    )
+    memory = tiny.dual
     for record in records:
         facts = [(r.prompt, r.target_new) for r in RECORDS[: record["facts"]]]
         encoded = store.Encoded(tiny, [*(p for p, _ in facts), record["rephrased"]], facts)

@@ -107,17 +107,12 @@ def texts(record: Record) -> list[str]:
 def draw(axes: Any, summary: Mapping[str, Any]) -> None:
     """Rewrite S against N."""
     results = summary["results"]
-    sizes = [int(size) for size in results]
-    for name, label in {**CONTROLS, **SYSTEMS}.items():
-        found = [results[str(size)][name]["S"] for size in sizes]
-        errors = [row["standard_error"] or 0.0 for row in found]
-        axes.errorbar(sizes, [row["mean"] for row in found], errors, marker="o", label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.set_ylim(0, 101)
+    names = CONTROLS | SYSTEMS
+    lines = {label: [found[name]["S"] for found in results.values()] for name, label in names.items()}
+    systems.curves(axes, [int(size) for size in results], lines)
+    systems.doubling(axes, [int(size) for size in results])
     axes.set_xlabel("N, facts in one memory")
     axes.set_ylabel("rewrite S (percent, ± standard error)")
-    axes.legend(fontsize=9)
 
 
 class Batch:

@@ -14,7 +14,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import scope
 from larimar_jax.memory.contract import Memory, Prior
-from larimar_jax.memory.dual import Dual
 from larimar_jax.model import Condition
 from larimar_jax.pretrained import Pretrained, load
 from larimar_jax.weights.tokenizers import bucket
@@ -73,14 +72,6 @@ class LarimarEditor:
 
     def __init__(self, model: Pretrained | str):
         self.model = model if isinstance(model, Pretrained) else load(model)
-        whole = self.model.memory
-        # The same memory, and of the size of its facts: there is one in each.
-        self._memory = Dual(
-            slots=whole.slots,
-            latent=whole.latent,
-            ridge=whole.ridge,
-            query_noise=whole.query_noise,
-        )
         self.settings = {
             "model": self.model.source,
             "fingerprint": self.model.fingerprint,
@@ -121,7 +112,7 @@ class LarimarEditor:
         keys[: len(facts)], values[: len(facts)] = latents[rows(prompts)], latents[len(unique) :]
         asked = np.zeros((count, width, latents.shape[1]), np.float32)
         asked[fact, slot] = latents[rows(best)]
-        read = np.asarray(_recall(self._memory, self.model.prior, keys, values, asked))[fact, slot]
+        read = np.asarray(_recall(self.model.dual, self.model.prior, keys, values, asked))[fact, slot]
         return Recall(
             scope_score=found.score,
             in_scope=found.within(self.model.scope_threshold),

@@ -129,17 +129,13 @@ def tables(summary: Mapping[str, Any]) -> list[Table | str]:
 def draw(axes: Any, summary: Mapping[str, Any]) -> None:
     """Recall against N."""
     results = summary["results"]
-    sizes = [int(size) for size in results]
-    for name, label in SYSTEMS.items():
-        found = [results[str(size)]["recall"][name] for size in sizes]
-        errors = [row["standard_error"] or 0.0 for row in found]
-        axes.errorbar(sizes, [row["mean"] for row in found], errors, marker="o", label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.set_ylim(0, 101)
+    lines = {
+        label: [found["recall"][name] for found in results.values()] for name, label in SYSTEMS.items()
+    }
+    systems.curves(axes, [int(size) for size in results], lines)
+    systems.doubling(axes, [int(size) for size in results])
     axes.set_xlabel("N, facts in the text")
     axes.set_ylabel("recall (percent, ± standard error)")
-    axes.legend(fontsize=9)
 
 
 class LongContext:
@@ -173,13 +169,6 @@ class LongContext:
             "chunk": chunk,
             "seed": None,
         }
-        whole = model.memory
-        self._memory = Dual(
-            slots=whole.slots,
-            latent=whole.latent,
-            ridge=whole.ridge,
-            query_noise=whole.query_noise,
-        )
         self._encoded: Encoded | None = None
         self._held: tuple[int, Any] = (0, None)
 
@@ -198,7 +187,7 @@ class LongContext:
         memories, encoded = self._written(size)
         latents = encoded([*prompts, *others])
         by = self.how["by"]
-        reading = _read(self._memory, self.model.prior, memories, latents.latent, by=by)
+        reading = _read(self.model.dual, self.model.prior, memories, latents.latent, by=by)
         count = len(cases)
         facts = [written(r.prompt, r.target_new) for r in self.records[:size]]
         keys = encoded([r.prompt for r in self.records[:size]]).embedding
@@ -253,7 +242,7 @@ class LongContext:
             facts = [(record.prompt, record.target_new) for record in self.records[:size]]
             keys = self._encoded([prompt for prompt, _ in facts]).latent
             values = self._encoded.values(facts)
-            made = _write(self._memory, self.model.prior, keys, values, fan_in=self.how["fan_in"])
+            made = _write(self.model.dual, self.model.prior, keys, values, fan_in=self.how["fan_in"])
             self._held = (size, made)
         return self._held[1], self._encoded
 

@@ -124,15 +124,10 @@ def texts(record: Record) -> list[str]:
 def draw(axes: Any, summary: Mapping[str, Any]) -> None:
     """F1 of held-out rephrasings over the stream."""
     curve = summary["results"]["curve"]
-    points = [int(point) for point in curve]
-    for name, label in SYSTEMS.items():
-        found = [curve[str(point)][name] for point in points]
-        errors = [row["standard_error"] or 0.0 for row in found]
-        axes.errorbar(points, [row["mean"] for row in found], errors, marker="o", label=label)
-    axes.set_ylim(0, 101)
+    lines = {label: [found[name] for found in curve.values()] for name, label in SYSTEMS.items()}
+    systems.curves(axes, [int(point) for point in curve], lines)
     axes.set_xlabel("edits so far")
     axes.set_ylabel("F1 of held-out rephrasings (percent, ± standard error)")
-    axes.legend(fontsize=9)
 
 
 class Stream:

@@ -159,6 +159,23 @@ def bars(
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, fontsize=9)
 
 
+def curves(
+    axes: Any, points: Sequence[int], lines: Mapping[str, Sequence[Mapping[str, float]]]
+) -> None:
+    """Draws a line for each label: its estimates at the points, in percent."""
+    for label, found in lines.items():
+        errors = [row["standard_error"] or 0.0 for row in found]
+        axes.errorbar(points, [row["mean"] for row in found], errors, marker="o", label=label)
+    axes.set_ylim(0, 101)
+    axes.legend(fontsize=9)
+
+
+def doubling(axes: Any, sizes: Sequence[int]) -> None:
+    """Puts sizes that double at even distances."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+
+
 def percent(value: Mapping[str, Any]) -> str:
     """A mean with its standard error, for tables."""
     error = value["standard_error"]
