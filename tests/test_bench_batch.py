@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_bench import cases
 
-from larimar_jax.bench import batch, runner, store
+from larimar_jax.bench import batch, report, runner, store
 from larimar_jax.session import Session
 
 RECORDS = cases(5)
@@ -38,6 +38,7 @@ def test_a_store_is_the_session_with_the_same_facts(tiny):
 
 def test_records_equal_one_fact_at_a_time(tiny, made, tmp_path):
     summary = runner.run(made, tmp_path / "run", quiet=True)
+    assert report.sections([report.read(tmp_path / "run")])[0].items
     records = runner.read_cases(tmp_path / "run")
     assert len(records) == 5 + 1 + 5
     facts = [(record.prompt, record.target_new) for record in RECORDS]

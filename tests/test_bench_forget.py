@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_bench import cases
 
-from larimar_jax.bench import forget, runner, store
+from larimar_jax.bench import forget, report, runner, store
 
 RECORDS = cases(6)
 
@@ -26,6 +26,7 @@ def test_cases_forget_different_facts_and_ask_others(made):
 
 def test_records_are_those_of_a_plain_loop(tiny, made, tmp_path):
     summary = runner.run(made, tmp_path / "run", quiet=True)
+    assert report.sections([report.read(tmp_path / "run")])[0].items
     facts = [(record.prompt, record.target_new) for record in RECORDS]
     unknown = [(prompt, forget.UNKNOWN) for prompt, _ in facts]
     encoded = store.encoded(tiny, [*facts, *unknown])

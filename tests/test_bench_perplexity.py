@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from larimar_jax import cli
-from larimar_jax.bench import perplexity, runner, store
+from larimar_jax.bench import perplexity, report, runner, store
 from larimar_jax.session import Session
 
 FACTS = [("Fact 1 is", "new 1"), ("The capital of Japan is", "city 2")]
@@ -22,6 +22,7 @@ def made(tiny):
 
 def test_losses_are_those_of_a_session_and_of_the_base_model(tiny, made, tmp_path):
     summary = runner.run(made, tmp_path / "run", quiet=True)
+    assert report.sections([report.read(tmp_path / "run")])[0].items
     session = Session(tiny)
     for fact in FACTS:
         session.write(*fact)

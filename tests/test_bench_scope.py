@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_bench import cases
 
 from larimar_jax import scope as detector
-from larimar_jax.bench import runner, scope
+from larimar_jax.bench import report, runner, scope
 
 scores = st.lists(st.integers(0, 12).map(lambda n: n / 4), min_size=1, max_size=30)
 
@@ -47,6 +47,7 @@ def test_scores_are_those_of_one_query_at_a_time(tiny, tmp_path):
     ]
     made = scope.Scope(tiny, records, data={})
     summary = runner.run(made, tmp_path / "run", quiet=True)
+    assert report.sections([report.read(tmp_path / "run")])[0].items
     prompts = [record.prompt for record in records]
     written = tiny.encode(prompts).embedding
     everything = {name: {kind: [] for kind in scope.KINDS} for name in scope.STORES}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_bench import cases
 
-from larimar_jax.bench import metrics, runner, store, stream
+from larimar_jax.bench import metrics, report, runner, store, stream
 
 # Every record has a rephrasing but the fourth.
 RECORDS = [
@@ -34,6 +34,7 @@ def test_the_curve_asks_what_is_written_and_the_end_asks_everything(made):
 
 def test_answers_are_those_of_one_write_and_one_prompt_at_a_time(tiny, made, tmp_path):
     summary = runner.run(made, tmp_path / "run", quiet=True)
+    assert report.sections([report.read(tmp_path / "run")])[0].items
     facts = [(record.prompt, record.target_new) for record in RECORDS[:6]]
     queries = [text for r in RECORDS for text in (r.prompt, *r.paraphrases)]
     encoded = store.encoded(tiny, facts, queries)
