@@ -1,6 +1,7 @@
 """The runner under kills and cuts, and CounterFact on a model whose answers are known."""
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -15,8 +16,9 @@ import pytest
 from rich.console import Console
 
 from larimar_jax import bench
-from larimar_jax.bench import counterfact, editor, metrics, runner, systems
-from larimar_jax.data.records import EditRecord
+from larimar_jax.bench import counterfact, editor, given, metrics, runner, systems
+from larimar_jax.data import counterfact as data
+from larimar_jax.data.records import EditRecord, MalformedRecord
 from larimar_jax.weights.tokenizers import TextTooLong
 
 
@@ -62,6 +64,13 @@ class KnownEditor:
             rows = zip(found, condition, targets, strict=True)
             found = [1.0 if answer == target else share for share, (_, answer), target in rows]
         return np.asarray(found, np.float32)
+
+    def generate(self, prompts, condition, tokens):
+        answers = [("", "")] * len(prompts) if condition is None else condition
+        return [
+            f" {answer or prompt[-4:]} and"[: 2 * tokens]
+            for prompt, (_, answer) in zip(prompts, answers, strict=True)
+        ]
 
 
 def cases(count):
@@ -134,6 +143,69 @@ def test_systems_are_what_their_names_say(finished):
                 assert loss["larimar"][kind][row] == pytest.approx(expected, rel=1e-6)
                 read = [base[0] / 2, base[1]]
                 assert loss["open"][kind][row] == pytest.approx(read, rel=1e-6)
+
+
+def test_released_decides_by_each_candidate_and_falls_back_to_zero():
+    """Against a plain loop over cases, prompts and candidates."""
+    known, some = KnownEditor(), cases(5)
+    some = [dataclasses.replace(c, paraphrases=tuple(f"Off. {p}" for p in c.paraphrases)) for c in some]
+    made = counterfact.CounterFact(known, some, data={}, chunk=2, mode="released")
+    assert made.settings["mode"] == "released"
+    decided = set()
+    for case, record in zip(some, made.run(some), strict=True):
+        pair, fact = (case.target_new, case.target_true), (case.prompt, case.target_new)
+        written = known.written(*fact)
+        for kind in metrics.KINDS:
+            for row, prompt in enumerate(record["prompts"][kind]):
+                assert "Off" not in prompt
+                wanted = {name: [] for name in systems.SYSTEMS}
+                for column, answer in enumerate(pair):
+
+                    def loss(text, condition=None, answer=answer):
+                        return float(known.score([text], [[answer] * 2], condition)[0, 0])
+
+                    inside = fraction("scope", f"{prompt} {answer}") > 0.4
+                    assert record["in_scope"][kind][row][column] == inside
+                    decided.add((kind, inside))
+                    base, zero = loss(prompt), loss(prompt, known.zero(1))
+                    supported, read = loss(f"{written[:-1]}. {prompt}"), loss(prompt, [fact])
+                    wanted["base"].append(base)
+                    wanted["zero"].append(zero)
+                    wanted["prompt"].append(supported)
+                    wanted["lookup"].append(supported if inside else base)
+                    wanted["larimar"].append(read if inside else zero)
+                    wanted["open"].append(read)
+                for name, losses in wanted.items():
+                    assert record["loss"][name][kind][row] == pytest.approx(losses, rel=1e-6)
+    assert len(decided) == 6
+    assert counterfact.summarise(made.run(some))["in_scope"]["edit"]["cases"] == 5
+
+
+def test_malformed_records_are_left_out_and_counted_where_that_is_asked_for(tmp_path, capsys):
+    good = dict(
+        case_id=1, prompt="A is", subject="A", target_new="x", ground_truth="y",
+        rephrase_prompt="A was", locality_prompt="B is", locality_ground_truth="y",
+    )
+    records = [good, {**good, "subject": 3}, None, {**good, "case_id": 2}]
+    lines = ["{" if record is None else json.dumps(record) for record in records]
+    (tmp_path / "facts.jsonl").write_text("\n\n".join(lines))
+    parser = argparse.ArgumentParser()
+    given.options(parser, "records")
+    told = ["--data", str(tmp_path / "facts.jsonl")]
+    with pytest.raises(MalformedRecord, match=r"record 1 \(line 3\): field 'subject'"):
+        given.read(parser.parse_args(told), data.load, None)
+    args = parser.parse_args([*told, "--skip-bad"])
+    records, found = given.read(args, data.load, None)
+    assert [record.case_id for record in records] == [1, 2]
+    assert [r.case_id for r in given.read(args, data.load, 2)[0]] == [1, 2]  # of those that are right
+    assert "record 2 (line 5): not valid JSON" in found["skipped"][1]
+    assert "2 malformed records" in capsys.readouterr().err
+    summary = runner.run(experiment(3, **found), tmp_path / "run")
+    assert "2 malformed records of facts.jsonl were left out" in capsys.readouterr().out
+    assert len(summary["settings"]["data"]["skipped"]) == 2
+    (tmp_path / "facts.jsonl").write_text("{")
+    with pytest.raises(MalformedRecord, match="no record that can be read; of the first: .*line 1"):
+        given.read(args, data.load, None)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 7, 0.31, 0.5, 0.77, 0.999])

@@ -114,7 +114,7 @@ def test_files_that_hold_no_records_say_so(tmp_path):
     with pytest.raises(MalformedRecord, match="not valid JSON at line 1"):
         counterfact.load(tmp_path / "cut.json")
     (tmp_path / "cut.jsonl").write_text(json.dumps(FLAT) + "\n{")
-    with pytest.raises(MalformedRecord, match="record 1: not valid JSON"):
+    with pytest.raises(MalformedRecord, match=r"record 1 \(line 2\): not valid JSON"):
         counterfact.load(tmp_path / "cut.jsonl")
     (tmp_path / "empty.json").write_text("[]")
     with pytest.raises(MalformedRecord, match="no record"):

@@ -7,16 +7,14 @@ not depend on N and is measured once.
 
 import argparse
 import dataclasses
-import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-from larimar_jax.bench import metrics, systems
+from larimar_jax.bench import given, metrics, systems
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Encoded, Store, encoded, written
 from larimar_jax.data.records import EditRecord
@@ -28,7 +26,7 @@ SYSTEMS = {"lookup": "nearest neighbour", "larimar": "Larimar with scope"}
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares `larimar bench batch`."""
-    parser.add_argument("--data", required=True, help="CounterFact's JSON file, either schema")
+    given.options(parser, "CounterFact's JSON file, either schema")
     parser.add_argument(
         "--facts",
         type=int,
@@ -49,14 +47,12 @@ def experiment(args: argparse.Namespace) -> "Batch":
     from larimar_jax.data import counterfact
 
     most = max(args.facts)
-    records = counterfact.load(args.data, most)
+    records, data = given.read(args, counterfact.load, most)
     if len(records) < most:
         raise ValueError(
             f"{args.data} has {len(records)} records, and {most} are to be written at once: give a "
             "larger file, or fewer --facts"
         )
-    path = Path(args.data)
-    data = {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     return Batch(systems.model(args), records, args.facts, data=data, chunk=args.chunk)
 
 

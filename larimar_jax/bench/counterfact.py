@@ -1,21 +1,21 @@
 """CounterFact, one edit at a time: edit, paraphrase and neighbourhood S and M (Table 2).
 
-Protocol `rome`, that of the editing literature: the scope decision and the memory query see the
-prompt only, paraphrases keep their distractor sentence, and the base row is the untouched LM. Each
-case is written into an empty memory of its own. Its
-controls are in `systems.py`.
+Mode `rome`, the protocol of the editing literature: the scope decision and the memory query see the
+prompt only, paraphrases keep their distractor sentence, and what is out of scope is decoded by the
+untouched LM. Mode `released`, that of the authors' code: the scope decision sees prompt and candidate,
+so that the two candidates of a prompt may be decoded differently; a paraphrase is cut to its last
+sentence; out of scope is z = 0. Each case is written into an empty memory of its own. The controls are
+in `systems.py`.
 """
 
 import argparse
-import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-from larimar_jax.bench import metrics, systems
+from larimar_jax.bench import given, metrics, systems
 from larimar_jax.bench.editor import Editor
 from larimar_jax.bench.runner import Record
 from larimar_jax.data.records import EditRecord
@@ -23,8 +23,9 @@ from larimar_jax.data.records import EditRecord
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares `larimar bench counterfact`."""
-    parser.add_argument("--data", required=True, help="CounterFact's JSON file, either schema")
+    given.options(parser, "CounterFact's JSON file, either schema")
     parser.add_argument("--limit", type=int, help="only the first N records (default: all)")
+    systems.mode_option(parser)
     systems.model_options(parser)
     parser.add_argument(
         "--chunk", type=int, default=25, help="cases computed together (%(default)s)"
@@ -36,19 +37,16 @@ def experiment(args: argparse.Namespace) -> "CounterFact":
     from larimar_jax.bench import editor
     from larimar_jax.data import counterfact
 
-    cases = counterfact.load(args.data, args.limit)
-    path = Path(args.data)
-    data = {
-        "name": path.name,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None,
-        "limit": args.limit,
-    }
-    return CounterFact(editor.LarimarEditor(systems.model(args)), cases, data=data, chunk=args.chunk)
+    cases, data = given.read(args, counterfact.load, args.limit)
+    data |= {"limit": args.limit}
+    edited = editor.LarimarEditor(systems.model(args))
+    return CounterFact(edited, cases, data=data, chunk=args.chunk, mode=args.mode)
 
 
 def tables(summary: Mapping[str, Any]) -> list[Table | str]:
     """S ± standard error above M of each kind, and the score; a row a system."""
-    return [table(summary["results"], f"CounterFact, {summary['cases']} cases, mode rome")]
+    mode = summary["settings"]["mode"]
+    return [table(summary["results"], f"CounterFact, {summary['cases']} cases, mode {mode}")]
 
 
 PAPER = (
@@ -97,13 +95,14 @@ class CounterFact:
         *,
         data: Mapping[str, Any],
         chunk: int = 25,
+        mode: systems.Mode = "rome",
     ):
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1, not {chunk}: it is a number of cases.")
-        self.editor, self.cases, self.chunk = editor, cases, chunk
+        self.editor, self.cases, self.chunk, self.mode = editor, cases, chunk, mode
         # Nothing is drawn at random: σ_W = 0 and ξ = 0 at inference (§4).
         self.settings = {
-            "mode": "rome",
+            "mode": mode,
             "data": dict(data),
             "model": dict(editor.settings),
             "chunk": chunk,
@@ -112,7 +111,7 @@ class CounterFact:
 
     def run(self, cases: Sequence[EditRecord]) -> list[Record]:
         """Scores a chunk of cases; every system sees the same rows in one batch."""
-        queries = [_queries(case) for case in cases]
+        queries = [_queries(case, self.mode) for case in cases]
         found = systems.measured(
             self.editor,
             [(case.prompt, case.target_new) for case in cases],
@@ -120,28 +119,35 @@ class CounterFact:
             [(case.target_new, true) for case, row in zip(cases, queries, strict=True)
              for _, _, true in row],
             self.editor.score,
+            self.mode,
         )
-        return _records(cases, found)
+        return _records(cases, queries, found)
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
         """`summarise`, as the runner calls it."""
         return summarise(records)
 
 
-def _queries(case: EditRecord) -> list[tuple[str, str, str]]:
+def _queries(case: EditRecord, mode: systems.Mode) -> list[tuple[str, str, str]]:
     """(kind, prompt, true target) of every prompt of a case, in the order of `metrics.KINDS`."""
-    edits = [("edit", case.prompt), *(("paraphrase", prompt) for prompt in case.paraphrases)]
+    paraphrases = case.paraphrases
+    if mode == "released":
+        paraphrases = tuple(prompt.split(". ")[-1] for prompt in paraphrases)
+    edits = [("edit", case.prompt), *(("paraphrase", prompt) for prompt in paraphrases)]
     neighbours = zip(case.neighbourhood, case.neighbourhood_targets, strict=True)
     return [(kind, prompt, case.target_true) for kind, prompt in edits] + [
         ("neighbourhood", prompt, true) for prompt, true in neighbours
     ]
 
 
-def _records(cases: Sequence[EditRecord], found: systems.Measured) -> list[Record]:
+def _records(
+    cases: Sequence[EditRecord],
+    queries: Sequence[Sequence[tuple[str, str, str]]],
+    found: systems.Measured,
+) -> list[Record]:
     records, start = [], 0
-    for written, case in zip(found.written, cases, strict=True):
-        queries = _queries(case)
-        kinds = [kind for kind, _, _ in queries]
+    for written, case, row in zip(found.written, cases, queries, strict=True):
+        kinds = [kind for kind, _, _ in row]
         rows = slice(start, start + len(kinds))
         start = rows.stop
         losses = {system: values[rows] for system, values in found.values.items()}
@@ -156,9 +162,9 @@ def _records(cases: Sequence[EditRecord], found: systems.Measured) -> list[Recor
                 "written": written,
                 "target_new": case.target_new,
                 "target_true": case.target_true,
-                "prompts": by_kind([prompt for _, prompt, _ in queries]),
-                "scope_score": by_kind(found.recalled.scope_score[rows].tolist()),
-                "in_scope": by_kind(found.recalled.in_scope[rows].tolist()),
+                "prompts": by_kind([prompt for _, prompt, _ in row]),
+                "scope_score": by_kind(found.scope_score[rows].tolist()),
+                "in_scope": by_kind(found.in_scope[rows].tolist()),
                 "loss": {system: by_kind(values.tolist()) for system, values in losses.items()},
             }
         )

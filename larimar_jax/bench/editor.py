@@ -59,6 +59,10 @@ class Editor(Protocol):
         """The share of each target's tokens that are the likeliest, teacher-forced, float32 [n]."""
 
 
+    def generate(self, prompts: Sequence[str], condition: Any, tokens: int) -> list[str]:
+        """The greedy continuations of n prompts by so many tokens at the most."""
+
+
 # Rows and queries are padded to these, so that few shapes are compiled.
 _FACTS, _QUERIES = 8, 4
 
@@ -137,6 +141,12 @@ class LarimarEditor:
     ) -> np.ndarray:
         """`scoring.judge` of this model."""
         return self.model.judge(prompts, [[t] for t in targets], condition).accuracy[:, 0]
+
+    def generate(
+        self, prompts: Sequence[str], condition: Condition | None, tokens: int
+    ) -> list[str]:
+        """`generate.generate` of this model, through line breaks."""
+        return self.model.generate(prompts, condition, max_tokens=tokens, stop=())
 
 
 @jax.jit

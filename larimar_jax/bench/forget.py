@@ -10,16 +10,14 @@ the leverage that is left to the key.
 
 import argparse
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from rich.table import Table
 
-from larimar_jax.bench import metrics, systems
+from larimar_jax.bench import given, metrics, systems
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Encoded, Store, encoded
 from larimar_jax.data.records import EditRecord
@@ -38,7 +36,7 @@ MOMENTS = {
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares `larimar bench forget`."""
-    parser.add_argument("--data", required=True, help="CounterFact's JSON file, either schema")
+    given.options(parser, "CounterFact's JSON file, either schema")
     parser.add_argument(
         "--facts", type=int, nargs="+", default=[512, 1024], help="in the memory, N (%(default)s)"
     )
@@ -61,14 +59,12 @@ def experiment(args: argparse.Namespace) -> "Forget":
     from larimar_jax.data import counterfact
 
     most = max(args.facts)
-    records = counterfact.load(args.data, most)
+    records, data = given.read(args, counterfact.load, most)
     if len(records) < most:
         raise ValueError(
             f"{args.data} has {len(records)} records, and {most} are to be written: give a larger "
             "file, or fewer --facts"
         )
-    path = Path(args.data)
-    data = {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     sizes = (args.facts, args.forget, args.others)
     return Forget(systems.model(args), records, *sizes, data=data, seed=args.seed)
 

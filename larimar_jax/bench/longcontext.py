@@ -10,9 +10,7 @@ the question, as far as it fits.
 import argparse
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +19,7 @@ from jaxtyping import Array, Float
 from rich.table import Table
 
 from larimar_jax import long_context
-from larimar_jax.bench import metrics, systems
+from larimar_jax.bench import given, metrics, systems
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Encoded, written
 from larimar_jax.data.pieces import sentences
@@ -45,7 +43,7 @@ PAPER = (
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares `larimar bench longcontext`."""
-    parser.add_argument("--data", required=True, help="CounterFact's JSON file: the facts")
+    given.options(parser, "CounterFact's JSON file: the facts")
     parser.add_argument(
         "--facts",
         type=int,
@@ -81,14 +79,12 @@ def experiment(args: argparse.Namespace) -> "LongContext":
     from larimar_jax.data import counterfact
 
     most = max(args.facts)
-    records = counterfact.load(args.data, most)
+    records, data = given.read(args, counterfact.load, most)
     if len(records) < most or args.asked > min(args.facts):
         raise ValueError(
             f"{args.data} has {len(records)} records; a text of {most} facts and {args.asked} questions "
             f"for one of {min(args.facts)} need more: give a larger file, or fewer --facts and --asked"
         )
-    path = Path(args.data)
-    data = {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     how = dict(fan_in=args.fan_in, by=args.by, room=args.room, asked=args.asked)
     return LongContext(systems.model(args), records, args.facts, how, data=data, chunk=args.chunk)
 

@@ -10,15 +10,13 @@ The rest of a held-out text after its first words, per token: exp of the mean âˆ
 
 import argparse
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-from larimar_jax.bench import systems
+from larimar_jax.bench import given, systems
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Encoded, Store, encoded
 from larimar_jax.data import corpus
@@ -34,7 +32,7 @@ SYSTEMS = {
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares `larimar bench perplexity`."""
-    parser.add_argument("--data", required=True, help="CounterFact's JSON file: what is in memory")
+    given.options(parser, "CounterFact's JSON file: what is in memory")
     parser.add_argument("--facts", type=int, default=512, help="in the memory (%(default)s)")
     parser.add_argument(
         "--corpus",
@@ -62,7 +60,7 @@ def experiment(args: argparse.Namespace) -> "Perplexity":
 
     if not 0 < args.begun < args.words:
         raise ValueError(f"--begun ({args.begun}) has to be above 0 and below --words ({args.words})")
-    records = counterfact.load(args.data, args.facts)
+    records, data = given.read(args, counterfact.load, args.facts)
     if len(records) < args.facts:
         raise ValueError(f"{args.data} has {len(records)} records and not {args.facts}")
     texts = []
@@ -74,14 +72,7 @@ def experiment(args: argparse.Namespace) -> "Perplexity":
         raise ValueError(
             f"{args.corpus} has {len(texts)} held-out texts of {args.words} words, and not {args.texts}"
         )
-    path = Path(args.data)
-    data = {
-        "name": path.name,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "facts": args.facts,
-        "corpus": args.corpus,
-        "words": [args.begun, args.words],
-    }
+    data |= {"facts": args.facts, "corpus": args.corpus, "words": [args.begun, args.words]}
     facts = [(record.prompt, record.target_new) for record in records]
     return Perplexity(systems.model(args), facts, texts, data=data, chunk=args.chunk)
 

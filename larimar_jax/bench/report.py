@@ -23,7 +23,7 @@ import numpy as np
 from rich.table import Table
 
 from larimar_jax import bench
-from larimar_jax.bench import metrics, runner, systems
+from larimar_jax.bench import given, metrics, runner, systems
 
 # How many of the worst and of the best cases are shown.
 SHOWN = 3
@@ -129,6 +129,7 @@ def _of_run(run: Run) -> Section:
     items: list[Item] = [" · ".join(filter(None, facts))]
     if run.module is not None:
         items += [x if isinstance(x, str) else grid(x) for x in run.module.tables(run.summary)]
+        items += given.notes(run.summary["settings"])
         if hasattr(run.module, "PAPER"):
             items.append(f"The paper: {run.module.PAPER}")
         if hasattr(run.module, "draw"):

@@ -24,6 +24,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from larimar_jax.bench import given
+
 SETTINGS, CASES, SUMMARY = "settings.json", "cases.jsonl", "summary.json"
 Record = dict[str, Any]
 
@@ -95,7 +97,7 @@ def run(experiment: Experiment, folder: str | Path, *, quiet: bool = False) -> d
     }
     _replace(folder / SUMMARY, json.dumps(_plain(summary), indent=2) + "\n")
     if not quiet:
-        for shown in experiment.tables(summary):
+        for shown in (*experiment.tables(summary), *given.notes(settings)):
             Console().print(shown)
         console.print(f"written: {folder / SUMMARY}")
     return summary

@@ -7,9 +7,7 @@ prompts are written at once, which is what deployment sees, and a paraphrase sho
 
 import argparse
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,7 @@ from rich.table import Table
 from scipy import stats
 
 from larimar_jax import scope
-from larimar_jax.bench import metrics, systems
+from larimar_jax.bench import given, metrics, systems
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Encoded
 from larimar_jax.data.records import EditRecord
@@ -30,7 +28,7 @@ STORES = {"pairwise": "its own prompt", "store": "all prompts"}
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares `larimar bench scope`."""
-    parser.add_argument("--data", required=True, help="CounterFact's JSON file, either schema")
+    given.options(parser, "CounterFact's JSON file, either schema")
     parser.add_argument("--limit", type=int, default=1000, help="records (%(default)s)")
     systems.model_options(parser)
 
@@ -39,13 +37,8 @@ def experiment(args: argparse.Namespace) -> "Scope":
     """The experiment of a parsed command line; reads the data and loads the model."""
     from larimar_jax.data import counterfact
 
-    records = counterfact.load(args.data, args.limit)
-    path = Path(args.data)
-    data = {
-        "name": path.name,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None,
-        "limit": args.limit,
-    }
+    records, data = given.read(args, counterfact.load, args.limit)
+    data |= {"limit": args.limit}
     return Scope(systems.model(args), records, data=data)
 
 

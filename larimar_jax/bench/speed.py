@@ -10,11 +10,9 @@ All are run in turns within one process, after an untimed run of each, which com
 
 import argparse
 import dataclasses
-import hashlib
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,7 +20,7 @@ import numpy as np
 from rich.table import Table
 
 from larimar_jax import scoring
-from larimar_jax.bench import counterfact, systems
+from larimar_jax.bench import counterfact, given, systems
 from larimar_jax.bench.editor import LarimarEditor
 from larimar_jax.bench.runner import Record
 from larimar_jax.data.records import EditRecord
@@ -45,7 +43,7 @@ _BESIDE = 64
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares `larimar bench speed`."""
-    parser.add_argument("--data", required=True, help="CounterFact's JSON file, either schema")
+    given.options(parser, "CounterFact's JSON file, either schema")
     parser.add_argument("--cases", type=int, default=16, help="scored both ways (%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="timings of each (%(default)s)")
     systems.model_options(parser)
@@ -60,11 +58,9 @@ def experiment(args: argparse.Namespace) -> "Speed":
     from larimar_jax.data import counterfact as data
 
     need = max(args.cases, _BESIDE + 1)
-    records = data.load(args.data, need)
+    records, named = given.read(args, data.load, need)
     if len(records) < need:
         raise ValueError(f"{args.data} has {len(records)} records, and {need} are needed")
-    path = Path(args.data)
-    named = {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     return Speed(systems.model(args), records, args.cases, args.repeats, data=named)
 
 

@@ -10,17 +10,15 @@ Controls: the base LM, and a lookup that puts the nearest written fact in front 
 
 import argparse
 import dataclasses
-import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from rich.table import Table
 
-from larimar_jax.bench import metrics, systems
+from larimar_jax.bench import given, metrics, systems
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Encoded, Store, encoded
 from larimar_jax.data.records import EditRecord
@@ -37,7 +35,7 @@ KINDS = {
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares `larimar bench stream`."""
-    parser.add_argument("--data", required=True, help="ZsRE's JSON file, of MEND or of KnowEdit")
+    given.options(parser, "ZsRE's JSON file, of MEND or of KnowEdit")
     parser.add_argument("--edits", type=int, default=900, help="facts of the stream (%(default)s)")
     parser.add_argument(
         "--unwritten", type=int, default=100, help="facts after them, never written (%(default)s)"
@@ -61,16 +59,16 @@ def experiment(args: argparse.Namespace) -> "Stream":
     from larimar_jax.data import zsre
 
     needed = args.edits + args.unwritten
-    records = zsre.load(args.data, needed)
+    records, data = given.read(args, zsre.load, needed)
     # What was never written is asked for its right answer, whatever the file proposes to write.
-    records = [*records[: args.edits], *zsre.load(args.data, needed, "answer")[args.edits :]]
+    right, _ = given.read(args, zsre.load, None, target="answer")
+    right = {record.case_id: record for record in right}
+    records[args.edits :] = [right[record.case_id] for record in records[args.edits :]]
     if len(records) < needed:
         raise ValueError(
             f"{args.data} has {len(records)} records, and --edits and --unwritten ask for {needed}: "
             "give a larger file, or fewer of them"
         )
-    path = Path(args.data)
-    data = {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     sizes = (args.edits, args.every, args.asked)
     return Stream(systems.model(args), records, *sizes, data=data, chunk=args.chunk)
 

@@ -11,12 +11,12 @@
 import argparse
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from larimar_jax.bench import metrics
-from larimar_jax.bench.editor import Editor, Recall
+from larimar_jax.bench.editor import Editor
 from larimar_jax.pretrained import Pretrained, load
 
 SYSTEMS = {
@@ -29,7 +29,6 @@ SYSTEMS = {
 }
 MEMORY_SYSTEMS = ("larimar", "open")
 CONTROL = "lookup"
-
 
 
 def model_options(parser: argparse.ArgumentParser) -> None:
@@ -63,12 +62,30 @@ def named(model: Pretrained) -> dict[str, Any]:
 Measure = Callable[[Sequence[str], Sequence[Any], Any], np.ndarray]
 
 
+MODES = ("rome", "released")
+Mode = Literal["rome", "released"]
+
+
+def mode_option(parser: argparse.ArgumentParser) -> None:
+    """Declares which protocol a benchmark follows."""
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        default="rome",
+        help="rome: the scope decision sees the prompt only, and what is out of scope is decoded by the "
+        "untouched LM; released: as the authors' code does it, with the prompt and each candidate, a "
+        "paraphrase cut to its last sentence, and z = 0 out of scope (%(default)s)",
+    )
+
+
 class Measured(NamedTuple):
     """Of a chunk of cases, all their queries in one row, R of them. written: the text of each fact.
-    values: [R, …] of every system."""
+    scope_score, in_scope: [R] in mode rome, [R, c] of each candidate in mode released. values: [R, …] of
+    every system."""
 
     written: list[str]
-    recalled: Recall
+    scope_score: np.ndarray
+    in_scope: np.ndarray
     values: Mapping[str, np.ndarray]
 
 
@@ -78,44 +95,70 @@ def measured(
     queries: Sequence[Sequence[str]],
     targets: Sequence[Any],
     measure: Measure,
+    mode: Mode = "rome",
 ) -> Measured:
     """Writes each case's fact into a memory of its own, and measures its queries under every system.
 
     Args:
-        facts: (prompt, answer) of each case. queries: of each case. targets: one a query, in one row.
+        facts: (prompt, answer) of each case. queries: of each case. targets: one a query, in one row;
+            in mode released each of them is a sequence of c candidates.
     """
     written = [editor.written(*fact) for fact in facts]
-    recalled = editor.recall(facts, queries)
-    inside = recalled.in_scope
     prompts = [prompt for row in queries for prompt in row]
     supported = [
         f"{fact.rstrip('.')}. {prompt}"
         for fact, row in zip(written, queries, strict=True)
         for prompt in row
     ]
-
-    def values(prompts, rows, condition=None):
-        chosen = [prompts[row] for row in rows]
-        return measure(chosen, [targets[row] for row in rows], condition)
-
-    everyone = np.arange(len(prompts))
-    base = values(prompts, everyone)
-    with_fact = values(supported, everyone)
+    read, score, inside = _recall(editor, facts, queries, targets, mode)
+    base, zero = measure(prompts, targets, None), measure(prompts, targets, editor.zero(len(prompts)))
+    with_fact = measure(supported, targets, None)
+    through = measure(prompts, targets, read)
+    passed = inside.reshape(*inside.shape, *[1] * (base.ndim - inside.ndim))
     found = {
         "base": base,
-        "zero": values(prompts, everyone, editor.zero(len(prompts))),
+        "zero": zero,
         "prompt": with_fact,
-        # Outside the scope both fall back to the untouched LM, whose numbers are there already.
-        "lookup": np.where(inside.reshape(-1, *[1] * (base.ndim - 1)), with_fact, base),
-        "larimar": base.copy(),
-        "open": base.copy(),
+        # Outside the scope the decoder is the untouched LM, whose numbers are there already; the
+        # authors' code has no other LM than z = 0.
+        "lookup": np.where(passed, with_fact, base),
+        "larimar": np.where(passed, through, base if mode == "rome" else zero),
+        "open": through,
     }
-    for rows, names in ((everyone[inside], ("larimar", "open")), (everyone[~inside], ("open",))):
-        if len(rows):
-            read = values(prompts, rows, recalled.condition(rows))
-            for name in names:
-                found[name][rows] = read
-    return Measured(written, recalled, found)
+    return Measured(written, score, inside, found)
+
+
+def _recall(
+    editor: Editor,
+    facts: Sequence[tuple[str, str]],
+    queries: Sequence[Sequence[str]],
+    targets: Sequence[Any],
+    mode: Mode,
+) -> tuple[Any, np.ndarray, np.ndarray]:
+    """The condition of every query, its likeness to its fact, and whether that is in scope."""
+    if mode == "rome":
+        found = editor.recall(facts, queries)
+        everyone = np.arange(len(found.in_scope))
+        return found.condition(everyone), found.scope_score, found.in_scope
+    # Behind the prompts of a case, which the memory is asked, each prompt with each candidate, which
+    # the scope detector is.
+    asked, prompt_rows, candidate_rows, start, query = [], [], [], 0, 0
+    for row in queries:
+        pairs = [
+            [f"{prompt} {candidate}" for candidate in targets[query + number]]
+            for number, prompt in enumerate(row)
+        ]
+        asked.append([*row, *(text for pair in pairs for text in pair)])
+        prompt_rows += range(start, start + len(row))
+        place = start + len(row)
+        for pair in pairs:
+            candidate_rows.append(range(place, place + len(pair)))
+            place += len(pair)
+        start, query = place, query + len(row)
+    found = editor.recall(facts, asked)
+    rows = np.asarray([list(row) for row in candidate_rows], np.int64)
+    condition = found.condition(np.asarray(prompt_rows))
+    return condition, found.scope_score[rows], found.in_scope[rows]
 
 
 def by_kind(kinds: Sequence[str], values: Sequence[Any], order: Sequence[str]) -> dict[str, list]:

@@ -6,15 +6,13 @@ right answers. Each case is written into an empty memory of its own; its control
 """
 
 import argparse
-import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-from larimar_jax.bench import metrics, systems
+from larimar_jax.bench import given, metrics, systems
 from larimar_jax.bench.editor import Editor
 from larimar_jax.bench.runner import Record
 from larimar_jax.data.records import EditRecord
@@ -25,7 +23,7 @@ KINDS = ("rewrite", "paraphrase", "neighbourhood")
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares `larimar bench zsre`."""
-    parser.add_argument("--data", required=True, help="ZsRE's JSON file, of MEND or of KnowEdit")
+    given.options(parser, "ZsRE's JSON file, of MEND or of KnowEdit")
     parser.add_argument(
         "--target",
         choices=("answer", "alternative"),
@@ -44,14 +42,8 @@ def experiment(args: argparse.Namespace) -> "ZsRE":
     from larimar_jax.bench import editor
     from larimar_jax.data import zsre
 
-    cases = zsre.load(args.data, args.limit, args.target)
-    path = Path(args.data)
-    data = {
-        "name": path.name,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None,
-        "limit": args.limit,
-        "target": args.target,
-    }
+    cases, data = given.read(args, zsre.load, args.limit, target=args.target)
+    data |= {"limit": args.limit, "target": args.target}
     return ZsRE(editor.LarimarEditor(systems.model(args)), cases, data=data, chunk=args.chunk)
 
 
@@ -156,8 +148,8 @@ class ZsRE:
                     "written": written,
                     "prompts": by_kind([prompt for _, prompt, _ in row]),
                     "targets": by_kind([target for _, _, target in row]),
-                    "scope_score": by_kind(found.recalled.scope_score[rows].tolist()),
-                    "in_scope": by_kind(found.recalled.in_scope[rows].tolist()),
+                    "scope_score": by_kind(found.scope_score[rows].tolist()),
+                    "in_scope": by_kind(found.in_scope[rows].tolist()),
                     "accuracy": {
                         system: by_kind(values.tolist()) for system, values in accuracy.items()
                     },

@@ -123,7 +123,7 @@ def _jsonl(path: Path) -> Iterator[Document]:
             try:
                 raw = json.loads(line)
             except json.JSONDecodeError as error:
-                Field({}, str(path), index).fail("", f"is not JSON ({error.msg})")
-            field = Field(raw, str(path), index)
+                Field({}, str(path), f"record {index}").fail("", f"is not JSON ({error.msg})")
+            field = Field(raw, str(path), f"record {index}")
             body = field.text("text")
             yield Document(field.text("title") if "title" in field.raw else body, body)

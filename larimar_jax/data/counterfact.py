@@ -8,7 +8,9 @@ from larimar_jax.data.records import EditRecord, Field, MalformedRecord
 __all__ = ["EditRecord", "MalformedRecord", "load"]
 
 
-def load(source: str | Path, limit: int | None = None) -> list[EditRecord]:
+def load(
+    source: str | Path, limit: int | None = None, *, skipped: list[str] | None = None
+) -> list[EditRecord]:
     """CounterFact's records (metrics: edit, paraphrase and neighbourhood S and M).
 
     The schema is told from each record: the original one has `requested_rewrite`, with several
@@ -17,6 +19,8 @@ def load(source: str | Path, limit: int | None = None) -> list[EditRecord]:
     Args:
         source: a JSON or JSONL file, or a Hugging Face data set's id.
         limit: read the first `limit` records only.
+        skipped: where it is given, malformed records are left out, and what is wrong with each is
+            appended here.
     Returns:
         Records in the file's order. `neighbourhood_targets` repeats `target_true` in the original
         schema: its neighbours share the true object by construction.
@@ -24,7 +28,7 @@ def load(source: str | Path, limit: int | None = None) -> list[EditRecord]:
         MalformedRecord: a record misses a field or holds a wrong type; names file, record, field.
         FileNotFoundError: nothing is at `source`.
     """
-    return records.load(source, _parse, limit)
+    return records.load(source, _parse, limit, skipped)
 
 
 def _parse(field: Field, index: int) -> EditRecord:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -45,8 +45,8 @@ class MalformedRecord(ValueError):
 class Field:
     """Reads the fields of one raw record; an error names the file, the record and the field."""
 
-    def __init__(self, raw: Any, source: str, index: int, trail: str = ""):
-        self._source, self._index, self._trail = source, index, trail
+    def __init__(self, raw: Any, source: str, place: str, trail: str = ""):
+        self._source, self._place, self._trail = source, place, trail
         if not isinstance(raw, dict):
             self.fail("", f"must be an object, not {type(raw).__name__}")
         self.raw = raw
@@ -56,7 +56,7 @@ class Field:
         path = ".".join(part for part in (self._trail, name) if part)
         field = f"field {path!r} " if path else ""
         raise MalformedRecord(
-            f"{self._source}, record {self._index}: {field}{why}. The file may be cut short or of "
+            f"{self._source}, {self._place}: {field}{why}. The file may be cut short or of "
             "another schema; compare it with the benchmark's original."
         )
 
@@ -104,7 +104,7 @@ class Field:
         value = self._get(name)
         if not isinstance(value, dict):
             self.fail(name, f"must be an object, not {type(value).__name__}")
-        return Field(value, self._source, self._index, ".".join(filter(None, (self._trail, name))))
+        return Field(value, self._source, self._place, ".".join(filter(None, (self._trail, name))))
 
     def groups(self, name: str) -> list["Field"]:
         """Every item of every list in the object `name`: {group: [{…}, …], …}."""
@@ -114,42 +114,49 @@ class Field:
                 self.fail(f"{name}.{group}", f"must be a list, not {type(items).__name__}")
             for i, item in enumerate(items):
                 trail = ".".join(filter(None, (self._trail, f"{name}.{group}[{i}]")))
-                found.append(Field(item, self._source, self._index, trail))
+                found.append(Field(item, self._source, self._place, trail))
         return found
 
 
-def read_raw(source: str | Path) -> Iterable[Any]:
-    """The raw records of a JSON list, a JSONL file, or a Hugging Face data set.
+def read_raw(source: str | Path) -> Iterator[tuple[str, Any]]:
+    """Where each record of a JSON list, a JSONL file or a Hugging Face data set is, and the raw record;
+    of a line that is not JSON, the error in its place.
 
     Args:
         source: a path, or a data set's id ("owner/name", its train split) where there is a network.
     Raises:
         FileNotFoundError: neither a file nor something that looks like a data set's id.
-        MalformedRecord: the file is not JSON, or not a list of records.
+        MalformedRecord: the file is a list, but not of JSON.
     """
     path = Path(source)
     if not path.is_file():
-        return _read_hub(str(source))
+        for index, raw in enumerate(_read_hub(str(source))):
+            yield f"record {index}", raw
+        return
     text = path.read_text(encoding="utf-8")
     if text.lstrip().startswith("["):
         try:
-            return json.loads(text)
+            found = json.loads(text)
         except json.JSONDecodeError as error:
             raise MalformedRecord(
                 f"{path}: not valid JSON at line {error.lineno}, column {error.colno} "
                 f"({error.msg}). The file may be cut short; fetch it again."
             ) from error
-    records = []
+        for index, raw in enumerate(found):
+            yield f"record {index}", raw
+        return
     # Not splitlines(): JSON text may hold U+2028 and its like unescaped.
-    for index, line in enumerate(line for line in text.split("\n") if line.strip()):
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    for index, (number, line) in enumerate(lines):
+        place = f"record {index} (line {number})"
         try:
-            records.append(json.loads(line))
+            raw = json.loads(line)
         except json.JSONDecodeError as error:
-            raise MalformedRecord(
-                f"{path}, record {index}: not valid JSON ({error.msg}). The file must be a JSON "
+            raw = MalformedRecord(
+                f"{path}, {place}: not valid JSON ({error.msg}). The file must be a JSON "
                 "list, or hold one JSON object a line."
-            ) from error
-    return records
+            )
+        yield place, raw
 
 
 def _read_hub(source: str) -> Iterable[Any]:
@@ -171,14 +178,30 @@ def _read_hub(source: str) -> Iterable[Any]:
 
 
 def load(
-    source: str | Path, parse: Callable[[Field, int], EditRecord], limit: int | None
+    source: str | Path,
+    parse: Callable[[Field, int], EditRecord],
+    limit: int | None,
+    skipped: list[str] | None = None,
 ) -> list[EditRecord]:
-    """The first `limit` records of `source` (None: all), each through `parse(field, index)`."""
-    records = []
-    for index, raw in enumerate(read_raw(source)):
-        if limit is not None and index >= limit:
+    """The first `limit` records of `source` (None: all), each through `parse(field, index)`.
+
+    Args:
+        skipped: where it is given, a malformed record does not raise: what is wrong with it is appended
+            here, and it does not count for `limit`.
+    """
+    records: list[EditRecord] = []
+    for index, (place, raw) in enumerate(read_raw(source)):
+        if limit is not None and len(records) >= limit:
             break
-        records.append(parse(Field(raw, str(source), index), index))
+        try:
+            if isinstance(raw, MalformedRecord):
+                raise raw
+            records.append(parse(Field(raw, str(source), place), index))
+        except MalformedRecord as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
     if not records and limit != 0:
-        raise MalformedRecord(f"{source}: holds no record.")
+        more = f" that can be read; of the first: {skipped[0]}" if skipped else "."
+        raise MalformedRecord(f"{source}: holds no record{more}")
     return records

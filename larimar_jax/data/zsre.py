@@ -14,7 +14,11 @@ _NATURAL_QUESTIONS = "nq question: "
 
 
 def load(
-    source: str | Path, limit: int | None = None, target: Target | None = None
+    source: str | Path,
+    limit: int | None = None,
+    target: Target | None = None,
+    *,
+    skipped: list[str] | None = None,
 ) -> list[EditRecord]:
     """ZsRE's records (metrics: teacher-forced accuracy of rewrite, paraphrase, neighbourhood).
 
@@ -25,6 +29,8 @@ def load(
             and of Larimar's tables, which teach the model what it does not know), or "alternative",
             the false answer that the record proposes (`alt`, KnowEdit's `target_new`). None takes
             the protocol of the record's own schema: "answer" for MEND, "alternative" for KnowEdit.
+        skipped: where it is given, malformed records are left out, and what is wrong with each is
+            appended here.
     Returns:
         Records in the file's order; `case_id` is the index in the file, `target_true` the answer
         that was not chosen. A MEND locality question loses its mark and gets a question mark, as
@@ -41,7 +47,7 @@ def load(
             return _mend(field, index, target or "answer")
         return _knowedit(field, index, target or "alternative")
 
-    return records.load(source, parse, limit)
+    return records.load(source, parse, limit, skipped)
 
 
 def _mend(field: Field, index: int, target: Target) -> EditRecord:

@@ -1,0 +1,55 @@
+"""The file of records that a benchmark is given: its options, its records, and what a run says of it."""
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from larimar_jax.data.records import EditRecord
+
+
+def options(parser: argparse.ArgumentParser, what: str) -> None:
+    """Declares `--data` and `--skip-bad`. what: the file, for people."""
+    parser.add_argument("--data", required=True, metavar="FILE", help=what)
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave malformed records out, and say in the result which (default: the first one stops "
+        "the run)",
+    )
+
+
+def read(
+    args: argparse.Namespace,
+    load: Callable[..., list[EditRecord]],
+    limit: int | None,
+    **more: Any,
+) -> tuple[list[EditRecord], dict[str, Any]]:
+    """The records, and what decides them, for a run's settings: the file's name, its sha256 (None for a
+    data set of the hub), and what was skipped.
+
+    Args:
+        load: a reader, such as `data.counterfact.load`. more: its arguments besides these.
+    Raises:
+        MalformedRecord: where bad records are not to be skipped.
+    """
+    skipped: list[str] | None = [] if args.skip_bad else None
+    records = load(args.data, limit, skipped=skipped, **more)
+    path = Path(args.data)
+    found: dict[str, Any] = {
+        "name": path.name,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None,
+    }
+    if skipped:
+        found["skipped"] = skipped
+        print(f"{len(skipped)} malformed records are left out:", *skipped, sep="\n  ", file=sys.stderr)
+    return records, found
+
+
+def notes(settings: Mapping[str, Any]) -> list[str]:
+    """Of a run's settings, what its tables do not say of its data: how many records were left out."""
+    data = settings.get("data")
+    skipped = data.get("skipped") if isinstance(data, Mapping) else None
+    return [f"{len(skipped)} malformed records of {data['name']} were left out"] if skipped else []
