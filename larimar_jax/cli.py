@@ -179,6 +179,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _benchmarks(made: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
     from larimar_jax.bench import benchmarks
+    from larimar_jax.bench.shares import share
 
     names = made.add_subparsers(title="benchmarks", metavar="NAME", dest="name", required=True)
     for name, module in benchmarks().items():
@@ -193,6 +194,13 @@ def _benchmarks(made: argparse.ArgumentParser, shared: argparse.ArgumentParser) 
         module.arguments(single)
         single.add_argument(
             "--out", required=True, metavar="DIR", help="folder of the run; resumed if it exists"
+        )
+        single.add_argument(
+            "--share",
+            type=share,
+            metavar="I/N",
+            help="compute the Ith of N shares, from 0, in a folder that all N processes see; the one "
+            "that is done last makes the result",
         )
 
 
@@ -302,10 +310,13 @@ def _open(name: str):
 def bench(arguments: argparse.Namespace) -> None:
     """larimar bench"""
     from larimar_jax import bench
-    from larimar_jax.bench import runner
+    from larimar_jax.bench import runner, shares
 
     experiment = bench.benchmark(arguments.name).experiment(arguments)
-    runner.run(experiment, arguments.out)
+    if arguments.share is None:
+        runner.run(experiment, arguments.out)
+    else:
+        shares.run(experiment, arguments.out, arguments.share)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ Record = dict[str, Any]
 
 
 @runtime_checkable
-class Experiment(Protocol):
-    """What one benchmark file hands to the runner."""
+class Work(Protocol):
+    """Cases, and how they are computed."""
 
     name: str
     settings: Mapping[str, Any]
@@ -44,6 +44,11 @@ class Experiment(Protocol):
 
     def run(self, cases: Sequence[Any]) -> list[Record]:
         """One JSON record a case, in order, each with its `case_id`."""
+
+
+@runtime_checkable
+class Experiment(Work, Protocol):
+    """What one benchmark file hands to the runner."""
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
         """The result, as JSON, from records as read back from the file."""
@@ -75,18 +80,10 @@ def run(experiment: Experiment, folder: str | Path, *, quiet: bool = False) -> d
         BrokenRun: `cases.jsonl` is damaged before its last line, or is of other cases.
         FolderBusy: another process holds the folder.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    console = Console(stderr=True, quiet=quiet)
+    folder, console = Path(folder), Console(stderr=True, quiet=quiet)
     started = time.perf_counter()
-    with _only_writer(folder / CASES) as file:
-        settings = _plain({"benchmark": experiment.name, **experiment.settings})
-        _claim(folder / SETTINGS, settings, fresh=os.fstat(file.fileno()).st_size == 0)
-        done = _resume(file, [case.case_id for case in experiment.cases])
-        if done:
-            console.print(f"resuming {folder}: {done} of {len(experiment.cases)} cases are there")
-        _fill(experiment, file, done, console)
-    records = read_cases(folder)
+    done = complete(experiment, folder, console)
+    settings, records = settings_of(experiment), read_cases(folder)
     summary = {
         "benchmark": experiment.name,
         "cases": len(records),
@@ -101,6 +98,24 @@ def run(experiment: Experiment, folder: str | Path, *, quiet: bool = False) -> d
             Console().print(shown)
         console.print(f"written: {folder / SUMMARY}")
     return summary
+
+
+def complete(experiment: Work, folder: Path, console: Console) -> int:
+    """Computes the cases that `folder` does not have, and returns how many it had; raises as `run`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_writer(folder / CASES) as file:
+        fresh = os.fstat(file.fileno()).st_size == 0
+        claim(folder / SETTINGS, settings_of(experiment), fresh=fresh)
+        done = _resume(file, [case.case_id for case in experiment.cases])
+        if done:
+            console.print(f"resuming {folder}: {done} of {len(experiment.cases)} cases are there")
+        _fill(experiment, file, done, console)
+    return done
+
+
+def settings_of(experiment: Work) -> dict[str, Any]:
+    """What a run's settings.json holds."""
+    return _plain({"benchmark": experiment.name, **experiment.settings})
 
 
 def read_cases(folder: str | Path) -> list[Record]:
@@ -131,7 +146,7 @@ def environment() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _only_writer(path: Path) -> Iterator[IO[bytes]]:
+def only_writer(path: Path) -> Iterator[IO[bytes]]:
     """`path` open for reading and appending, locked until this process ends, even if killed."""
     with path.open("a+b") as file:
         try:
@@ -144,7 +159,7 @@ def _only_writer(path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-def _fill(experiment: Experiment, file: IO[bytes], done: int, console: Console) -> None:
+def _fill(experiment: Work, file: IO[bytes], done: int, console: Console) -> None:
     total, chunk = len(experiment.cases), experiment.chunk
     first = done - done % chunk if done < total else total
     columns = (
@@ -177,7 +192,7 @@ def _fill(experiment: Experiment, file: IO[bytes], done: int, console: Console) 
 # Resuming
 
 
-def _claim(path: Path, settings: Mapping[str, Any], fresh: bool) -> None:
+def claim(path: Path, settings: Mapping[str, Any], fresh: bool) -> None:
     """Writes the folder's settings, or checks that they are this run's."""
     if not path.exists():
         if not fresh:

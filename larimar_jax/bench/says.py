@@ -144,8 +144,8 @@ class Says:
         return records
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
-        """{system: {kind: {said, at_once}}} in percent with standard errors: prompts are averaged inside a
-        case, cases afterwards."""
+        """{system: {kind: {said, at_once}}} in percent with standard errors: prompts are averaged inside
+        a case, cases afterwards."""
         return {
             system: {
                 kind: {
