@@ -19,6 +19,12 @@ def get_config() -> ConfigDict:
             runs=dict(
                 # Table 2
                 counterfact=dict(bench="counterfact", data="counterfact", options=dict(limit=1000)),
+                # Table 2 as the authors' code measures it
+                counterfact_released=dict(
+                    bench="counterfact", data="counterfact", options=dict(limit=200, mode="released")
+                ),
+                # What is decoded after an edit
+                says=dict(bench="says", data="counterfact", options=dict(limit=200)),
                 # Tables 12 and 13
                 zsre=dict(bench="zsre", data="zsre", options=dict(limit=1000)),
                 # Table 3 and Fig. 2b
