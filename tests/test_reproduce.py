@@ -56,7 +56,13 @@ def test_the_papers_config_names_benchmarks_and_options_that_there_are():
     told = config.load_dict(runs.find("configs/bench_paper.py"))
     told["data"] = dict(counterfact="a", zsre="b")
     plan = reproduce.parse(told)
-    assert set(plan.runs) <= set(benchmarks()) and plan.model == "smol"
+    assert {one.bench for one in plan.runs.values()} <= set(benchmarks()) and plan.model == "smol"
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_an_option_without_a_value_is_told_by_a_truth_value(skip):
+    one = reproduce.One("counterfact", "facts", dict(skip_bad=skip, limit=2))
+    assert reproduce._arguments(one, "smol", "f.json").skip_bad is skip
 
 
 def test_runs_are_made_once_and_reported(tiny, tmp_path, monkeypatch, capsys):

@@ -21,7 +21,8 @@ REPORT = "report"
 @dataclasses.dataclass(frozen=True)
 class One:
     """A run. bench: its benchmark. data: the name of its data file, "" for a benchmark without one.
-    options: of its command line, without the dashes; a list for several values."""
+    options: of its command line, without the dashes; a list for several values, True for an option
+    without one."""
 
     bench: str
     data: str
@@ -111,5 +112,8 @@ def _arguments(one: One, model: str, data: str) -> argparse.Namespace:
     words = []
     for name, value in told.items():
         values = value if isinstance(value, list | tuple) else [value]
-        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+        if isinstance(value, bool):  # an option without a value
+            values = []
+        if value is not False:
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
     return parser.parse_args(words)
