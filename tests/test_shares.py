@@ -71,6 +71,17 @@ def test_a_share_of_other_settings_is_refused(tmp_path):
     shares.run(experiment(), tmp_path, shares.Share(0, 2), quiet=True)
     with pytest.raises(runner.DifferentSettings, match="data.limit"):
         shares.run(experiment(limit=3), tmp_path, shares.Share(0, 2), quiet=True)
+    with pytest.raises(runner.DifferentSettings, match="share-0-of-2.*\n.*data.limit"):
+        shares.run(experiment(limit=3), tmp_path, shares.Share(1, 2), quiet=True)
+    assert not (tmp_path / runner.CASES).exists()
+
+
+def test_lines_that_no_share_wrote_are_an_error(tmp_path):
+    shares.run(experiment(), tmp_path, shares.Share(0, 2), quiet=True)
+    with (tmp_path / "share-0-of-2" / runner.CASES).open("a") as file:
+        file.write('{"case_id": 99}\n')
+    with pytest.raises(runner.BrokenRun, match="has 8 lines, and there are 7 cases in this share"):
+        shares.run(experiment(), tmp_path, shares.Share(1, 2), quiet=True)
 
 
 @pytest.mark.parametrize("text", ["2/2", "1", "-1/2", "a/b", "0/0"])

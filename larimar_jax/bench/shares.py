@@ -70,7 +70,7 @@ def run(
     """Runs a share to its end, or takes it up; the summary of all where all shares are done, else None.
 
     Raises:
-        DifferentSettings, BrokenRun, FolderBusy: as `runner.run`, of the share's own folder.
+        DifferentSettings, BrokenRun: as `runner.run`, of any share. FolderBusy: of this share's folder.
     """
     folder, console = Path(folder), Console(stderr=True, quiet=quiet)
     runner.complete(_part(experiment, one), folder / one.folder, console)
@@ -83,6 +83,13 @@ def run(
         parts.append(part)
         path = folder / other.folder / runner.CASES
         found = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        if found:  # by another process, which may have been given something else
+            runner.claim(path.parent / runner.SETTINGS, runner.settings_of(part), fresh=False)
+        if len(found) > len(part.cases):
+            raise runner.BrokenRun(
+                f"{path} has {len(found)} lines, and there are {len(part.cases)} cases in this share: "
+                "lines were added. Remove the share's folder and run it again."
+            )
         if len(found) < len(part.cases) or not all(line.endswith(b"\n") for line in found):
             waiting.append(other.folder)
         lines += found
