@@ -40,7 +40,7 @@ def test_every_offence_is_named_at_once():
         reproduce.parse(wrong)
     for words in (
         "models: unknown key",
-        "runs.two.bench: no benchmark 'nothing'; known: batch, counterfact",
+        "runs.two.bench: no benchmark 'nothing'; known: attack, batch, counterfact",
         "runs.three.options: unrecognized arguments: --limits 2",
         "runs.four.options: argument --limit: invalid int value: 'many'",
         "runs.five.file: unknown key",

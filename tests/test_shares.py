@@ -44,7 +44,8 @@ def test_no_case_is_computed_twice_and_a_share_goes_on_where_it_was(tmp_path):
     assert sorted(computed) == sorted([case.case_id for case in cases(11)] + [cases(11)[10].case_id])
 
 
-def test_shares_that_end_together_make_one_result(tmp_path):
+@pytest.mark.parametrize("attempt", range(3))
+def test_shares_that_end_together_make_one_result(tmp_path, attempt):
     whole = runner.run(experiment(23, 1), tmp_path / "whole", quiet=True)
     found = []
     parts = [

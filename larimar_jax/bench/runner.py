@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol, runtime_checkable
@@ -275,7 +276,8 @@ def _records(raw: bytes, path: Path) -> Iterator[tuple[Record, int]]:
 
 def _replace(path: Path, text: str) -> None:
     """Writes a file that is either the old one or the new one, never half of it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # Of a name that nobody else has: shares on several machines may have the same process number.
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -98,14 +98,17 @@ def run(
         return None
     order = {case.case_id: number for number, case in enumerate(experiment.cases)}
     places = [order[case.case_id] for part in parts for case in part.cases]
-    ordered = [line for _, line in sorted(zip(places, lines, strict=True))]
+    whole = b"".join(line for _, line in sorted(zip(places, lines, strict=True)))
     try:
         with runner.only_writer(folder / runner.CASES) as file:
             fresh = os.fstat(file.fileno()).st_size == 0
             runner.claim(folder / runner.SETTINGS, runner.settings_of(experiment), fresh=fresh)
-            # What a kill cut off here is what `run` drops, and it goes on from there.
-            file.truncate(0)
-            file.write(b"".join(ordered))
+            file.seek(0)
+            # Another share may have put them together and be reading them now. What a kill cuts off
+            # here is what `run` drops, and it goes on from there.
+            if file.read() != whole:
+                file.truncate(0)
+                file.write(whole)
         return runner.run(experiment, folder, quiet=quiet)
     except runner.FolderBusy:
         console.print(f"{one.folder} is done; another share puts the result together")
