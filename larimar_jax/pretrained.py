@@ -1,5 +1,6 @@
 """A trained model by name or path, with all that editing needs: `load("smol")`."""
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -94,6 +95,21 @@ class Pretrained:
     @property
     def scope_threshold(self) -> float:
         return self.config.editing.scope_threshold
+
+    def with_memory(self, memory: Streaming, prior: Prior) -> "Pretrained":
+        """The same towers with another memory, which holds as many numbers a text.
+
+        Raises:
+          ValueError: its latents are of another size.
+        """
+        if memory.latent != self.memory.latent:
+            raise ValueError(
+                f"the memory holds {memory.latent} numbers a text and the model makes "
+                f"{self.memory.latent} (encoding, features and spelling): give it that `latent`"
+            )
+        made = copy.copy(self)
+        made.memory, made.prior = memory, prior
+        return made
 
     def encode(
         self, texts: Sequence[str], answers: Sequence[str | None] | None = None

@@ -22,10 +22,12 @@ HEAD_CHUNK = 16
 
 class Scores(NamedTuple):
     """Of c candidates for each of n prompts: `loss` is ℓ in nats per token, `accuracy` the share of a
-    candidate's tokens that are the likeliest where they stand, teacher-forced (a tie counts)."""
+    candidate's tokens that are the likeliest where they stand, teacher-forced (a tie counts); `hits`
+    says it of every token, with False behind a candidate's last."""
 
     loss: Float[np.ndarray, "n c"]
     accuracy: Float[np.ndarray, "n c"]
+    hits: Bool[np.ndarray, "n c A"]
 
 
 def score(
@@ -75,7 +77,7 @@ def judge(
         check_rows(condition, len(prompts))
     scores = np.full((2, len(prompts), width), np.nan, np.float32)
     if not scores.size:
-        return Scores(*scores)
+        return Scores(*scores, np.zeros((len(prompts), width, 0), bool))
     rows = [
         _branch(model, tokenizer, prompt, targets)
         for prompt, targets in zip(prompts, candidates, strict=True)
@@ -85,6 +87,9 @@ def judge(
     places = places if places <= HEAD_CHUNK else -(-places // HEAD_CHUNK) * HEAD_CHUNK
     ways = steps_bucket(max(len(labels) for row in rows for labels in row.labels), 2)
     longest = steps_bucket(max(len(path) for row in rows for path in row.paths), 2)
+    hits = np.zeros((len(rows), width, longest), bool)
+    # Even batches of a bucketed size: few rows are not padded to the largest.
+    batch = min(batch, steps_bucket(-(-len(rows) // -(-len(rows) // batch)), 4))
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].tokens))
     graph, state = nnx.split(model)
     for first in range(0, len(order), batch):
@@ -93,9 +98,10 @@ def judge(
         padded = chosen + [chosen[0]] * (batch - len(chosen))
         packed = _pack([rows[index] for index in padded], places, ways, longest)
         part = None if condition is None else condition.rows(jnp.asarray(padded, jnp.int32))
-        found = np.asarray(_score_rows(graph, state, *map(jnp.asarray, packed), part))
-        scores[:, chosen] = found[:, : len(chosen)]
-    return Scores(*scores)
+        means, likeliest = _score_rows(graph, state, *map(jnp.asarray, packed), part)
+        scores[:, chosen] = np.asarray(means)[:, : len(chosen)]
+        hits[chosen] = np.asarray(likeliest)[: len(chosen)]
+    return Scores(*scores, hits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,9 +206,9 @@ def _score_rows(
     paths: Int[Array, "B c A"],
     mask: Bool[Array, "B c A"],
     condition: Condition | None,
-) -> Float[Array, "2 B c"]:
+) -> tuple[Float[Array, "2 B c"], Bool[Array, "B c A"]]:
     """−ln p of R labels after each of N places and whether they are the likeliest there; then the mean
-    of both along each candidate's path."""
+    of both along each candidate's path, and the second token by token."""
     model = nnx.merge(graph, state)
     hidden, _ = model.hidden(tokens, condition, tree=Tree(index, seen))
     spelled = None if condition is None else condition.spelled
@@ -226,4 +232,5 @@ def _score_rows(
     found = jax.lax.map(entropies, jax.tree.map(split, (at, depth, labels)))
     found = jnp.moveaxis(found, 0, 2).reshape(2, at.shape[0], 1, -1)
     along = jnp.take_along_axis(found, paths[None], axis=3)
-    return jnp.where(mask, along, 0.0).sum(axis=-1) / mask.sum(axis=-1).astype(jnp.float32)
+    means = jnp.where(mask, along, 0.0).sum(axis=-1) / mask.sum(axis=-1).astype(jnp.float32)
+    return means, mask & (along[1] > 0)

@@ -36,7 +36,7 @@ class KnownEditor:
     def written(self, prompt, answer):
         return f"{prompt} {answer}."
 
-    def recall(self, facts, queries):
+    def recall(self, facts, queries, wordings=()):
         scores = np.asarray([fraction("scope", q) for row in queries for q in row], np.float32)
         flat = [fact for fact, row in zip(facts, queries, strict=True) for _ in row]
         return editor.Recall(
@@ -64,6 +64,16 @@ class KnownEditor:
             rows = zip(found, condition, targets, strict=True)
             found = [1.0 if answer == target else share for share, (_, answer), target in rows]
         return np.asarray(found, np.float32)
+
+    def pieces(self, target):
+        words = target.split()
+        return [" ".join(words[:end]) for end in range(1, len(words) + 1)]
+
+    def hits(self, prompts, targets, places, condition):
+        rows = zip(prompts, targets, places, condition or [("", "")] * len(prompts), strict=True)
+        return np.asarray(
+            [answer == t or fraction(p, t, k) > 0.5 for p, t, k, (_, answer) in rows], np.float32
+        )
 
     def generate(self, prompts, condition, tokens):
         answers = [("", "")] * len(prompts) if condition is None else condition
@@ -119,7 +129,7 @@ def test_records_hold_all_that_the_summary_says(finished):
     assert json.loads((folder / runner.SUMMARY).read_text()) == summary
     again = json.loads(json.dumps(counterfact.summarise(records)))
     assert summary["results"] == again
-    assert set(again) == {*systems.SYSTEMS, "in_scope"}
+    assert set(again) == {*systems.SYSTEMS, "in_scope", "wordings"}
     assert summary["environment"]["versions"]["jax"]
     assert summary["settings"]["mode"] == "rome" and summary["cases"] == 11
 

@@ -6,10 +6,11 @@ import json
 import numpy as np
 import pytest
 from rich.console import Console
-from test_bench import KnownEditor, cases
+from test_bench import KnownEditor, cases, fraction
 
 from larimar_jax import bench
 from larimar_jax.bench import metrics, runner, systems, zsre
+from larimar_jax.bench.editor import LarimarEditor
 
 
 @pytest.fixture
@@ -96,3 +97,51 @@ def test_a_value_that_is_no_number_is_refused_and_the_command_reads_its_options(
     bench.benchmark("zsre").arguments(parser)
     said = parser.parse_args(["--data", "x", "--target", "answer"])
     assert (said.target, said.limit, said.model) == ("answer", None, "smol")
+
+
+def test_released_asks_for_every_token_apart():
+    """Against a plain loop over prompts and tokens."""
+    known, some = KnownEditor(), cases(7)
+    made = zsre.ZsRE(known, some, data={}, chunk=3, mode="released")
+    assert made.settings["mode"] == "released"
+    shares = set()
+    for case, record in zip(some, made.run(some), strict=True):
+        fact = (case.prompt, case.target_new)
+        for kind in zsre.KINDS:
+            rows = zip(record["prompts"][kind], record["targets"][kind], strict=True)
+            for row, (prompt, target) in enumerate(rows):
+                wanted, inside = {name: [] for name in systems.SYSTEMS}, []
+                words = target.split()
+                for place in range(len(words)):
+                    seen = f"{prompt} {' '.join(words[: place + 1])}"
+                    inside.append(fraction("scope", seen) > 0.4)
+
+                    def hit(text, condition=None, target=target, place=place):
+                        return float(known.hits([text], [target], [place], condition)[0])
+
+                    base, zero, read = hit(prompt), hit(prompt, known.zero(1)), hit(prompt, [fact])
+                    fact_in_front = hit(f"{known.written(*fact).rstrip('.')}. {prompt}")
+                    wanted["base"].append(base)
+                    wanted["zero"].append(zero)
+                    wanted["prompt"].append(fact_in_front)
+                    wanted["lookup"].append(fact_in_front if inside[-1] else base)
+                    wanted["larimar"].append(read if inside[-1] else zero)
+                    wanted["open"].append(read)
+                shares.add(float(np.mean(inside)))
+                assert record["in_scope"][kind][row] == pytest.approx(np.mean(inside))
+                for name, hits in wanted.items():
+                    assert record["accuracy"][name][kind][row] == pytest.approx(np.mean(hits))
+    assert {0.0, 0.5, 1.0} <= shares
+
+
+def test_hits_of_the_tiny_model_are_those_of_every_beginning_alone(tiny):
+    made = LarimarEditor(tiny)
+    prompts, target = ["City 4 of", "The land of"], "Rome and Oslo"
+    pieces = made.pieces(target)
+    assert pieces[-1] == target and len(pieces) > 2
+    condition = made.recall([("City 4 of", "Rome"), ("Land", "Oslo")], [[p] for p in prompts])
+    condition = condition.condition(np.arange(2))
+    hits = np.array(
+        [made.hits(prompts, [target] * 2, [place] * 2, condition) for place in range(len(pieces))]
+    )
+    np.testing.assert_allclose(hits.mean(axis=0), made.accuracy(prompts, [target] * 2, condition))

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from larimar_jax import scope
 from larimar_jax.memory.contract import Memory, Prior
@@ -42,8 +42,14 @@ class Editor(Protocol):
     def written(self, prompt: str, answer: str) -> str:
         """The text that a written fact consists of."""
 
-    def recall(self, facts: Sequence[tuple[str, str]], queries: Sequence[Sequence[str]]) -> Recall:
-        """Writes (prompt, answer) n into empty memory n and reads queries n from it."""
+    def recall(
+        self,
+        facts: Sequence[tuple[str, str]],
+        queries: Sequence[Sequence[str]],
+        wordings: Sequence[Sequence[str]] = (),
+    ) -> Recall:
+        """Writes (prompt, answer) n into empty memory n, and wordings n with the same answer; reads
+        queries n from it."""
 
     def zero(self, rows: int) -> Any:
         """The condition z = 0 for so many rows."""
@@ -58,6 +64,13 @@ class Editor(Protocol):
     ) -> np.ndarray:
         """The share of each target's tokens that are the likeliest, teacher-forced, float32 [n]."""
 
+    def pieces(self, target: str) -> list[str]:
+        """The beginnings of a target, each by one more of the decoder's tokens, to the whole of it."""
+
+    def hits(
+        self, prompts: Sequence[str], targets: Sequence[str], places: Sequence[int], condition: Any
+    ) -> np.ndarray:
+        """Whether the token at a place of each target is the likeliest, teacher-forced, float32 [n]."""
 
     def generate(self, prompts: Sequence[str], condition: Any, tokens: int) -> list[str]:
         """The greedy continuations of n prompts by so many tokens at the most."""
@@ -72,10 +85,12 @@ class LarimarEditor:
 
     Args:
         model: what is edited: by its shipped name, by its path, or loaded.
+        rng: where it is given, W is drawn around its mean with the model's σ_W (Algorithm 1).
     """
 
-    def __init__(self, model: Pretrained | str):
+    def __init__(self, model: Pretrained | str, rng: PRNGKeyArray | None = None):
         self.model = model if isinstance(model, Pretrained) else load(model)
+        self._rng = rng
         self.settings = {
             "model": self.model.source,
             "fingerprint": self.model.fingerprint,
@@ -86,23 +101,34 @@ class LarimarEditor:
         """Prompt and answer with one space between them."""
         return f"{prompt.strip()} {answer.strip()}"
 
-    def recall(self, facts: Sequence[tuple[str, str]], queries: Sequence[Sequence[str]]) -> Recall:
+    def recall(
+        self,
+        facts: Sequence[tuple[str, str]],
+        queries: Sequence[Sequence[str]],
+        wordings: Sequence[Sequence[str]] = (),
+    ) -> Recall:
         """The key of a fact is its prompt's encoding, its value that of the written text (§4)."""
-        texts = [self.written(prompt, answer) for prompt, answer in facts]
-        prompts = [prompt for prompt, _ in facts]
+        more = wordings or [()] * len(facts)
+        told = [
+            (number, slot, prompt, answer)
+            for number, ((first, answer), others) in enumerate(zip(facts, more, strict=True))
+            for slot, prompt in enumerate([first, *others])
+        ]
+        owner, line, prompts, answers = zip(*told, strict=True) if told else ((), (), (), ())
+        owner, line = np.asarray(owner, np.int32), np.asarray(line, np.int32)
+        texts = [self.written(prompt, answer) for _, _, prompt, answer in told]
         flat = [query for row in queries for query in row]
         sentences, owners = scope.parts(flat)
         unique = list(dict.fromkeys([*prompts, *sentences]))
         place = {text: number for number, text in enumerate(unique)}
-        answers = [None] * len(unique) + [answer for _, answer in facts]
-        encodings = self.model.encode([*unique, *texts], answers)
+        encodings = self.model.encode([*unique, *texts], [None] * len(unique) + [*answers])
 
         def rows(chosen):
             return [place[text] for text in chosen]
 
         where = [(fact, slot) for fact, row in enumerate(queries) for slot in range(len(row))]
         fact, slot = np.asarray(where, np.int32).reshape(-1, 2).T
-        own = fact[:, None] == np.arange(len(facts))
+        own = fact[:, None] == owner
         found = scope.match(
             encodings.embedding[rows(sentences)], owners, encodings.embedding[rows(prompts)], own
         )
@@ -112,11 +138,14 @@ class LarimarEditor:
         count = bucket(len(facts), _FACTS)
         width = bucket(max((len(row) for row in queries), default=0), _QUERIES)
         # A fact of zeros is padding: it changes nothing (memory/contract.py).
-        keys, values = np.zeros((2, count, latents.shape[1]), np.float32)
-        keys[: len(facts)], values[: len(facts)] = latents[rows(prompts)], latents[len(unique) :]
+        deep = 1 + max(map(len, more), default=0)
+        keys, values = np.zeros((2, count, deep, latents.shape[1]), np.float32)
+        keys[owner, line], values[owner, line] = latents[rows(prompts)], latents[len(unique) :]
         asked = np.zeros((count, width, latents.shape[1]), np.float32)
         asked[fact, slot] = latents[rows(best)]
-        read = np.asarray(_recall(self.model.dual, self.model.prior, keys, values, asked))[fact, slot]
+        rng = None if self._rng is None else jax.random.split(self._rng, count)
+        read = np.asarray(_recall(self.model.dual, self.model.prior, keys, values, asked, rng))
+        read = read[fact, slot]
         return Recall(
             scope_score=found.score,
             in_scope=found.within(self.model.scope_threshold),
@@ -142,6 +171,23 @@ class LarimarEditor:
         """`scoring.judge` of this model."""
         return self.model.judge(prompts, [[t] for t in targets], condition).accuracy[:, 0]
 
+    def pieces(self, target: str) -> list[str]:
+        """As the decoder's tokenizer splits it."""
+        ids = self.model.decoder_tokenizer.following(target.strip())
+        cut = range(1, len(ids) + 1)
+        return [self.model.decoder_tokenizer.decode(ids[:end]).strip() for end in cut]
+
+    def hits(
+        self,
+        prompts: Sequence[str],
+        targets: Sequence[str],
+        places: Sequence[int],
+        condition: Condition | None,
+    ) -> np.ndarray:
+        """`scoring.judge` of this model, a token of each target."""
+        found = self.model.judge(prompts, [[t] for t in targets], condition).hits[:, 0]
+        return found[np.arange(len(places)), np.asarray(places, np.int64)].astype(np.float32)
+
     def generate(
         self, prompts: Sequence[str], condition: Condition | None, tokens: int
     ) -> list[str]:
@@ -153,14 +199,15 @@ class LarimarEditor:
 def _recall(
     memory: Memory,
     prior: Prior,
-    keys: Float[Array, "N C"],
-    values: Float[Array, "N C"],
+    keys: Float[Array, "N W C"],
+    values: Float[Array, "N W C"],
     queries: Float[Array, "N Q C"],
+    rng: Key[Array, "N"] | None,
 ) -> Float[Array, "N Q C"]:
-    """The readouts of N memories of one fact each."""
+    """The readouts of N memories of one fact each, in W wordings; each draws with a key of its own."""
 
-    def one(key, value, asked):
-        state = memory.write(prior, memory.empty(prior), key[None], value[None])
-        return memory.read(prior, state, asked).latent
+    def one(key, value, asked, rng):
+        state = memory.write(prior, memory.empty(prior), key, value)
+        return memory.read(prior, state, asked, rng).latent
 
-    return jax.vmap(one)(keys, values, queries)
+    return jax.vmap(one)(keys, values, queries, rng)

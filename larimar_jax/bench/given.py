@@ -3,11 +3,12 @@
 import argparse
 import hashlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from larimar_jax.data.records import EditRecord
+from larimar_jax.data.wordings import Wordings
 
 
 def options(parser: argparse.ArgumentParser, what: str) -> None:
@@ -46,6 +47,20 @@ def read(
         found["skipped"] = skipped
         print(f"{len(skipped)} malformed records are left out:", *skipped, sep="\n  ", file=sys.stderr)
     return records, found
+
+
+def wordings(
+    args: argparse.Namespace,
+    load: Callable[..., list[EditRecord]],
+    records: Sequence[EditRecord],
+    count: int,
+) -> list[tuple[str, ...]]:
+    """Of each record at most `count` other wordings of its prompt, none of them one that it asks, from
+    all records of the file."""
+    if count < 0:
+        raise ValueError(f"--rephrasings must be at least 0, not {count}: it is a number of wordings.")
+    found = Wordings(load(args.data, None, skipped=[] if args.skip_bad else None))
+    return [found.unseen(record)[:count] for record in records]
 
 
 def notes(settings: Mapping[str, Any]) -> list[str]:

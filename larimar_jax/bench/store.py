@@ -62,13 +62,21 @@ class Store:
     """A memory with its facts: keys are prompts, values prompts with answers (§4). They are written at
     once, where no `state` is given that holds them.
 
+    Args:
+        model: whose memory it is, where that is not the model that encoded the texts.
     Attributes:
         facts: (prompt, answer) of what is in it. texts: as written. keys, values: their encodings.
         state: of the streaming memory.
     """
 
-    def __init__(self, encoded: Encoded, facts: Sequence[tuple[str, str]], state: Any = None):
-        self._encoded, self.model = encoded, encoded.model
+    def __init__(
+        self,
+        encoded: Encoded,
+        facts: Sequence[tuple[str, str]],
+        state: Any = None,
+        model: Pretrained | None = None,
+    ):
+        self._encoded, self.model = encoded, encoded.model if model is None else model
         self._hold(facts)
         self.state = state
         if state is None:
@@ -110,6 +118,16 @@ class Store:
     def recall(self, queries: Sequence[str]) -> tuple[Recall, list[int]]:
         """What it answers to each query, and the number of the fact that is nearest to it; −1 where the
         store is empty."""
+        latent, found = self.read(queries)
+        recall = Recall(
+            scope_score=found.score,
+            in_scope=found.within(self.model.scope_threshold),
+            condition=lambda chosen: self.model.condition(latent[chosen]),
+        )
+        return recall, [int(key) for key in found.key]
+
+    def read(self, queries: Sequence[str]) -> tuple[Float[np.ndarray, "Q C"], scope.Match]:
+        """The readouts of queries, each by its sentence that is nearest to a fact."""
         sentences, owners = scope.parts(queries)
         encodings = self._encoded(sentences)
         found = scope.match(encodings.embedding, owners, self._embedding)
@@ -117,13 +135,7 @@ class Store:
         rows = bucket(len(asked), _QUERIES)
         padded = np.pad(asked, ((0, rows - len(asked)), (0, 0)))
         read = _read(self.model.memory, self.model.prior, self.state, padded)
-        latent = np.asarray(read)[: len(asked)]
-        recall = Recall(
-            scope_score=found.score,
-            in_scope=found.within(self.model.scope_threshold),
-            condition=lambda chosen: self.model.condition(latent[chosen]),
-        )
-        return recall, [int(key) for key in found.key]
+        return np.asarray(read)[: len(asked)], found
 
 
 @jax.jit

@@ -73,15 +73,26 @@ def mode_option(parser: argparse.ArgumentParser) -> None:
         choices=MODES,
         default="rome",
         help="rome: the scope decision sees the prompt only, and what is out of scope is decoded by the "
-        "untouched LM; released: as the authors' code does it, with the prompt and each candidate, a "
-        "paraphrase cut to its last sentence, and z = 0 out of scope (%(default)s)",
+        "untouched LM; released: as the authors' code does it, with the prompt and each candidate, and "
+        "z = 0 out of scope (%(default)s)",
     )
+
+
+class Seen(NamedTuple):
+    """What of a chunk's queries is seen by whom, where that is not the query itself.
+
+    asked: of each case and query, what the memory is asked. scoped: of each query, all in one row, the
+    c texts that the scope detector sees, each of which is decided apart.
+    """
+
+    asked: Sequence[Sequence[str]]
+    scoped: Sequence[Sequence[str]]
 
 
 class Measured(NamedTuple):
     """Of a chunk of cases, all their queries in one row, R of them. written: the text of each fact.
-    scope_score, in_scope: [R] in mode rome, [R, c] of each candidate in mode released. values: [R, …] of
-    every system."""
+    scope_score, in_scope: [R], or [R, c] of what the scope detector saw. values: [R, …] of every
+    system."""
 
     written: list[str]
     scope_score: np.ndarray
@@ -95,13 +106,18 @@ def measured(
     queries: Sequence[Sequence[str]],
     targets: Sequence[Any],
     measure: Measure,
+    *,
     mode: Mode = "rome",
+    seen: Seen | None = None,
+    wordings: Sequence[Sequence[str]] = (),
 ) -> Measured:
     """Writes each case's fact into a memory of its own, and measures its queries under every system.
 
     Args:
-        facts: (prompt, answer) of each case. queries: of each case. targets: one a query, in one row;
-            in mode released each of them is a sequence of c candidates.
+        facts: (prompt, answer) of each case. queries: of each case. targets: one a query, in one row.
+        mode: what is decoded out of scope: by the base LM (rome), or with z = 0 (released).
+        seen: see there; values of c candidates are [R, c], and each follows its own decision.
+        wordings: of each case, in which its fact is written too. The controls are given its prompt's.
     """
     written = [editor.written(*fact) for fact in facts]
     prompts = [prompt for row in queries for prompt in row]
@@ -110,7 +126,7 @@ def measured(
         for fact, row in zip(written, queries, strict=True)
         for prompt in row
     ]
-    read, score, inside = _recall(editor, facts, queries, targets, mode)
+    read, score, inside = _recall(editor, facts, queries, seen, wordings)
     base, zero = measure(prompts, targets, None), measure(prompts, targets, editor.zero(len(prompts)))
     with_fact = measure(supported, targets, None)
     through = measure(prompts, targets, read)
@@ -132,32 +148,29 @@ def _recall(
     editor: Editor,
     facts: Sequence[tuple[str, str]],
     queries: Sequence[Sequence[str]],
-    targets: Sequence[Any],
-    mode: Mode,
+    seen: Seen | None,
+    wordings: Sequence[Sequence[str]],
 ) -> tuple[Any, np.ndarray, np.ndarray]:
     """The condition of every query, its likeness to its fact, and whether that is in scope."""
-    if mode == "rome":
-        found = editor.recall(facts, queries)
+    if seen is None:
+        found = editor.recall(facts, queries, wordings)
         everyone = np.arange(len(found.in_scope))
         return found.condition(everyone), found.scope_score, found.in_scope
-    # Behind the prompts of a case, which the memory is asked, each prompt with each candidate, which
-    # the scope detector is.
-    asked, prompt_rows, candidate_rows, start, query = [], [], [], 0, 0
-    for row in queries:
-        pairs = [
-            [f"{prompt} {candidate}" for candidate in targets[query + number]]
-            for number, prompt in enumerate(row)
-        ]
-        asked.append([*row, *(text for pair in pairs for text in pair)])
-        prompt_rows += range(start, start + len(row))
-        place = start + len(row)
-        for pair in pairs:
-            candidate_rows.append(range(place, place + len(pair)))
-            place += len(pair)
-        start, query = place, query + len(row)
-    found = editor.recall(facts, asked)
-    rows = np.asarray([list(row) for row in candidate_rows], np.int64)
-    condition = found.condition(np.asarray(prompt_rows))
+    # Behind what the memory of a case is asked, what the scope detector sees of it.
+    texts, asked_rows, scoped_rows, query = [], [], [], 0
+    for row in seen.asked:
+        mine = seen.scoped[query : query + len(row)]
+        place = sum(map(len, texts))
+        asked_rows += range(place, place + len(row))
+        place += len(row)
+        for candidates in mine:
+            scoped_rows.append(list(range(place, place + len(candidates))))
+            place += len(candidates)
+        texts.append([*row, *(text for candidates in mine for text in candidates)])
+        query += len(row)
+    found = editor.recall(facts, texts, wordings)
+    rows = np.asarray(scoped_rows, np.int64)
+    condition = found.condition(np.asarray(asked_rows))
     return condition, found.scope_score[rows], found.in_scope[rows]
 
 

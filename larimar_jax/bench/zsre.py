@@ -1,8 +1,11 @@
 """ZsRE, one edit at a time: accuracy of rewrite, paraphrase and neighbourhood (Tables 12–13).
 
-The share of the answer's tokens that are the likeliest where they stand, teacher-forced, protocol
-`rome`: the scope decision and the memory query see the prompt only. Neighbours are asked for their own
-right answers. Each case is written into an empty memory of its own; its controls are in `systems.py`.
+The share of the answer's tokens that are the likeliest where they stand, teacher-forced. Mode `rome`:
+the scope decision and the memory query see the prompt only. Mode `released`, that of the authors' code:
+every token is a question of its own, for which the memory is asked the prompt with the right tokens so
+far, and the scope detector sees the candidate token behind them; out of scope is z = 0. Neighbours are
+asked for their own right answers. Each case is written into an empty memory of its own; its controls
+are in `systems.py`.
 """
 
 import argparse
@@ -31,6 +34,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "(default: the first for MEND's file, the second for KnowEdit's)",
     )
     parser.add_argument("--limit", type=int, help="only the first N records (default: all)")
+    systems.mode_option(parser)
     systems.model_options(parser)
     parser.add_argument(
         "--chunk", type=int, default=25, help="cases computed together (%(default)s)"
@@ -44,13 +48,14 @@ def experiment(args: argparse.Namespace) -> "ZsRE":
 
     cases, data = given.read(args, zsre.load, args.limit, target=args.target)
     data |= {"limit": args.limit, "target": args.target}
-    return ZsRE(editor.LarimarEditor(systems.model(args)), cases, data=data, chunk=args.chunk)
+    edited = editor.LarimarEditor(systems.model(args))
+    return ZsRE(edited, cases, data=data, chunk=args.chunk, mode=args.mode)
 
 
 def tables(summary: Mapping[str, Any]) -> list[Table | str]:
     """A row a system."""
     results = summary["results"]
-    title = f"ZsRE, {summary['cases']} cases, mode rome"
+    title = f"ZsRE, {summary['cases']} cases, mode {summary['settings']['mode']}"
     caption = "accuracy ± standard error, percent"
     table = Table("system", *KINDS, title=title, caption=caption)
     for system, label in {**systems.SYSTEMS, "in_scope": "prompts in scope"}.items():
@@ -110,11 +115,12 @@ class ZsRE:
         *,
         data: Mapping[str, Any],
         chunk: int = 25,
+        mode: systems.Mode = "rome",
     ):
-        self.editor, self.cases, self.chunk = editor, cases, chunk
+        self.editor, self.cases, self.chunk, self.mode = editor, cases, chunk, mode
         # Nothing is drawn at random: σ_W = 0 and ξ = 0 at inference (§4).
         self.settings: Mapping[str, Any] = {
-            "mode": "rome",
+            "mode": mode,
             "data": dict(data),
             "model": dict(editor.settings),
             "chunk": chunk,
@@ -124,13 +130,8 @@ class ZsRE:
     def run(self, cases: Sequence[EditRecord]) -> list[Record]:
         """Measures a chunk of cases; every system sees the same rows in one batch."""
         queries = [_queries(case) for case in cases]
-        found = systems.measured(
-            self.editor,
-            [(case.prompt, case.target_new) for case in cases],
-            [[prompt for _, prompt, _ in row] for row in queries],
-            [target for row in queries for _, _, target in row],
-            self.editor.accuracy,
-        )
+        facts = [(case.prompt, case.target_new) for case in cases]
+        found = (self._by_prompt if self.mode == "rome" else self._by_token)(facts, queries)
         records, start = [], 0
         for written, case, row in zip(found.written, cases, queries, strict=True):
             kinds = [kind for kind, _, _ in row]
@@ -157,6 +158,55 @@ class ZsRE:
             )
         return records
 
+    def _by_prompt(self, facts, queries: Sequence[Sequence["_Query"]]) -> systems.Measured:
+        return systems.measured(
+            self.editor,
+            facts,
+            [[prompt for _, prompt, _ in row] for row in queries],
+            [target for row in queries for _, _, target in row],
+            self.editor.accuracy,
+        )
+
+    def _by_token(self, facts, queries: Sequence[Sequence["_Query"]]) -> systems.Measured:
+        """Each token apart; then the mean of a query's tokens, and the share of them in scope."""
+        prompts, asked, scoped, targets, tokens = [], [], [], [], []
+        for row in queries:
+            prompts.append([])
+            asked.append([])
+            for _, prompt, target in row:
+                pieces = self.editor.pieces(target)
+                tokens.append(len(pieces))
+                for place, (before, piece) in enumerate(zip(["", *pieces], pieces, strict=False)):
+                    prompts[-1].append(prompt)
+                    asked[-1].append(f"{prompt} {before}".strip())
+                    scoped.append([f"{prompt} {piece}"])
+                    targets.append((target, place))
+
+        def hits(prompts, targets, condition):
+            texts, places = [text for text, _ in targets], [place for _, place in targets]
+            return self.editor.hits(prompts, texts, places, condition)[:, None]
+
+        found = systems.measured(
+            self.editor,
+            facts,
+            prompts,
+            targets,
+            hits,
+            mode="released",
+            seen=systems.Seen(asked, scoped),
+        )
+        begins = np.cumsum([0, *tokens[:-1]])
+
+        def mean(values):
+            return np.add.reduceat(np.asarray(values[:, 0], np.float64), begins) / tokens
+
+        return systems.Measured(
+            found.written,
+            mean(found.scope_score),
+            mean(found.in_scope),
+            {system: mean(values) for system, values in found.values.items()},
+        )
+
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
         """{system: {kind: accuracy}} in percent with standard errors: prompts are averaged inside a
         case, cases afterwards; and the share of prompts in scope."""
@@ -179,7 +229,10 @@ class ZsRE:
         return results
 
 
-def _queries(case: EditRecord) -> list[tuple[str, str, str]]:
+_Query = tuple[str, str, str]
+
+
+def _queries(case: EditRecord) -> list[_Query]:
     """(kind, prompt, the answer it is asked for) of every prompt of a case, in the order of KINDS."""
     neighbours = zip(case.neighbourhood, case.neighbourhood_targets, strict=True)
     return [

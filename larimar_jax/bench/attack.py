@@ -1,0 +1,253 @@
+"""Rephrase attack: is an answer that was edited away still drawn from the model (Table 5)?
+
+Facts of CounterFact that the base LM knows: greedy decoding of the prompt gives the whole of the right
+answer. Each is edited to "unknown", alone in a memory and with all others in one. The attack samples
+after other wordings of the prompt (the record's own paraphrases, then those that the file has for other
+subjects), and succeeds where the right answer is anywhere in any sample. Controls: the base LM, the edit
+as text in the prompt, and a lookup that puts the nearest edit there.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from rich.table import Table
+
+from larimar_jax.bench import given, metrics, systems
+from larimar_jax.bench.editor import LarimarEditor, Recall
+from larimar_jax.bench.forget import UNKNOWN
+from larimar_jax.bench.runner import Record
+from larimar_jax.bench.store import Store, encoded, written
+from larimar_jax.data.records import EditRecord
+from larimar_jax.data.wordings import Wordings
+from larimar_jax.pretrained import Pretrained
+
+SYSTEMS = {
+    "base": "base LM",
+    "prompt": "fact in the prompt",
+    "lookup": "nearest neighbour",
+    "open": "Larimar without scope",
+    "larimar": "Larimar with scope",
+    "batch": "Larimar with scope, all edits at once",
+}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares `larimar bench attack`."""
+    given.options(parser, "CounterFact's JSON file, either schema")
+    sizes = {
+        "facts": (50, "that the base LM knows"),
+        "wordings": (4, "attacked with, of each"),
+        "samples": (5, "after each wording"),
+        "tokens": (10, "of a sample"),
+    }
+    for name, (size, what) in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=size, help=f"{what} (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the samples (%(default)s)")
+    systems.model_options(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (%(default)s)")
+    parser.add_argument("--chunk", type=int, default=5, help="cases computed together (%(default)s)")
+
+
+def experiment(args: argparse.Namespace) -> "Attack":
+    """The experiment of a parsed command line; reads the data, loads the model, and looks for facts that
+    it knows."""
+    from larimar_jax.data import counterfact
+
+    records, data = given.read(args, counterfact.load, None)
+    model, other = systems.model(args), Wordings(records)
+    able = [(r, (*r.paraphrases, *other.unseen(r))[: args.wordings]) for r in records]
+    able = [(record, texts) for record, texts in able if len(texts) == args.wordings]
+    cases = known(model, able, args.facts)
+    options = dict(samples=args.samples, tokens=args.tokens, temperature=args.temperature)
+    return Attack(model, cases, data=data, chunk=args.chunk, seed=args.seed, **options)
+
+
+# A fact and the wordings that it is attacked with.
+Attacked = tuple[EditRecord, tuple[str, ...]]
+
+
+def known(model: Pretrained, records: Sequence[Attacked], count: int) -> list[Attacked]:
+    """The first `count` records whose right answer the base LM gives, greedily and whole.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    found: list[Attacked] = []
+    for start in range(0, len(records), _SEARCHED):
+        some = records[start : start + _SEARCHED]
+        judged = model.judge([r.prompt for r, _ in some], [[r.target_true] for r, _ in some])
+        found += [one for one, share in zip(some, judged.accuracy[:, 0], strict=True) if share == 1.0]
+        if len(found) >= count:
+            return found[:count]
+    raise ValueError(
+        f"of {len(records)} records the base LM knows {len(found)}, and {count} are to be attacked: "
+        "give a larger file, fewer --facts, or fewer --wordings"
+    )
+
+
+# Records that are asked together.
+_SEARCHED = 256
+
+
+def tables(summary: Mapping[str, Any]) -> list[Table | str]:
+    """A row a system."""
+    settings = summary["settings"]
+    budget = f"{settings['wordings']} wordings x {settings['samples']} samples"
+    title = f"rephrase attack, {summary['cases']} facts, {budget}"
+    table = Table("system", "succeeds", "samples with it", title=title)
+    for name, label in SYSTEMS.items():
+        found = summary["results"][name]
+        table.add_row(label, *(systems.percent(found[key]) for key in ("attack", "sample")))
+    return [table, "percent ± standard error; lower is better"]
+
+
+PAPER = "Table 5, success: ROME 29.0, MEMIT 49.3, Larimar 17.6 (one fact written), 21.5 (batch)."
+
+
+def values(record: Record) -> dict[str, float]:
+    """Whether the attack on a case succeeds, by system."""
+    return {label: float(max(record["leaked"][name])) for name, label in SYSTEMS.items()}
+
+
+def texts(record: Record) -> list[str]:
+    """The fact, and through the memory a sample that has it, else the first one, for each wording."""
+    lines = [f"{record['prompt']} → {record['target_true']}, edited to “{UNKNOWN}”"]
+    per = len(record["leaked"]["larimar"]) // len(record["wordings"])
+    for number, wording in enumerate(record["wordings"]):
+        leaked = record["leaked"]["larimar"][number * per : (number + 1) * per]
+        lines.append(f"{wording} →{record['text']['larimar'][number * per + int(np.argmax(leaked))]}")
+    return lines
+
+
+def draw(axes: Any, summary: Mapping[str, Any]) -> None:
+    """Success of the attack, a bar a system."""
+    found = [summary["results"][name]["attack"] for name in SYSTEMS]
+    heights = [row["mean"] for row in found]
+    axes.barh(range(len(found)), heights, xerr=[row["standard_error"] or 0.0 for row in found])
+    axes.set_yticks(range(len(found)), list(SYSTEMS.values()))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 101)
+    axes.set_xlabel("attacks that succeed (percent, ± standard error; lower is better)")
+
+
+class Attack:
+    """See the head of this file; an experiment as in `runner.Experiment`.
+
+    Args:
+        cases: facts that the base LM knows, each with as many wordings to attack it with.
+    """
+
+    name = "attack"
+    tables = staticmethod(tables)
+
+    def __init__(
+        self,
+        model: Pretrained,
+        cases: Sequence[Attacked],
+        *,
+        samples: int,
+        tokens: int,
+        temperature: float,
+        data: Mapping[str, Any],
+        chunk: int = 5,
+        seed: int = 0,
+    ):
+        if min(samples, tokens) < 1:
+            raise ValueError(f"{samples} samples of {tokens} tokens: an attack needs one of each")
+        self.model, self.chunk = model, chunk
+        self._wordings = {record.case_id: wordings for record, wordings in cases}
+        self.cases = [record for record, _ in cases]
+        self._samples, self._tokens, self._temperature = samples, tokens, temperature
+        self._seed, self._store = seed, None
+        self.settings: Mapping[str, Any] = {
+            "data": dict(data),
+            "model": systems.named(model),
+            "wordings": len(cases[0][1]) if cases else 0,
+            "samples": samples,
+            "tokens": tokens,
+            "temperature": temperature,
+            "chunk": chunk,
+            "seed": seed,
+        }
+
+    def run(self, cases: Sequence[EditRecord]) -> list[Record]:
+        """Samples of a chunk of cases; under every system row n draws with the same random key."""
+        facts = [(case.prompt, UNKNOWN) for case in cases]
+        queries = [self._wordings[case.case_id] for case in cases]
+        prompts = [text for row in queries for text in row]
+        alone, store = LarimarEditor(self.model).recall(facts, queries), self._all()
+        together, nearest = store.recall(prompts)
+        edits = [written(*fact) for fact, row in zip(facts, queries, strict=True) for _ in row]
+        found = [store.texts[fact] for fact in nearest]
+        rng = jax.random.fold_in(jax.random.key(self._seed), self.cases.index(cases[0]))
+        times = np.repeat(np.arange(len(prompts)), self._samples)
+
+        def drawn(texts, recall: Recall | None = None):
+            condition = None if recall is None else recall.condition(times)
+            return np.asarray(
+                self.model.generate(
+                    [texts[row] for row in times],
+                    condition,
+                    max_tokens=self._tokens,
+                    temperature=self._temperature,
+                    rng=rng,
+                    stop=(),
+                ),
+                object,
+            )
+
+        def in_front(facts):
+            return [f"{fact}. {prompt}" for fact, prompt in zip(facts, prompts, strict=True)]
+
+        base, through = drawn(prompts), drawn(prompts, alone)
+        said = {
+            "base": base,
+            "prompt": drawn(in_front(edits)),
+            "lookup": np.where(together.in_scope[times], drawn(in_front(found)), base),
+            "open": through,
+            "larimar": np.where(alone.in_scope[times], through, base),
+            "batch": np.where(together.in_scope[times], drawn(prompts, together), base),
+        }
+        records, start = [], 0
+        for case in cases:
+            rows = slice(start, start + len(self._wordings[case.case_id]) * self._samples)
+            start = rows.stop
+            answer = " ".join(case.target_true.split())
+            records.append(
+                {
+                    "case_id": case.case_id,
+                    "prompt": case.prompt,
+                    "target_true": case.target_true,
+                    "wordings": list(self._wordings[case.case_id]),
+                    "text": {name: found[rows].tolist() for name, found in said.items()},
+                    "leaked": {
+                        name: [answer in " ".join(text.split()) for text in found[rows]]
+                        for name, found in said.items()
+                    },
+                }
+            )
+        return records
+
+    def _all(self) -> Store:
+        """The memory of all edits."""
+        if self._store is None:
+            facts = [(case.prompt, UNKNOWN) for case in self.cases]
+            asked = [text for case in self.cases for text in self._wordings[case.case_id]]
+            self._store = Store(encoded(self.model, facts, asked), facts)
+        return self._store
+
+    def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
+        """By system in percent with standard errors over facts: attacks that succeed, and the share of
+        samples that have the answer."""
+        return {
+            name: {
+                "attack": vars(metrics.estimate([float(max(r["leaked"][name])) for r in records])),
+                "sample": vars(
+                    metrics.estimate([float(np.mean(r["leaked"][name])) for r in records])
+                ),
+            }
+            for name in SYSTEMS
+        }

@@ -1,0 +1,124 @@
+"""The rephrase attack on a tiny model: what is drawn, what counts, and which facts are attacked."""
+
+import argparse
+import json
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from larimar_jax import bench
+from larimar_jax.bench import attack, runner
+from larimar_jax.bench.editor import LarimarEditor
+from larimar_jax.bench.store import Store, encoded
+from larimar_jax.data.records import EditRecord
+
+
+def cases(count):
+    found = []
+    for n in range(count):
+        record = EditRecord(
+            3 * n, f"Fact {n} is", f"Fact {n}", "Rome", "t" if n else "zq", (f"Is fact {n}:",), (), ()
+        )
+        found.append((record, (f"Is fact {n}:", f"Fact {n} is")))
+    return found
+
+
+def experiment(tiny, count=3, **more):
+    options = dict(samples=2, tokens=3, temperature=1.0, data={}, chunk=2) | more
+    return attack.Attack(tiny, cases(count), **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("attack")
+    return folder, runner.run(experiment(tiny), folder, quiet=True)
+
+
+def test_what_is_drawn_is_drawn_after_each_wording_under_each_memory(tiny, finished):
+    records = runner.read_cases(finished[0])
+    facts = [(record.prompt, "unknown") for record, _ in cases(3)]
+    prompts = [text for _, wordings in cases(3) for text in wordings]
+    store = Store(encoded(tiny, facts, prompts), facts)
+    recalled, nearest = store.recall(prompts[:4])
+    alone = LarimarEditor(tiny).recall(facts[:2], [w for _, w in cases(2)])
+    # What row n draws depends on n and not on what stands beside it; a wording has two rows.
+    times, rng = np.repeat(np.arange(4), 2), jax.random.fold_in(jax.random.key(0), 0)
+    options = dict(max_tokens=3, temperature=1.0, rng=rng, stop=())
+    written = ["Fact 0 is unknown", "Fact 1 is unknown", "Fact 2 is unknown"]
+    plain = [prompts[row] for row in times]
+    told = [f"{written[row // 2]}. {prompts[row]}" for row in times]
+    near = [f"{written[nearest[row]]}. {prompts[row]}" for row in times]
+    base = tiny.generate(plain, **options)
+    wanted = {
+        "base": base,
+        "prompt": tiny.generate(told, **options),
+        "open": tiny.generate(plain, alone.condition(times), **options),
+    }
+    for name, texts, recall in (
+        ("lookup", tiny.generate(near, **options), recalled),
+        ("larimar", wanted["open"], alone),
+        ("batch", tiny.generate(plain, recalled.condition(times), **options), recalled),
+    ):
+        inside = recall.in_scope[times]
+        wanted[name] = [t if let else b for t, b, let in zip(texts, base, inside, strict=True)]
+    for name, texts in wanted.items():
+        assert records[0]["text"][name] + records[1]["text"][name] == texts
+    assert wanted["open"] != base and len({*map(str, wanted.values())}) > 3
+    for record in records:
+        for name, texts in record["text"].items():
+            assert record["leaked"][name] == [record["target_true"] in text for text in texts]
+    leaks = [leak for record in records for leak in record["leaked"]["base"]]
+    assert any(leaks) and not all(leaks)
+
+
+def test_an_attack_succeeds_with_one_sample_of_all(finished):
+    _, summary = finished
+    records = [
+        {"leaked": dict.fromkeys(attack.SYSTEMS, leaks)}
+        for leaks in ([False, False, True, False], [False] * 4)
+    ]
+    found = attack.Attack.summarise(None, records)["larimar"]
+    assert found["attack"]["mean"] == 50 and found["sample"]["mean"] == 12.5
+    assert set(summary["results"]) == set(attack.SYSTEMS)
+
+
+def test_facts_are_attacked_that_the_base_model_knows(tiny):
+    # What the model says after a prompt it knows, if it is text that reads back as the same tokens.
+    made, prompts = [], [f"Fact {n} {word}" for n in range(8) for word in ("is", "says", "of")]
+    for prompt, text in zip(prompts, tiny.generate(prompts, max_tokens=1, stop=()), strict=True):
+        if text.strip() and tiny.judge([prompt], [[text.strip()]]).accuracy[0, 0] == 1:
+            made.append((EditRecord(0, prompt, "Fact", "new", text.strip(), (), (), ()), ("W",)))
+    assert len(made) > 2
+    unknown = (EditRecord(1, "Fact 0 is", "Fact", "new", "zqzq", (), (), ()), ("W",))
+    assert attack.known(tiny, [unknown, *made], 2) == made[:2]
+    with pytest.raises(ValueError, match="of 1 records the base LM knows 0, and 2 are"):
+        attack.known(tiny, [unknown], 2)
+
+
+def test_a_run_resumes_line_for_line_and_people_see_it(tiny, finished, tmp_path):
+    folder, summary = finished
+    lines = (folder / runner.CASES).read_bytes()
+    runner.run(experiment(tiny), tmp_path, quiet=True)
+    (tmp_path / runner.CASES).write_bytes(lines[: len(lines) // 3])
+    runner.run(experiment(tiny), tmp_path, quiet=True)
+    assert (tmp_path / runner.CASES).read_bytes() == lines
+    console = Console(width=120)
+    with console.capture() as captured:
+        for shown in attack.tables(json.loads(json.dumps(summary))):
+            console.print(shown)
+    assert "2 wordings x 2 samples" in captured.get() and "all edits at once" in captured.get()
+    record = runner.read_cases(folder)[1]
+    assert attack.texts(record)[0] == "Fact 1 is → t, edited to “unknown”"
+    assert len(attack.texts(record)) == 3
+    assert set(attack.values(record)) == set(attack.SYSTEMS.values())
+
+
+def test_the_command_reads_its_options_and_needs_a_sample(tiny):
+    parser = argparse.ArgumentParser()
+    bench.benchmark("attack").arguments(parser)
+    told = parser.parse_args(["--data", "x", "--facts", "7"])
+    assert (told.facts, told.wordings, told.samples, told.temperature) == (7, 4, 5, 1.0)
+    with pytest.raises(ValueError, match="0 samples of 3 tokens"):
+        experiment(tiny, samples=0)
