@@ -1,4 +1,5 @@
-"""`larimar convert` and `larimar export`: models of other programs in, and towers out.
+"""`larimar convert`, `export` and `calibrate`: models of other programs in, towers out, and a model with
+its scope detector trained.
 
 Everything heavy is imported inside its command, as in cli.py.
 """
@@ -117,6 +118,51 @@ def to_huggingface(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}/encoder and {arguments.out}/decoder")
 
 
+def calibrate_options(made: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
+    """The options of `larimar calibrate`."""
+    made.description = (
+        "Trains the detector that decides whether a question is about something written: a linear map of "
+        "the encoder's output, and the threshold of the cosine after it. The model's other parameters "
+        "stay as they are. A tenth of the records is held out; it gives the threshold and the error "
+        "rates that are shown. Sessions of the old file stay with the old file."
+    )
+    made.add_argument("model", metavar="MODEL", help="a shipped name, an exported file or a run")
+    made.add_argument(
+        "--data", required=True, metavar="FILE", help="CounterFact, either schema; for training only"
+    )
+    made.add_argument("--out", required=True, metavar="FILE", help="the model to write")
+    for name, kind, what in (
+        ("steps", int, "steps of Adam"),
+        ("batch", int, "facts a step"),
+        ("rate", float, "learning rate at the start"),
+        ("others", float, "weight of questions that ask something else of the same subject"),
+        ("found", float, "weight of a paraphrase's finding its own prompt among a batch's"),
+        ("seed", int, "of batches, and of what else is asked of a subject"),
+    ):
+        made.add_argument(f"--{name}", type=kind, metavar="N", help=f"{what} (%(default)s)")
+    made.set_defaults(
+        command=calibrate, steps=600, batch=512, rate=1e-3, others=0.5, found=0.3, seed=0
+    )
+
+
+def calibrate(arguments: argparse.Namespace) -> None:
+    """larimar calibrate"""
+    from larimar_jax import calibrate as calibration
+
+    names = ("steps", "batch", "rate", "others", "found", "seed")
+    recipe = calibration.Recipe(**{name: getattr(arguments, name) for name in names})
+    print("encoding the records' questions, and fitting", file=sys.stderr)
+    found = calibration.model(arguments.model, arguments.out, arguments.data, recipe)
+    print(f"{'on held-out records':32} {'as encoded':>12} {'projected':>12}")
+    for label, of in (
+        ("equal error rate, own prompt", lambda quality: quality.pairwise.error),
+        ("equal error rate, all prompts", lambda quality: quality.store.error),
+        ("other questions taken for it", lambda quality: quality.others),
+    ):
+        print(f"{label:32} {of(found.external):12.1%} {of(found.internal):12.1%}")
+    print(f"threshold {found.threshold:.3f}; written: {arguments.out}")
+
+
 # name: (what it does, an example, its options), for cli.py.
 COMMANDS = {
     "convert": (
@@ -129,5 +175,10 @@ COMMANDS = {
         "write a model's towers as folders that transformers loads",
         "larimar export hf smol towers",
         export_formats,
+    ),
+    "calibrate": (
+        "train a model's scope detector on questions that mean a fact and on others",
+        "larimar calibrate runs/smol --data counterfact-train.json --out smol.safetensors",
+        calibrate_options,
     ),
 }

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import config as configs
-from larimar_jax import generate, latents, scoring, spelling
+from larimar_jax import generate, latents, scope, scoring, spelling
 from larimar_jax.data import vocabulary
 from larimar_jax.memory.contract import Prior
 from larimar_jax.memory.dual import Dual
@@ -40,7 +40,8 @@ class EncodingNotFinite(FloatingPointError):
 
 @dataclasses.dataclass(frozen=True)
 class Encodings:
-    """n texts: `embedding` for the scope detector (§6), `latent` for the memory (§2); float32.
+    """n texts: `embedding` for the scope detector (§6), `latent` for the memory (§2); float32. `pooled` is
+    the encoder's output, of which `embedding` is the projection where the model has one.
 
     C is the size of all `latents.parts`: behind a text's encoding stand its features and the spelling of
     its answer, zeros where it has none.
@@ -48,6 +49,11 @@ class Encodings:
 
     embedding: Float[np.ndarray, "n H"]
     latent: Float[np.ndarray, "n C"]
+    pooled: Float[np.ndarray, "n H"]
+
+    def __getitem__(self, rows: Sequence[int]) -> "Encodings":
+        """Those of the given rows."""
+        return Encodings(self.embedding[rows], self.latent[rows], self.pooled[rows])
 
 
 class Pretrained:
@@ -66,10 +72,12 @@ class Pretrained:
         *,
         source: str,
         fingerprint: str,
+        projection: Float[np.ndarray, "H H"] | None = None,
     ):
         self.config, self.model = config, model
         self.encoder_tokenizer, self.decoder_tokenizer = encoder_tokenizer, decoder_tokenizer
         self.source, self.fingerprint = source, fingerprint
+        self.projection = None if projection is None else jnp.asarray(projection)
         editing, self.parts = config.editing, latents.parts(config)
         params = latents.widen(model.memory.params(), self.parts)
         self.memory = Streaming(
@@ -146,16 +154,19 @@ class Pretrained:
             ids[: len(rows)], mask[: len(rows)] = batch.ids[rows, :width], batch.mask[rows, :width]
             made = [
                 np.asarray(part)[: len(rows)]
-                for part in _encode(self.graph, self.state, ids, mask, self.config.editing.features)
+                for part in _encode(
+                    self.graph, self.state, self.projection, ids, mask, self.config.editing.features
+                )
             ]
             if outputs is None:
                 outputs = [np.zeros((len(texts), part.shape[1]), np.float32) for part in made]
             for output, part in zip(outputs, made, strict=True):
                 output[rows] = part
         if outputs is None:
-            sizes = (self.model.encoder.config.width, self.parts.encoding + self.parts.features)
+            width = self.model.encoder.config.width
+            sizes = (width, self.parts.encoding + self.parts.features, width)
             outputs = [np.zeros((0, size), np.float32) for size in sizes]
-        embedding, latent = outputs
+        embedding, latent, pooled = outputs
         finite = np.isfinite(embedding).all(axis=1) & np.isfinite(latent).all(axis=1)
         if not finite.all():
             raise EncodingNotFinite(
@@ -168,7 +179,7 @@ class Pretrained:
             if len(answers) != len(texts):
                 raise ValueError(f"{len(texts)} texts need as many answers; got {len(answers)}")
             latent = np.concatenate([latent, self._spell(answers)], axis=1)
-        return Encodings(embedding, latent)
+        return Encodings(embedding, latent, pooled)
 
     def _spell(self, answers: Sequence[str | None]) -> Float[np.ndarray, "n S"]:
         config, following = self.config.editing.spelling, self.decoder_tokenizer.following
@@ -287,7 +298,9 @@ def load(source: str | pathlib.Path = "smol", overrides: Sequence[str] = ()) -> 
         )
     if overrides:
         config = configs.parse(configs.override(configs.to_dict(config), overrides))
+    projection = arrays.pop(scope.PROJECTION, None)
     model = _filled(path, config, arrays)
+    _check_projection(path, projection, model.encoder.config.width)
     encoder_tokenizer, decoder_tokenizer = vocabulary.tokenizers(
         config, functools.partial(_no_corpus, path), path.parent / "tokenizer.json"
     )
@@ -311,7 +324,17 @@ def load(source: str | pathlib.Path = "smol", overrides: Sequence[str] = ()) -> 
         # A path is kept whole, so that a session finds its model from any folder.
         source=str(source) if str(source) in names() else str(path.resolve()),
         fingerprint=digest.hexdigest(),
+        projection=projection,
     )
+
+
+def _check_projection(path: pathlib.Path, projection: np.ndarray | None, width: int) -> None:
+    """Raises ExportError unless the scope detector's map, where there is one, is of the encoder's width."""
+    if projection is not None and projection.shape != (width, width):
+        raise export.ExportError(
+            f"{path} does not fit its own config:\n  {scope.PROJECTION}: {projection.shape} in the file, "
+            f"{(width, width)} of the encoder. Run `larimar calibrate` on it again."
+        )
 
 
 def _filled(path: pathlib.Path, config: Config, arrays: dict) -> Larimar:
@@ -349,18 +372,22 @@ def _check_whole(
         raise export.ExportError(f"{path} does not fit its own config:\n  " + "\n  ".join(problems))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
+@functools.partial(jax.jit, static_argnums=(0, 5))
 def _encode(
     graph: nnx.GraphDef,
     state: nnx.State,
+    projection: Float[Array, "H H"] | None,
     tokens: Int[Array, "n S"],
     mask: Bool[Array, "n S"],
     features: FeaturesConfig | None,
-) -> tuple[Float[Array, "n H"], Float[Array, "n C"]]:
+) -> tuple[Float[Array, "n H"], Float[Array, "n C"], Float[Array, "n H"]]:
     model = nnx.merge(graph, state)
-    embedding = model.embed(tokens, mask)
-    latent = model.to_latent(embedding)
-    return embedding, jnp.concatenate([latent, latents.features(features, latent)], axis=1)
+    pooled = model.embed(tokens, mask)
+    embedding = pooled
+    if projection is not None:
+        embedding = jnp.matmul(pooled, projection, precision="highest")
+    latent = model.to_latent(pooled)
+    return embedding, jnp.concatenate([latent, latents.features(features, latent)], axis=1), pooled
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("sizes", "spelled_as"))

@@ -1,8 +1,9 @@
 """Scope detection: is a query about something that was written? (§6)
 
-ESD, the paper's external detector: a sentence encoder embeds every written prompt, and a query is
-scored by its best cosine over them. In scope → memory-conditioned decoding; out of scope → the
-untouched language model.
+A query is scored by its best cosine over the written prompts. In scope → memory-conditioned decoding;
+out of scope → the untouched language model. ESD, the paper's external detector, compares a sentence
+encoder's embeddings as they are; ISD, its internal one, is a classifier on the model's own encodings:
+here the same cosine after a linear map, which `calibrate` fits and a model's file has as `PROJECTION`.
 """
 
 import dataclasses
@@ -10,8 +11,11 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from scipy import stats
 
 from larimar_jax.data.pieces import sentences
+
+PROJECTION = "scope/projection"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +76,56 @@ def match(
         if best[row] > score[owner]:
             score[owner], key[owner], sentence[owner] = best[row], best_key[row], row
     return Match(score, key, sentence)
+
+
+@dataclasses.dataclass(frozen=True)
+class Detection:
+    """How well scores tell positives from negatives, in [0, 1]. threshold: where the share of missed
+    positives and of let-through negatives are nearest to each other; error: the mean of the two there
+    (the equal error rate); f1: there. auroc: the chance that a positive scores above a negative, a tie
+    being half."""
+
+    threshold: float
+    error: float
+    f1: float
+    auroc: float
+
+
+def detection(positive: Float[np.ndarray, "P"], negative: Float[np.ndarray, "N"]) -> Detection:
+    """Of the scores of P positives and N negatives.
+
+    Raises:
+        ValueError: there are none of a kind.
+    """
+    if not len(positive) or not len(negative):
+        raise ValueError("a detector is measured with positives and negatives, at least one of each")
+    threshold = crossing(positive, negative)
+    right, wrong = (positive >= threshold).sum(), (negative >= threshold).sum()
+    error = (1 - right / len(positive) + wrong / len(negative)) / 2
+    f1 = 2 * right / (right + wrong + len(positive)) if right else 0.0
+    wins = stats.mannwhitneyu(positive, negative).statistic
+    auroc = wins / (len(positive) * len(negative))
+    return Detection(threshold, float(error), float(f1), float(auroc))
+
+
+def crossing(
+    positive: Float[np.ndarray, "P"],
+    negative: Float[np.ndarray, "N"],
+    weight: Float[np.ndarray, "N"] | None = None,
+) -> float:
+    """The threshold where the share of missed positives and of let-through negatives are nearest.
+
+    Args:
+        weight: of each negative in that share, adding up to 1; default all alike.
+    """
+    # Every score is a threshold (≥ passes), and one that nothing passes.
+    thresholds = np.append(np.unique(np.concatenate([positive, negative])), np.inf)
+    missed = np.searchsorted(np.sort(positive), thresholds) / len(positive)
+    order = np.argsort(negative)
+    weight = np.full(len(negative), 1 / len(negative)) if weight is None else weight
+    below = np.append(0.0, np.cumsum(weight[order]))
+    passed = 1 - below[np.searchsorted(negative[order], thresholds)]
+    return float(thresholds[np.argmin(np.abs(missed - passed))])
 
 
 def _unit(vectors: Float[np.ndarray, "n H"]) -> Float[np.ndarray, "n H"]:

@@ -1,13 +1,11 @@
 """The file of records that a benchmark is given: its options, its records, and what a run says of it."""
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from larimar_jax.data.records import EditRecord
+from larimar_jax.data.records import EditRecord, provenance
 from larimar_jax.data.wordings import Wordings
 
 
@@ -38,11 +36,7 @@ def read(
     """
     skipped: list[str] | None = [] if args.skip_bad else None
     records = load(args.data, limit, skipped=skipped, **more)
-    path = Path(args.data)
-    found: dict[str, Any] = {
-        "name": path.name,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None,
-    }
+    found: dict[str, Any] = provenance(args.data)
     if skipped:
         found["skipped"] = skipped
         print(f"{len(skipped)} malformed records are left out:", *skipped, sep="\n  ", file=sys.stderr)

@@ -37,7 +37,7 @@ class Encoded:
     def __call__(self, texts: Sequence[str]) -> Encodings:
         """Of n texts, in their order; KeyError for one that it was not made with."""
         rows = [self._place[text] for text in texts]
-        return Encodings(self._made.embedding[rows], self._made.latent[rows])
+        return self._made[rows]
 
     def values(self, facts: Sequence[tuple[str, str]]) -> Float[np.ndarray, "n C"]:
         """What is written of n facts, in their order; KeyError for one that it was not made with."""

@@ -9,6 +9,8 @@ graph, whose edges are the records; what can be reached from a prompt's node are
 import collections
 from collections.abc import Iterable
 
+import numpy as np
+
 from larimar_jax.data.records import EditRecord
 
 _SUBJECT = "{}"
@@ -31,6 +33,13 @@ class Wordings:
                 for one, another in ((mine, other), (other, mine)):
                     self._beside.setdefault(one, collections.Counter())[another] += 1
         self._reached: dict[str, tuple[str, ...]] = {}
+        self._relations: list[tuple[str, ...]] = []
+        self._relation: dict[str, int] = {}
+        for template in self._beside:
+            if template not in self._relation:
+                found = (template, *self._search(template))
+                self._relation |= dict.fromkeys(found, len(self._relations))
+                self._relations.append(found)
 
     def of(self, record: EditRecord) -> tuple[str, ...]:
         """Other wordings of a record's prompt, the nearest first: by the number of records between, then
@@ -47,6 +56,18 @@ class Wordings:
         what is asked."""
         own = {_template(text, record.subject) for text in record.paraphrases}
         return tuple(text for text in self.of(record) if _template(text, record.subject) not in own)
+
+    def elsewhere(
+        self, record: EditRecord, count: int, rng: np.random.Generator
+    ) -> tuple[str, ...]:
+        """Up to `count` prompts of other relations, put to the record's subject: of `count` relations
+        drawn without replacement, a wording each. Empty where its prompt is of no known relation."""
+        mine = self._relation.get(_template(record.prompt, record.subject) or "")
+        if mine is None:
+            return ()
+        drawn = [n for n in rng.permutation(len(self._relations)) if n != mine][:count]
+        found = [self._relations[n][rng.integers(len(self._relations[n]))] for n in drawn]
+        return tuple(template.replace(_SUBJECT, record.subject) for template in found)
 
     def _search(self, template: str) -> tuple[str, ...]:
         seen, ring = dict.fromkeys([template]), [template]

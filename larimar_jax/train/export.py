@@ -84,6 +84,24 @@ def save_exported(
         raise
 
 
+def amend(
+    source: str | Path, path: str | Path, more: Mapping[str, Any], meta: Mapping[str, Any]
+) -> None:
+    """Writes what `source` holds, each array as it is stored there, with `more` arrays and another meta.
+
+    Raises:
+        FileNotFoundError, ExportError: as `load_exported`, of `source`.
+    """
+    arrays, _ = load_exported(source)
+    _, stored = _read(Path(source))
+    narrow = {
+        f"^{re.escape(name)}$": array.dtype.name
+        for name, array in stored.items()
+        if name not in more and array.dtype != arrays[name].dtype
+    }
+    save_exported(path, {**arrays, **more}, meta, narrow)
+
+
 def load_exported(
     path: str | Path, like: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 
+from larimar_jax import scope
 from larimar_jax.settings import StartConfig
 from larimar_jax.train import checkpoint, export
 
@@ -28,6 +29,7 @@ def replace(parameters: Mapping[str, jax.Array], said: StartConfig) -> dict[str,
     exported = path / "model.safetensors" if path.is_dir() else path
     if exported.is_file():
         found, _ = export.load_exported(exported)
+        found.pop(scope.PROJECTION, None)  # fitted to the encodings of the model that it is in
         shapes = {name: array.shape for name, array in found.items()}
     else:
         shapes = checkpoint.shapes(path)
