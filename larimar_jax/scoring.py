@@ -1,4 +1,4 @@
-"""How likely continuations are (metrics.md): texts packed into rows, the head where something is scored."""
+"""How likely continuations are (metrics.md): packed into rows, with logits where they are scored."""
 
 import functools
 import hashlib
@@ -67,8 +67,7 @@ def judge(
 
     Raises:
       ValueError: for an empty target, one without tokens, or a condition of fewer rows than there are
-        prompts. PromptTooLong: where a prompt and a target exceed the
-        decoder's positions.
+        prompts. PromptTooLong: where a prompt and a target exceed the decoder's positions.
     """
     width = len(candidates[0]) if len(candidates) else 0
     if len(candidates) != len(prompts) or any(len(targets) != width for targets in candidates):

@@ -59,7 +59,8 @@ def test_places_are_where_the_answers_stand():
         for answer, path in zip(answers, text.paths, strict=True):
             assert [token for _, token in path] == answer
             assert [place.depth for place, _ in path] == list(range(len(answer)))
-            assert [trie.depth[p.node] for p, _ in path] == [len(prompt) - 1 + i for i in range(len(answer))]
+            depths = [trie.depth[place.node] for place, _ in path]
+            assert depths == list(range(len(prompt) - 1, len(prompt) - 1 + len(answer)))
 
 
 def test_rows_are_full():

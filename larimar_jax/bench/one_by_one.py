@@ -1,8 +1,8 @@
 """CounterFact by the loop that one would write without this project's scorer and runner.
 
-For each case, system, prompt and candidate one call of the decoder, 6 × 3 × 2 of them for a case of three
-prompts. Weights and towers are the benchmark's, and nothing is slow on purpose: the call is compiled, of
-a bucketed length, with the vocabulary's product at the answer's places alone; a case is encoded, written
+For each case, system, prompt and candidate one call of the decoder: 6 · 3 · 2 for a case of 3 prompts.
+Weights and towers are the benchmark's, and nothing is slow on purpose: the call is compiled, of a
+bucketed length, with the vocabulary's product at the answer's places alone; a case is encoded, written
 and read in one call, and z = 0 is made once.
 """
 

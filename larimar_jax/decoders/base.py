@@ -119,7 +119,9 @@ class Decoder(nnx.Module):
         filled.
 
         Args:
-          tree: tokens that branch instead of following each other; then without cache and start.
+          tree: tokens that branch instead of following each other; then without cache and start. Where
+            it has an `owner`, rows of the prefix are those of `Tree`, and what is said of rows holds
+            for the tokens under each.
 
         Raises:
           ValueError: more tokens than there are positions, or than the cache has room for; a dynamic
@@ -264,7 +266,8 @@ def _slots(
     active = prefix.active[None, :, None, None, None]
     # A masked slot gets weight 0, but 0 times what is not finite would still spread.
     key, value = (jnp.where(active, a, jnp.zeros_like(a)) for a in (prefix.key, prefix.value))
-    key, value = (a.reshape(a.shape[0], batch, -1, *a.shape[3:]) for a in (key, value))
+    shape = (key.shape[0], batch, key.shape[1] * key.shape[2] // batch, *key.shape[3:])
+    key, value = key.reshape(shape), value.reshape(shape)
     return key.transpose(0, 1, 3, 4, 2), value.swapaxes(2, 3)
 
 
