@@ -150,6 +150,26 @@ def rows_are_split() -> bool:
     return placement is not None and placement.ways > 1
 
 
+# Which rows the low-rank changes of a tower's maps act on (lora.py).
+ALL_ROWS, NO_ROWS = "all", "none"
+_CHANGED: contextvars.ContextVar[Any] = contextvars.ContextVar("changed", default=ALL_ROWS)
+
+
+@contextlib.contextmanager
+def changing(rows: Bool[Array, " B"] | None) -> Iterator[None]:
+    """While it is open, low-rank changes act on these rows of what is traced; on none for None."""
+    token = _CHANGED.set(NO_ROWS if rows is None else rows)
+    try:
+        yield
+    finally:
+        _CHANGED.reset(token)
+
+
+def changed_rows() -> Bool[Array, " B"] | str:
+    """The rows of `changing`, or ALL_ROWS, or NO_ROWS."""
+    return _CHANGED.get()
+
+
 def look_up(table: nnx.Embed, index: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
     """Rows of an embedding table, which is whole while they are looked up."""
     placement, values = _PLACEMENT.get(), table.embedding[...]
