@@ -198,7 +198,7 @@ def _rows(facts: Sequence[Asked], look: _Lookup) -> _Rows:
 def _fit(rows: _Rows, recipe: Recipe) -> Float[Array, "H H"]:
     """W after `recipe.steps` of Adam, in float32."""
     count, width = rows.prompt.shape
-    adam = optax.adam(optax.cosine_decay_schedule(recipe.rate, recipe.steps))
+    adam = optax.adam(optax.cosine_decay_schedule(recipe.rate, max(1, recipe.steps)))
     # a and b start where the encoder's own cosines of paraphrases and neighbours part.
     start = (jnp.eye(width), jnp.float32(10.0), jnp.float32(0.6))
 
@@ -211,7 +211,9 @@ def _fit(rows: _Rows, recipe: Recipe) -> Float[Array, "H H"]:
         one = jnp.take_along_axis(batch.other, at[:, :, None], axis=1)[:, 0]
         there = jnp.take_along_axis(batch.there, at, axis=1)[:, 0]
         gradient = jax.grad(_loss)(params, batch, one, there, recipe)
-        updates, state = adam.update(gradient, state)
+        # Optax raises float decays to integer step counts, which strict promotion forbids.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = adam.update(gradient, state)
         return (optax.apply_updates(params, updates), state), None
 
     keys = jax.random.split(jax.random.key(recipe.seed), recipe.steps)
