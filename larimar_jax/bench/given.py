@@ -8,6 +8,8 @@ from typing import Any
 from larimar_jax.data.records import EditRecord, provenance
 from larimar_jax.data.wordings import Wordings
 
+COUNTERFACT = "CounterFact's JSON file, either schema, or multi-CounterFact's"
+
 
 def options(parser: argparse.ArgumentParser, what: str) -> None:
     """Declares `--data` and `--skip-bad`. what: the file, for people."""
