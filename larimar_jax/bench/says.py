@@ -24,7 +24,7 @@ MEASURES = {"said": "says it", "at_once": "at once"}
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares `larimar bench says`."""
-    given.options(parser, "CounterFact's JSON file, either schema")
+    given.options(parser, given.COUNTERFACT)
     parser.add_argument("--limit", type=int, help="only the first N records (default: all)")
     parser.add_argument("--tokens", type=int, default=10, help="decoded after a prompt (%(default)s)")
     systems.model_options(parser)
