@@ -1,6 +1,6 @@
 """Recall that tells what was asked: by hash of prompt and target, and moved by the condition.
 
-The tiny model's own answers are nearly always wrong, so that most of its recall is 0 whatever it is asked.
+The tiny model's own answers are nearly always wrong: its recall is 0, whatever it is asked.
 """
 
 import numpy as np
@@ -16,8 +16,8 @@ def judge(self, prompts, candidates, condition=None):
         [[fraction(p, t) for t in row] for p, row in zip(prompts, candidates, strict=True)], np.float32
     )
     if condition is not None:
-        rows = np.abs(np.asarray(condition.prefix.embedding)).reshape(-1, condition.prefix.embedding[0].size)
-        found += 1 + rows[: len(prompts)].mean(axis=1, keepdims=True)
+        embedding = np.abs(np.asarray(condition.prefix.embedding)[: len(prompts)])
+        found += 1 + embedding.reshape(len(prompts), -1).mean(axis=1, keepdims=True)
     return Scores(found, found, np.zeros((*found.shape, 1), bool))
 
 

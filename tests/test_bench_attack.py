@@ -4,6 +4,7 @@ import argparse
 import json
 
 import jax
+import labelled
 import numpy as np
 import pytest
 from rich.console import Console
@@ -164,6 +165,7 @@ def test_a_run_resumes_line_for_line_and_people_see_it(tiny, finished, tmp_path)
     record = runner.read_cases(folder)[1]
     assert attack.texts(record)[0] == "Fact 1 is → t, edited to “unknown”"
     assert len(attack.texts(record)) == 3
+    assert len(labelled.check(attack, summary)) == len(attack.SYSTEMS)
     assert attack.values(record) == {
         f"{label}, withstood": float(not any(record["leaked"][name]))
         for name, label in attack.SYSTEMS.items()

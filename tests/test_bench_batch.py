@@ -1,5 +1,6 @@
 """Batch editing of a tiny model: what is in one memory, and what a plain loop finds there."""
 
+import labelled
 import numpy as np
 import pytest
 from test_bench import cases
@@ -39,6 +40,8 @@ def test_a_store_is_the_session_with_the_same_facts(tiny):
 def test_records_equal_one_fact_at_a_time(tiny, made, tmp_path):
     summary = runner.run(made, tmp_path / "run", quiet=True)
     assert report.sections([report.read(tmp_path / "run")])[0].items
+    names = batch.CONTROLS | batch.SYSTEMS
+    assert labelled.check(batch, summary) == list(names.values())
     records = runner.read_cases(tmp_path / "run")
     assert len(records) == 5 + 1 + 5
     facts = [(record.prompt, record.target_new) for record in RECORDS]
@@ -93,7 +96,8 @@ def loss_records(successes):
 
 
 @pytest.mark.parametrize(
-    ("ours", "difference", "noted"), [([1, 1, 1, 0], 25, False), ([1, 1, 0, 0], 0, True), ([0] * 4, -50, True)]
+    ("ours", "difference", "noted"),
+    [([1, 1, 1, 0], 25, False), ([1, 1, 0, 0], 0, True), ([0] * 4, -50, True)],
 )
 def test_a_row_says_where_the_memory_does_not_beat_the_lookup(tiny, ours, difference, noted):
     made = batch.Batch(tiny, cases(4), [4], data={})

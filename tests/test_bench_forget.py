@@ -61,7 +61,7 @@ def test_records_are_those_of_a_plain_loop(tiny, made, tmp_path, monkeypatch):
                 want["open"][moment] = recalled(prompt, found.condition(np.array([0])))
                 want["lookup"][moment] = recalled(f"{filled.texts[near]}. {prompt}")
             got = {
-                name: {moment: values[number - 1] if number else values for moment, values in row.items()}
+                name: {at: values[number - 1] if number else values for at, values in row.items()}
                 for name, row in record["recall_others" if number else "recall"].items()
             }
             assert got.keys() == want.keys()

@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import labelled
 import numpy as np
 import pytest
 from rich.console import Console
@@ -13,7 +14,6 @@ from test_bench import cases
 
 from larimar_jax import bench
 from larimar_jax.bench import noise, report, runner
-
 
 NAMES = ["base", "zero", "prompt", "lookup", "0", "0.5"]
 
@@ -50,7 +50,7 @@ def test_what_is_read_is_the_mean_plus_noise_of_that_size(tiny, finished):
         embedded /= np.linalg.norm(embedded, axis=1, keepdims=True)
         inside = embedded @ embedded[0] >= tiny.scope_threshold
         assert record["in_scope"]["edit"] + record["in_scope"]["paraphrase"] == inside.tolist()
-        let = [front if within else p for front, p, within in zip(fact_first, prompts, inside, strict=True)]
+        let = [fact_first[n] if within else prompts[n] for n, within in enumerate(inside)]
         read = [
             tiny.condition(np.asarray(weights @ matrix)[: len(prompts)]) for weights in (mean, drawn)
         ]
@@ -93,7 +93,7 @@ def test_a_width_that_does_not_beat_the_lookup_says_so():
     assert results["0"]["fluency"]["note"] and "note" not in results["0.5"]["fluency"]
     assert results["0.5"]["fluency"]["versus_lookup"]["mean"] == 100
     rows = report.grid(noise.tables({"cases": 1, "results": results})[0]).rows
-    assert [row[0] for row in rows] == ["base LM", "z = 0", "fact in the prompt", "nearest neighbour", "0", "0.5"]
+    assert [row[0] for row in rows] == [*noise.CONTROLS.values(), "0", "0.5"]
     assert ["\n" in "".join(row) for row in rows] == [False] * 4 + [True] * 2
 
 
@@ -111,6 +111,7 @@ def test_a_run_resumes_line_for_line_and_people_see_it(tiny, finished, tmp_path)
     assert "base LM" in captured.get() and "0.5" in captured.get()
     record = runner.read_cases(folder)[1]
     assert noise.texts(record)[0] == "written: Fact 1 is new 1"
+    assert labelled.check(noise, summary)[:2] == ["base LM: edit S", "nearest neighbour: edit S"]
     labels = ["base LM", "z = 0", "fact in the prompt", "nearest neighbour", "σ_W = 0", "σ_W = 0.5"]
     assert list(noise.values(record)) == [f"{label}, edit" for label in labels]
 

@@ -5,6 +5,7 @@ import json
 
 import jax.numpy as jnp
 import known_recall
+import labelled
 import numpy as np
 import pytest
 from rich.console import Console
@@ -123,6 +124,7 @@ def test_a_run_resumes_line_for_line_and_people_see_its_table(tiny, tmp_path):
             console.print(shown)
     assert all(label.split()[0] in captured.get() for label in rephrase.SYSTEMS.values())
     record = runner.read_cases(tmp_path / "whole")[0]
+    assert labelled.check(rephrase, summary) == list(rephrase.SYSTEMS.values())
     assert rephrase.texts(record)[0].startswith("written: City")
     assert set(rephrase.values(record)) == {f"{s}, 3x2" for s in rephrase.SYSTEMS.values()}
 

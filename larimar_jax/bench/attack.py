@@ -251,7 +251,8 @@ class Attack:
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
         """By system in percent with standard errors over facts: attacks that succeed, and the share of
-        samples that have the answer; of a memory by how much both are below the lookup's, with a note."""
+        samples that have the answer. Of a memory also by how much both are below the lookup's, with a
+        note."""
         rates = {
             name: {
                 "attack": [float(max(record["leaked"][name])) for record in records],

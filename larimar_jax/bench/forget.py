@@ -7,10 +7,10 @@ would keep from the decoder is no forgetting. Beside it what no behaviour shows:
 from the float64 solution that never saw the fact, what the memory's own certificate says of that, and
 the leverage that is left to the key.
 
-Controls: a lookup that puts the nearest text there, in scope or not as through the memory: the fact's own,
-and once that is taken out of the store another's, or the one with "unknown". The base LM, z = 0 and the
-fact in the prompt are the same at every moment: what the prompt holds is not forgotten. Where the memory
-does not beat the lookup, in the forgotten fact by recalling less of it, it says so.
+Controls: a lookup that puts the nearest text in front, in scope or not, as through the memory: the
+fact's own, and once that is taken out of the store another's, or the one with "unknown". The base LM,
+z = 0 and the fact in the prompt are the same at every moment: what a prompt holds is not forgotten. A
+memory that does not beat the lookup says so; of what was forgotten, the less is recalled the better.
 """
 
 import argparse
@@ -209,9 +209,9 @@ class Forget:
         return self._store
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
-        """By N: recall of the forgotten and of the others by every system at every moment, in percent with
-        standard errors; of the memory the difference to the lookup, with a note; the largest distance, and
-        how far the certificate is from it."""
+        """By N: recall of the forgotten and of the others by every system at every moment, in percent
+        with standard errors; of the memory the difference to the lookup, with a note; the largest
+        distance, and how far the certificate is from it."""
         result = {}
         for size in self.sizes:
             rows = [record for record in records if record["facts"] == size]

@@ -3,9 +3,9 @@
 Each fact of CounterFact is written into an empty memory of its own, and W is drawn around its mean
 (Algorithm 1) with one σ_W after the other, for all weights alike. Measured are S of edit and paraphrases
 through the memory, whether or not they are in scope, and the perplexity that the base LM gives to the
-greedy continuation of the edit prompt. Controls, which no σ_W changes: the base LM, z = 0, the fact in the
-prompt, and a lookup that puts it there where the scope detector lets it; each with its own continuation,
-judged after the plain prompt. A σ_W that does not beat the lookup says so.
+greedy continuation of the edit prompt. Controls, which no σ_W changes: the base LM, z = 0, the fact in
+the prompt, and a lookup that puts it there where the scope detector lets it; each with its own
+continuation, judged after the plain prompt. A σ_W that does not beat the lookup says so.
 """
 
 import argparse
@@ -228,7 +228,10 @@ class Noise:
         """ℓ of each continuation under the base LM, in nats a token, each text once; None of one without
         words."""
         spoken = [
-            (name, row) for name, found in texts.items() for row, text in enumerate(found) if text.strip()
+            (name, row)
+            for name, found in texts.items()
+            for row, text in enumerate(found)
+            if text.strip()
         ]
         asked = {"all": [prompts[row] for _, row in spoken]}
         said = [[texts[name][row]] for name, row in spoken]
@@ -240,9 +243,9 @@ class Noise:
         return found
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
-        """By control and σ_W: S of edit and paraphrase in percent with standard errors, the perplexity of
-        the continuations (exp of the mean ℓ over cases), and how many of them have no words. Of a σ_W also
-        the differences to the lookup, with notes; `fluency` has that of −ℓ of the continuations, in
+        """By control and σ_W: S of edit and paraphrase in percent with standard errors, the perplexity
+        of the continuations (exp of the mean ℓ over cases), and how many of them have no words. Of a σ_W
+        also the differences to the lookup, with notes; `fluency` has that of −ℓ of the continuations, in
         hundredths of a nat."""
         result: dict[str, Any] = {}
         for name in records[0]["loss"] if records else ():

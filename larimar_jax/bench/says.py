@@ -1,9 +1,10 @@
 """CounterFact, one edit at a time: does free generation say the new answer?
 
 The likeliest continuation of the edit prompt and of its paraphrases, token by token, under Larimar and
-every control; a memory that does not beat the lookup says so. An answer is said where it stands in the first `--tokens` tokens, and it is said at once
-where they begin with it; upper and lower case count, blanks do not. Mode `rome`: the scope decision and
-the memory query see the prompt only. Each case is written into an empty memory of its own.
+every control. An answer is said where it stands in the first `--tokens` tokens, and it is said at once
+where they begin with it; upper and lower case count, blanks do not. A memory that does not beat the
+lookup says so. Mode `rome`: the scope decision and the memory query see the prompt only. Each case is
+written into an empty memory of its own.
 """
 
 import argparse
