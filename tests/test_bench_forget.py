@@ -105,7 +105,7 @@ def test_to_forget_better_than_the_lookup_is_to_recall_less(tiny):
         assert [row["versus_lookup"]["mean"] for row in rows] == differences
         assert ["note" in row for row in rows] == notes
     table = report.grid(forget.tables({"results": results})[0])
-    assert len(table.rows) == 10 and [row[2] for row in table.rows[:5]] == list(forget.SYSTEMS.values())
+    assert len(table.rows) == 10 and [row[0] for row in table.rows[:5]] == list(forget.SYSTEMS.values())
     noted = [n for n, row in enumerate(table.rows) if "does not beat" in row[5]]
     assert noted == [4, 9]
 

@@ -132,10 +132,10 @@ def draw(axes: Any, summary: Mapping[str, Any]) -> None:
     found = [summary["results"][name]["attack"] for name in SYSTEMS]
     heights = [row["mean"] for row in found]
     axes.barh(range(len(found)), heights, xerr=[row["standard_error"] or 0.0 for row in found])
-    axes.set_yticks(range(len(found)), list(SYSTEMS.values()))
+    axes.set_yticks(range(len(found)), [label.replace(", ", ",\n") for label in SYSTEMS.values()])
     axes.invert_yaxis()
     axes.set_xlim(0, 101)
-    axes.set_xlabel("attacks that succeed (percent, ± standard error; lower is better)")
+    axes.set_xlabel("attacks that succeed\n(percent, ± standard error; lower is better)")
 
 
 class Attack:

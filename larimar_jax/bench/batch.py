@@ -109,6 +109,7 @@ def draw(axes: Any, summary: Mapping[str, Any]) -> None:
     systems.doubling(axes, [int(size) for size in results])
     axes.set_xlabel("N, facts in one memory")
     axes.set_ylabel("rewrite S (percent, ± standard error)")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=9)
 
 
 class Batch:

@@ -88,7 +88,7 @@ def tables(summary: Mapping[str, Any]) -> list[Table | str]:
     """For every N a row a system, for the forgotten facts and for the others."""
     results = summary["results"]
     title = "recall ± standard error, percent"
-    names = ("N", "of", "system", *MOMENTS.values(), "distance", "leverage")
+    names = ("system", "N", "of", *MOMENTS.values(), "distance", "leverage")
     table = Table(*names, title=title, caption="of the forgotten, once it is: lower is better")
     for size, found in results.items():
         for side in SIDES:
@@ -96,7 +96,7 @@ def tables(summary: Mapping[str, Any]) -> list[Table | str]:
                 cells = [controls.noted(found[side][name][moment]) for moment in MOMENTS]
                 ours = side == "forgotten" and name == MEMORY
                 more = [f"{found['distance']:.1e}", f"{found['leverage']:.3f}"] if ours else ["", ""]
-                table.add_row(size, side, label, *cells, *more)
+                table.add_row(label, size, side, *cells, *more)
     return [table]
 
 

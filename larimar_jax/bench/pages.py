@@ -12,10 +12,11 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 68rem; p
 h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding: .3rem 0; }
+p.title { font-weight: 600; margin: 1rem 0 -.7rem; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align: left;
   vertical-align: top; white-space: pre-line; }
-td + td, th + th { white-space: pre; }
+td + td { white-space: pre; }
+th { vertical-align: bottom; }
 td.number, th.number { text-align: right; }
 /* What a row is of stays in sight when its table is scrolled. */
 td:first-child, th:first-child { position: sticky; left: 0; background: Canvas; }
@@ -130,13 +131,14 @@ def _html_table(grid: Grid) -> str:
         return f'<tr class="mark">{inside}</tr>' if mark else f"<tr>{inside}</tr>"
 
     rows = "".join(row(cells, "td", n in grid.marks) for n, cells in enumerate(grid.rows))
-    caption = f"<caption>{html.escape(grid.title)}</caption>" if grid.title else ""
+    # Above the box: a title does not scroll away with its table.
+    title = f'<p class="title">{html.escape(grid.title)}</p>' if grid.title else ""
     note = f'<p class="note">{html.escape(grid.caption)}</p>' if grid.caption else ""
     head = f"<thead>{row(grid.header, 'th')}</thead>"
     # Wider than a narrow screen, a table scrolls in its own box, by the keyboard too.
     name = html.escape(grid.title or "table", quote=True)
     box = f'<div class="wide" role="region" tabindex="0" aria-label="{name}">'
-    return f"{box}<table>{caption}{head}<tbody>{rows}</tbody></table></div>{note}"
+    return f"{title}{box}<table>{head}<tbody>{rows}</tbody></table></div>{note}"
 
 
 def _number(cell: str) -> bool:
