@@ -155,12 +155,17 @@ def picture(run: Run) -> Picture:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6.2, 4.2), layout="constrained")
-    run.module.draw(axes, run.summary)
-    axes.grid(alpha=0.3)
-    held = io.BytesIO()
-    figure.savefig(held, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
+    # Small, with large letters: it is still to be read where it is shrunk to a narrow screen.
+    with pyplot.rc_context({"font.size": 11}):
+        figure, axes = pyplot.subplots(figsize=(5.0, 4.6), layout="constrained")
+        run.module.draw(axes, run.summary)
+        legend = axes.get_legend()
+        for text in [] if legend is None else legend.get_texts():
+            text.set_fontsize(10)
+        axes.grid(alpha=0.3)
+        held = io.BytesIO()
+        figure.savefig(held, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
     source = base64.b64encode(held.getvalue()).decode()
     return Picture(f"{run.benchmark}: {axes.get_ylabel()}", f"data:image/svg+xml;base64,{source}")
 
