@@ -31,7 +31,7 @@ from larimar_jax.weights.tokenizers import TextTooLong, Tokenizer, bucket
 
 CHECKPOINTS = "checkpoints"
 # Texts of one encoder call; a long list goes through it in slices.
-_TEXTS = 128
+_TEXTS = 32
 
 
 class EncodingNotFinite(FloatingPointError):
@@ -211,7 +211,8 @@ class Pretrained:
 
     def zero(self, rows: int) -> Condition:
         """z = 0: the memory slot is there and holds zeros (§2)."""
-        return self.condition(np.zeros((rows, self.memory.latent), np.float32))
+        one = self.condition(np.zeros((1, self.memory.latent), np.float32))
+        return one.rows(jnp.zeros((generate.steps_bucket(rows, 1),), jnp.int32))
 
     def score(
         self,

@@ -1,7 +1,7 @@
-"""How likely continuations are: every prompt once, its candidates as a tree behind it (metrics.md)."""
+"""How likely continuations are (metrics.md): texts packed into rows, the head where something is scored."""
 
-import dataclasses
 import functools
+import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,13 +11,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from larimar_jax import packing
 from larimar_jax.decoders.base import Tree
-from larimar_jax.generate import LENGTH_BUCKET, PromptTooLong, check_rows, prompt_ids, steps_bucket
+from larimar_jax.generate import PromptTooLong, check_rows, prompt_ids, steps_bucket
 from larimar_jax.model import Condition, Larimar
+from larimar_jax.spelling import Spelled
 from larimar_jax.weights.tokenizers import Tokenizer
 
-# How many places of a row go through the vocabulary's product at a time.
-HEAD_CHUNK = 16
+# How many places go through the vocabulary's product at a time.
+HEAD = 64
 
 
 class Scores(NamedTuple):
@@ -37,7 +39,7 @@ def score(
     candidates: Sequence[Sequence[str]],
     condition: Condition | None = None,
     *,
-    batch: int = 32,
+    batch: int = 16,
 ) -> np.ndarray:
     """The `loss` of `judge`, float32 [n, c]."""
     return judge(model, tokenizer, prompts, candidates, condition, batch=batch).loss
@@ -50,17 +52,18 @@ def judge(
     candidates: Sequence[Sequence[str]],
     condition: Condition | None = None,
     *,
-    batch: int = 32,
+    batch: int = 16,
 ) -> Scores:
     """ℓ(p, t): mean −ln p(target token | prompt, target so far, condition), in nats (metrics.md).
 
     Prompt and target are separated by one space. Prompt i is decoded under row i of `condition`;
-    None is the untouched base LM. A prompt's candidates share one row: the prompt is computed once,
-    and so is every beginning that several candidates have. Rows are sorted by length, so that few
-    are padded, and go through one compiled function per length bucket.
+    None is the untouched base LM. What texts under equal conditions begin with is computed once, and
+    several texts share a row of the decoder (packing.py), to rounding as if each had one for itself.
 
     Args:
       candidates: c targets for each of the n prompts.
+      batch: the most rows of `packing.ROW` tokens at a time; of longer ones as many as have no more
+        tokens.
 
     Raises:
       ValueError: for an empty target, one without tokens, or a condition of fewer rows than there are
@@ -75,162 +78,183 @@ def judge(
         )
     if condition is not None:
         check_rows(condition, len(prompts))
-    scores = np.full((2, len(prompts), width), np.nan, np.float32)
-    if not scores.size:
-        return Scores(*scores, np.zeros((len(prompts), width, 0), bool))
-    rows = [
-        _branch(model, tokenizer, prompt, targets)
-        for prompt, targets in zip(prompts, candidates, strict=True)
-    ]
-    # One size for the whole call, so that only the length makes for another compilation.
-    places = steps_bucket(max(len(row.at) for row in rows), 1)
-    places = places if places <= HEAD_CHUNK else -(-places // HEAD_CHUNK) * HEAD_CHUNK
-    ways = steps_bucket(max(len(labels) for row in rows for labels in row.labels), 2)
-    longest = steps_bucket(max(len(path) for row in rows for path in row.paths), 2)
-    hits = np.zeros((len(rows), width, longest), bool)
-    # Even batches of a bucketed size: few rows are not padded to the largest.
-    batch = min(batch, steps_bucket(-(-len(rows) // -(-len(rows) // batch)), 4))
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index].tokens))
-    graph, state = nnx.split(model)
-    for first in range(0, len(order), batch):
-        chosen = order[first : first + batch]
-        # The last batch repeats its first row rather than compile for a size of its own.
-        padded = chosen + [chosen[0]] * (batch - len(chosen))
-        packed = _pack([rows[index] for index in padded], places, ways, longest)
-        part = None if condition is None else condition.rows(jnp.asarray(padded, jnp.int32))
-        means, likeliest = _score_rows(graph, state, *map(jnp.asarray, packed), part)
-        scores[:, chosen] = np.asarray(means)[:, : len(chosen)]
-        hits[chosen] = np.asarray(likeliest)[: len(chosen)]
-    return Scores(*scores, hits)
+    if not len(prompts) or not width:
+        empty = np.zeros((len(prompts), width), np.float32)
+        return Scores(empty, empty, np.zeros((*empty.shape, 0), bool))
+    given = None if condition is None else _Rows(condition, len(prompts))
+    trie = packing.Trie()
+    texts = []
+    for row, (prompt, targets) in enumerate(zip(prompts, candidates, strict=True)):
+        ids, answers = _tokens(model, tokenizer, prompt, targets)
+        texts.append(packing.text(trie, ids, answers, 0 if given is None else given.first[row]))
+
+    labels: dict[packing.Place, list[int]] = {}
+    for place, token in (step for text in texts for path in text.paths for step in path):
+        if token not in (ways := labels.setdefault(place, [])):
+            ways.append(token)
+    hidden = _hidden(model, trie, texts, {place.node for place in labels}, given, batch)
+    losses, likeliest = _entropies(model, trie, labels, hidden, given)
+
+    longest = max(len(path) for text in texts for path in text.paths)
+    loss, accuracy = np.zeros((2, len(texts), width), np.float32)
+    hits = np.zeros((len(texts), width, longest), bool)
+    number = {place: at for at, place in enumerate(labels)}
+    for row, text in enumerate(texts):
+        for column, path in enumerate(text.paths):
+            at = [number[place] for place, _ in path]
+            way = [labels[place].index(token) for place, token in path]
+            hits[row, column, : len(path)] = likeliest[at, way]
+            loss[row, column] = losses[at, way].mean(dtype=np.float64)
+            accuracy[row, column] = likeliest[at, way].mean()
+    scores = Scores(loss, accuracy, hits)
+    # A masked place has no weight, but 0 times what is not finite still spreads to all of its row.
+    # Whose it is shows where each text has a row for itself.
+    broken = np.flatnonzero(~np.isfinite(loss).all(axis=1))
+    for row in broken if len(prompts) > 1 else ():
+        part = None if condition is None else condition.rows(jnp.asarray([row], jnp.int32))
+        alone = judge(model, tokenizer, [prompts[row]], [candidates[row]], part, batch=batch)
+        for every, own in zip(scores, alone, strict=True):
+            every[row, ..., : own.shape[-1]] = own[0]
+    return scores
 
 
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    """One prompt and the tree of its candidates.
-
-    tokens, index, parent: the row's tokens, their places on their branches, and what they follow.
-    at: tokens after which something is scored, their depth in the answer, and what may follow each.
-    paths: of each candidate, per token, (which of `at`, which of its labels).
-    """
-
-    tokens: list[int]
-    index: list[int]
-    parent: list[int]
-    at: list[int]
-    depth: list[int]
-    labels: list[list[int]]
-    paths: list[list[tuple[int, int]]]
-
-
-def _branch(model: Larimar, tokenizer: Tokenizer, prompt: str, targets: Sequence[str]) -> _Row:
-    tokens = prompt_ids(tokenizer, prompt)
-    index, parent = list(range(len(tokens))), list(range(-1, len(tokens) - 1))
-    at, depth, labels, paths = [], [], [], []
-    nodes: dict[tuple[int, ...], int] = {(): len(tokens) - 1}  # beginning of an answer → its token
-    scored: dict[tuple[int, ...], int] = {}  # beginning → place in `at`
+def _tokens(
+    model: Larimar, tokenizer: Tokenizer, prompt: str, targets: Sequence[str]
+) -> tuple[list[int], list[list[int]]]:
+    """The tokens of a prompt and of what may follow it; raises as `judge`."""
+    ids, answers = prompt_ids(tokenizer, prompt), []
+    limit = model.decoder.config.max_length - 1
     for column, target in enumerate(targets):
         if not target.strip():
             raise ValueError(
                 f"Target {column} of prompt {prompt!r} is empty: there is nothing to score."
             )
-        answer = tuple(tokenizer.following(target.strip()))
+        answer = tokenizer.following(target.strip())
         if not answer:
             raise ValueError(
                 f"Target {column} of prompt {prompt[:60]!r}, {target[:60]!r}, has no tokens: the "
                 "decoder's tokenizer leaves nothing of it, so there is nothing to score."
             )
-        limit = model.decoder.config.max_length - 1
-        if nodes[()] + len(answer) > limit:
+        if (needed := len(ids) - 1 + len(answer)) > limit:
             raise PromptTooLong(
                 f"Prompt {prompt[:60]!r} and its target {target[:60]!r} have "
-                f"{nodes[()] + len(answer)} tokens and the decoder has {limit} positions. "
+                f"{needed} tokens and the decoder has {limit} positions. "
                 "Shorten the prompt."
             )
-        path = []
-        for length, token in enumerate(answer):
-            begun = answer[:length]
-            if begun not in nodes:
-                parent.append(nodes[begun[:-1]])
-                index.append(index[parent[-1]] + 1)
-                tokens.append(begun[-1])
-                nodes[begun] = len(tokens) - 1
-            if begun not in scored:
-                scored[begun] = len(at)
-                at.append(nodes[begun])
-                depth.append(length)
-                labels.append([])
-            ways = labels[scored[begun]]
-            if token not in ways:
-                ways.append(token)
-            path.append((scored[begun], ways.index(token)))
-        paths.append(path)
-    return _Row(tokens, index, parent, at, depth, labels, paths)
+        answers.append(answer)
+    return ids, answers
 
 
-def _pack(rows: Sequence[_Row], places: int, ways: int, longest: int) -> tuple[np.ndarray, ...]:
-    """Rows as arrays of one shape; see `_score_rows`."""
-    count, width = len(rows), len(rows[0].paths)
-    length = steps_bucket(max(len(row.tokens) for row in rows), LENGTH_BUCKET)
-    tokens, index = np.zeros((2, count, length), np.int32)
-    seen = np.zeros((count, length, length), bool)
-    at, depth = np.zeros((2, count, places), np.int32)
-    labels = np.zeros((count, places, ways), np.int32)
-    paths = np.zeros((count, width, longest), np.int32)
-    mask = np.zeros((count, width, longest), bool)
-    for b, row in enumerate(rows):
-        size = len(row.tokens)
-        tokens[b, :size], index[b, :size] = row.tokens, row.index
-        seen[b, np.arange(length), np.arange(length)] = True  # padding sees itself
-        for place, parent in enumerate(row.parent):
-            if parent >= 0:
-                seen[b, place] |= seen[b, parent]
-        at[b, : len(row.at)], depth[b, : len(row.at)] = row.at, row.depth
-        for place, found in enumerate(row.labels):
-            labels[b, place, : len(found)] = found
-        for column, path in enumerate(row.paths):
-            paths[b, column, : len(path)] = [place * ways + way for place, way in path]
-            mask[b, column, : len(path)] = True
-    return tokens, index, seen, at, depth, labels, paths, mask
+class _Rows:
+    """Rows of a condition on the host, where equal ones are found and any are taken without compiling.
+
+    first: of each prompt, the first row that equals its own.
+    """
+
+    def __init__(self, condition: Condition, prompts: int):
+        leaves, self._tree = jax.tree.flatten(condition)
+        # Slots lead with their layer.
+        self._leaves = [(np.asarray(leaf), 1 if leaf.ndim == 5 else 0) for leaf in leaves]
+        found: dict[bytes, int] = {}
+        self.first = [found.setdefault(self._digest(row), row) for row in range(prompts)]
+
+    def _digest(self, row: int) -> bytes:
+        made = hashlib.sha256()
+        for leaf, axis in self._leaves:
+            made.update(leaf.take(row, axis).tobytes())
+        return made.digest()
+
+    def take(self, rows: Int[np.ndarray, " R"]) -> Condition:
+        """The condition of chosen rows."""
+        return self._tree.unflatten(
+            [jnp.asarray(leaf.take(rows, axis)) for leaf, axis in self._leaves]
+        )
+
+
+def _hidden(
+    model: Larimar,
+    trie: packing.Trie,
+    texts: Sequence[packing.Text],
+    wanted: set[int],
+    given: _Rows | None,
+    batch: int,
+) -> dict[int, np.ndarray]:
+    """The decoder's last hidden states [D] at these nodes."""
+    graph, state = nnx.split(model)
+    found: dict[int, np.ndarray] = {}
+    for rows in packing.batches(packing.rows(trie, texts), batch):
+        packed = packing.pack(trie, rows)
+        condition = None if given is None else given.take(packed.conditions.ravel())
+        owner = None if packed.conditions.shape[1] == 1 else jnp.asarray(packed.owner)
+        tree = Tree(jnp.asarray(packed.index), jnp.asarray(packed.seen), owner)
+        states = np.asarray(_decode(graph, state, jnp.asarray(packed.tokens), tree, condition))
+        # Copied: a view would keep all the others.
+        found |= {n: states[at].copy() for n, at in packed.where.items() if n in wanted}
+    return found
+
+
+def _entropies(
+    model: Larimar,
+    trie: packing.Trie,
+    labels: dict[packing.Place, list[int]],
+    hidden: dict[int, np.ndarray],
+    given: _Rows | None,
+) -> tuple[Float[np.ndarray, "N R"], Bool[np.ndarray, "N R"]]:
+    """−ln p of what may follow at each of N places, and whether it is the likeliest there."""
+    graph, state = nnx.split(model)
+    places = list(labels)
+    # One width for the whole call, so that only the number of places makes for another compilation.
+    ways = steps_bucket(max(map(len, labels.values())), 2)
+    losses = np.zeros((len(places), ways), np.float32)
+    likeliest = np.zeros((len(places), ways), bool)
+    for first in range(0, len(places), HEAD):
+        piece = places[first : first + HEAD]
+        rows = slice(first, first + len(piece))
+        # Padding repeats a place.
+        padded = piece + [piece[0]] * (steps_bucket(len(piece), 2) - len(piece))
+        told = np.asarray([(labels[p] * ways)[:ways] for p in padded], np.int32)
+        spelled = None
+        if given is not None:
+            owners = np.asarray([trie.condition[place.node] for place in padded])
+            spelled = given.take(owners).spelled
+        one, other = _cross_entropies(
+            graph,
+            state,
+            jnp.asarray(np.stack([hidden[place.node] for place in padded])),
+            jnp.asarray([place.depth for place in padded], jnp.int32),
+            jnp.asarray(told),
+            spelled,
+        )
+        losses[rows] = np.asarray(one)[: len(piece)]
+        likeliest[rows] = np.asarray(other)[: len(piece)]
+    return losses, likeliest
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _score_rows(
+def _decode(
     graph: nnx.GraphDef,
     state: nnx.State,
     tokens: Int[Array, "B T"],
-    index: Int[Array, "B T"],
-    seen: Bool[Array, "B T T"],
-    at: Int[Array, "B N"],
-    depth: Int[Array, "B N"],
-    labels: Int[Array, "B N R"],
-    paths: Int[Array, "B c A"],
-    mask: Bool[Array, "B c A"],
+    tree: Tree,
     condition: Condition | None,
-) -> tuple[Float[Array, "2 B c"], Bool[Array, "B c A"]]:
-    """−ln p of R labels after each of N places and whether they are the likeliest there; then the mean
-    of both along each candidate's path, and the second token by token."""
-    model = nnx.merge(graph, state)
-    hidden, _ = model.hidden(tokens, condition, tree=Tree(index, seen))
-    spelled = None if condition is None else condition.spelled
+) -> Float[Array, "B T D"]:
+    """Last hidden states; the condition has S rows for each row of tokens."""
+    return nnx.merge(graph, state).hidden(tokens, condition, tree=tree)[0]
 
-    def entropies(piece):
-        at, depth, labels = piece
-        # The head is the largest product of a small model: only scored places go through it.
-        logits = model.decoder.logits(jnp.take_along_axis(hidden, at[..., None], axis=1))
-        if spelled is not None:
-            logits = spelled.add(logits, depth)
-        chosen = jnp.take_along_axis(logits, labels, axis=-1)
-        likeliest = chosen >= jnp.max(logits, axis=-1, keepdims=True)
-        losses = jax.nn.logsumexp(logits, axis=-1, keepdims=True) - chosen
-        return jnp.stack([losses, likeliest.astype(losses.dtype)])
 
-    pieces = max(1, at.shape[1] // HEAD_CHUNK)
-
-    def split(a):
-        return a.reshape(a.shape[0], pieces, -1, *a.shape[2:]).swapaxes(0, 1)
-
-    found = jax.lax.map(entropies, jax.tree.map(split, (at, depth, labels)))
-    found = jnp.moveaxis(found, 0, 2).reshape(2, at.shape[0], 1, -1)
-    along = jnp.take_along_axis(found, paths[None], axis=3)
-    means = jnp.where(mask, along, 0.0).sum(axis=-1) / mask.sum(axis=-1).astype(jnp.float32)
-    return means, mask & (along[1] > 0)
+@functools.partial(jax.jit, static_argnums=0)
+def _cross_entropies(
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    hidden: Float[Array, "K D"],
+    depth: Int[Array, " K"],
+    labels: Int[Array, "K R"],
+    spelled: Spelled | None,
+) -> tuple[Float[Array, "K R"], Bool[Array, "K R"]]:
+    """−ln p of R labels at each of K places, and whether they are the likeliest there."""
+    logits = nnx.merge(graph, state).decoder.logits(hidden)
+    if spelled is not None:
+        logits = spelled.add(logits[:, None], depth[:, None])[:, 0]
+    chosen = jnp.take_along_axis(logits, labels, axis=-1)
+    losses = jax.nn.logsumexp(logits, axis=-1, keepdims=True) - chosen
+    return losses, chosen >= jnp.max(logits, axis=-1, keepdims=True)

@@ -11,6 +11,7 @@ from flax import nnx
 from test_towers import hidden, random_prefix
 
 from larimar_jax import decoders
+from larimar_jax.decoders.base import Tree
 from larimar_jax.layers import Prefix
 
 GPT2, GPTJ, LLAMA = (decoders.family(name).CONFIG for name in ("gpt2", "gptj", "llama"))
@@ -67,6 +68,21 @@ def test_a_latent_against_numpy(name, slots, tied):
             interleaved=name == "interleaved",
         )
         assert np.abs(got[b] - want).max() <= 1e-5 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_texts_of_one_row_have_latents_of_their_own(name):
+    """Two texts in each of two rows, one of them not active, as in four rows."""
+    model, tokens = build(name), tokens_for(4, 6)
+    prefix = random_prefix(model, [True, False, True, True], slots=2)
+    want, _ = hidden(model, tokens, prefix)
+    own = np.repeat(np.arange(2, dtype=np.int32), 6)
+    causal = np.arange(12)[:, None] >= np.arange(12)
+    seen = np.broadcast_to(causal & (own[:, None] == own), (2, 12, 12))
+    index = np.broadcast_to(np.tile(np.arange(6, dtype=np.int32), 2), (2, 12))
+    tree = Tree(*map(jnp.asarray, (index, seen, np.broadcast_to(own, (2, 12)))))
+    got, _ = hidden(model, tokens.reshape(2, 12), prefix, None, None, tree)
+    assert np.abs(got.reshape(want.shape) - want).max() <= 2e-6 * np.abs(want).max()
 
 
 @pytest.mark.parametrize("name", CONFIGS)

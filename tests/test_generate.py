@@ -11,7 +11,7 @@ import tokenizers as hf
 from flax import nnx
 from tokenizers import decoders, models
 
-from larimar_jax import generate, sampling, scoring, spelling
+from larimar_jax import generate, packing, sampling, scoring, spelling
 from larimar_jax.settings import SpellingConfig
 from larimar_jax.weights import Tokenizer
 
@@ -103,10 +103,9 @@ def test_accuracy_is_the_share_of_tokens_that_are_likeliest(tiny, condition, con
 def test_scores_do_not_depend_on_the_batch(tiny, condition):
     candidates = [("new 1", "true"), ("Japan", "France city"), ("0", "1")]
     many = tiny.score(PROMPTS, candidates, condition)
-    few = scoring.score(
-        tiny.model, tiny.decoder_tokenizer, PROMPTS, candidates, condition, batch=1
-    )
-    np.testing.assert_allclose(many, few, rtol=2e-5)
+    for row, part in enumerate(rows_of(condition)):
+        alone = tiny.score([PROMPTS[row]], [candidates[row]], part)
+        np.testing.assert_allclose(many[row], alone[0], rtol=2e-5)
 
 
 @pytest.mark.parametrize("conditioned", [True, False])
@@ -188,7 +187,7 @@ def test_an_unfinished_character_is_held_back(tiny):
 def test_a_target_without_tokens_is_named(tiny, monkeypatch):
     monkeypatch.setattr(type(tiny.decoder_tokenizer), "following", lambda *_: [])
     with pytest.raises(ValueError, match="Target 0 of prompt 'Fact', 'new', has no tokens"):
-        scoring._branch(tiny.model, tiny.decoder_tokenizer, "Fact", ["new"])
+        tiny.score(["Fact"], [("new",)])
 
 
 @pytest.fixture(scope="module")
@@ -290,10 +289,10 @@ def test_many_candidates_share_their_prompt(tiny, condition):
     together = tiny.score([PROMPTS[0]], [texts], condition.rows(jnp.asarray([0])))
     apart = [tiny.score([PROMPTS[0]], [(t,)], condition.rows(jnp.asarray([0])))[0, 0] for t in texts]
     np.testing.assert_allclose(together[0], apart, rtol=2e-5)
-    row = scoring._branch(tiny.model, tokenizer, PROMPTS[0], texts)
-    alone = sum(len(tokenizer.ids(" " + text)) for text in texts)
-    prompt = len(generate.prompt_ids(tokenizer, PROMPTS[0]))
-    assert len(row.tokens) - prompt < alone / 2  # shared beginnings are computed once
+    trie, prompt = packing.Trie(), generate.prompt_ids(tokenizer, PROMPTS[0])
+    packing.text(trie, prompt, [tokenizer.following(text) for text in texts], 0)
+    alone_tokens = sum(len(tokenizer.ids(" " + text)) for text in texts)
+    assert len(trie.token) - len(prompt) < alone_tokens / 2  # shared beginnings are computed once
 
 
 def test_token_ids_go_on_without_a_stop(tiny):

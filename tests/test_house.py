@@ -36,6 +36,7 @@ FLOORS = {
     "objective": 4,
     "sampling": 4,
     "generate": 4,
+    "packing": 4,
     "scoring": 4,
     "scope": 4,
     "long_context": 4,

@@ -17,14 +17,17 @@ from larimar_jax.layers import Cache, Context, Prefix
 @layers.pytree
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """Tokens of a row that branch: several continuations of one prompt, side by side.
+    """Tokens of a row that branch, or are of several texts: continuations and prompts side by side.
 
-    index: a token's place on its own branch, counted from the row's start. seen: which tokens of
-    the row a token attends to: its ancestors and itself.
+    index: a token's place in its own text, counted from the text's start. seen: which tokens of
+    the row a token attends to: its ancestors and itself. owner: where texts of a row have latents of
+    their own, which of the row's S a token is under; the prefix then has B·S rows, those of one row of
+    tokens after each other. Without it a row has one.
     """
 
     index: Int[Array, "B T"]
     seen: Bool[Array, "B T T"]
+    owner: Int[Array, "B T"] | None = None
 
 
 class WholeHeads:
@@ -131,13 +134,14 @@ class Decoder(nnx.Module):
             index, seen = tree.index, tree.seen
         if start is not None:
             index = index + start.astype(jnp.int32)[:, None]
-        active = jnp.zeros((batch,), bool) if prefix is None else prefix.active
-        position = index + active.astype(jnp.int32)[:, None]
+        owner = None if tree is None else tree.owner
+        active, shown = _latents(prefix, owner)
+        position = index + active.astype(jnp.int32)
 
-        x = embed(self.word, tokens, prefix, self.dtype)
+        x = embed(self.word, tokens, prefix, self.dtype, owner)
         x = self.place(x, position)
         turn, windows = self.turn(position), self.windows()
-        slots = None if prefix is None else _slots(prefix)
+        slots = None if prefix is None else _slots(prefix, batch)
         past = None if start is None or cache is None else (cache.key, cache.value)
 
         def near(mask, key_index, window):
@@ -149,7 +153,6 @@ class Decoder(nnx.Module):
             slots, past, window = layer
             before = ()
             if slots is not None:
-                shown = jnp.broadcast_to(active[:, None, None], (batch, 1, slots[1].shape[2]))
                 before += ((*slots, shown),)
             if past is not None:
                 stored = jnp.arange(past[1].shape[2], dtype=jnp.int32)
@@ -229,20 +232,41 @@ def embed(
     tokens: Int[Array, "B T"],
     prefix: Prefix | None,
     dtype: DTypeLike,
+    owner: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """Token embeddings, plus the latent's vector on every token of an active row (§2)."""
+    """Token embeddings, plus its latent's vector on every token of an active row (§2)."""
     x = layers.look_up(table, tokens).astype(dtype)
     if prefix is None:
         return x
     # Selected, not multiplied: an inactive row stays untouched even by a latent that is not finite.
     vector = jnp.where(prefix.active[:, None], prefix.embedding, jnp.zeros_like(prefix.embedding))
-    return x + vector.astype(dtype)[:, None, :]
+    vector = vector.astype(dtype).reshape(x.shape[0], -1, x.shape[-1])
+    return x + (vector if owner is None else jnp.take_along_axis(vector, owner[..., None], axis=1))
 
 
-def _slots(prefix: Prefix) -> tuple[Float[Array, "L B G d P"], Float[Array, "L B G P d"]]:
+def _latents(
+    prefix: Prefix | None, owner: Int[Array, "B T"] | None
+) -> tuple[Bool[Array, "#B #T"], Bool[Array, "#B #T S"] | None]:
+    """Which tokens have an active latent, and which of their row's slots they see."""
+    if prefix is None:
+        return jnp.zeros((1, 1), bool), None
+    slots = prefix.key.shape[2]
+    if owner is None:
+        active = prefix.active[:, None]
+        return active, jnp.repeat(active[:, None], slots, axis=2)
+    active = prefix.active.reshape(owner.shape[0], -1)
+    mine = (owner[:, :, None] == jnp.arange(active.shape[1])) & active[:, None]
+    return mine.any(axis=2), jnp.repeat(mine, slots, axis=2)
+
+
+def _slots(
+    prefix: Prefix, batch: int
+) -> tuple[Float[Array, "L B G d S"], Float[Array, "L B G S d"]]:
+    """The slots of each of so many rows of tokens, after each other."""
     active = prefix.active[None, :, None, None, None]
     # A masked slot gets weight 0, but 0 times what is not finite would still spread.
     key, value = (jnp.where(active, a, jnp.zeros_like(a)) for a in (prefix.key, prefix.value))
+    key, value = (a.reshape(a.shape[0], batch, -1, *a.shape[3:]) for a in (key, value))
     return key.transpose(0, 1, 3, 4, 2), value.swapaxes(2, 3)
 
 
