@@ -135,7 +135,7 @@ def draw(axes: Any, summary: Mapping[str, Any]) -> None:
     axes.set_yticks(range(len(found)), [label.replace(", ", ",\n") for label in SYSTEMS.values()])
     axes.invert_yaxis()
     axes.set_xlim(0, 101)
-    axes.set_xlabel("attacks that succeed\n(percent, ± standard error; lower is better)")
+    axes.set_xlabel("attacks that succeed (percent, ± standard error; lower is better)")
 
 
 class Attack:
