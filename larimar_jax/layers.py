@@ -150,23 +150,23 @@ def rows_are_split() -> bool:
     return placement is not None and placement.ways > 1
 
 
-# Which rows the low-rank changes of a tower's maps act on (lora.py).
-ALL_ROWS, NO_ROWS = "all", "none"
-_CHANGED: contextvars.ContextVar[Any] = contextvars.ContextVar("changed", default=ALL_ROWS)
+# Which tokens the low-rank changes of a tower's maps act on (lora.py).
+ALL, NONE = "all", "none"
+_CHANGED: contextvars.ContextVar[Any] = contextvars.ContextVar("changed", default=ALL)
 
 
 @contextlib.contextmanager
-def changing(rows: Bool[Array, " B"] | None) -> Iterator[None]:
-    """While it is open, low-rank changes act on these rows of what is traced; on none for None."""
-    token = _CHANGED.set(NO_ROWS if rows is None else rows)
+def changing(tokens: Bool[Array, "#B #T"] | None) -> Iterator[None]:
+    """While it is open, low-rank changes act on these tokens of what is traced; on none for None."""
+    token = _CHANGED.set(NONE if tokens is None else tokens)
     try:
         yield
     finally:
         _CHANGED.reset(token)
 
 
-def changed_rows() -> Bool[Array, " B"] | str:
-    """The rows of `changing`, or ALL_ROWS, or NO_ROWS."""
+def changed() -> Bool[Array, "#B #T"] | str:
+    """The tokens of `changing`, or ALL, or NONE."""
     return _CHANGED.get()
 
 

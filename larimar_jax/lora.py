@@ -1,6 +1,6 @@
 """Low-rank changes of frozen kernels (LoRA, arXiv 2106.09685), on any linear map of either tower.
 
-Those of the decoder belong to its memory: they act on rows that a memory conditions, and the base LM
+Those of the decoder belong to its memory: they act on tokens that a memory conditions, and the base LM
 stays what it was, to the bit (`layers.changing`).
 """
 
@@ -21,7 +21,7 @@ class LoraLinear(nnx.Module):
     """x W + b + scale · (x A) B: a linear map with its parameters, and the factors A and B.
 
     The factors keep the leading axes of the kernel, so that a stack of layers has a change for each.
-    At the start B is zero, and the map is what it was. Under `layers.changing` only its rows change.
+    At the start B is zero, and the map is what it was. Under `layers.changing` only its tokens change.
     """
 
     def __init__(self, base: nnx.Linear, rank: int, scale: float, rngs: nnx.Rngs):
@@ -40,13 +40,12 @@ class LoraLinear(nnx.Module):
             return jnp.matmul(rows, parameter[...].astype(self.dtype))
 
         y = times(x, self.kernel)
-        changed = layers.changed_rows()
-        if changed is not layers.NO_ROWS:
+        changed = layers.changed()
+        if changed is not layers.NONE:
             change = self.scale * times(times(x, self.lora_in), self.lora_out)
-            if changed is not layers.ALL_ROWS:
-                # Selected, not multiplied: other rows stay untouched by what is not finite.
-                where = changed.reshape(-1, *[1] * (x.ndim - 1))
-                change = jnp.where(where, change, jnp.zeros_like(change))
+            if changed is not layers.ALL:
+                # Selected, not multiplied: others stay untouched by what is not finite.
+                change = jnp.where(changed[..., None], change, jnp.zeros_like(change))
             y = y + change
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 

@@ -8,6 +8,7 @@ from conftest import tiny_config
 from flax import nnx
 
 from larimar_jax import config, lora, model
+from larimar_jax.decoders.base import Tree
 
 
 def _build(modules="^decoder/layers/(attention/(query|value)|up)$", attached=True):
@@ -49,6 +50,21 @@ def test_only_rows_that_a_memory_conditions_change():
     np.testing.assert_allclose(mixed[0], _logits(changed)[0], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(mixed[1], _logits(plain, (True, False))[1])
     assert np.abs(mixed[0] - _logits(plain)[0]).max() > 1e-3
+
+
+def test_texts_that_share_a_row_change_as_their_own_latent_says():
+    """Two texts in one row, one of them under an active latent."""
+    changed = _moved(_build())
+    tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
+    latent = np.random.default_rng(1).normal(size=(2, 16)).astype(np.float32)
+    condition = changed.condition(jnp.asarray(latent), jnp.asarray([True, False]))
+    text = jnp.arange(12) // 6
+    index = jnp.arange(12, dtype=jnp.int32) % 6
+    seen = (text[:, None] == text) & (index[:, None] >= index)
+    tree = Tree(index[None], seen[None], text.astype(jnp.int32)[None])
+    hidden, _ = changed.hidden(tokens.reshape(1, 12), condition, tree=tree)
+    together = changed.decoder.logits(hidden).reshape(2, 6, -1)
+    np.testing.assert_allclose(together, _logits(changed, (True, False)), rtol=1e-4, atol=1e-5)
 
 
 def test_an_encoder_that_is_changed_is_changed_for_every_text():

@@ -115,7 +115,7 @@ class Decoder(nnx.Module):
         Token t of row b has index start[b] + t and attends to every index up to its own (within its
         layer's window) and, in rows where `prefix` is active, to the P past slots, however far.
         Its position is index + 1 in active rows (§2) and index in others. Padding goes on the right.
-        Low-rank changes (lora.py) act on active rows alone.
+        Low-rank changes (lora.py) act on tokens with an active latent alone.
         A cached call passes the prefix again. Without `start` rows begin at 0, and the cache is only
         filled.
 
