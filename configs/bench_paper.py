@@ -17,41 +17,63 @@ def get_config() -> ConfigDict:
             # CounterFact in either schema (at least 4,096 records) and ZsRE in KnowEdit's.
             data=dict(counterfact="", zsre=""),
             runs=dict(
-                # Table 2
+                # Table 2, and with one and two rephrasings written
                 counterfact=dict(bench="counterfact", data="counterfact", options=dict(limit=1000)),
+                counterfact_1=dict(
+                    bench="counterfact", data="counterfact", options=dict(limit=200, rephrasings=1)
+                ),
+                counterfact_2=dict(
+                    bench="counterfact", data="counterfact", options=dict(limit=200, rephrasings=2)
+                ),
                 # Table 2 as the authors' code measures it
                 counterfact_released=dict(
                     bench="counterfact", data="counterfact", options=dict(limit=200, mode="released")
                 ),
                 # What is decoded after an edit
                 says=dict(bench="says", data="counterfact", options=dict(limit=200)),
-                # Tables 12 and 13
+                # Tables 12 and 13, and as the authors' code measures them
                 zsre=dict(bench="zsre", data="zsre", options=dict(limit=1000)),
-                # Table 3 and Fig. 2b
+                zsre_released=dict(
+                    bench="zsre", data="zsre", options=dict(limit=200, mode="released")
+                ),
+                # Table 3
                 stream=dict(
+                    bench="stream", data="zsre", options=dict(edits=1000, unwritten=0, every=100)
+                ),
+                # Fig. 2b
+                stream_3000=dict(
                     bench="stream",
                     data="zsre",
-                    options=dict(edits=1000, unwritten=0, every=100),
+                    options=dict(edits=3000, wordings=4, unwritten=0, every=500, asked=64),
                 ),
-                # Fig. 2a
+                # Fig. 2a, and with the paper's 512 slots
                 batch=dict(
                     bench="batch",
                     data="counterfact",
                     options=dict(facts=[1, 64, 256, 512, 1024, 2048]),
                 ),
+                batch_512_slots=dict(
+                    bench="batch",
+                    data="counterfact",
+                    options=dict(facts=[512, 1024], set="editing.features.count=128"),
+                ),
                 # Table 4
                 forget=dict(bench="forget", data="counterfact", options=dict(facts=[512, 1024])),
-                # Section 6 of the paper
-                scope=dict(bench="scope", data="counterfact", options=dict(limit=1000)),
+                # Table 5
+                attack=dict(bench="attack", data="counterfact", options=dict(facts=50)),
                 # Table 6
                 longcontext=dict(
-                    bench="longcontext",
-                    data="counterfact",
-                    options=dict(facts=[64, 128, 256, 1024, 4096]),
+                    bench="longcontext", data="", options=dict(facts=[64, 128, 256, 1024, 4096])
                 ),
+                # Table 14
+                rephrase=dict(bench="rephrase", data="zsre", options=dict(asked=100)),
+                # Fig. 6
+                noise=dict(bench="noise", data="counterfact", options=dict(limit=50)),
+                # Section 6 of the paper
+                scope=dict(bench="scope", data="counterfact", options=dict(limit=1000)),
+                perplexity=dict(bench="perplexity", data="counterfact", options=dict(facts=512)),
                 # Table 1
                 speed=dict(bench="speed", data="counterfact", options={}),
-                perplexity=dict(bench="perplexity", data="counterfact", options=dict(facts=512)),
             ),
         )
     )

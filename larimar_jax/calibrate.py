@@ -6,8 +6,11 @@ is near it. The internal one compares them after a linear map W, fitted as a cla
     p(query q means the fact written as k) = sigmoid(a (cos(k W, q W) − b)),
 
 on paraphrases against neighbours and against questions that ask something else of the same subject;
-and a paraphrase must find its own prompt among those of its batch. W starts as the identity: what the
-encoder knows of other kinds of text is where the fit begins. Held-out records give the threshold.
+and a paraphrase must find its own prompt among those of its batch.
+
+A W that is fitted freely learns the relations of its records by heart, and is worse than none for
+others. So W is drawn back to where it started, W = I + s (fitted − I), and the share s and the threshold
+are those that do best on relations that the fit has not seen, a fold of relations at a time.
 """
 
 import dataclasses
@@ -32,6 +35,8 @@ from larimar_jax.train import export
 
 # Questions of other relations that a record is given.
 OTHERS = 4
+# s, of which one is chosen; 0 is the external detector.
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 # Of the softmax over a batch's prompts.
 _SHARPNESS = 20.0
 
@@ -40,33 +45,37 @@ _SHARPNESS = 20.0
 class Recipe:
     """How W is fitted. steps of batch facts; rate: Adam's, falling to 0 as a cosine. others: the weight
     of questions of other relations beside neighbours; found: of finding one's own prompt among the
-    batch's. held_out: the share of records that W is not fitted on."""
+    batch's. folds: parts of the relations, each of which is judged by a W that was fitted on the rest."""
 
-    steps: int = 600
-    batch: int = 512
-    rate: float = 1e-3
+    steps: int = 300
+    batch: int = 256
+    rate: float = 2e-4
     others: float = 0.5
     found: float = 0.3
-    held_out: float = 0.1
+    folds: int = 4
     seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """A detector on held-out records: against a fact's own prompt, against all prompts at once, and the
-    share of questions of other relations that it takes for the fact at the threshold."""
+    """A detector on relations that it was not fitted on, in [0, 1]. pairwise: its equal error rate
+    against a fact's own prompt. store: against all prompts of a fold at once. At the threshold, missed:
+    the share of paraphrases out of scope; neighbours, others: of those in scope against the own prompt."""
 
-    pairwise: scope.Detection
-    store: scope.Detection
+    pairwise: float
+    store: float
+    missed: float
+    neighbours: float
     others: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """projection: W, [H, H] float32. threshold: of the cosine after it. external, internal: what the two
-    detectors do on the held-out records."""
+    """projection: W, [H, H] float32. share: s. threshold: of the cosine after W. external, internal: what
+    the detectors do without W and with it."""
 
     projection: Float[np.ndarray, "H H"]
+    share: float
     threshold: float
     external: Quality
     internal: Quality
@@ -84,29 +93,33 @@ class _Rows(NamedTuple):
     subject: Int[Array, " n"]
 
 
+class _Scores(NamedTuple):
+    """Cosines of a fold's questions: with their own fact's prompt, and the best of all of the fold."""
+
+    paraphrases: tuple[Float[np.ndarray, " P"], Float[np.ndarray, " P"]]
+    neighbours: tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]
+    others: tuple[Float[np.ndarray, " O"], Float[np.ndarray, " O"]]
+
+
 Encode = Callable[[Sequence[str]], Float[np.ndarray, "n H"]]
 
 
 def calibrate(encode: Encode, facts: Sequence[Asked], recipe: Recipe | None = None) -> Calibration:
-    """Fits W and the threshold.
+    """Fits W, and chooses s and the threshold.
 
     Args:
         encode: texts to pooled encodings; called once.
-        facts: each with a paraphrase and a neighbour at least, and the same number of others, or none.
+        facts: each with a paraphrase and a neighbour at least.
     Raises:
-        ValueError: too few facts to hold any out, or one without paraphrase or neighbour.
+        ValueError: of fewer relations than folds, or one without paraphrase or neighbour.
     """
     recipe = Recipe() if recipe is None else recipe
-    split = len(facts) - round(recipe.held_out * len(facts))
-    if not 0 < split < len(facts):
-        raise ValueError(
-            f"{len(facts)} records leave none to fit or none to hold out: give tens, better thousands."
-        )
     for fact in facts:
         if not fact.paraphrases or not fact.neighbours:
             raise ValueError(
                 f"The record of {fact.prompt!r} has no paraphrase or no neighbour: leave it out."
             )
+    folds = _folds(facts, recipe.folds)
     texts: dict[str, int] = {}
     for fact in facts:
         sentences, _ = scope.parts([*fact.paraphrases, *fact.neighbours, *fact.others])
@@ -115,12 +128,27 @@ def calibrate(encode: Encode, facts: Sequence[Asked], recipe: Recipe | None = No
     encoded = np.asarray(encode(list(texts)), np.float32)
     encoded /= np.maximum(np.linalg.norm(encoded, axis=1, keepdims=True), 1e-9)
     look = _Lookup(texts, encoded)
-    rows = _rows(facts[:split], look)
-    projection = np.asarray(_fit(jax.tree.map(jnp.asarray, rows), recipe))
-    held = facts[split:]
-    external, _ = _quality(held, look, np.eye(encoded.shape[1], dtype=np.float32))
-    internal, threshold = _quality(held, look, projection)
-    return Calibration(projection, threshold, external, internal)
+    rows, owner = _rows(facts, look)
+    rows = jax.tree.map(jnp.asarray, rows)
+
+    def fitted(chosen: Bool[np.ndarray, " n"]) -> Float[np.ndarray, "H H"]:
+        # Of one length for all folds, so that one program fits them.
+        found = np.flatnonzero(chosen)
+        return np.asarray(_fit(rows, np.resize(found, len(chosen)), np.int32(len(found)), recipe))
+
+    same = np.eye(encoded.shape[1], dtype=np.float32)
+    judged: dict[float, list[_Scores]] = {share: [] for share in SHARES}
+    for fold in folds:
+        change = fitted(~np.isin(owner, fold)) - same
+        held = [facts[n] for n in fold]
+        for share, scores in judged.items():
+            scores.append(_scores(held, look, same + share * change))
+    thresholds = {share: _threshold(scores, recipe) for share, scores in judged.items()}
+    # Of shares that do as well, the least; an error is the same for all at the crossing.
+    share = min(SHARES, key=lambda one: _quality(judged[one], thresholds[one]).missed)
+    projection = same + share * (fitted(np.ones(len(owner), bool)) - same)
+    external, internal = (_quality(judged[one], thresholds[one]) for one in (0.0, share))
+    return Calibration(projection, share, thresholds[share], external, internal)
 
 
 def model(
@@ -147,9 +175,10 @@ def model(
         "config": configs.override(configs.to_dict(loaded.config), [threshold]),
         "scope": {
             "recipe": dataclasses.asdict(recipe),
+            "share": found.share,
             "data": provenance(data),
             "records": len(records),
-            "held_out": {name: dataclasses.asdict(quality) for name, quality in held.items()},
+            "unseen_relations": {name: dataclasses.asdict(one) for name, one in held.items()},
         },
     }
     export.amend(path, out, {scope.PROJECTION: found.projection}, meta)
@@ -166,11 +195,33 @@ class _Lookup:
         return self._encoded[[self._places[text] for text in texts]]
 
 
-def _rows(facts: Sequence[Asked], look: _Lookup) -> _Rows:
-    """A row for each paraphrase or neighbour of a fact, whichever are more; the fewer take turns."""
-    prompts, paraphrases, neighbours, others, subjects = [], [], [], [], []
+def _folds(facts: Sequence[Asked], count: int) -> list[list[int]]:
+    """Facts in `count` parts of about one size, none of which shares a relation with another; those of no
+    known relation are of one together.
+
+    Raises:
+        ValueError: there are fewer relations.
+    """
+    relations: dict[int | None, list[int]] = {}
+    for number, fact in enumerate(facts):
+        relations.setdefault(fact.relation, []).append(number)
+    if len(relations) < count:
+        raise ValueError(
+            f"{len(facts)} records of {len(relations)} relations do not make {count} folds of relations: "
+            "give more of them, better thousands."
+        )
+    folds: list[list[int]] = [[] for _ in range(count)]
+    for members in sorted(relations.values(), key=len, reverse=True):
+        min(folds, key=len).extend(members)
+    return folds
+
+
+def _rows(facts: Sequence[Asked], look: _Lookup) -> tuple[_Rows, Int[np.ndarray, " n"]]:
+    """A row for each paraphrase or neighbour of a fact, whichever are more; the fewer take turns. And
+    which fact each row is of."""
+    prompts, paraphrases, neighbours, others, subjects, owners = [], [], [], [], [], []
     subject: dict[str, int] = {}
-    for fact in facts:
+    for number, fact in enumerate(facts):
         own = look([fact.prompt])[0]
 
         def nearest(query: str, own=own) -> Float[np.ndarray, " H"]:
@@ -184,6 +235,7 @@ def _rows(facts: Sequence[Asked], look: _Lookup) -> _Rows:
             neighbours.append(nearest(fact.neighbours[n % len(fact.neighbours)]))
             others.append([nearest(query) for query in fact.others])
             subjects.append(subject.setdefault(fact.subject, len(subject)))
+            owners.append(number)
     width = max((len(each) for each in others), default=0)
     padded = np.zeros((len(others), max(width, 1), len(prompts[0])), np.float32)
     there = np.zeros(padded.shape[:2], bool)
@@ -191,27 +243,33 @@ def _rows(facts: Sequence[Asked], look: _Lookup) -> _Rows:
         if each:
             padded[row, : len(each)], there[row, : len(each)] = each, True
     told = [np.stack(each) for each in (prompts, paraphrases, neighbours)]
-    return _Rows(*told, padded, there, np.array(subjects, np.int32))
+    return _Rows(*told, padded, there, np.array(subjects, np.int32)), np.array(owners, np.int32)
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
-def _fit(rows: _Rows, recipe: Recipe) -> Float[Array, "H H"]:
-    """W after `recipe.steps` of Adam, in float32."""
-    count, width = rows.prompt.shape
-    adam = optax.adam(optax.cosine_decay_schedule(recipe.rate, recipe.steps))
+def _fit(
+    rows: _Rows, chosen: Int[Array, " n"], count: Int[Array, ""], recipe: Recipe
+) -> Float[Array, "H H"]:
+    """W after `recipe.steps` of Adam from the identity, in float32, on the first `count` rows of
+    `chosen`."""
+    width = rows.prompt.shape[1]
+    adam = optax.adam(optax.cosine_decay_schedule(recipe.rate, max(1, recipe.steps)))
     # a and b start where the encoder's own cosines of paraphrases and neighbours part.
     start = (jnp.eye(width), jnp.float32(10.0), jnp.float32(0.6))
 
     def step(carry, key):
         params, state = carry
         which, other = jax.random.split(key)
-        batch = jax.tree.map(lambda a: a[jax.random.randint(which, (recipe.batch,), 0, count)], rows)
+        drawn = chosen[jax.random.randint(which, (recipe.batch,), 0, count)]
+        batch = jax.tree.map(lambda a: a[drawn], rows)
         # One of a fact's other questions.
         at = jax.random.randint(other, (recipe.batch, 1), 0, rows.other.shape[1])
         one = jnp.take_along_axis(batch.other, at[:, :, None], axis=1)[:, 0]
         there = jnp.take_along_axis(batch.there, at, axis=1)[:, 0]
         gradient = jax.grad(_loss)(params, batch, one, there, recipe)
-        updates, state = adam.update(gradient, state)
+        # Optax raises float decays to integer step counts, which strict promotion forbids.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = adam.update(gradient, state)
         return (optax.apply_updates(params, updates), state), None
 
     keys = jax.random.split(jax.random.key(recipe.seed), recipe.steps)
@@ -240,15 +298,13 @@ def _loss(params, batch: _Rows, other, there, recipe: Recipe) -> Float[Array, ""
     return (loss - recipe.found * found).mean()
 
 
-def _quality(
+def _scores(
     facts: Sequence[Asked], look: _Lookup, projection: Float[np.ndarray, "H H"]
-) -> tuple[Quality, float]:
-    """What the detector does on facts, and the threshold: where the share of paraphrases that it misses
-    is nearest to that of neighbours and others that it lets through, each kind counting half."""
+) -> _Scores:
+    """Of all questions of the facts, under a projection."""
     written = look([fact.prompt for fact in facts]) @ projection
 
     def scores(kind: str) -> tuple[Float[np.ndarray, " Q"], Float[np.ndarray, " Q"]]:
-        """Of all questions of a kind: the cosine with their own fact's prompt, and the best of all."""
         asked = [(n, text) for n, fact in enumerate(facts) for text in getattr(fact, kind)]
         if not asked:
             return np.zeros(0, np.float32), np.zeros(0, np.float32)
@@ -256,14 +312,35 @@ def _quality(
         embedded = look(texts) @ projection
         own = np.zeros((len(asked), len(facts)), bool)
         own[np.arange(len(asked)), [n for n, _ in asked]] = True
-        return tuple(
-            scope.match(embedded, owners, written, allowed).score for allowed in (own, None)
-        )
+        return tuple(scope.match(embedded, owners, written, by).score for by in (own, None))
 
-    paraphrases, neighbours, others = map(scores, ("paraphrases", "neighbours", "others"))
-    wrong = [kind for kind in (neighbours[0], others[0]) if len(kind)]
-    weights = [np.full(len(kind), 1 / len(kind) / len(wrong)) for kind in wrong]
-    threshold = scope.crossing(paraphrases[0], np.concatenate(wrong), np.concatenate(weights))
-    passed = float(np.mean(others[0] >= threshold)) if len(others[0]) else 0.0
-    pairwise, store = (scope.detection(paraphrases[n], neighbours[n]) for n in (0, 1))
-    return Quality(pairwise, store, passed), threshold
+    return _Scores(*map(scores, _Scores._fields))
+
+
+def _joined(scores: Sequence[_Scores], kind: str, against: int = 0) -> Float[np.ndarray, " Q"]:
+    return np.concatenate([getattr(one, kind)[against] for one in scores])
+
+
+def _threshold(scores: Sequence[_Scores], recipe: Recipe) -> float:
+    """Where the share of paraphrases that are missed is nearest to that of neighbours and others that
+    are let through, the latter weighing `recipe.others` beside the former."""
+    kinds = [(_joined(scores, "neighbours"), 1.0), (_joined(scores, "others"), recipe.others)]
+    kinds = [(found, weight) for found, weight in kinds if len(found)]
+    total = sum(weight for _, weight in kinds)
+    weights = [np.full(len(found), weight / len(found) / total) for found, weight in kinds]
+    wrong = np.concatenate([found for found, _ in kinds])
+    return scope.crossing(_joined(scores, "paraphrases"), wrong, np.concatenate(weights))
+
+
+def _quality(scores: Sequence[_Scores], threshold: float) -> Quality:
+    """What a detector does on all folds; against all prompts, the mean over folds, which have their own."""
+    store = [scope.detection(one.paraphrases[1], one.neighbours[1]).error for one in scores]
+    others = _joined(scores, "others")
+    paraphrases, neighbours = (_joined(scores, kind) for kind in ("paraphrases", "neighbours"))
+    return Quality(
+        scope.detection(paraphrases, neighbours).error,
+        float(np.mean(store)),
+        float(np.mean(paraphrases < threshold)),
+        float(np.mean(neighbours >= threshold)),
+        float(np.mean(others >= threshold)) if len(others) else 0.0,
+    )

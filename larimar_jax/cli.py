@@ -168,6 +168,7 @@ def parser() -> argparse.ArgumentParser:
 
     resumes = {
         "train": "The same command goes on from the last checkpoint.",
+        "study": "The same command goes on where it was stopped.",
         "sweep": "The same command goes on where the cells end.",
         "reproduce": "The same command goes on where it was stopped.",
     }

@@ -150,6 +150,26 @@ def rows_are_split() -> bool:
     return placement is not None and placement.ways > 1
 
 
+# Which tokens the low-rank changes of a tower's maps act on (lora.py).
+ALL, NONE = "all", "none"
+_CHANGED: contextvars.ContextVar[Any] = contextvars.ContextVar("changed", default=ALL)
+
+
+@contextlib.contextmanager
+def changing(tokens: Bool[Array, "#B #T"] | None) -> Iterator[None]:
+    """While it is open, low-rank changes act on these tokens of what is traced; on none for None."""
+    token = _CHANGED.set(NONE if tokens is None else tokens)
+    try:
+        yield
+    finally:
+        _CHANGED.reset(token)
+
+
+def changed() -> Bool[Array, "#B #T"] | str:
+    """The tokens of `changing`, or ALL, or NONE."""
+    return _CHANGED.get()
+
+
 def look_up(table: nnx.Embed, index: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
     """Rows of an embedding table, which is whole while they are looked up."""
     placement, values = _PLACEMENT.get(), table.embedding[...]

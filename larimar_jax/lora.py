@@ -1,4 +1,8 @@
-"""Low-rank changes of frozen kernels (LoRA, arXiv 2106.09685), on any linear map of either tower."""
+"""Low-rank changes of frozen kernels (LoRA, arXiv 2106.09685), on any linear map of either tower.
+
+Those of the decoder belong to its memory: they act on tokens that a memory conditions, and the base LM
+stays what it was, to the bit (`layers.changing`).
+"""
 
 import re
 
@@ -6,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from larimar_jax import layers
 from larimar_jax.settings import LoraConfig
 
 # Names of the factors; a parameter path that ends in one of them is always trained.
@@ -16,7 +21,7 @@ class LoraLinear(nnx.Module):
     """x W + b + scale · (x A) B: a linear map with its parameters, and the factors A and B.
 
     The factors keep the leading axes of the kernel, so that a stack of layers has a change for each.
-    At the start B is zero, and the map is what it was.
+    At the start B is zero, and the map is what it was. Under `layers.changing` only its tokens change.
     """
 
     def __init__(self, base: nnx.Linear, rank: int, scale: float, rngs: nnx.Rngs):
@@ -34,7 +39,14 @@ class LoraLinear(nnx.Module):
         def times(rows, parameter):
             return jnp.matmul(rows, parameter[...].astype(self.dtype))
 
-        y = times(x, self.kernel) + self.scale * times(times(x, self.lora_in), self.lora_out)
+        y = times(x, self.kernel)
+        changed = layers.changed()
+        if changed is not layers.NONE:
+            change = self.scale * times(times(x, self.lora_in), self.lora_out)
+            if changed is not layers.ALL:
+                # Selected, not multiplied: others stay untouched by what is not finite.
+                change = jnp.where(changed[..., None], change, jnp.zeros_like(change))
+            y = y + change
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 

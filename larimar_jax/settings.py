@@ -26,7 +26,8 @@ class LoraConfig:
     """Low-rank changes of frozen kernels: x W + scale · (x A) B, with A [in, rank], B [rank, out].
 
     modules: a regex on the '/'-joined paths of linear maps in either tower, such as
-    "^decoder/layers/attention/(query|value)$". A is drawn, B starts at zero.
+    "^decoder/layers/attention/(query|value)$". A is drawn, B starts at zero. The decoder's act where a
+    memory conditions it, and nowhere else: the base LM stays what it was.
     """
 
     rank: int

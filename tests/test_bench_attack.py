@@ -4,13 +4,14 @@ import argparse
 import json
 
 import jax
+import labelled
 import numpy as np
 import pytest
 from rich.console import Console
 
 from larimar_jax import bench
-from larimar_jax.bench import attack, runner
-from larimar_jax.bench.editor import LarimarEditor
+from larimar_jax.bench import attack, report, runner
+from larimar_jax.bench.editor import LarimarEditor, Recall
 from larimar_jax.bench.store import Store, encoded
 from larimar_jax.data.records import EditRecord
 
@@ -53,11 +54,13 @@ def test_what_is_drawn_is_drawn_after_each_wording_under_each_memory(tiny, finis
     base = tiny.generate(plain, **options)
     wanted = {
         "base": base,
+        "zero": tiny.generate(plain, tiny.zero(8), **options),
         "prompt": tiny.generate(told, **options),
         "open": tiny.generate(plain, alone.condition(times), **options),
     }
     for name, texts, recall in (
-        ("lookup", tiny.generate(near, **options), recalled),
+        ("lookup", wanted["prompt"], alone),
+        ("lookup_batch", tiny.generate(near, **options), recalled),
         ("larimar", wanted["open"], alone),
         ("batch", tiny.generate(plain, recalled.condition(times), **options), recalled),
     ):
@@ -65,12 +68,62 @@ def test_what_is_drawn_is_drawn_after_each_wording_under_each_memory(tiny, finis
         wanted[name] = [t if let else b for t, b, let in zip(texts, base, inside, strict=True)]
     for name, texts in wanted.items():
         assert records[0]["text"][name] + records[1]["text"][name] == texts
-    assert wanted["open"] != base and len({*map(str, wanted.values())}) > 3
+    assert wanted["open"] != base and len({*map(str, wanted.values())}) > 4
+    assert any(recalled.in_scope) and not all(recalled.in_scope)
     for record in records:
         for name, texts in record["text"].items():
             assert record["leaked"][name] == [record["target_true"] in text for text in texts]
     leaks = [leak for record in records for leak in record["leaked"]["base"]]
     assert any(leaks) and not all(leaks)
+
+
+@pytest.mark.parametrize("nearest", [[0, 0, 1, 1], [2, 0, 1, 1]])
+def test_a_lookup_draws_after_the_edit_that_is_nearest_where_the_scope_lets_it(
+    tiny, monkeypatch, nearest
+):
+    """Of all edits; also where every fact finds its own, whose samples are there."""
+    facts = [f"Fact {n} is unknown" for n in range(3)]
+    made, texts = experiment(tiny), []
+    inside = np.array([True, False, True, True])
+
+    class Known:
+        def __init__(self):
+            self.texts = facts
+
+        def recall(self, prompts):
+            found = Recall(np.ones(4, np.float32), inside, lambda rows: tiny.zero(len(rows)))
+            return found, nearest
+
+    def generate(_, prompts, condition=None, **options):
+        texts.append(prompts)
+        return [f"{prompt}|{'z' if condition is not None else ''}" for prompt in prompts]
+
+    monkeypatch.setattr(made, "_all", Known)
+    monkeypatch.setattr(type(tiny), "generate", generate)
+    records = made.run(made.cases[:2])
+    prompts = [text for _, wordings in cases(2) for text in wordings]
+    for row, (text, fact, let) in enumerate(zip(prompts, nearest, inside, strict=True)):
+        want = f"{facts[fact]}. {text}|" if let else f"{text}|"
+        assert records[row // 2]["text"]["lookup_batch"][2 * (row % 2) :][:2] == [want] * 2
+    # Nothing is drawn twice after the same texts without a memory.
+    assert len(texts) == 5 + (nearest[0] != 0)
+
+
+def test_a_memory_that_leaks_no_less_than_the_lookup_of_its_edits_says_so():
+    def leaks(count):
+        return [True] * count + [False] * (4 - count)
+
+    found = {"open": leaks(1), "larimar": leaks(0), "batch": leaks(2)}
+    record = dict.fromkeys(attack.SYSTEMS, leaks(1)) | found | {"lookup_batch": leaks(3)}
+    results = attack.Attack.summarise(None, [{"leaked": record}])
+    notes = {(name, rate) for name, row in results.items() for rate in row if "note" in row[rate]}
+    # Of four samples one is enough.
+    assert notes == {("open", "attack"), ("open", "sample"), ("batch", "attack")}
+    assert results["larimar"]["sample"]["versus_lookup"]["mean"] == 25
+    summary = {"settings": {"wordings": 2, "samples": 2}, "cases": 1, "results": results}
+    rows = {row[0]: row[1:] for row in report.grid(attack.tables(summary)[0]).rows}
+    noted = rows["Larimar with scope, all edits at once"]
+    assert ["does not beat\nthe lookup" in cell for cell in noted] == [True, False]
 
 
 def test_an_attack_succeeds_with_one_sample_of_all(finished):
@@ -112,7 +165,11 @@ def test_a_run_resumes_line_for_line_and_people_see_it(tiny, finished, tmp_path)
     record = runner.read_cases(folder)[1]
     assert attack.texts(record)[0] == "Fact 1 is → t, edited to “unknown”"
     assert len(attack.texts(record)) == 3
-    assert set(attack.values(record)) == set(attack.SYSTEMS.values())
+    assert len(labelled.check(attack, summary)) == len(attack.SYSTEMS)
+    assert attack.values(record) == {
+        f"{label}, withstood": float(not any(record["leaked"][name]))
+        for name, label in attack.SYSTEMS.items()
+    }
 
 
 def test_the_command_reads_its_options_and_needs_a_sample(tiny):

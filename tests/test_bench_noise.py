@@ -6,13 +6,16 @@ import math
 
 import jax
 import jax.numpy as jnp
+import labelled
 import numpy as np
 import pytest
 from rich.console import Console
 from test_bench import cases
 
 from larimar_jax import bench
-from larimar_jax.bench import noise, runner
+from larimar_jax.bench import noise, report, runner
+
+NAMES = ["base", "zero", "prompt", "lookup", "0", "0.5"]
 
 
 def experiment(tiny):
@@ -31,7 +34,7 @@ def test_what_is_read_is_the_mean_plus_noise_of_that_size(tiny, finished):
     memory, prior = tiny.dual, tiny.prior
     keys = jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 8)
     for number, (case, record) in enumerate(zip(chunk, records[:2], strict=True)):
-        assert list(record["loss"]) == ["base", "0", "0.5"]
+        assert list(record["loss"]) == NAMES
         prompts = [case.prompt, *case.paraphrases]
         key, value = tiny.encode([case.prompt, record["written"]], [None, case.target_new]).latent
         fact = jnp.asarray(key[None]), jnp.asarray(value[None])
@@ -42,14 +45,21 @@ def test_what_is_read_is_the_mean_plus_noise_of_that_size(tiny, finished):
         drawn = mean + 0.5 * jax.random.normal(keys[number], mean.shape)
         matrix = memory.matrix(prior, state)
         pairs = [[case.target_new, case.target_true]] * len(prompts)
-        for name, weights in (("base", None), ("0", mean), ("0.5", drawn)):
-            condition = None
-            if weights is not None:
-                condition = tiny.condition(np.asarray(weights @ matrix)[: len(prompts)])
-            wanted = tiny.score(prompts, pairs, condition)
+        fact_first = [f"{record['written']}. {prompt}" for prompt in prompts]
+        embedded = tiny.encode(prompts).embedding
+        embedded /= np.linalg.norm(embedded, axis=1, keepdims=True)
+        inside = embedded @ embedded[0] >= tiny.scope_threshold
+        assert record["in_scope"]["edit"] + record["in_scope"]["paraphrase"] == inside.tolist()
+        let = [fact_first[n] if within else prompts[n] for n, within in enumerate(inside)]
+        read = [
+            tiny.condition(np.asarray(weights @ matrix)[: len(prompts)]) for weights in (mean, drawn)
+        ]
+        sides = [(prompts, None), (prompts, tiny.zero(len(prompts))), (fact_first, None), (let, None)]
+        for name, (asked, condition) in zip(NAMES, [*sides, *((prompts, c) for c in read)], strict=True):
+            wanted = tiny.score(asked, pairs, condition)
             found = record["loss"][name]["edit"] + record["loss"][name]["paraphrase"]
             np.testing.assert_allclose(found, wanted, rtol=2e-4)
-            (text,) = tiny.generate([case.prompt], condition, max_tokens=3, stop=())
+            (text,) = tiny.generate(asked[:1], condition, max_tokens=3, stop=())
             assert record["text"][name] == text
             spoken = tiny.score([case.prompt], [[text]])[0, 0] if text.strip() else None
             assert record["surprise"][name] == (spoken and pytest.approx(float(spoken), rel=1e-5))
@@ -66,7 +76,25 @@ def test_the_summary_is_that_of_the_records(finished):
     assert found["silent"] == 4 - len(said)
     records[0]["surprise"] = dict.fromkeys(records[0]["surprise"])
     silent = noise.Noise.summarise(None, records[:1])["0"]
-    assert silent["silent"] == 1 and silent["perplexity"] is None
+    assert silent["silent"] == 1 and silent["perplexity"] is None and silent["fluency"] == {}
+
+
+def test_a_width_that_does_not_beat_the_lookup_says_so():
+    hold, fail = [[1.0, 2.0]], [[2.0, 1.0]]
+    found = {"lookup": (fail, 3.0), "0": (hold, 4.0), "0.5": (fail, 2.0)}
+    controls = dict.fromkeys(["base", "zero", "prompt"], (hold, 1.0))
+    record = {
+        "loss": {n: {"edit": loss, "paraphrase": []} for n, (loss, _) in (controls | found).items()},
+        "surprise": {name: spoken for name, (_, spoken) in (controls | found).items()},
+    }
+    results = noise.Noise.summarise(None, [record])
+    assert results["0"]["edit"]["versus_lookup"]["mean"] == 100 and "note" not in results["0"]["edit"]
+    assert results["0.5"]["edit"]["note"] == "does not beat the lookup"
+    assert results["0"]["fluency"]["note"] and "note" not in results["0.5"]["fluency"]
+    assert results["0.5"]["fluency"]["versus_lookup"]["mean"] == 100
+    rows = report.grid(noise.tables({"cases": 1, "results": results})[0]).rows
+    assert [row[0] for row in rows] == [*noise.CONTROLS.values(), "0", "0.5"]
+    assert ["\n" in "".join(row) for row in rows] == [False] * 4 + [True] * 2
 
 
 def test_a_run_resumes_line_for_line_and_people_see_it(tiny, finished, tmp_path):
@@ -83,7 +111,9 @@ def test_a_run_resumes_line_for_line_and_people_see_it(tiny, finished, tmp_path)
     assert "base LM" in captured.get() and "0.5" in captured.get()
     record = runner.read_cases(folder)[1]
     assert noise.texts(record)[0] == "written: Fact 1 is new 1"
-    assert set(noise.values(record)) == {f"σ_W = {s}, edit" for s in ("base", "0", "0.5")}
+    assert labelled.check(noise, summary)[:2] == ["base LM: edit S", "nearest neighbour: edit S"]
+    labels = ["base LM", "z = 0", "fact in the prompt", "nearest neighbour", "σ_W = 0", "σ_W = 0.5"]
+    assert list(noise.values(record)) == [f"{label}, edit" for label in labels]
 
 
 def test_the_command_reads_its_options_and_a_width_below_zero_is_refused(tiny):

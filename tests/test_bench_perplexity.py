@@ -32,10 +32,15 @@ def test_losses_are_those_of_a_session_and_of_the_base_model(tiny, made, tmp_pat
     total = {name: 0.0 for name in perplexity.SYSTEMS}
     for record, text in zip(records, TEXTS, strict=True):
         asked = ([text.begun], [[text.rest]])
-        condition = full.recall([text.begun])[0].condition(np.array([0]))
+        recall, (near,) = full.recall([text.begun])
+        condition = recall.condition(np.array([0]))
+        assert record["nearest"] == " ".join(FACTS[near])
+        told = [f"{record['nearest']}. {text.begun}"]
         wanted = {
             "base": tiny.score(*asked),
             "zero": tiny.score(*asked, tiny.zero(1)),
+            "prompt": tiny.score(told, [[text.rest]]),
+            "lookup": tiny.score(told if record["in_scope"] else [text.begun], [[text.rest]]),
             "larimar": session.score(*asked),
             "open": tiny.score(*asked, condition),
         }
@@ -50,12 +55,21 @@ def test_losses_are_those_of_a_session_and_of_the_base_model(tiny, made, tmp_pat
         assert found["perplexity"] == pytest.approx(np.exp(value / count))
         assert found["ratio"] == pytest.approx(np.exp((value - total["base"]) / count))
     assert summary["results"]["base"]["ratio_error"] == 0.0
+    for name in ("larimar", "open"):
+        found, gain = summary["results"][name], (total["lookup"] - total[name]) / count
+        assert found["versus_lookup"]["mean"] == pytest.approx(100 * gain)
+        assert ("note" in found) == (gain <= 0)
+    rows = report.grid(perplexity.tables(summary)[0]).rows
+    noted = {row[0] for row in rows if "does not beat\nthe lookup" in row[1]}
+    assert noted == {
+        perplexity.SYSTEMS[name] for name in perplexity.SYSTEMS if "note" in summary["results"][name]
+    }
 
 
 def test_a_text_out_of_scope_is_the_base_models_to_the_last_bit(made, tmp_path):
     runner.run(made, tmp_path / "run", quiet=True)
     outside = runner.read_cases(tmp_path / "run")[1]
-    assert outside["loss"]["larimar"] == outside["loss"]["base"]
+    assert outside["loss"]["larimar"] == outside["loss"]["lookup"] == outside["loss"]["base"]
 
 
 def test_a_run_that_was_cut_off_ends_with_the_same_lines(made, tiny, tmp_path):

@@ -4,14 +4,18 @@ import argparse
 import json
 
 import jax.numpy as jnp
+import known_recall
+import labelled
 import numpy as np
 import pytest
 from rich.console import Console
 
 from larimar_jax import bench
-from larimar_jax.bench import rephrase, runner
+from larimar_jax.bench import rephrase, report, runner
 from larimar_jax.data.records import EditRecord
 
+# Between the likenesses of these prompts.
+THRESHOLD = 0.9926
 TOWNS = ["Rome", "Oslo", "Cairo", "Lima"]
 
 
@@ -40,10 +44,12 @@ def experiment(tiny, cells=((3, 2), (1, 1)), **more):
     return rephrase.Rephrase(tiny, records(6), wordings(6), **options)
 
 
-def test_recall_is_that_of_every_question_alone_in_a_memory_of_its_facts(tiny):
+def test_recall_is_that_of_every_question_alone_in_a_memory_of_its_facts(tiny, monkeypatch):
+    known_recall.install(monkeypatch, threshold=THRESHOLD)
     made = experiment(tiny)
     found = [r for start in range(0, 7, 3) for r in made.run(made.cases[start : start + 3])]
     assert [r["cell"] for r in found] == ["3x2"] * 3 + ["1x1"] * 4
+    assert {r["in_scope"] for r in found} == {r["found_own"] for r in found} == {True, False}
     latent = {}
     for case, record in zip(made.cases, found, strict=True):
         told = [
@@ -67,7 +73,26 @@ def test_recall_is_that_of_every_question_alone_in_a_memory_of_its_facts(tiny):
             latent[name] = np.asarray(read)
         assert not np.allclose(latent["pinv"], latent["own"])
         inside = record["in_scope"]
+        # The fact that is nearest is not always the one that is asked for.
+        known, query_too = tiny.encode(prompts).embedding, tiny.encode([asked]).embedding[0]
+        cosines = known @ query_too / np.linalg.norm(known, axis=1) / np.linalg.norm(query_too)
+        near = " ".join(told[int(np.argmax(cosines))])
+        assert inside == (cosines.max() >= THRESHOLD)
+        assert record["nearest"] == (near if inside else None)
+        controls = {
+            "base": (asked, None),
+            "zero": (asked, tiny.zero(1)),
+            "prompt": (f"{made.records[case.index].prompt} {target}. {asked}", None),
+            "lookup": (f"{near}. {asked}" if inside else asked, None),
+        }
+        for name, (text, condition) in controls.items():
+            judged = tiny.judge([text], [[target]], condition)
+            assert record["recall"][name] == pytest.approx(float(judged.accuracy[0, 0]))
         assert record["recall"]["larimar"] == record["recall"]["own" if inside else "base"]
+    # No two of a row's numbers are alike but where nothing is let through.
+    for record in found:
+        shares = {round(share, 5) for share in record["recall"].values()}
+        assert len(shares) > 4 or record["cell"] == "1x1"
     assert len(found[0]["written"]) == 2 and len(found[3]["written"]) == 1
 
 
@@ -99,8 +124,23 @@ def test_a_run_resumes_line_for_line_and_people_see_its_table(tiny, tmp_path):
             console.print(shown)
     assert all(label.split()[0] in captured.get() for label in rephrase.SYSTEMS.values())
     record = runner.read_cases(tmp_path / "whole")[0]
+    assert labelled.check(rephrase, summary) == list(rephrase.SYSTEMS.values())
     assert rephrase.texts(record)[0].startswith("written: City")
     assert set(rephrase.values(record)) == {f"{s}, 3x2" for s in rephrase.SYSTEMS.values()}
+
+
+def test_keys_that_do_not_beat_the_lookup_say_so(tiny):
+    rows = [
+        dict.fromkeys(rephrase.SYSTEMS, 0.5) | {"own": 1.0, "pinv": own} for own in (0.5, 0.25, 0.75)
+    ]
+    made = experiment(tiny)
+    results = made.summarise([{"cell": "3x2", "recall": row} for row in rows])
+    notes = {name for name, found in results["3x2"].items() if "note" in found}
+    assert notes == {"larimar", "pinv", "gaussian"}
+    assert results["3x2"]["own"]["versus_lookup"]["mean"] == 50
+    (table,) = rephrase.tables({"results": results})
+    (row,) = report.grid(table).rows
+    assert sum("does not beat\nthe lookup" in cell for cell in row) == 3
 
 
 def test_cells_are_read_and_checked(tiny):

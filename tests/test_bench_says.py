@@ -9,7 +9,7 @@ from rich.console import Console
 from test_bench import KnownEditor, cases, fraction
 
 from larimar_jax import bench
-from larimar_jax.bench import editor, runner, says, systems
+from larimar_jax.bench import editor, report, runner, says, systems
 
 
 @pytest.fixture
@@ -38,6 +38,26 @@ def test_records_are_those_of_a_plain_loop(finished):
     assert summary["results"]["open"]["paraphrase"]["at_once"]["mean"] == 100
     assert summary["results"]["open"]["paraphrase"]["said"]["cases"] == 7  # that have a paraphrase
     assert summary["results"]["base"]["edit"]["said"]["mean"] == 0
+
+
+def test_a_memory_says_where_it_does_not_beat_the_lookup(finished):
+    _, records = finished
+    text = {name: {"edit": [" new"], "paraphrase": []} for name in systems.SYSTEMS}
+    text |= {"lookup": {"edit": [" the new"], "paraphrase": []}, "open": text["base"]}
+    results = says.Says.summarise(None, [{"target_new": "new", "text": text}])
+    for name in systems.MEMORY_SYSTEMS:  # both say it, and the lookup not at once
+        row = results[name]["edit"]
+        assert row["said"]["note"] == "does not beat the lookup" and "note" not in row["at_once"]
+        assert row["at_once"]["versus_lookup"]["mean"] == 100
+    assert not any("note" in row for row in results["prompt"]["edit"].values())
+    summary = {"results": results, "settings": {"tokens": 2}, "cases": 1}
+    rows = {row[0]: row[1:] for row in report.grid(says.tables(summary)[0]).rows}
+    assert ["\n" in cell for cell in rows["Larimar with scope"]] == [True, False, False, False]
+    results = says.Says.summarise(None, records)
+    for kind in says.KINDS:
+        ours, theirs = (results[name][kind]["said"]["mean"] for name in ("open", "lookup"))
+        versus = results["open"][kind]["said"]["versus_lookup"]
+        assert versus["mean"] == pytest.approx(ours - theirs)
 
 
 @pytest.mark.parametrize(

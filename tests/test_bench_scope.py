@@ -1,71 +1,101 @@
-"""Detection against plain counting, and the scope benchmark on a tiny model."""
+"""The scope benchmark on a tiny model, with and without a trained detector."""
 
+import copy
 import dataclasses
+import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from test_bench import cases
 
+from larimar_jax import cli
 from larimar_jax import scope as detector
-from larimar_jax.bench import report, runner, scope
-
-scores = st.lists(st.integers(0, 12).map(lambda n: n / 4), min_size=1, max_size=30)
+from larimar_jax.bench import report, runner, scope, systems
 
 
-@settings(deadline=None, max_examples=60)
-@given(scores, scores)
-def test_detection_is_what_counting_gives(positive, negative):
-    positive, negative = np.array(positive), np.array(negative)
-    found = scope.detection(positive, negative)
-    wins = [(p > n) + 0.5 * (p == n) for p in positive for n in negative]
-    assert found.auroc == pytest.approx(np.mean(wins))
-    missed = np.mean(positive < found.threshold)
-    passed = np.mean(negative >= found.threshold)
-    assert found.error == pytest.approx((missed + passed) / 2)
-    for other in [*positive, *negative, np.inf]:
-        gap = abs(np.mean(positive < other) - np.mean(negative >= other))
-        assert abs(missed - passed) <= gap + 1e-12
-    right, wrong = (positive >= found.threshold).sum(), (negative >= found.threshold).sum()
-    f1 = 2 * right / (2 * right + wrong + (len(positive) - right)) if right else 0.0
-    assert found.f1 == pytest.approx(f1)
+def projected(model, seed=0):
+    """The same model with a detector that compares other directions."""
+    made = copy.copy(model)
+    width = model.model.encoder.config.width
+    draw = np.random.default_rng(seed).standard_normal((width, width))
+    made.projection = jnp.asarray(draw, jnp.float32)
+    return made
 
 
-def test_detection_at_the_ends():
-    perfect = scope.detection(np.array([0.9, 0.8]), np.array([0.1, 0.2, 0.3]))
-    assert (perfect.error, perfect.f1, perfect.auroc) == (0.0, 1.0, 1.0)
-    assert scope.detection(np.array([0.1]), np.array([0.9])).auroc == 0.0
-    with pytest.raises(ValueError, match="at least one of each"):
-        scope.detection(np.array([]), np.array([1.0]))
-
-
-def test_scores_are_those_of_one_query_at_a_time(tiny, tmp_path):
+@pytest.mark.parametrize("trained", [False, True])
+def test_scores_are_those_of_one_query_at_a_time(tiny, tmp_path, trained):
+    model = projected(tiny) if trained else tiny
     records = [
         dataclasses.replace(case, paraphrases=(f"Says. Something of {n}:", case.prompt)[: n % 3])
         for n, case in enumerate(cases(5))
     ]
-    made = scope.Scope(tiny, records, data={})
+    others = [(f"What does {n} say? It says",)[: n % 2] for n in range(5)]
+    made = scope.Scope(model, records, others, data={})
     summary = runner.run(made, tmp_path / "run", quiet=True)
     assert report.sections([report.read(tmp_path / "run")])[0].items
+    assert list(summary["results"]) == (["external", "internal"] if trained else ["external"])
     prompts = [record.prompt for record in records]
-    written = tiny.encode(prompts).embedding
-    everything = {name: {kind: [] for kind in scope.KINDS} for name in scope.STORES}
-    for number, line in enumerate(runner.read_cases(tmp_path / "run")):
-        asked = dict(zip(scope.KINDS, (records[number].paraphrases, records[number].neighbourhood),
-                         strict=True))
-        for kind, queries in asked.items():
-            assert line[kind]["queries"] == list(queries)
-            for row, query in enumerate(queries):
-                sentences, owners = detector.parts([query])
-                embedded = tiny.encode(sentences).embedding
-                alone = detector.match(embedded, owners, written[[number]])
-                among = detector.match(embedded, owners, written)
-                for name, match in (("pairwise", alone), ("store", among)):
-                    assert line[kind][name][row] == pytest.approx(match.score[0], abs=1e-5)
-                    everything[name][kind].append(line[kind][name][row])
-    for name, found in everything.items():
-        want = scope.detection(*(np.array(found[kind]) for kind in scope.KINDS))
-        assert summary["results"][name]["auroc"] == pytest.approx(want.auroc)
-        assert summary["results"][name]["error"] == pytest.approx(want.error)
-    assert summary["results"]["found_own"]["cases"] == 3
+    # The external detector knows nothing of what was trained.
+    embeddings = {"external": tiny.encode, "internal": model.encode}
+    for name, result in summary["results"].items():
+
+        def embed(texts, name=name):
+            return embeddings[name](texts).embedding
+
+        written = embed(prompts)
+        everything = {store: {kind: [] for kind in scope.KINDS} for store in scope.STORES}
+        for number, line in enumerate(runner.read_cases(tmp_path / "run")):
+            one = records[number]
+            asked = (one.paraphrases, one.neighbourhood, others[number])
+            for kind, queries in zip(scope.KINDS, asked, strict=True):
+                assert line[kind]["queries"] == list(queries)
+                for row, query in enumerate(queries):
+                    sentences, owners = detector.parts([query])
+                    alone = detector.match(embed(sentences), owners, written[[number]])
+                    among = detector.match(embed(sentences), owners, written)
+                    for store, match in (("pairwise", alone), ("store", among)):
+                        score = line[kind][name][store][row]
+                        assert score == pytest.approx(match.score[0], abs=1e-5)
+                        everything[store][kind].append(score)
+        for store, found in everything.items():
+            found = {kind: np.array(values) for kind, values in found.items()}
+            want = detector.detection(found["paraphrase"], found["neighbourhood"])
+            assert result[store]["auroc"] == pytest.approx(want.auroc)
+            assert result[store]["error"] == pytest.approx(want.error)
+        assert result["found_own"]["cases"] == 3
+        assert result["pairwise"]["passing"]["other"]["cases"] == 2
+
+
+def test_a_detector_that_maps_nothing_decides_as_without_one(tiny):
+    same = copy.copy(tiny)
+    same.projection = jnp.eye(tiny.model.encoder.config.width)
+    texts = ["Fact 1 is", "Neighbour 2 says"]
+    np.testing.assert_allclose(same.encode(texts).embedding, tiny.encode(texts).embedding, atol=1e-6)
+    other = projected(tiny).encode(texts)
+    np.testing.assert_array_equal(other.latent, tiny.encode(texts).latent)
+    np.testing.assert_array_equal(other.pooled, tiny.encode(texts).embedding)
+
+
+def test_the_command_puts_questions_of_other_relations_to_each_subject(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(systems, "load", lambda source, overrides: tiny)
+    facts = [
+        dict(
+            case_id=n,
+            prompt=f"Fact {n} {('is', 'says')[n % 2]}",
+            subject=f"Fact {n}",
+            target_new="new",
+            ground_truth="true",
+            rephrase_prompt=f"Of fact: Fact {n} {('was', 'said')[n % 2]}",
+            locality_prompt=f"Neighbour {n} is",
+            locality_ground_truth="true",
+        )
+        for n in range(4)
+    ]
+    (tmp_path / "facts.json").write_text(json.dumps(facts))
+    out = tmp_path / "run"
+    command = ["bench", "scope", "--data", str(tmp_path / "facts.json"), "--out", str(out)]
+    assert cli.main([*command, "--limit", "2", "--others", "1"]) == 0
+    first, second = runner.read_cases(out)
+    assert first["other"]["queries"][0] in ("Fact 0 says", "Of fact: Fact 0 said")
+    assert second["other"]["queries"][0] in ("Fact 1 is", "Of fact: Fact 1 was")

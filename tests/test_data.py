@@ -44,6 +44,22 @@ MEND = {
     "loc": "nq question: who built the palace",
     "loc_ans": "Louis",
 }
+# A record of MEMIT's multi_counterfact.json: the original schema, with other numbers of prompts.
+MULTI = {
+    "case_id": 21918,
+    "pararel_idx": 6791,
+    "requested_rewrite": {
+        "prompt": "{}, which is located in",
+        "relation_id": "P17",
+        "target_new": {"str": "Sweden", "id": "Q34"},
+        "target_true": {"str": "Spain", "id": "Q29"},
+        "subject": "The school",
+    },
+    "paraphrase_prompts": ["Once more. The school is in", "The school, of", "One studies there in"],
+    "neighborhood_prompts": [f"Town {n} is located in" for n in range(7)],
+    "attribute_prompts": [],
+    "generation_prompts": [],
+}
 KNOWEDIT = {
     "subject": "Tower",
     "target_new": "Oslo",
@@ -77,6 +93,17 @@ def test_counterfact_reads_both_schemas_from_json_and_jsonl(tmp_path):
         flat.prompt = ""
 
 
+def test_counterfact_reads_multi_counterfact_with_as_many_prompts_as_it_has(tmp_path):
+    none = {**MULTI, "case_id": 1, "paraphrase_prompts": [], "neighborhood_prompts": []}
+    multi, bare = counterfact.load(_file(tmp_path, MULTI, none))
+    assert (multi.case_id, multi.prompt) == (21918, "The school, which is located in")
+    assert (multi.target_new, multi.target_true) == ("Sweden", "Spain")
+    assert multi.paraphrases == tuple(MULTI["paraphrase_prompts"])
+    assert multi.neighbourhood == tuple(MULTI["neighborhood_prompts"])
+    assert multi.neighbourhood_targets == ("Spain",) * 7
+    assert bare.paraphrases == bare.neighbourhood == bare.neighbourhood_targets == ()
+
+
 def test_zsre_reads_both_schemas_by_their_own_protocol(tmp_path):
     mend, knowedit = zsre.load(_file(tmp_path, MEND, KNOWEDIT))
     assert (mend.target_new, mend.target_true) == ("Paris", "Oslo")
@@ -101,12 +128,48 @@ def test_zsre_reads_both_schemas_by_their_own_protocol(tmp_path):
         (zsre, KNOWEDIT, {"locality": {"R": [{"prompt": "x"}]}}, r"locality.R\[0\].ground_truth"),
     ],
 )
-def test_a_malformed_record_is_named_by_file_index_and_field(
+def test_a_malformed_record_is_named_by_file_index_line_and_field(
     tmp_path, reader, record, change, field
 ):
-    path = _file(tmp_path, record, {**record, **change})
-    with pytest.raises(MalformedRecord, match=rf"{path.name}, record 1: field '{field}'"):
-        reader.load(path)
+    for lines, line in ((False, 1), (True, 2)):
+        path = _file(tmp_path, record, {**record, **change}, lines=lines)
+        with pytest.raises(
+            MalformedRecord, match=rf"{path.name}, record 1 \(line {line}\): field '{field}'"
+        ):
+            reader.load(path)
+
+
+def test_a_record_of_a_list_is_named_by_the_line_that_it_begins_in(tmp_path):
+    path = tmp_path / "records.json"
+    bad = {**FLAT, "subject": 4}
+
+    def told(text):
+        path.write_text(text, encoding="utf-8")
+        skipped = []
+        assert len(counterfact.load(path, skipped=skipped)) == 2
+        return [line.partition(": field")[0].partition(", ")[2] for line in skipped]
+
+    spread = json.dumps([FLAT, bad, FLAT, bad], indent=2)
+    begins = [n for n, line in enumerate(spread.split("\n"), 1) if line == "  {"]
+    assert told(spread) == [f"record 1 (line {begins[1]})", f"record 3 (line {begins[3]})"]
+    # Line breaks in strings are escaped, and U+2028 breaks no line; several records may share one.
+    good = json.dumps({**FLAT, "subject": "a\n\u2028b"}, ensure_ascii=False)
+    wrong = json.dumps(bad)
+    assert told(f"\n[\r\n{good} , {wrong},\n\n\t{wrong}\n,{good}]\n") == [
+        "record 1 (line 3)", "record 2 (line 5)"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text", ["[", "[1", "[1,", "[1,]", "[1 2]", "[1]]", "[,]", '[{"a": }]', "[1,\n2\n} ]", "[1] x"]
+)
+def test_a_list_that_is_no_json_is_refused_where_json_says(tmp_path, text):
+    (tmp_path / "broken.json").write_text(text)
+    with pytest.raises(json.JSONDecodeError) as want:
+        json.loads(text)
+    place = rf"at line {want.value.lineno}, column {want.value.colno} \({want.value.msg}\)"
+    with pytest.raises(MalformedRecord, match=f"not valid JSON {place}"):
+        counterfact.load(tmp_path / "broken.json")
 
 
 def test_files_that_hold_no_records_say_so(tmp_path):

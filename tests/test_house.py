@@ -53,6 +53,7 @@ FLOORS = {
     "session": 5,
     "bench": 5,
     "convert": 5,
+    "calibrate": 5,
     "demo": 6,
     "formats": 6,
     "runs": 6,

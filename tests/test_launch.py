@@ -33,7 +33,39 @@ def _words(script, said: str) -> list[str]:
 
 
 def test_every_script_is_tested():
-    assert SCRIPTS == sorted(ARGUMENTS)
+    assert SCRIPTS == sorted([*ARGUMENTS, "bench.sh"])
+
+
+BENCH = ["3", "speed", "runs/a b"]
+
+
+def test_a_benchmark_has_a_process_and_a_share_for_each_gpu():
+    done = _run("bench.sh", "--dry-run", *BENCH, "--data", "it's", "--cases", "2")
+    assert done.returncode == 0, done.stderr
+    for index, line in enumerate(done.stdout.splitlines()):
+        device, *words = shlex.split(line)
+        assert device == f"CUDA_VISIBLE_DEVICES={index}" and words[0] == "larimar"
+        taken = cli.parser().parse_args(words[1:])
+        assert (taken.out, taken.data, taken.cases) == ("runs/a b", "it's", 2)
+        assert (taken.share.index, taken.share.count) == (index, 3)
+    assert index == 2
+
+
+def test_a_share_that_fails_is_said_and_the_others_go_on(tmp_path):
+    body = 'echo "$CUDA_VISIBLE_DEVICES $*"; [ "$CUDA_VISIBLE_DEVICES" != 1 ] || exit 7'
+    path = _tools(tmp_path, larimar=body)
+    out = tmp_path / "a b"
+    done = _run("bench.sh", "3", "speed", str(out), PATH=path)
+    assert done.returncode == 7 and "share-*.log" in done.stderr
+    logs = [(out / f"share-{i}.log").read_text() for i in range(3)]
+    assert logs == [f"{i} bench speed --out {out} --share {i}/3\n" for i in range(3)]
+
+
+def test_what_a_benchmark_lacks_is_said():
+    done = _run("bench.sh", "--dry-run", *BENCH[:-1])
+    assert done.returncode == 2 and "needed" in done.stderr
+    done = _run("bench.sh", "--dry-run", "none", *BENCH[1:])
+    assert done.returncode == 2 and "not 'none'" in done.stderr
 
 
 @pytest.mark.parametrize("script", ARGUMENTS)

@@ -8,6 +8,7 @@ from conftest import tiny_config
 from flax import nnx
 
 from larimar_jax import config, lora, model
+from larimar_jax.decoders.base import Tree
 
 
 def _build(modules="^decoder/layers/(attention/(query|value)|up)$", attached=True):
@@ -16,9 +17,14 @@ def _build(modules="^decoder/layers/(attention/(query|value)|up)$", attached=Tru
     return model.build(config.parse(values), jax.random.key(0))
 
 
-def _logits(larimar):
+def _logits(larimar, active=(True, True)):
+    """Of two rows, under a memory or not; None is the base LM."""
     tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
-    return larimar.decoder.logits(larimar.hidden(tokens)[0])
+    condition = None
+    if active is not None:
+        latent = np.random.default_rng(1).normal(size=(2, 16)).astype(np.float32)
+        condition = larimar.condition(jnp.asarray(latent), jnp.asarray(active))
+    return larimar.decoder.logits(larimar.hidden(tokens, condition)[0])
 
 
 def _moved(larimar):
@@ -35,6 +41,37 @@ def _moved(larimar):
 
 def test_at_the_start_it_changes_nothing():
     np.testing.assert_array_equal(_logits(_build()), _logits(_build(attached=False)))
+
+
+def test_only_rows_that_a_memory_conditions_change():
+    changed, plain = _moved(_build()), _build(attached=False)
+    np.testing.assert_array_equal(_logits(changed, None), _logits(plain, None))
+    mixed = _logits(changed, (True, False))
+    np.testing.assert_allclose(mixed[0], _logits(changed)[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(mixed[1], _logits(plain, (True, False))[1])
+    assert np.abs(mixed[0] - _logits(plain)[0]).max() > 1e-3
+
+
+def test_texts_that_share_a_row_change_as_their_own_latent_says():
+    """Two texts in one row, one of them under an active latent."""
+    changed = _moved(_build())
+    tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
+    latent = np.random.default_rng(1).normal(size=(2, 16)).astype(np.float32)
+    condition = changed.condition(jnp.asarray(latent), jnp.asarray([True, False]))
+    text = jnp.arange(12) // 6
+    index = jnp.arange(12, dtype=jnp.int32) % 6
+    seen = (text[:, None] == text) & (index[:, None] >= index)
+    tree = Tree(index[None], seen[None], text.astype(jnp.int32)[None])
+    hidden, _ = changed.hidden(tokens.reshape(1, 12), condition, tree=tree)
+    together = changed.decoder.logits(hidden).reshape(2, 6, -1)
+    np.testing.assert_allclose(together, _logits(changed, (True, False)), rtol=1e-4, atol=1e-5)
+
+
+def test_an_encoder_that_is_changed_is_changed_for_every_text():
+    changed, plain = (_build("^encoder/layers/attention/query$", on) for on in (True, False))
+    tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
+    first, second = (m.encode(tokens, tokens >= 0) for m in (_moved(changed), plain))
+    assert np.abs(first - second).min(axis=1).max() > 0
 
 
 def test_the_factors_are_of_the_chosen_maps_and_the_maps_count_as_changed():

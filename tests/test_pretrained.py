@@ -64,9 +64,9 @@ def test_a_text_may_fill_all_positions_of_an_encoder(tiny, monkeypatch):
     """30 positions, which no bucket of 8 ends at."""
     widths = []
 
-    def encode(graph, state, ids, mask, features):
+    def encode(graph, state, projection, ids, mask, features):
         widths.append(ids.shape[1])
-        return np.ones((len(ids), 3), np.float32), np.ones((len(ids), 2), np.float32)
+        return tuple(np.ones((len(ids), size), np.float32) for size in (3, 2, 3))
 
     monkeypatch.setattr(pretrained, "_encode", encode)
     config = types.SimpleNamespace(max_length=30)
@@ -76,6 +76,7 @@ def test_a_text_may_fill_all_positions_of_an_encoder(tiny, monkeypatch):
         encoder_tokenizer=tiny.encoder_tokenizer,
         graph=None,
         state=None,
+        projection=None,
     )
     full = "0" * 28  # with bos and eos
     assert int(tiny.encoder_tokenizer.encode([full]).mask.sum()) == 30

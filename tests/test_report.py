@@ -115,6 +115,69 @@ def test_a_page_is_whole_closed_and_of_itself(runs):
     assert opened == [] and fetched == [] and "<b>" not in page and 'class="mark"' in page
 
 
+def test_numbers_are_ranged_and_names_are_not():
+    """By column; what a row is of stands first and stays at the left, even if it is a number."""
+    grid = report.Grid(
+        "t", ["N", "of", "S", "note"], [["16", "others", "–", ""], ["32", "all", "-9.1 ± 2", "x 3"]]
+    )
+    kinds = []
+
+    class Reader(html.parser.HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            if tag in ("th", "td"):
+                kinds.append(dict(attributes).get("class"))
+
+    Reader().feed(pages.page([report.Section("s", [grid])], "t"))
+    assert kinds == [None, None, "number", None] * 3
+
+
+def test_a_wide_table_scrolls_in_a_box_that_the_keyboard_reaches(runs):
+    """And not the page: every table is in one, and nothing else is as wide as it likes."""
+    outside, boxes = [], []
+
+    class Reader(html.parser.HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            if tag == "div":
+                boxes.append(dict(attributes))
+            if tag == "table" and not (boxes and boxes[-1].get("class") == "wide"):
+                outside.append(tag)
+
+        def handle_endtag(self, tag):
+            if tag == "div":
+                assert boxes[-1]["tabindex"] == "0" and boxes.pop()["aria-label"]
+
+    page = pages.page(report.sections(runs), "t")
+    Reader().feed(page)
+    assert page.count("<table>") == 3 and outside == []
+    for rule in (".wide { overflow-x: auto;", "img { max-width: 100%;", "position: sticky; left: 0;"):
+        assert rule in page
+    assert 'name="viewport" content="width=device-width' in page
+
+
+def test_no_label_of_a_picture_is_longer_than_its_axis():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context({"font.size": 11}):
+        figure, axes = pyplot.subplots(figsize=(5.0, 4.6), layout="constrained")
+        axes.plot([0, 1], [0, 1], label="x")
+        axes.set_xlabel("a label that goes on and on " * 3)
+        axes.set_ylabel("recall of what was never seen (percent, ± standard error)")
+        axes.legend(fontsize=6)
+        axes.twinx().set_ylabel("perplexity of the continuation, beside it (dashed)")
+        report.fit(figure)
+        figure.canvas.draw()
+        for one in figure.axes:
+            for label in (one.xaxis.label, one.yaxis.label):
+                box = label.get_window_extent()
+                assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+                assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
+        assert [text.get_fontsize() for text in axes.get_legend().get_texts()] == [10]
+        pyplot.close(figure)
+
+
 def test_markdown_keeps_a_table_in_its_lines_and_shows_texts_as_they_are():
     table = report.Grid(TEXT, ["x", "y|z"], [["1\n2", "<i>"]], "")
     text = pages.markdown([report.Section("s", [table])], "t")

@@ -1,8 +1,12 @@
-"""The scope detector: best cosine over sentences and written keys."""
+"""The scope detector: best cosine over sentences and written keys; detection against plain counting."""
 
 import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from larimar_jax import scope
+
 
 
 def test_every_query_has_its_sentences():
@@ -29,3 +33,46 @@ def test_a_key_that_is_not_allowed_does_not_match():
     same = np.eye(2, dtype=np.float32)
     found = scope.match(same, [0, 1], same, ~np.eye(2, dtype=bool))
     assert found.score.tolist() == [0, 0] and found.key.tolist() == [1, 0]
+
+
+scores = st.lists(st.integers(0, 12).map(lambda n: n / 4), min_size=1, max_size=30)
+
+
+@settings(deadline=None, max_examples=60)
+@given(scores, scores)
+def test_detection_is_what_counting_gives(positive, negative):
+    positive, negative = np.array(positive), np.array(negative)
+    found = scope.detection(positive, negative)
+    wins = [(p > n) + 0.5 * (p == n) for p in positive for n in negative]
+    assert found.auroc == pytest.approx(np.mean(wins))
+    missed = np.mean(positive < found.threshold)
+    passed = np.mean(negative >= found.threshold)
+    assert found.error == pytest.approx((missed + passed) / 2)
+    for other in [*positive, *negative, np.inf]:
+        gap = abs(np.mean(positive < other) - np.mean(negative >= other))
+        assert abs(missed - passed) <= gap + 1e-12
+    right, wrong = (positive >= found.threshold).sum(), (negative >= found.threshold).sum()
+    f1 = 2 * right / (2 * right + wrong + (len(positive) - right)) if right else 0.0
+    assert found.f1 == pytest.approx(f1)
+
+
+def test_detection_at_the_ends():
+    perfect = scope.detection(np.array([0.9, 0.8]), np.array([0.1, 0.2, 0.3]))
+    assert (perfect.error, perfect.f1, perfect.auroc) == (0.0, 1.0, 1.0)
+    assert scope.detection(np.array([0.1]), np.array([0.9])).auroc == 0.0
+    with pytest.raises(ValueError, match="at least one of each"):
+        scope.detection(np.array([]), np.array([1.0]))
+
+
+@settings(deadline=None, max_examples=60)
+@given(scores, st.lists(st.tuples(st.integers(0, 12), st.integers(1, 9)), min_size=1, max_size=30))
+def test_a_weighted_crossing_is_that_of_negatives_as_often_as_they_weigh(positive, weighted):
+    positive = np.array(positive)
+    negative, counts = np.array([score / 4 for score, _ in weighted]), [n for _, n in weighted]
+    often, whole = np.repeat(negative, counts), sum(counts)
+    found = scope.crossing(positive, negative, np.array(counts) / whole)
+
+    def gap(threshold):
+        return abs(np.mean(positive < threshold) - np.mean(often >= threshold))
+
+    assert gap(found) <= gap(scope.crossing(positive, often)) + 1e-9

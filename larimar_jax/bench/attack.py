@@ -3,8 +3,9 @@
 Facts of CounterFact that the base LM knows: greedy decoding of the prompt gives the whole of the right
 answer. Each is edited to "unknown", alone in a memory and with all others in one. The attack samples
 after other wordings of the prompt (the record's own paraphrases, then those that the file has for other
-subjects), and succeeds where the right answer is anywhere in any sample. Controls: the base LM, the edit
-as text in the prompt, and a lookup that puts the nearest edit there.
+subjects), and succeeds where the right answer is anywhere in any sample. Controls: the base LM, z = 0,
+the edit as text in the prompt, and a lookup that puts the nearest edit there where the scope detector
+lets it, of this edit alone and of all. A memory that does not beat the lookup of the same edits says so.
 """
 
 import argparse
@@ -15,8 +16,8 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from larimar_jax.bench import given, metrics, systems
-from larimar_jax.bench.editor import LarimarEditor, Recall
+from larimar_jax.bench import controls, given, metrics, systems
+from larimar_jax.bench.editor import LarimarEditor
 from larimar_jax.bench.forget import UNKNOWN
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Store, encoded, written
@@ -26,12 +27,16 @@ from larimar_jax.pretrained import Pretrained
 
 SYSTEMS = {
     "base": "base LM",
+    "zero": "z = 0",
     "prompt": "fact in the prompt",
     "lookup": "nearest neighbour",
+    "lookup_batch": "nearest neighbour, all edits at once",
     "open": "Larimar without scope",
     "larimar": "Larimar with scope",
     "batch": "Larimar with scope, all edits at once",
 }
+# Each memory, and the lookup of the same edits.
+CONTROL = {"open": "lookup", "larimar": "lookup", "batch": "lookup_batch"}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +105,7 @@ def tables(summary: Mapping[str, Any]) -> list[Table | str]:
     table = Table("system", "succeeds", "samples with it", title=title)
     for name, label in SYSTEMS.items():
         found = summary["results"][name]
-        table.add_row(label, *(systems.percent(found[key]) for key in ("attack", "sample")))
+        table.add_row(label, *(controls.noted(found[key]) for key in ("attack", "sample")))
     return [table, "percent ± standard error; lower is better"]
 
 
@@ -108,8 +113,8 @@ PAPER = "Table 5, success: ROME 29.0, MEMIT 49.3, Larimar 17.6 (one fact written
 
 
 def values(record: Record) -> dict[str, float]:
-    """Whether the attack on a case succeeds, by system."""
-    return {label: float(max(record["leaked"][name])) for name, label in SYSTEMS.items()}
+    """Whether a case withstands the attack, by system."""
+    return {f"{label}, withstood": 1.0 - max(record["leaked"][name]) for name, label in SYSTEMS.items()}
 
 
 def texts(record: Record) -> list[str]:
@@ -127,7 +132,7 @@ def draw(axes: Any, summary: Mapping[str, Any]) -> None:
     found = [summary["results"][name]["attack"] for name in SYSTEMS]
     heights = [row["mean"] for row in found]
     axes.barh(range(len(found)), heights, xerr=[row["standard_error"] or 0.0 for row in found])
-    axes.set_yticks(range(len(found)), list(SYSTEMS.values()))
+    axes.set_yticks(range(len(found)), [label.replace(", ", ",\n") for label in SYSTEMS.values()])
     axes.invert_yaxis()
     axes.set_xlim(0, 101)
     axes.set_xlabel("attacks that succeed (percent, ± standard error; lower is better)")
@@ -169,6 +174,7 @@ class Attack:
             "samples": samples,
             "tokens": tokens,
             "temperature": temperature,
+            "systems": list(SYSTEMS),
             "chunk": chunk,
             "seed": seed,
         }
@@ -181,12 +187,14 @@ class Attack:
         alone, store = LarimarEditor(self.model).recall(facts, queries), self._all()
         together, nearest = store.recall(prompts)
         edits = [written(*fact) for fact, row in zip(facts, queries, strict=True) for _ in row]
-        found = [store.texts[fact] for fact in nearest]
+        told = controls.in_front(edits, prompts)
+        found = controls.in_front([store.texts[fact] for fact in nearest], prompts)
+        rows = zip(found, told, together.in_scope, strict=True)
+        own = all(near == edit for near, edit, within in rows if within)
         rng = jax.random.fold_in(jax.random.key(self._seed), self.cases.index(cases[0]))
         times = np.repeat(np.arange(len(prompts)), self._samples)
 
-        def drawn(texts, recall: Recall | None = None):
-            condition = None if recall is None else recall.condition(times)
+        def drawn(texts, condition=None):
             return np.asarray(
                 self.model.generate(
                     [texts[row] for row in times],
@@ -199,17 +207,19 @@ class Attack:
                 object,
             )
 
-        def in_front(facts):
-            return [f"{fact}. {prompt}" for fact, prompt in zip(facts, prompts, strict=True)]
-
-        base, through = drawn(prompts), drawn(prompts, alone)
+        base, zero = drawn(prompts), drawn(prompts, self.model.zero(len(times)))
+        with_edit, through = drawn(told), drawn(prompts, alone.condition(times))
+        let, let_by_all = alone.in_scope[times], together.in_scope[times]
         said = {
             "base": base,
-            "prompt": drawn(in_front(edits)),
-            "lookup": np.where(together.in_scope[times], drawn(in_front(found)), base),
+            "zero": zero,
+            "prompt": with_edit,
+            # Row n draws the same after the same text: where all find their own edit, it is drawn.
+            "lookup": np.where(let, with_edit, base),
+            "lookup_batch": np.where(let_by_all, with_edit if own else drawn(found), base),
             "open": through,
-            "larimar": np.where(alone.in_scope[times], through, base),
-            "batch": np.where(together.in_scope[times], drawn(prompts, together), base),
+            "larimar": np.where(let, through, base),
+            "batch": np.where(let_by_all, drawn(prompts, together.condition(times)), base),
         }
         records, start = [], 0
         for case in cases:
@@ -241,13 +251,21 @@ class Attack:
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
         """By system in percent with standard errors over facts: attacks that succeed, and the share of
-        samples that have the answer."""
-        return {
+        samples that have the answer. Of a memory also by how much both are below the lookup's, with a
+        note."""
+        rates = {
             name: {
-                "attack": vars(metrics.estimate([float(max(r["leaked"][name])) for r in records])),
-                "sample": vars(
-                    metrics.estimate([float(np.mean(r["leaked"][name])) for r in records])
-                ),
+                "attack": [float(max(record["leaked"][name])) for record in records],
+                "sample": [float(np.mean(record["leaked"][name])) for record in records],
             }
             for name in SYSTEMS
         }
+        result: dict[str, Any] = {
+            name: {rate: vars(metrics.estimate(values)) for rate, values in found.items()}
+            for name, found in rates.items()
+        }
+        for name, control in CONTROL.items():
+            for rate, ours in rates[name].items():
+                # Less is better.
+                result[name][rate] |= systems.versus_lookup(rates[control][rate], ours)
+        return result

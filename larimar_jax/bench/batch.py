@@ -1,8 +1,9 @@
 """Batch editing: N facts of CounterFact written at once, each asked by its own prompt (Fig. 2a).
 
 Rewrite S for every N, protocol `rome`, beside the controls: the untouched LM, z = 0, the fact in the
-prompt, and a lookup that puts the nearest written fact there. What none of them holds in memory does
-not depend on N and is measured once.
+prompt, and a lookup that puts the nearest written fact there where the scope detector lets it. What
+none of them holds in memory does not depend on N and is measured once. A row of the memory says where
+it does not beat the lookup.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from larimar_jax.bench import given, metrics, systems
+from larimar_jax.bench import controls, given, metrics, systems
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Encoded, Store, encoded, written
 from larimar_jax.data.records import EditRecord
@@ -71,10 +72,9 @@ def tables(summary: Mapping[str, Any]) -> list[Table | str]:
     names = {**CONTROLS, **SYSTEMS}
     table = Table("N", *names.values(), title="rewrite S, percent ± standard error")
     for size, found in results.items():
-        cells = []
-        for name in names:
-            mean, error = (found[name]["S"][part] for part in ("mean", "standard_error"))
-            cells.append(f"{mean:.1f}" + ("" if error is None else f" ± {error:.1f}"))
+        cells = [
+            controls.noted(found[name], systems.percent(found[name]["S"])) for name in names
+        ]
         table.add_row(size, *cells)
     return [table]
 
@@ -109,6 +109,7 @@ def draw(axes: Any, summary: Mapping[str, Any]) -> None:
     systems.doubling(axes, [int(size) for size in results])
     axes.set_xlabel("N, facts in one memory")
     axes.set_ylabel("rewrite S (percent, ± standard error)")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=9)
 
 
 class Batch:
@@ -155,30 +156,27 @@ class Batch:
         targets = [(record.target_new, record.target_true) for record in records]
         if size == 0:
             own = [written(record.prompt, record.target_new) for record in records]
-            losses = {
-                "base": self.model.score(prompts, targets),
-                "zero": self.model.score(prompts, targets, self.model.zero(len(prompts))),
-                "prompt": self.model.score(_in_front(own, prompts), targets),
-            }
+            sides = {"base": prompts, "prompt": controls.in_front(own, prompts)}
+            losses = controls.untouched(self.model.score, sides, targets)
+            losses["zero"] = self.model.score(prompts, targets, self.model.zero(len(prompts)))
             more = [{} for _ in cases]
         else:
             store = self._filled(size)
             recall, nearest = store.recall(prompts)
             inside = np.flatnonzero(recall.in_scope)
-            outside = np.flatnonzero(~recall.in_scope)
-            texts = [store.texts[key] for key in nearest]
-            losses = {name: np.zeros((len(cases), 2), np.float32) for name in SYSTEMS}
-            for system, asked, condition in (
-                ("lookup", _in_front(texts, prompts), None),
-                ("larimar", prompts, recall.condition),
-            ):
-                for rows, said, by in ((inside, asked, condition), (outside, prompts, None)):
-                    if len(rows):
-                        losses[system][rows] = self.model.score(
-                            [said[row] for row in rows],
-                            [targets[row] for row in rows],
-                            None if by is None else by(rows),
-                        )
+            found = [
+                store.texts[key] if within else None
+                for key, within in zip(nearest, recall.in_scope, strict=True)
+            ]
+            losses = {"lookup": self.model.score(controls.in_front(found, prompts), targets)}
+            # Out of scope both are the untouched LM's.
+            losses["larimar"] = losses["lookup"].copy()
+            if len(inside):
+                losses["larimar"][inside] = self.model.score(
+                    [prompts[row] for row in inside],
+                    [targets[row] for row in inside],
+                    recall.condition(inside),
+                )
             more = [
                 {"scope_score": float(score), "nearest": key, "in_scope": bool(within)}
                 for score, key, within in zip(
@@ -208,15 +206,17 @@ class Batch:
         return self._store
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Rewrite S and M by N and system, in percent with standard errors; how often the nearest key
-        was the fact's own."""
-        controls = [record for record in records if record["facts"] == 0]
+        """Rewrite S and M by N and system, in percent with standard errors; of the memory's S the
+        difference to the lookup's, with a note; how often the nearest key was the fact's own."""
+        without = [record for record in records if record["facts"] == 0]
         result = {}
         for size in self.sizes:
             rows = [record for record in records if record["facts"] == size]
-            alone = [record for record in controls if record["index"] < size]
+            alone = [record for record in without if record["index"] < size]
             found = {name: _measured(alone, name) for name in CONTROLS}
             found |= {name: _measured(rows, name) for name in SYSTEMS}
+            pair = (_successes(rows, name) for name in ("larimar", systems.CONTROL))
+            found["larimar"] |= systems.versus_lookup(*pair)
             own = metrics.estimate([float(row["nearest"] == row["index"]) for row in rows])
             result[str(size)] = found | {"own_key_nearest": vars(own)}
         return result
@@ -226,14 +226,16 @@ def _facts(records: Sequence[EditRecord]) -> list[tuple[str, str]]:
     return [(record.prompt, record.target_new) for record in records]
 
 
-def _in_front(facts: Sequence[str], prompts: Sequence[str]) -> list[str]:
-    """Each fact as a sentence in front of its prompt."""
-    return [f"{fact.rstrip('.')}. {prompt}" for fact, prompt in zip(facts, prompts, strict=True)]
-
-
 def _measured(records: Sequence[Record], system: str) -> dict[str, Any]:
     pairs = [np.asarray([record["loss"][system]], np.float64) for record in records]
     return {
-        "S": vars(metrics.estimate([metrics.success("edit", p[:, 0], p[:, 1]) for p in pairs])),
+        "S": vars(metrics.estimate(_successes(records, system))),
         "M": vars(metrics.estimate([metrics.magnitude("edit", p[:, 0], p[:, 1]) for p in pairs])),
     }
+
+
+def _successes(records: Sequence[Record], system: str) -> list[float]:
+    return [
+        metrics.success("edit", *np.asarray([record["loss"][system]], np.float64).T)
+        for record in records
+    ]

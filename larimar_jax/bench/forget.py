@@ -6,6 +6,11 @@ teacher-forced, through the memory whether or not the query is in its scope: wha
 would keep from the decoder is no forgetting. Beside it what no behaviour shows: how far the memory is
 from the float64 solution that never saw the fact, what the memory's own certificate says of that, and
 the leverage that is left to the key.
+
+Controls: a lookup that puts the nearest text in front, in scope or not, as through the memory: the
+fact's own, and once that is taken out of the store another's, or the one with "unknown". The base LM,
+z = 0 and the fact in the prompt are the same at every moment: what a prompt holds is not forgotten. A
+memory that does not beat the lookup says so; of what was forgotten, the less is recalled the better.
 """
 
 import argparse
@@ -17,21 +22,21 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from larimar_jax.bench import given, metrics, systems
+from larimar_jax.bench import controls, given, metrics, systems
 from larimar_jax.bench.runner import Record
-from larimar_jax.bench.store import Encoded, Store, encoded
+from larimar_jax.bench.store import Encoded, Store, encoded, written
 from larimar_jax.data.records import EditRecord
 from larimar_jax.memory import health
 from larimar_jax.pretrained import Pretrained
 
 UNKNOWN = "unknown"
 # What is recalled, in this order.
-MOMENTS = {
-    "never": "base LM",
-    "before": "before",
-    "forgotten": "forgotten",
-    "replaced": "“unknown”",
-}
+MOMENTS = {"before": "before", "forgotten": "forgotten", "replaced": "“unknown”"}
+# By what. The first ones know nothing of a memory.
+CONSTANT = ("base", "zero", "prompt")
+SYSTEMS = {name: systems.SYSTEMS[name] for name in (*CONSTANT, "lookup", "open")}
+MEMORY = "open"
+SIDES = {"forgotten": "recall", "others": "recall_others"}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,16 +85,18 @@ class Case:
 
 
 def tables(summary: Mapping[str, Any]) -> list[Table | str]:
-    """Two rows for every N."""
+    """For every N a row a system, for the forgotten facts and for the others."""
     results = summary["results"]
     title = "recall ± standard error, percent"
-    table = Table("N", "of", *MOMENTS.values(), "distance", "leverage", title=title)
+    names = ("system", "N", "of", *MOMENTS.values(), "distance", "leverage")
+    table = Table(*names, title=title, caption="of the forgotten, once it is: lower is better")
     for size, found in results.items():
-        for side in ("forgotten", "others"):
-            cells = [systems.percent(found[side][moment]) for moment in MOMENTS]
-            first = side == "forgotten"
-            more = [f"{found['distance']:.1e}", f"{found['leverage']:.3f}"] if first else []
-            table.add_row(size if first else "", side, *cells, *more)
+        for side in SIDES:
+            for name, label in SYSTEMS.items():
+                cells = [controls.noted(found[side][name][moment]) for moment in MOMENTS]
+                ours = side == "forgotten" and name == MEMORY
+                more = [f"{found['distance']:.1e}", f"{found['leverage']:.3f}"] if ours else ["", ""]
+                table.add_row(label, size, side, *cells, *more)
     return [table]
 
 
@@ -126,6 +133,7 @@ class Forget:
             "facts": self.sizes,
             "forget": forget,
             "others": others,
+            "systems": list(SYSTEMS),
             "seed": seed,
         }
         self._encoded: Encoded | None = None
@@ -142,11 +150,28 @@ class Forget:
         replaced = after.plus([(record.prompt, UNKNOWN)])
         asked = [record, *(self.records[index] for index in case.others)]
         prompts, targets = [r.prompt for r in asked], [[r.target_new] for r in asked]
-        everyone = np.arange(len(asked))
-        recalled = {"never": self.model.judge(prompts, targets).accuracy[:, 0]}
-        for moment, store in (("before", full), ("forgotten", after), ("replaced", replaced)):
-            condition = store.recall(prompts)[0].condition(everyone)
-            recalled[moment] = self.model.judge(prompts, targets, condition).accuracy[:, 0]
+        stores = {"before": full, "forgotten": after, "replaced": replaced}
+
+        def recalled(texts, targets, condition=None):
+            return self.model.judge(texts, targets, condition).accuracy[:, 0]
+
+        through, found = {}, {}
+        for moment, store in stores.items():
+            recall, nearest = store.recall(prompts)
+            condition = recall.condition(np.arange(len(asked)))
+            through[moment] = recalled(prompts, targets, condition)
+            # A store that only had the forgotten fact has none that is nearest.
+            found[moment] = [store.texts[fact] if fact >= 0 else None for fact in nearest]
+        own = [written(r.prompt, r.target_new) for r in asked]
+        sides = {"base": prompts, "prompt": controls.in_front(own, prompts)}
+        sides |= {moment: controls.in_front(found[moment], prompts) for moment in MOMENTS}
+        plain = controls.untouched(recalled, sides, targets)
+        plain["zero"] = recalled(prompts, targets, self.model.zero(len(asked)))
+        values = {name: dict.fromkeys(MOMENTS, plain[name]) for name in CONSTANT} | {
+            "lookup": {moment: plain[moment] for moment in MOMENTS},
+            MEMORY: through,
+        }
+
         memory, prior = self.model.memory, self.model.prior
         key = full.keys[[case.index]]
         said, leverage = _certify(memory, prior, after.state, key)
@@ -157,8 +182,15 @@ class Forget:
             "prompt": record.prompt,
             "target_new": record.target_new,
             "others": list(case.others),
-            "recall": {moment: float(found[0]) for moment, found in recalled.items()},
-            "recall_others": {moment: found[1:].tolist() for moment, found in recalled.items()},
+            "nearest": {moment: texts[0] for moment, texts in found.items()},
+            "recall": {
+                name: {moment: float(each[0]) for moment, each in row.items()}
+                for name, row in values.items()
+            },
+            "recall_others": {
+                name: {moment: each[1:].tolist() for moment, each in row.items()}
+                for name, row in values.items()
+            },
             "distance": _distance(self.model, after),
             "certificate": float(said),
             "leverage": float(leverage),
@@ -177,18 +209,13 @@ class Forget:
         return self._store
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
-        """By N: recall of the forgotten and of the others at every moment, in percent with standard
-        errors; the largest distance, and how far the certificate is from it."""
+        """By N: recall of the forgotten and of the others by every system at every moment, in percent
+        with standard errors; of the memory the difference to the lookup, with a note; the largest
+        distance, and how far the certificate is from it."""
         result = {}
         for size in self.sizes:
             rows = [record for record in records if record["facts"] == size]
-            recall = {
-                side: {
-                    moment: vars(metrics.estimate([float(np.mean(r[key][moment])) for r in rows]))
-                    for moment in MOMENTS
-                }
-                for side, key in (("forgotten", "recall"), ("others", "recall_others"))
-            }
+            recall = {side: _recall(rows, side) for side in SIDES}
             ratios = [record["certificate"] / record["distance"] for record in rows]
             result[str(size)] = recall | {
                 "distance": max(record["distance"] for record in rows),
@@ -197,6 +224,23 @@ class Forget:
                 "refused": sum(record["refused"] for record in rows),
             }
         return result
+
+
+def _recall(records: Sequence[Record], side: str) -> dict[str, Any]:
+    """{system: {moment: estimate}} of the forgotten facts or of the others."""
+    result: dict[str, Any] = {name: {} for name in SYSTEMS}
+    for moment in MOMENTS:
+        found = {
+            name: [float(np.mean(record[SIDES[side]][name][moment])) for record in records]
+            for name in SYSTEMS
+        }
+        for name, values in found.items():
+            result[name][moment] = vars(metrics.estimate(values))
+        pair = found[MEMORY], found[systems.CONTROL]
+        if side == "forgotten" and moment != "before":  # the less is recalled the better
+            pair = pair[::-1]
+        result[MEMORY][moment] |= systems.versus_lookup(*pair)
+    return result
 
 
 def _cases(size: int, forget: int, others: int, seed: int) -> list[Case]:

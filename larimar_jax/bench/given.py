@@ -8,10 +8,13 @@ from typing import Any
 from larimar_jax.data.records import EditRecord, provenance
 from larimar_jax.data.wordings import Wordings
 
+COUNTERFACT = "CounterFact's JSON file, either schema, or multi-CounterFact's"
 
-def options(parser: argparse.ArgumentParser, what: str) -> None:
-    """Declares `--data` and `--skip-bad`. what: the file, for people."""
-    parser.add_argument("--data", required=True, metavar="FILE", help=what)
+
+def options(parser: argparse.ArgumentParser, what: str, *, required: bool = True) -> None:
+    """Declares `--data` and `--skip-bad`. what: the file, for people. required: whether there has to be
+    one."""
+    parser.add_argument("--data", required=required, metavar="FILE", help=what)
     parser.add_argument(
         "--skip-bad",
         action="store_true",

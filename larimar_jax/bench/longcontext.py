@@ -3,8 +3,10 @@
 The facts stand in a row, are cut into chunks of `fan_in`, and every chunk is a memory of its own (§7).
 A question is read from all of them and decoded from what the surest says, or from the recursive read's
 answer (`--by`). Nothing decides about scope: every question is about the text. Recall is the share of
-the answer's tokens that are the likeliest, teacher-forced; the control has the whole text in front of
-the question, as far as it fits.
+the answer's tokens that are the likeliest, teacher-forced. Controls: the base LM, z = 0, the whole text
+in front of the question, as far as it fits, and a lookup that puts the nearest fact there.
+
+The facts are new ones of the world's cities (`data/atlas.py`), or those of a file of CounterFact.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from larimar_jax.pretrained import Pretrained
 
 SYSTEMS = {
     "base": "base LM",
+    "zero": "z = 0",
     "prompt": "the text in the prompt",
     "lookup": "nearest neighbour",
     "larimar": "Larimar",
@@ -43,7 +46,9 @@ PAPER = (
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares `larimar bench longcontext`."""
-    given.options(parser, "CounterFact's JSON file: the facts")
+    given.options(
+        parser, f"the facts: {given.COUNTERFACT} (default: made-up countries of cities)", required=False
+    )
     parser.add_argument(
         "--facts",
         type=int,
@@ -74,16 +79,20 @@ def experiment(args: argparse.Namespace) -> "LongContext":
     """The experiment of a parsed command line; reads the data and loads the model.
 
     Raises:
-        ValueError: the file has fewer records than facts, or more are asked than there are.
+        ValueError: there are fewer records than facts, or more are asked than there are.
     """
-    from larimar_jax.data import counterfact
+    from larimar_jax.data import atlas, counterfact
 
     most = max(args.facts)
-    records, data = given.read(args, counterfact.load, most)
+    if args.data is None:
+        records, data = atlas.load(most), atlas.provenance()
+    else:
+        records, data = given.read(args, counterfact.load, most)
     if len(records) < most or args.asked > min(args.facts):
         raise ValueError(
-            f"{args.data} has {len(records)} records; a text of {most} facts and {args.asked} questions "
-            f"for one of {min(args.facts)} need more: give a larger file, or fewer --facts and --asked"
+            f"{args.data or data['name']} has {len(records)} records; a text of {most} facts and "
+            f"{args.asked} questions for one of {min(args.facts)} need more: give a larger file, or "
+            "fewer --facts and --asked"
         )
     how = dict(fan_in=args.fan_in, by=args.by, room=args.room, asked=args.asked)
     return LongContext(systems.model(args), records, args.facts, how, data=data, chunk=args.chunk)
@@ -117,7 +126,8 @@ def tables(summary: Mapping[str, Any]) -> list[Table | str]:
     title = "recall ± standard error, percent"
     table = Table("N", *SYSTEMS.values(), "right chunk", title=title)
     for size, found in results.items():
-        cells = [systems.percent(found["recall"][name]) for name in SYSTEMS]
+        rows = [found["recall"][name] for name in SYSTEMS]
+        cells = ["\n".join(filter(None, (systems.percent(row), row.get("note")))) for row in rows]
         table.add_row(size, *cells, systems.percent(found["right_chunk"]))
     return [table]
 
@@ -190,6 +200,7 @@ class LongContext:
         nearest = np.argmax(_unit(latents.embedding[:count]) @ _unit(keys).T, axis=1)
         said = {
             "base": (prompts, None),
+            "zero": (prompts, self.model.zero(count)),
             "prompt": ([f"{self._text(facts)} {prompt}" for prompt in prompts], None),
             "lookup": (
                 [f"{facts[n].rstrip('.')}. {p}" for n, p in zip(nearest, prompts, strict=True)],
@@ -243,16 +254,16 @@ class LongContext:
         return self._held[1], self._encoded
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Recall by N and system, in percent with standard errors; how often the surest chunk was the
-        fact's own."""
+        """Recall by N and system, in percent with standard errors, the memory's paired difference to the
+        lookup with a note where it is not positive; how often the surest chunk was the fact's own."""
         results: dict[str, Any] = {}
         for size in dict.fromkeys(record["facts"] for record in records):
             some = [record for record in records if record["facts"] == size]
+            recall = {name: [record["recall"][name] for record in some] for name in SYSTEMS}
+            found = {name: vars(metrics.estimate(rows)) for name, rows in recall.items()}
+            found["larimar"] |= systems.versus_lookup(recall["larimar"], recall["lookup"])
             results[str(size)] = {
-                "recall": {
-                    name: vars(metrics.estimate([record["recall"][name] for record in some]))
-                    for name in SYSTEMS
-                },
+                "recall": found,
                 "right_chunk": vars(metrics.estimate([float(r["right_chunk"]) for r in some])),
             }
         return results

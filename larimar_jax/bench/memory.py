@@ -5,7 +5,8 @@
                as the released code takes them, (X A) X with M₀† anew for each episode, and as our
                variant does, with the shorter product first and one M₀† for all episodes
     scan       10,000 facts one by one in one compiled scan
-    tenants    a fact and a query for each of many memories under one `vmap`, against a Python loop
+    tenants    a fact and a query for each of many memories under one `vmap`, against a Python loop of
+               compiled calls, and of the memory's functions as they are
 
 All sides of a case run in turns within one process, so that a machine's moods hit all of them.
 """
@@ -45,7 +46,8 @@ RATIOS = (
         )
         for how, side in (("as released", "released"), ("as here", "newton-schulz"))
     ),
-    ("tenants, a fact and a query each, against one after the other", "loop", "tenants"),
+    ("tenants, a fact and a query each, against a compiled call each", "loop", "tenants"),
+    ("tenants, against the same functions in a loop, not compiled", "plain loop", "tenants"),
 )
 EPISODE = 16
 # Seconds that a side is run for in its turn: the median of what fits. Once is not enough, for what ran
@@ -253,7 +255,7 @@ def released(
 
 def _tenants(variant, prior, keys, values, queries) -> dict[str, Callable]:
     """Each tenant has a memory of its own: a fact is written into it, a query read from it, and the
-    answer fetched; side by side under `vmap`, or a tenant after the other."""
+    answer fetched; side by side under `vmap`, or a tenant after the other, compiled or not."""
 
     def write(prior, keys, values):
         return variant.write(prior, variant.empty(prior), keys, values)
@@ -267,11 +269,15 @@ def _tenants(variant, prior, keys, values, queries) -> dict[str, Callable]:
         for side, count in ((write, 2), (read, 2))
     )
 
-    def one(key, value, query):
-        return np.asarray(single_read(prior, single_write(prior, key, value), query))
+    def one(key, value, query, write=single_write, read=single_read):
+        return np.asarray(read(prior, write(prior, key, value), query))
 
     def all_of_them():
         return np.asarray(many_read(prior, many_write(prior, keys, values), queries))
 
     each = list(zip(keys, values, queries, strict=True))
-    return {"tenants": all_of_them, "loop": lambda: [one(*facts) for facts in each]}
+    return {
+        "tenants": all_of_them,
+        "loop": lambda: [one(*facts) for facts in each],
+        "plain loop": lambda: [one(*facts, write, read) for facts in each],
+    }

@@ -3,7 +3,9 @@
 Each fact of CounterFact is written into an empty memory of its own, and W is drawn around its mean
 (Algorithm 1) with one σ_W after the other, for all weights alike. Measured are S of edit and paraphrases
 through the memory, whether or not they are in scope, and the perplexity that the base LM gives to the
-greedy continuation of the edit prompt. The control is the base LM with its own continuation.
+greedy continuation of the edit prompt. Controls, which no σ_W changes: the base LM, z = 0, the fact in
+the prompt, and a lookup that puts it there where the scope detector lets it; each with its own
+continuation, judged after the plain prompt. A σ_W that does not beat the lookup says so.
 """
 
 import argparse
@@ -17,13 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from larimar_jax.bench import given, metrics, systems
+from larimar_jax.bench import controls, given, metrics, systems
 from larimar_jax.bench.editor import LarimarEditor
 from larimar_jax.bench.runner import Record
+from larimar_jax.bench.store import written
 from larimar_jax.data.records import EditRecord
 from larimar_jax.pretrained import Pretrained
 
-BASE = "base"
+CONTROLS = {name: systems.SYSTEMS[name] for name in ("base", "zero", "prompt", "lookup")}
 KINDS = ("edit", "paraphrase")
 SIGMAS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
 
@@ -52,12 +55,13 @@ def experiment(args: argparse.Namespace) -> "Noise":
 
 
 def tables(summary: Mapping[str, Any]) -> list[Table | str]:
-    """A row for every σ_W."""
+    """A row for every control and every σ_W."""
     title = f"σ_W, {summary['cases']} facts: S in percent, perplexity of the continuation"
     table = Table("σ_W", *(f"{kind} S" for kind in KINDS), "perplexity", title=title)
     for name, found in summary["results"].items():
-        cells = [systems.percent(found[kind]) for kind in KINDS]
-        table.add_row("base LM" if name == BASE else name, *cells, systems.number(found["perplexity"]))
+        cells = [controls.noted(found[kind]) for kind in KINDS]
+        spoken = controls.noted(found["fluency"], systems.number(found["perplexity"]))
+        table.add_row(CONTROLS.get(name, name), *cells, spoken)
     return [table]
 
 
@@ -65,37 +69,45 @@ PAPER = "Fig. 6: perplexity of generations and edit success against σ_W (a figu
 
 
 def values(record: Record) -> dict[str, float]:
-    """S of the edit prompt by σ_W."""
+    """S of the edit prompt by control and σ_W."""
     return {
-        f"σ_W = {name}, edit": metrics.success("edit", *np.asarray(found["edit"]).T)
+        f"{_label(name)}, edit": metrics.success("edit", *np.asarray(found["edit"]).T)
         for name, found in record["loss"].items()
     }
 
 
 def texts(record: Record) -> list[str]:
-    """The continuations under every σ_W."""
+    """The continuations under every control and σ_W."""
     said = record["text"].items()
-    return [f"written: {record['written']}"] + [f"σ_W = {name}: {text}" for name, text in said]
+    return [f"written: {record['written']}"] + [f"{_label(name)}: {text}" for name, text in said]
+
+
+def _label(name: str) -> str:
+    return CONTROLS.get(name, f"σ_W = {name}")
 
 
 def draw(axes: Any, summary: Mapping[str, Any]) -> None:
-    """S against σ_W, and the perplexity on an axis of its own."""
-    results = {name: found for name, found in summary["results"].items() if name != BASE}
+    """S against σ_W, beside the controls' as level lines, and the perplexity on an axis of its own."""
+    results = {name: found for name, found in summary["results"].items() if name not in CONTROLS}
     places = np.arange(len(results))
     for kind in KINDS:
         rows = [found[kind] for found in results.values()]
+        means = [math.nan if row["mean"] is None else row["mean"] for row in rows]
         errors = [row["standard_error"] or 0.0 for row in rows]
-        axes.errorbar(places, [row["mean"] for row in rows], errors, marker="o", label=f"{kind} S")
+        axes.errorbar(places, means, errors, marker="o", label=f"{kind} S")
+    for number, name in enumerate(("base", systems.CONTROL), start=len(KINDS)):
+        level = summary["results"][name]["edit"]["mean"]
+        axes.axhline(level, color=f"C{number}", linestyle=":", label=f"{CONTROLS[name]}: edit S")
     axes.set_xticks(places, list(results))
     axes.set_ylim(0, 101)
-    axes.set_xlabel("σ_W")
+    axes.set_xlabel("σ_W (standard deviation of an addressing weight)")
     axes.set_ylabel("S (percent, ± standard error)")
     beside = axes.twinx()
     found = [row["perplexity"] or math.nan for row in results.values()]
     beside.plot(places, found, color="grey", linestyle="--", label="perplexity")
     beside.set_yscale("log")
     beside.set_ylabel("perplexity of the continuation (dashed)")
-    axes.legend(loc="lower left", fontsize=9)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=9)
 
 
 class Noise:
@@ -127,13 +139,15 @@ class Noise:
             "data": dict(data),
             "model": systems.named(model),
             "sigmas": self._sigmas,
+            "controls": list(CONTROLS),
             "tokens": tokens,
             "chunk": chunk,
             "seed": seed,
         }
 
     def run(self, cases: Sequence[EditRecord]) -> list[Record]:
-        """ℓ and continuations of a chunk of cases under every σ_W; each draws from the same keys."""
+        """ℓ and continuations of a chunk of cases under every control and σ_W; each σ_W draws from the
+        same keys."""
         facts = [(case.prompt, case.target_new) for case in cases]
         queries = [[case.prompt, *case.paraphrases] for case in cases]
         prompts = [text for row in queries for text in row]
@@ -143,35 +157,53 @@ class Noise:
             for _ in row
         ]
         first = np.cumsum([0, *(len(row) for row in queries[:-1])])
+        edits = [prompts[row] for row in first]
         rng = jax.random.fold_in(jax.random.key(self._seed), self.cases.index(cases[0]))
-        loss, text, surprise = {}, {}, {}
-        for name, editor in {BASE: None, **self._editors(rng)}.items():
-            everyone = begun = None
-            if editor is not None:
-                recall = editor.recall(facts, queries)
-                everyone, begun = recall.condition(np.arange(len(prompts))), recall.condition(first)
+        read = {name: editor.recall(facts, queries) for name, editor in self._editors(rng).items()}
+        # What is in scope depends on no σ_W.
+        inside = next(iter(read.values())).in_scope
+        told = [written(*fact) for fact, row in zip(facts, queries, strict=True) for _ in row]
+        let = [fact if within else None for fact, within in zip(told, inside, strict=True)]
+        sides = {
+            "base": prompts,
+            "prompt": controls.in_front(told, prompts),
+            "lookup": controls.in_front(let, prompts),
+        }
+        begun = {name: [side[row] for row in first] for name, side in sides.items()}
+        loss = controls.untouched(self.model.score, sides, pairs)
+        loss["zero"] = self.model.score(prompts, pairs, self.model.zero(len(prompts)))
+        text = controls.untouched(lambda asked, _: self._continued(asked), begun, [""] * len(cases))
+        text["zero"] = self._continued(edits, self.model.zero(len(edits)))
+        for name, recall in read.items():
+            everyone = recall.condition(np.arange(len(prompts)))
             loss[name] = self.model.score(prompts, pairs, everyone)
-            edits = [prompts[row] for row in first]
-            options = dict(max_tokens=self._tokens, stop=())
-            text[name] = self.model.generate(edits, begun, **options)
-            surprise[name] = self._surprise(edits, text[name])
+            text[name] = self._continued(edits, recall.condition(first))
+        names = [*CONTROLS, *read]
+        text = {name: text[name].tolist() for name in names}
+        surprise = self._surprise(edits, text)
         records = []
         for number, (case, start) in enumerate(zip(cases, first, strict=True)):
             end = start + len(queries[number])
             records.append(
                 {
                     "case_id": case.case_id,
-                    "written": " ".join(facts[number]),
+                    "written": told[start],
+                    "in_scope": {"edit": inside[start : start + 1].tolist(),
+                                 "paraphrase": inside[start + 1 : end].tolist()},
                     "loss": {
-                        name: {"edit": rows[start : start + 1].tolist(),
-                               "paraphrase": rows[start + 1 : end].tolist()}
-                        for name, rows in loss.items()
+                        name: {"edit": loss[name][start : start + 1].tolist(),
+                               "paraphrase": loss[name][start + 1 : end].tolist()}
+                        for name in names
                     },
-                    "text": {name: found[number] for name, found in text.items()},
-                    "surprise": {name: found[number] for name, found in surprise.items()},
+                    "text": {name: text[name][number] for name in names},
+                    "surprise": {name: surprise[name][number] for name in names},
                 }
             )
         return records
+
+    def _continued(self, prompts: Sequence[str], condition: Any = None) -> np.ndarray:
+        options = dict(max_tokens=self._tokens, stop=())
+        return np.asarray(self.model.generate(prompts, condition, **options), object)
 
     def _editors(self, rng: Any) -> dict[str, LarimarEditor]:
         """By σ_W, the model that reads with it."""
@@ -190,33 +222,54 @@ class Noise:
             found[f"{sigma:g}"] = LarimarEditor(model, rng)
         return found
 
-    def _surprise(self, prompts: Sequence[str], texts: Sequence[str]) -> list[float | None]:
-        """ℓ of each continuation under the base LM, in nats a token; None of one without words."""
-        rows = [row for row, text in enumerate(texts) if text.strip()]
-        found: list[float | None] = [None] * len(texts)
-        judged = self.model.score([prompts[row] for row in rows], [[texts[row]] for row in rows])
-        for row, value in zip(rows, judged, strict=True):
-            found[row] = float(value[0])
+    def _surprise(
+        self, prompts: Sequence[str], texts: Mapping[str, Sequence[str]]
+    ) -> dict[str, list[float | None]]:
+        """ℓ of each continuation under the base LM, in nats a token, each text once; None of one without
+        words."""
+        spoken = [
+            (name, row)
+            for name, found in texts.items()
+            for row, text in enumerate(found)
+            if text.strip()
+        ]
+        asked = {"all": [prompts[row] for _, row in spoken]}
+        said = [[texts[name][row]] for name, row in spoken]
+        found: dict[str, list[float | None]] = {name: [None] * len(prompts) for name in texts}
+        for (name, row), value in zip(
+            spoken, controls.untouched(self.model.score, asked, said)["all"], strict=True
+        ):
+            found[name][row] = float(value[0])
         return found
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
-        """By σ_W: S of edit and paraphrase in percent with standard errors, the perplexity of the
-        continuations (exp of the mean ℓ over cases), and how many of them have no words."""
-        result = {}
+        """By control and σ_W: S of edit and paraphrase in percent with standard errors, the perplexity
+        of the continuations (exp of the mean ℓ over cases), and how many of them have no words. Of a σ_W
+        also the differences to the lookup, with notes; `fluency` has that of −ℓ of the continuations, in
+        hundredths of a nat."""
+        result: dict[str, Any] = {}
         for name in records[0]["loss"] if records else ():
-            rows = [(record["loss"][name], record["surprise"][name]) for record in records]
-            said = [surprise for _, surprise in rows if surprise is not None]
+            said = [r["surprise"][name] for r in records if r["surprise"][name] is not None]
             result[name] = {
-                kind: vars(
-                    metrics.estimate([
-                        metrics.success(kind, *np.asarray(loss[kind]).T)
-                        for loss, _ in rows
-                        if loss[kind]
-                    ])
-                )
-                for kind in KINDS
+                kind: vars(metrics.estimate(_successes(records, name, kind))) for kind in KINDS
             } | {
                 "perplexity": math.exp(sum(said) / len(said)) if said else None,
-                "silent": len(rows) - len(said),
+                "fluency": {},
+                "silent": len(records) - len(said),
             }
+            if name in CONTROLS:
+                continue
+            for kind in KINDS:
+                control = _successes(records, systems.CONTROL, kind)
+                versus = systems.versus_lookup(_successes(records, name, kind), control)
+                result[name][kind] |= versus
+            pairs = [(r["surprise"][systems.CONTROL], r["surprise"][name]) for r in records]
+            pairs = [(control, ours) for control, ours in pairs if None not in (control, ours)]
+            # The lower ℓ is the better one.
+            result[name]["fluency"] = systems.versus_lookup(*zip(*pairs, strict=True)) if pairs else {}
         return result
+
+
+def _successes(records: Sequence[Record], name: str, kind: str) -> list[float]:
+    found = [np.asarray(record["loss"][name][kind], np.float64) for record in records]
+    return [metrics.success(kind, *losses.T) for losses in found if len(losses)]

@@ -11,13 +11,17 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 68rem; padding: 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding: .3rem 0; }
+table { border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums; }
+p.title { font-weight: 600; margin: 1rem 0 -.7rem; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align: left;
   vertical-align: top; white-space: pre-line; }
-td + td, th + th { text-align: right; white-space: pre; }
+td + td { white-space: pre; }
+th { vertical-align: bottom; }
+td.number, th.number { text-align: right; }
+/* What a row is of stays in sight when its table is scrolled. */
+td:first-child, th:first-child { position: sticky; left: 0; background: Canvas; }
 @media (max-width: 40rem) { th, td { padding: .3rem .4rem; font-size: .9rem; } }
-tr.mark { background: var(--mark); }
+tr.mark td { background: linear-gradient(var(--mark), var(--mark)), Canvas; }
 p.note { font-size: .9rem; opacity: .8; }
 img { max-width: 100%; height: auto; background: #fff; }
 details { background: var(--soft); padding: .4rem .8rem; margin: .4rem 0; overflow-wrap: anywhere; }
@@ -116,12 +120,26 @@ def _html(item: Item) -> str:
 
 
 def _html_table(grid: Grid) -> str:
+    columns = [any(_number(row[place]) for row in grid.rows) for place in range(len(grid.header))]
+    # The first column says what a row is of, even by a number.
+    kinds = [' class="number"' if number and place else "" for place, number in enumerate(columns)]
+
     def row(cells: Sequence[str], tag: str, mark: bool = False) -> str:
-        inside = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+        inside = "".join(
+            f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for cell, kind in zip(cells, kinds, strict=True)
+        )
         return f'<tr class="mark">{inside}</tr>' if mark else f"<tr>{inside}</tr>"
 
     rows = "".join(row(cells, "td", n in grid.marks) for n, cells in enumerate(grid.rows))
-    caption = f"<caption>{html.escape(grid.title)}</caption>" if grid.title else ""
+    # Above the box: a title does not scroll away with its table.
+    title = f'<p class="title">{html.escape(grid.title)}</p>' if grid.title else ""
     note = f'<p class="note">{html.escape(grid.caption)}</p>' if grid.caption else ""
     head = f"<thead>{row(grid.header, 'th')}</thead>"
-    return f'<div class="wide"><table>{caption}{head}<tbody>{rows}</tbody></table></div>{note}'
+    # Wider than a narrow screen, a table scrolls in its own box, by the keyboard too.
+    name = html.escape(grid.title or "table", quote=True)
+    box = f'<div class="wide" role="region" tabindex="0" aria-label="{name}">'
+    return f"{title}{box}<table>{head}<tbody>{rows}</tbody></table></div>{note}"
+
+
+def _number(cell: str) -> bool:
+    return cell.lstrip("-−–+.")[:1].isdigit()

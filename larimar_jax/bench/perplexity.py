@@ -4,8 +4,12 @@ The rest of a held-out text after its first words, per token: exp of the mean âˆ
 
     base      the untouched language model
     zero      z = 0: the memory slot is there and holds zeros
+    prompt    the fact that is nearest to the first words is written in front of every text
+    lookup    it is, where the scope detector lets the text through, and no matrix
     larimar   the facts are in one memory, and the scope detector sees the first words
     open      the same memory, let through for every text
+
+A memory whose perplexity is not below the lookup's says so.
 """
 
 import argparse
@@ -16,7 +20,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from larimar_jax.bench import given, systems
+from larimar_jax.bench import controls, given, systems
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Encoded, Store, encoded
 from larimar_jax.data import corpus
@@ -25,6 +29,8 @@ from larimar_jax.pretrained import Pretrained
 SYSTEMS = {
     "base": "base LM",
     "zero": "z = 0",
+    "prompt": "nearest fact in the prompt",
+    "lookup": "nearest neighbour",
     "larimar": "Larimar with scope",
     "open": "Larimar without scope",
 }
@@ -105,7 +111,7 @@ def tables(summary: Mapping[str, Any]) -> list[Table | str]:
         found = results[name]
         error = found["ratio_error"]
         over = f"{found['ratio']:.4f}" + ("" if error is None else f" Â± {error:.4f}")
-        table.add_row(label, f"{found['perplexity']:.2f}", over)
+        table.add_row(label, controls.noted(found, f"{found['perplexity']:.2f}"), over)
     return [table, f"in scope: {100 * results['in_scope']:.1f} % of the texts"]
 
 
@@ -128,6 +134,7 @@ class Perplexity:
         self.settings: Mapping[str, Any] = {
             "data": dict(data),
             "model": systems.named(model),
+            "systems": list(SYSTEMS),
             "chunk": chunk,
             "seed": None,
         }
@@ -142,20 +149,19 @@ class Perplexity:
             self._store = Store(self._encoded, self.facts)
         prompts, rests = [text.begun for text in cases], [[text.rest] for text in cases]
 
-        def losses(rows: np.ndarray, condition: Any) -> np.ndarray:
-            asked, judged = ([side[row] for row in rows] for side in (prompts, rests))
-            return self.model.score(asked, judged, condition)[:, 0]
-
-        recall, _ = self._store.recall(prompts)
-        everyone, inside = np.arange(len(cases)), np.flatnonzero(recall.in_scope)
-        found = {
-            "base": losses(everyone, None),
-            "zero": losses(everyone, self.model.zero(len(cases))),
-            "open": losses(everyone, recall.condition(everyone)),
+        recall, nearest = self._store.recall(prompts)
+        inside = recall.in_scope
+        facts = [self._store.texts[fact] for fact in nearest]
+        let = [fact if within else None for fact, within in zip(facts, inside, strict=True)]
+        sides = {
+            "base": prompts,
+            "prompt": controls.in_front(facts, prompts),
+            "lookup": controls.in_front(let, prompts),
         }
-        found["larimar"] = found["base"].copy()
-        if len(inside):
-            found["larimar"][inside] = losses(inside, recall.condition(inside))
+        found = controls.untouched(self.model.score, sides, rests)
+        found["zero"] = self.model.score(prompts, rests, self.model.zero(len(cases)))
+        found["open"] = self.model.score(prompts, rests, recall.condition(np.arange(len(cases))))
+        found["larimar"] = np.where(inside[:, None], found["open"], found["base"])
         tokens = [len(self.model.decoder_tokenizer.following(text.rest)) for text in cases]
         return [
             {
@@ -164,14 +170,16 @@ class Perplexity:
                 "rest": text.rest,
                 "tokens": tokens[row],
                 "scope_score": float(recall.scope_score[row]),
-                "in_scope": bool(recall.in_scope[row]),
-                "loss": {name: float(values[row]) for name, values in found.items()},
+                "in_scope": bool(inside[row]),
+                "nearest": facts[row],
+                "loss": {name: float(found[name][row, 0]) for name in SYSTEMS},
             }
             for row, text in enumerate(cases)
         ]
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Perplexity by system, and its ratio to the base LM's with its standard error over texts."""
+        """Perplexity by system, and its ratio to the base LM's with its standard error over texts. Of a
+        memory also what it gains on the lookup, in hundredths of a nat per token, with a note."""
         tokens = np.asarray([record["tokens"] for record in records], np.float64)
         losses = {
             name: np.asarray([record["loss"][name] for record in records], np.float64)
@@ -191,4 +199,8 @@ class Perplexity:
                 "ratio": ratio,
                 "ratio_error": error,
             }
+        # Each text by its tokens, as in a perplexity; the lower loss is the better one.
+        weighted = {name: (each * tokens / tokens.mean()).tolist() for name, each in losses.items()}
+        for name in systems.MEMORY_SYSTEMS:
+            results[name] |= systems.versus_lookup(weighted[systems.CONTROL], weighted[name])
         return results

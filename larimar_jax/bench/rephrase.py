@@ -5,8 +5,8 @@ wordings are those that the file itself has for other subjects (`data/wordings.p
 on the same rows, decoded through the memory whether or not a query is in scope: the model's own (the
 pseudo-inverse of its M₀ with features), and with a slot for each fact, M_ref being the first wordings,
 the pseudo-inverse and Gaussian keys (Eqs. 7–8). Recall is the share of an answer's tokens that are the
-likeliest where they stand, teacher-forced. Controls: the base LM, a lookup of the nearest wording, and
-the fact in the prompt.
+likeliest where they stand, teacher-forced. Controls: the base LM, z = 0, the fact in the prompt, and a
+lookup of the nearest wording, where the scope detector lets it; keys that do not beat it say so.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from larimar_jax.bench import given, metrics, systems
+from larimar_jax.bench import controls, given, metrics, systems
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Encoded, Store, encoded, written
 from larimar_jax.data.records import EditRecord
@@ -30,6 +30,7 @@ from larimar_jax.pretrained import Pretrained
 KEYS = {"own": "keys of the model", "pinv": "pseudo-inverse", "gaussian": "Gaussian"}
 SYSTEMS = {
     "base": "base LM",
+    "zero": "z = 0",
     "prompt": "fact in the prompt",
     "lookup": "nearest neighbour",
     "larimar": "Larimar with scope",
@@ -98,7 +99,7 @@ def tables(summary: Mapping[str, Any]) -> list[Table | str]:
     title = "recall of unseen wordings ± standard error, percent"
     table = Table("facts", "wordings", *SYSTEMS.values(), title=title)
     for name, found in summary["results"].items():
-        cells = [systems.percent(found[system]) for system in SYSTEMS]
+        cells = [controls.noted(found[system]) for system in SYSTEMS]
         table.add_row(*name.split("x"), *cells)
     return [table]
 
@@ -172,6 +173,7 @@ class Rephrase:
             "cells": [f"{facts}x{count}" for facts, count in cells],
             "asked": asked,
             "width": WIDTH,
+            "systems": list(SYSTEMS),
             "chunk": chunk,
             "seed": seed,
         }
@@ -205,8 +207,12 @@ class Rephrase:
                 latent, match = store.read(asked)
                 read[keys].append(latent)
                 if keys == "own":
-                    nearest += [store.texts[fact] for fact in match.key]
-                    inside += match.within(self.model.scope_threshold).tolist()
+                    within = match.within(self.model.scope_threshold).tolist()
+                    inside += within
+                    nearest += [
+                        store.texts[fact] if let else None
+                        for fact, let in zip(match.key, within, strict=True)
+                    ]
                     own += [
                         together[fact // count] == case.index
                         for fact, case in zip(match.key, some, strict=True)
@@ -214,19 +220,18 @@ class Rephrase:
         asked = [self.records[case.index] for case in cases]
         prompts, targets = [r.paraphrases[0] for r in asked], [[r.target_new] for r in asked]
 
-        def recall(texts, condition=None):
+        def recall(texts, targets, condition=None):
             return self.model.judge(texts, targets, condition).accuracy[:, 0]
 
-        def in_front(facts):
-            return [f"{fact.rstrip('.')}. {prompt}" for fact, prompt in zip(facts, prompts, strict=True)]
-
-        found = {
-            "base": recall(prompts),
-            "prompt": recall(in_front([written(r.prompt, r.target_new) for r in asked])),
+        sides = {
+            "base": prompts,
+            "prompt": controls.in_front([written(r.prompt, r.target_new) for r in asked], prompts),
+            "lookup": controls.in_front(nearest, prompts),
         }
+        found = controls.untouched(recall, sides, targets)
+        found["zero"] = recall(prompts, targets, self.model.zero(len(prompts)))
         for keys, latents in read.items():
-            found[keys] = recall(prompts, self.model.condition(np.concatenate(latents)))
-        found["lookup"] = np.where(inside, recall(in_front(nearest)), found["base"])
+            found[keys] = recall(prompts, targets, self.model.condition(np.concatenate(latents)))
         found["larimar"] = np.where(inside, found["own"], found["base"])
         return [
             {
@@ -236,6 +241,7 @@ class Rephrase:
                 "prompt": prompts[row],
                 "target": targets[row][0],
                 "in_scope": inside[row],
+                "nearest": nearest[row],
                 "found_own": own[row],
                 "recall": {name: float(found[name][row]) for name in SYSTEMS},
             }
@@ -265,17 +271,17 @@ class Rephrase:
         return self._stores[1]
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Recall in percent with standard errors by cell and system."""
-        cells = list(dict.fromkeys(record["cell"] for record in records))
-        return {
-            cell: {
-                system: vars(
-                    metrics.estimate([r["recall"][system] for r in records if r["cell"] == cell])
-                )
-                for system in SYSTEMS
-            }
-            for cell in cells
-        }
+        """Recall in percent with standard errors by cell and system, and of the memory by every kind of
+        keys the difference to the lookup, with a note."""
+        result: dict[str, Any] = {}
+        for cell in dict.fromkeys(record["cell"] for record in records):
+            rows = [record["recall"] for record in records if record["cell"] == cell]
+            found = {name: [row[name] for row in rows] for name in SYSTEMS}
+            result[cell] = {name: vars(metrics.estimate(values)) for name, values in found.items()}
+            for name in ("larimar", *KEYS):
+                versus = systems.versus_lookup(found[name], found[systems.CONTROL])
+                result[cell][name] |= versus
+        return result
 
 
 def keyed(model: Pretrained, addressing: Any, known: np.ndarray) -> Pretrained:

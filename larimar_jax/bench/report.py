@@ -14,6 +14,7 @@ import dataclasses
 import io
 import itertools
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -155,14 +156,28 @@ def picture(run: Run) -> Picture:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6.2, 4.2), layout="constrained")
-    run.module.draw(axes, run.summary)
-    axes.grid(alpha=0.3)
-    held = io.BytesIO()
-    figure.savefig(held, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
+    # Small, with large letters: it is still to be read where it is shrunk to a narrow screen.
+    with pyplot.rc_context({"font.size": 11}):
+        figure, axes = pyplot.subplots(figsize=(5.0, 4.6), layout="constrained")
+        run.module.draw(axes, run.summary)
+        alt = f"{run.benchmark}: {axes.get_ylabel() or axes.get_xlabel()}"
+        axes.grid(alpha=0.3)
+        fit(figure)
+        held = io.BytesIO()
+        figure.savefig(held, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
     source = base64.b64encode(held.getvalue()).decode()
-    return Picture(f"{run.benchmark}: {axes.get_ylabel()}", f"data:image/svg+xml;base64,{source}")
+    return Picture(alt, f"data:image/svg+xml;base64,{source}")
+
+
+def fit(figure: Any) -> None:
+    """Breaks the axes' labels, so that none is longer than its axis, and enlarges the legends."""
+    for axes in figure.axes:
+        axes.set_xlabel(textwrap.fill(axes.get_xlabel(), 40))
+        axes.set_ylabel(textwrap.fill(axes.get_ylabel(), 34))
+        legend = axes.get_legend()
+        for text in [] if legend is None else legend.get_texts():
+            text.set_fontsize(10)
 
 
 def cases(run: Run) -> list[Case]:

@@ -2,8 +2,9 @@
 
 The likeliest continuation of the edit prompt and of its paraphrases, token by token, under Larimar and
 every control. An answer is said where it stands in the first `--tokens` tokens, and it is said at once
-where they begin with it; upper and lower case count, blanks do not. Mode `rome`: the scope decision and
-the memory query see the prompt only. Each case is written into an empty memory of its own.
+where they begin with it; upper and lower case count, blanks do not. A memory that does not beat the
+lookup says so. Mode `rome`: the scope decision and the memory query see the prompt only. Each case is
+written into an empty memory of its own.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from larimar_jax.bench import given, metrics, systems
+from larimar_jax.bench import controls, given, metrics, systems
 from larimar_jax.bench.editor import Editor
 from larimar_jax.bench.runner import Record
 from larimar_jax.data.records import EditRecord
@@ -24,7 +25,7 @@ MEASURES = {"said": "says it", "at_once": "at once"}
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares `larimar bench says`."""
-    given.options(parser, "CounterFact's JSON file, either schema")
+    given.options(parser, given.COUNTERFACT)
     parser.add_argument("--limit", type=int, help="only the first N records (default: all)")
     parser.add_argument("--tokens", type=int, default=10, help="decoded after a prompt (%(default)s)")
     systems.model_options(parser)
@@ -50,7 +51,7 @@ def tables(summary: Mapping[str, Any]) -> list[Table | str]:
     table = Table("system", *columns, title=title, caption="percent ± standard error")
     for system, label in systems.SYSTEMS.items():
         found = results[system]
-        cells = [systems.percent(found[kind][name]) for kind in KINDS for name in MEASURES]
+        cells = [controls.noted(found[kind][name]) for kind in KINDS for name in MEASURES]
         table.add_row(label, *cells)
     return [table]
 
@@ -145,23 +146,24 @@ class Says:
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
         """{system: {kind: {said, at_once}}} in percent with standard errors: prompts are averaged inside
-        a case, cases afterwards."""
-        return {
-            system: {
-                kind: {
-                    name: vars(
-                        metrics.estimate([
-                            float(np.mean(_measure(record, system, kind)[name]))
-                            for record in records
-                            if record["text"][system][kind]
-                        ])
-                    )
-                    for name in MEASURES
-                }
-                for kind in KINDS
-            }
-            for system in systems.SYSTEMS
-        }
+        a case, cases afterwards. Of a memory also the difference to the lookup, with a note."""
+        result: dict[str, Any] = {name: {kind: {} for kind in KINDS} for name in systems.SYSTEMS}
+        for kind in KINDS:
+            for measure in MEASURES:
+                found = {name: _shares(records, name, kind, measure) for name in systems.SYSTEMS}
+                for name, values in found.items():
+                    row = result[name][kind][measure] = vars(metrics.estimate(values))
+                    if name in systems.MEMORY_SYSTEMS:
+                        row |= systems.versus_lookup(values, found[systems.CONTROL])
+        return result
+
+
+def _shares(records: Sequence[Record], system: str, kind: str, measure: str) -> list[float]:
+    return [
+        float(np.mean(_measure(record, system, kind)[measure]))
+        for record in records
+        if record["text"][system][kind]
+    ]
 
 
 def _measure(record: Record, system: str, kind: str) -> dict[str, list[bool]]:

@@ -33,7 +33,7 @@ DETECTORS = {"external": "ESD: encodings", "internal": "ISD: projected"}
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares `larimar bench scope`."""
-    given.options(parser, "CounterFact's JSON file, either schema")
+    given.options(parser, given.COUNTERFACT)
     parser.add_argument("--limit", type=int, default=1000, help="records (%(default)s)")
     parser.add_argument(
         "--others",

@@ -1,31 +1,43 @@
 """A stream of ZsRE edits, one after the other, with no knowledge of the future (Table 3, Fig. 2b).
 
-Every fact is streamed into one memory (Eqs. 2–4). Along the way, wordings that were never written of
-facts that were are asked (the generalisation curve); at the end every written prompt is (edit
-retention), and so are prompts of facts that were never written, for their right answers (test
-retention: as for the base LM, where nothing was lost). Answers are decoded greedily; the score is the F1
-of the words of the first line that is not empty, of which as many count as the right answer has.
-Controls: the base LM, and a lookup that puts the nearest written fact in front of the prompt.
+Every edit is streamed into one memory (Eqs. 2–4). An edit is a fact in one wording: with `--wordings N`
+each fact is written in its prompt and in N − 1 wordings that the file has for other subjects
+(`data/wordings.py`), one edit after the other, and `--edits` counts them all. Facts that have N wordings
+come first, in the file's order; where they do not fill the stream, facts with fewer follow, each in as
+many as it has.
+
+Along the way, rephrasings that are never written of facts that were are asked (the generalisation
+curve); at the end every written prompt is (edit retention), and so are prompts of facts that were never
+written, for their right answers (test retention: as for the base LM, where nothing was lost). Answers
+are decoded greedily; the score is the F1 of the words of the first line that is not empty, of which as
+many count as the right answer has. Controls: the base LM, z = 0, the right fact in front of the prompt
+(of what was never written there is none), and a lookup that puts the nearest written fact there.
 """
 
 import argparse
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from rich.table import Table
 
-from larimar_jax.bench import given, metrics, systems
+from larimar_jax.bench import answers, given, metrics, systems
 from larimar_jax.bench.runner import Record
-from larimar_jax.bench.store import Encoded, Store, encoded
+from larimar_jax.bench.store import Encoded, Store, encoded, written
 from larimar_jax.data.records import EditRecord
 from larimar_jax.memory import live
 from larimar_jax.pretrained import Pretrained
 
-SYSTEMS = {"base": "base LM", "lookup": "nearest neighbour", "larimar": "Larimar with scope"}
+SYSTEMS = {
+    "base": "base LM",
+    "zero": "z = 0",
+    "prompt": "fact in the prompt",
+    "lookup": "nearest neighbour",
+    "larimar": "Larimar with scope",
+}
 KINDS = {
     "edit": "edit retention",
     "rephrased": "held-out rephrasings",
@@ -36,7 +48,20 @@ KINDS = {
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares `larimar bench stream`."""
     given.options(parser, "ZsRE's JSON file, of MEND or of KnowEdit")
-    parser.add_argument("--edits", type=int, default=900, help="facts of the stream (%(default)s)")
+    parser.add_argument(
+        "--edits",
+        type=int,
+        default=900,
+        help="edits of the stream, each of them a fact in one wording (%(default)s)",
+    )
+    parser.add_argument(
+        "--wordings",
+        type=int,
+        default=1,
+        metavar="N",
+        help="write a fact in so many wordings one after the other, its prompt and those of other "
+        "records of the file; facts that have as many come first (%(default)s)",
+    )
     parser.add_argument(
         "--unwritten", type=int, default=100, help="facts after them, never written (%(default)s)"
     )
@@ -58,19 +83,39 @@ def experiment(args: argparse.Namespace) -> "Stream":
     """
     from larimar_jax.data import zsre
 
-    needed = args.edits + args.unwritten
-    records, data = given.read(args, zsre.load, needed)
+    if min(args.edits, args.every, args.wordings) < 1 or args.unwritten < 0:
+        raise ValueError(
+            "--edits, --every and --wordings must be at least 1, and --unwritten not less than 0: they "
+            "are numbers of edits, of wordings and of facts"
+        )
+    # Which facts have enough wordings is known from the whole file.
+    most = args.edits + args.unwritten if args.wordings == 1 else None
+    records, data = given.read(args, zsre.load, most)
+    wordings = given.wordings(args, zsre.load, records, args.wordings - 1)
+    order = sorted(range(len(records)), key=lambda place: -len(wordings[place]))
+    records, wordings = [records[place] for place in order], [wordings[place] for place in order]
+    made = np.cumsum([1 + len(more) for more in wordings])
+    facts = int(np.searchsorted(made, args.edits)) + 1
+    if facts + args.unwritten > len(records):
+        raise ValueError(
+            f"{args.data} has {len(records)} records, which make {made[-1]} edits in at most "
+            f"{args.wordings} wordings, and --edits {args.edits} and --unwritten {args.unwritten} "
+            "ask for more: give a larger file, or fewer of them"
+        )
     # What was never written is asked for its right answer, whatever the file proposes to write.
     right, _ = given.read(args, zsre.load, None, target="answer")
     right = {record.case_id: record for record in right}
-    records[args.edits :] = [right[record.case_id] for record in records[args.edits :]]
-    if len(records) < needed:
-        raise ValueError(
-            f"{args.data} has {len(records)} records, and --edits and --unwritten ask for {needed}: "
-            "give a larger file, or fewer of them"
-        )
-    sizes = (args.edits, args.every, args.asked)
-    return Stream(systems.model(args), records, *sizes, data=data, chunk=args.chunk)
+    unwritten = [right[record.case_id] for record in records[facts : facts + args.unwritten]]
+    return Stream(
+        systems.model(args),
+        [*records[:facts], *unwritten],
+        args.edits,
+        args.every,
+        args.asked,
+        data=data,
+        wordings=[*wordings[:facts], *[()] * args.unwritten],
+        chunk=args.chunk,
+    )
 
 
 # Tokens decoded beyond those of the longest answer of a chunk: line breaks before it.
@@ -79,21 +124,29 @@ _MORE = 3
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Record `index` asked after `edits` edits, in the wording that `kind` says."""
+    """`prompt` asked after `edits` edits for `gold`. fact: what was written of it, as a text; None where
+    nothing was."""
 
     case_id: str
     kind: str
     edits: int
-    index: int
+    prompt: str
+    gold: str
+    fact: str | None
 
 
 def tables(summary: Mapping[str, Any]) -> list[Table | str]:
     """A row a system at the end, and the curve of held-out rephrasings."""
     results = summary["results"]
-    title = f"word F1 ± standard error after {summary['settings']['edits']} edits, percent"
+    settings = summary["settings"]
+    title = (
+        f"word F1 ± standard error after {settings['edits']} edits, {settings['facts']} facts in at "
+        f"most {settings['wordings']} wordings, percent"
+    )
     table = Table("system", *KINDS.values(), title=title)
     for system, label in SYSTEMS.items():
-        cells = [systems.percent(results["f1"][system][kind]) for kind in KINDS]
+        rows = [results["f1"][system][kind] for kind in KINDS]
+        cells = ["\n".join(filter(None, (systems.percent(row), row.get("note")))) for row in rows]
         table.add_row(label, *cells)
     curve = Table("edits", *SYSTEMS.values(), title="held-out rephrasings")
     for point, found in results["curve"].items():
@@ -110,12 +163,17 @@ PAPER = (
 def values(record: Record) -> dict[str, float]:
     """F1 of a case by system, and what was asked."""
     kind = KINDS[record["kind"]]
-    return {f"{label}, {kind}": float(record["f1"][name]) for name, label in SYSTEMS.items()}
+    return {
+        f"{label}, {kind}": record["f1"][name]
+        for name, label in SYSTEMS.items()
+        if record["f1"][name] is not None
+    }
 
 
 def texts(record: Record) -> list[str]:
     """The question, the right answer, and what was said."""
-    said = (f"{label}: {record['said'][name]!r}" for name, label in SYSTEMS.items())
+    texts = {label: record["said"][name] for name, label in SYSTEMS.items()}
+    said = (f"{label}: {text!r}" for label, text in texts.items() if text is not None)
     return [f"after {record['edits']} edits: {record['prompt']} → {record['gold']}", *said]
 
 
@@ -129,7 +187,15 @@ def draw(axes: Any, summary: Mapping[str, Any]) -> None:
 
 
 class Stream:
-    """See the head of this file; an experiment as in `runner.Experiment`."""
+    """See the head of this file; an experiment as in `runner.Experiment`.
+
+    Args:
+        records: facts in the order of the stream, as many as `edits` needs, and behind them those that
+            are never written. wordings: of each record, beside its prompt.
+        edits: of the stream. every: edits between points of the curve. asked: facts asked at a point.
+    Raises:
+        ValueError: the records make fewer edits.
+    """
 
     name = "stream"
     tables = staticmethod(tables)
@@ -143,16 +209,29 @@ class Stream:
         asked: int,
         *,
         data: Mapping[str, Any],
+        wordings: Sequence[Sequence[str]] = (),
         chunk: int = 32,
     ):
         self.model, self.records, self.edits, self.chunk = model, records, edits, chunk
+        wordings = wordings or [()] * len(records)
+        told = [
+            (index, prompt)
+            for index, (record, more) in enumerate(zip(records, wordings, strict=True))
+            for prompt in (record.prompt, *more)
+        ]
+        if len(told) < edits:
+            raise ValueError(f"{len(records)} records make {len(told)} edits, not {edits}")
+        self.told = told[:edits]
+        facts = self.told[-1][0] + 1
         self.points = sorted({*range(every, edits + 1, every), edits})
-        self.cases = [*self._curve(asked), *self._end()]
+        self.cases = [*self._curve(asked), *self._end(facts)]
         self.settings: Mapping[str, Any] = {
             "data": dict(data),
             "model": systems.named(model),
             "edits": edits,
-            "unwritten": len(records) - edits,
+            "facts": facts,
+            "wordings": 1 + max(map(len, wordings)),
+            "unwritten": len(records) - facts,
             "every": every,
             "asked": asked,
             "chunk": chunk,
@@ -162,19 +241,37 @@ class Stream:
         self._now: tuple[int, live.Live] | None = None
 
     def _curve(self, asked: int) -> list[Case]:
-        """At every point, `asked` of the facts so far that have another wording."""
+        """At every point, `asked` of the facts so far that have a rephrasing which no edit writes:
+        another record may have it for its prompt."""
         draw, found = np.random.default_rng(0), []
+        prompts = {prompt for _, prompt in self.told}
         for point in self.points:
-            known = [i for i in range(point) if self.records[i].paraphrases]
+            known = [
+                index
+                for index in dict.fromkeys(index for index, _ in self.told[:point])
+                if self.records[index].paraphrases
+                and self.records[index].paraphrases[0] not in prompts
+            ]
             for index in sorted(draw.permutation(known)[:asked]):
-                found.append(Case(f"rephrased/{point}/{index}", "rephrased", point, int(index)))
+                record = self.records[index]
+                asks, fact = record.paraphrases[0], written(record.prompt, record.target_new)
+                name = f"rephrased/{point}/{index}"
+                found.append(Case(name, "rephrased", point, asks, record.target_new, fact))
         return found
 
-    def _end(self) -> list[Case]:
-        kinds = [*["edit"] * self.edits, *["unwritten"] * (len(self.records) - self.edits)]
-        return [
-            Case(f"{kind}/{index}", kind, self.edits, index) for index, kind in enumerate(kinds)
+    def _end(self, facts: int) -> list[Case]:
+        edits = [
+            Case(f"edit/{number}", "edit", self.edits, prompt, answer, written(prompt, answer))
+            for number, (prompt, answer) in enumerate(self._facts(self.edits))
         ]
+        return edits + [
+            Case(f"unwritten/{index}", "unwritten", self.edits, record.prompt, record.target_new, None)
+            for index, record in enumerate(self.records[facts:], facts)
+        ]
+
+    def _facts(self, edits: int) -> list[tuple[str, str]]:
+        """Prompt and answer of the first edits."""
+        return [(prompt, self.records[index].target_new) for index, prompt in self.told[:edits]]
 
     def run(self, cases: Sequence[Case]) -> list[Record]:
         """Answers and their F1; cases after as many edits in one batch."""
@@ -182,50 +279,37 @@ class Stream:
         return [record for edits, some in groups for record in self._group(edits, list(some))]
 
     def _group(self, edits: int, cases: list[Case]) -> list[Record]:
-        chosen = [self.records[case.index] for case in cases]
-        prompts = [
-            record.paraphrases[0] if case.kind == "rephrased" else record.prompt
-            for case, record in zip(cases, chosen, strict=True)
-        ]
-        golds = [record.target_new for record in chosen]
+        prompts, golds = [case.prompt for case in cases], [case.gold for case in cases]
         store = self._after(edits)
         recall, nearest = store.recall(prompts)
         inside = np.flatnonzero(recall.in_scope)
-        words = max(len(self.model.decoder_tokenizer.ids(f" {gold}")) for gold in golds) + _MORE
-
-        def generate(texts, condition=None):
-            # A question mark is often followed by a line break, and the answer comes after it.
-            return self.model.generate(texts, condition, max_tokens=words, stop=())
-
-        base = generate(prompts)
-        said = {"base": base, "lookup": list(base), "larimar": list(base)}
-        if len(inside):
-            asked = [prompts[row] for row in inside]
-            facts = [store.texts[nearest[row]] for row in inside]
-            in_front = [f"{fact.rstrip('.')}. {p}" for fact, p in zip(facts, asked, strict=True)]
-            for system, texts, condition in (
-                ("lookup", in_front, None),
-                ("larimar", asked, recall.condition(inside)),
-            ):
-                found = generate(texts, condition)
-                for row, text in zip(inside, found, strict=True):
-                    said[system][row] = text
+        said = answers.answers(
+            self.model,
+            prompts,
+            [case.fact for case in cases],
+            {int(row): store.texts[nearest[row]] for row in inside},
+            recall.condition(inside) if len(inside) else None,
+            tokens=max(len(self.model.decoder_tokenizer.ids(f" {gold}")) for gold in golds) + _MORE,
+        )
         records = []
         for row, (case, gold) in enumerate(zip(cases, golds, strict=True)):
             wanted = metrics.answer_tokens(gold)
-            answers = {name: metrics.answer_tokens(_line(texts[row])) for name, texts in said.items()}
-            cut = {name: found[: len(wanted)] for name, found in answers.items()}
+            texts = {name: found[row] for name, found in said.items()}
+            cut = {
+                name: None if text is None else metrics.answer_tokens(_line(text))[: len(wanted)]
+                for name, text in texts.items()
+            }
             records.append(
                 {
                     "case_id": case.case_id,
                     "kind": case.kind,
                     "edits": edits,
-                    "prompt": prompts[row],
+                    "prompt": case.prompt,
                     "gold": gold,
-                    "said": {name: texts[row] for name, texts in said.items()},
+                    "said": texts,
                     "in_scope": bool(recall.in_scope[row]),
-                    "f1": {n: metrics.token_f1(found, wanted) for n, found in cut.items()},
-                    "f1_grace": {n: metrics.token_f1_grace(f, wanted) for n, f in cut.items()},
+                    "f1": _scores(metrics.token_f1, cut, wanted),
+                    "f1_grace": _scores(metrics.token_f1_grace, cut, wanted),
                 }
             )
         return records
@@ -233,11 +317,9 @@ class Stream:
     def _after(self, edits: int) -> Store:
         """The store after so many edits, streamed one by one."""
         memory, prior = self.model.memory, self.model.prior
-        facts = [(record.prompt, record.target_new) for record in self.records[: self.edits]]
+        facts = self._facts(self.edits)
         if self._encoded is None:
-            asked = [record.paraphrases[0] for record in self.records if record.paraphrases]
-            unwritten = [record.prompt for record in self.records[self.edits :]]
-            self._encoded = encoded(self.model, facts, [*asked, *unwritten])
+            self._encoded = encoded(self.model, facts, [case.prompt for case in self.cases])
         if self._now is None or self._now[0] > edits:
             self._now = 0, _begin(memory, prior, memory.empty(prior))
         # From point to point, so that a run that is taken up streams the very same blocks.
@@ -250,7 +332,8 @@ class Stream:
         return Store(self._encoded, facts[:edits], _settle(memory, prior, self._now[1]))
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Mean F1 in percent with standard errors by kind and system at the end, and the curve."""
+        """Mean F1 in percent with standard errors by kind and system at the end, the memory's paired
+        difference to the lookup with a note where it is not positive; and the curve."""
         end = [record for record in records if record["edits"] == self.edits]
         tables = {
             measure: {
@@ -259,6 +342,10 @@ class Stream:
             }
             for measure in ("f1", "f1_grace")
         }
+        for measure, found in tables.items():
+            for kind in KINDS:
+                ours, control = (_values(end, kind, name, measure) for name in ("larimar", "lookup"))
+                found["larimar"][kind] |= systems.versus_lookup(ours, control)
         curve = {
             str(point): {
                 system: _mean([r for r in records if r["edits"] == point], "rephrased", system, "f1")
@@ -289,6 +376,19 @@ def _line(text: str) -> str:
     return next((line for line in text.splitlines() if line.strip()), "")
 
 
+def _scores(
+    measure: Callable[[Sequence[str], Sequence[str]], float],
+    said: Mapping[str, Sequence[str] | None],
+    wanted: Sequence[str],
+) -> dict[str, float | None]:
+    """Of what each system says; None where it was not asked."""
+    return {n: None if found is None else measure(found, wanted) for n, found in said.items()}
+
+
+def _values(records: Sequence[Record], kind: str, system: str, measure: str) -> list[float]:
+    found = [record[measure][system] for record in records if record["kind"] == kind]
+    return [value for value in found if value is not None]
+
+
 def _mean(records: Sequence[Record], kind: str, system: str, measure: str) -> dict[str, Any]:
-    values = [float(r[measure][system]) for r in records if r["kind"] == kind]
-    return vars(metrics.estimate(values))
+    return vars(metrics.estimate(_values(records, kind, system, measure)))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from larimar_jax.bench import given, metrics, systems
+from larimar_jax.bench import controls, given, metrics, systems
 from larimar_jax.bench.editor import Editor
 from larimar_jax.bench.runner import Record
 from larimar_jax.data.records import EditRecord
@@ -59,13 +59,7 @@ def tables(summary: Mapping[str, Any]) -> list[Table | str]:
     caption = "accuracy ± standard error, percent"
     table = Table("system", *KINDS, title=title, caption=caption)
     for system, label in {**systems.SYSTEMS, "in_scope": "prompts in scope"}.items():
-        cells = [
-            "\n".join(
-                filter(None, (systems.percent(results[system][kind]),
-                              results[system][kind].get("note", "").replace(" the", "\nthe")))
-            )
-            for kind in KINDS
-        ]
+        cells = [controls.noted(results[system][kind]) for kind in KINDS]
         table.add_row(label, *cells)
     return [table]
 

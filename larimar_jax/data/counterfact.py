@@ -1,4 +1,8 @@
-"""CounterFact, in the original schema of ROME and in the flat one of the editing toolkits."""
+"""CounterFact, in the original schema of ROME and in the flat one of the editing toolkits.
+
+MEMIT's multi-CounterFact (`multi_counterfact.json`, whose edits do not contradict each other, so that
+thousands can be written at once) is the original schema.
+"""
 
 from pathlib import Path
 
@@ -14,7 +18,8 @@ def load(
     """CounterFact's records (metrics: edit, paraphrase and neighbourhood S and M).
 
     The schema is told from each record: the original one has `requested_rewrite`, with several
-    paraphrases and neighbourhood prompts; the flat one has one of each.
+    paraphrases and neighbourhood prompts, as many as it gives; the flat one has one of each. Fields
+    that no metric needs (relation ids, attribute prompts) are passed over.
 
     Args:
         source: a JSON or JSONL file, or a Hugging Face data set's id.
@@ -25,7 +30,8 @@ def load(
         Records in the file's order. `neighbourhood_targets` repeats `target_true` in the original
         schema: its neighbours share the true object by construction.
     Raises:
-        MalformedRecord: a record misses a field or holds a wrong type; names file, record, field.
+        MalformedRecord: a record misses a field or holds a wrong type; names file, record, line and
+            field.
         FileNotFoundError: nothing is at `source`.
     """
     return records.load(source, _parse, limit, skipped)

@@ -21,6 +21,7 @@ class Asked:
 
     paraphrases: which mean the fact. neighbours: the same of other subjects. others: something else
     of this subject; empty where no other relation is known, or the prompt does not hold its subject.
+    relation: facts of the same number ask the same in other words; None where that is not known.
     """
 
     prompt: str
@@ -28,6 +29,7 @@ class Asked:
     paraphrases: tuple[str, ...]
     neighbours: tuple[str, ...]
     others: tuple[str, ...]
+    relation: int | None
 
 
 def asked(
@@ -49,6 +51,7 @@ def asked(
                 tuple(record.paraphrases),
                 tuple(record.neighbourhood),
                 wordings.elsewhere(record, others, rng),
+                wordings.relation(record),
             )
         )
     return made

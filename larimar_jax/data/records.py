@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -44,7 +45,7 @@ class MalformedRecord(ValueError):
 
 
 class Field:
-    """Reads the fields of one raw record; an error names the file, the record and the field."""
+    """Reads the fields of one raw record; an error names file, record, line and field."""
 
     def __init__(self, raw: Any, source: str, place: str, trail: str = ""):
         self._source, self._place, self._trail = source, place, trail
@@ -125,6 +126,9 @@ def read_raw(source: str | Path) -> Iterator[tuple[str, Any]]:
 
     Args:
         source: a path, or a data set's id ("owner/name", its train split) where there is a network.
+    Returns:
+        "record 3 (line 17)" and the record; the line is the one that it begins in. A data set's records
+        have none.
     Raises:
         FileNotFoundError: neither a file nor something that looks like a data set's id.
         MalformedRecord: the file is a list, but not of JSON.
@@ -137,14 +141,14 @@ def read_raw(source: str | Path) -> Iterator[tuple[str, Any]]:
     text = path.read_text(encoding="utf-8")
     if text.lstrip().startswith("["):
         try:
-            found = json.loads(text)
+            found = _items(text)
         except json.JSONDecodeError as error:
             raise MalformedRecord(
                 f"{path}: not valid JSON at line {error.lineno}, column {error.colno} "
                 f"({error.msg}). The file may be cut short; fetch it again."
             ) from error
-        for index, raw in enumerate(found):
-            yield f"record {index}", raw
+        for index, (line, raw) in enumerate(found):
+            yield f"record {index} (line {line})", raw
         return
     # Not splitlines(): JSON text may hold U+2028 and its like unescaped.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -158,6 +162,38 @@ def read_raw(source: str | Path) -> Iterator[tuple[str, Any]]:
                 "list, or hold one JSON object a line."
             )
         yield place, raw
+
+
+_BLANKS = re.compile(r"[ \t\n\r]*")
+
+
+def _items(text: str) -> list[tuple[int, Any]]:
+    """The line that each item of a JSON list begins in, and the item.
+
+    Raises:
+        json.JSONDecodeError: where and what `json.loads` would say.
+    """
+
+    def beyond(place: int) -> int:
+        """Behind the blanks from here on."""
+        return _BLANKS.match(text, place).end()
+
+    decode, found = json.JSONDecoder().raw_decode, []
+    place, line, counted = beyond(text.index("[") + 1), 1, 0
+    if not text.startswith("]", place):
+        while True:
+            line, counted = line + text.count("\n", counted, place), place
+            item, place = decode(text, place)
+            found.append((line, item))
+            place = beyond(place)
+            if not text.startswith(",", place):
+                break
+            place = beyond(place + 1)
+    if not text.startswith("]", place):
+        raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
+    if (end := beyond(place + 1)) != len(text):
+        raise json.JSONDecodeError("Extra data", text, end)
+    return found
 
 
 def _read_hub(source: str) -> Iterable[Any]:
@@ -179,7 +215,7 @@ def _read_hub(source: str) -> Iterable[Any]:
 
 
 def provenance(source: str | Path) -> dict[str, str | None]:
-    """What tells a source of records from another: its name, and its sha256 (None of a data set's id)."""
+    """What tells one source of records from another: its name and sha256 (None of a data set's id)."""
     path = Path(source)
     digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
     return {"name": path.name, "sha256": digest}

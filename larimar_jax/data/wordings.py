@@ -57,12 +57,17 @@ class Wordings:
         own = {_template(text, record.subject) for text in record.paraphrases}
         return tuple(text for text in self.of(record) if _template(text, record.subject) not in own)
 
+    def relation(self, record: EditRecord) -> int | None:
+        """The number of the relation that a record's prompt is of: wordings of one another share it. None
+        where the prompt does not hold its subject, or no record words it in two ways."""
+        return self._relation.get(_template(record.prompt, record.subject) or "")
+
     def elsewhere(
         self, record: EditRecord, count: int, rng: np.random.Generator
     ) -> tuple[str, ...]:
         """Up to `count` prompts of other relations, put to the record's subject: of `count` relations
         drawn without replacement, a wording each. Empty where its prompt is of no known relation."""
-        mine = self._relation.get(_template(record.prompt, record.subject) or "")
+        mine = self.relation(record)
         if mine is None:
             return ()
         drawn = [n for n in rng.permutation(len(self._relations)) if n != mine][:count]

@@ -36,7 +36,8 @@ def load(
         that was not chosen. A MEND locality question loses its mark and gets a question mark, as
         in ROME's reader.
     Raises:
-        MalformedRecord: a record misses a field or holds a wrong type; names file, record, field.
+        MalformedRecord: a record misses a field or holds a wrong type; names file, record, line and
+            field.
         FileNotFoundError: nothing is at `source`.
     """
     if target not in (None, "answer", "alternative"):

@@ -115,6 +115,7 @@ class Decoder(nnx.Module):
         Token t of row b has index start[b] + t and attends to every index up to its own (within its
         layer's window) and, in rows where `prefix` is active, to the P past slots, however far.
         Its position is index + 1 in active rows (§2) and index in others. Padding goes on the right.
+        Low-rank changes (lora.py) act on tokens with an active latent alone.
         A cached call passes the prefix again. Without `start` rows begin at 0, and the cache is only
         filled.
 
@@ -163,13 +164,14 @@ class Decoder(nnx.Module):
                 before += ((*past, near(old, stored, window)),)
             return block(x, Context(near(seen, index[:, None, :], window), turn, before))
 
-        x, new = layers.scan_layers(
-            self.layers,
-            call,
-            x,
-            (slots, past, None if windows is None else jnp.asarray(windows)),
-            remat=self.remat,
-        )
+        with layers.changing(None if prefix is None else active):
+            x, new = layers.scan_layers(
+                self.layers,
+                call,
+                x,
+                (slots, past, None if windows is None else jnp.asarray(windows)),
+                remat=self.remat,
+            )
         return self.norm(x), None if cache is None else _extend(cache, *new, start)
 
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:

@@ -56,8 +56,10 @@ class Dual(Rows):
         missing: Int[Array, ""],
     ) -> DualState:
         """S of all facts, ready to be solved with."""
-        shrink = jnp.square(self.query_noise) * level(jnp.sum(jnp.square(weights)), self.slots)
-        matrix = add_ridge(dot(weights, weights.T), self.ridge + shrink)
+        gram = dot(weights, weights.T)
+        # tr(WWᵀ) and not the sum of all squares of W: that would be another pass over N x K numbers.
+        shrink = jnp.square(self.query_noise) * level(jnp.trace(gram), self.slots)
+        matrix = add_ridge(gram, self.ridge + shrink)
         return DualState(weights, values, inverse_factor(matrix), shrink, missing)
 
     def read(
