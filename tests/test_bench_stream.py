@@ -45,6 +45,13 @@ def test_the_curve_asks_what_is_written_and_the_end_asks_everything(made):
     assert [case.fact is None for case in end] == [False] * 6 + [True] * 2
 
 
+def test_some_of_the_written_prompts_can_stand_for_all_at_the_end(tiny, made):
+    some = stream.Stream(tiny, RECORDS, 6, 4, 2, data={}, retained=3)
+    every, drawn = ([c for c in one.cases if c.kind == "edit"] for one in (made, some))
+    assert len(drawn) == 3 < len(every) and [c for c in every if c in drawn] == drawn
+    assert some.settings["retained"] == 3
+
+
 def test_each_wording_is_an_edit_and_facts_follow_one_another(tiny):
     made = build(tiny, wordings=WORDINGS)
     assert made.told == [

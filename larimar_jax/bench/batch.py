@@ -27,7 +27,7 @@ SYSTEMS = {"lookup": "nearest neighbour", "larimar": "Larimar with scope"}
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares `larimar bench batch`."""
-    given.options(parser, "CounterFact's JSON file, either schema")
+    given.options(parser, given.COUNTERFACT)
     parser.add_argument(
         "--facts",
         type=int,

@@ -23,7 +23,7 @@ from larimar_jax.data.records import EditRecord
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares `larimar bench counterfact`."""
-    given.options(parser, "CounterFact's JSON file, either schema")
+    given.options(parser, given.COUNTERFACT)
     parser.add_argument("--limit", type=int, help="only the first N records (default: all)")
     parser.add_argument(
         "--rephrasings",

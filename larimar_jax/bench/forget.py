@@ -41,7 +41,7 @@ SIDES = {"forgotten": "recall", "others": "recall_others"}
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares `larimar bench forget`."""
-    given.options(parser, "CounterFact's JSON file, either schema")
+    given.options(parser, given.COUNTERFACT)
     parser.add_argument(
         "--facts", type=int, nargs="+", default=[512, 1024], help="in the memory, N (%(default)s)"
     )

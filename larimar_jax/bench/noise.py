@@ -33,7 +33,7 @@ SIGMAS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares `larimar bench noise`."""
-    given.options(parser, "CounterFact's JSON file, either schema")
+    given.options(parser, given.COUNTERFACT)
     parser.add_argument("--limit", type=int, default=100, help="records (%(default)s)")
     parser.add_argument(
         "--sigmas", type=float, nargs="+", default=list(SIGMAS), help="σ_W (%(default)s)"

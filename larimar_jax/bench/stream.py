@@ -71,6 +71,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--asked", type=int, default=32, help="facts asked at a point of the curve (%(default)s)"
     )
+    parser.add_argument(
+        "--retained",
+        type=int,
+        metavar="N",
+        help="ask only so many of the written prompts at the end, drawn by chance (default: all)",
+    )
     systems.model_options(parser)
     parser.add_argument("--chunk", type=int, default=32, help="cases computed together (%(default)s)")
 
@@ -83,10 +89,11 @@ def experiment(args: argparse.Namespace) -> "Stream":
     """
     from larimar_jax.data import zsre
 
-    if min(args.edits, args.every, args.wordings) < 1 or args.unwritten < 0:
+    retained = args.edits if args.retained is None else args.retained
+    if min(args.edits, args.every, args.wordings, retained) < 1 or args.unwritten < 0:
         raise ValueError(
-            "--edits, --every and --wordings must be at least 1, and --unwritten not less than 0: they "
-            "are numbers of edits, of wordings and of facts"
+            "--edits, --every, --wordings and --retained must be at least 1, and --unwritten not less "
+            "than 0: they are numbers of edits, of wordings and of facts"
         )
     # Which facts have enough wordings is known from the whole file.
     most = args.edits + args.unwritten if args.wordings == 1 else None
@@ -114,6 +121,7 @@ def experiment(args: argparse.Namespace) -> "Stream":
         args.asked,
         data=data,
         wordings=[*wordings[:facts], *[()] * args.unwritten],
+        retained=args.retained,
         chunk=args.chunk,
     )
 
@@ -193,6 +201,7 @@ class Stream:
         records: facts in the order of the stream, as many as `edits` needs, and behind them those that
             are never written. wordings: of each record, beside its prompt.
         edits: of the stream. every: edits between points of the curve. asked: facts asked at a point.
+        retained: written prompts asked at the end; None for all.
     Raises:
         ValueError: the records make fewer edits.
     """
@@ -210,6 +219,7 @@ class Stream:
         *,
         data: Mapping[str, Any],
         wordings: Sequence[Sequence[str]] = (),
+        retained: int | None = None,
         chunk: int = 32,
     ):
         self.model, self.records, self.edits, self.chunk = model, records, edits, chunk
@@ -224,7 +234,7 @@ class Stream:
         self.told = told[:edits]
         facts = self.told[-1][0] + 1
         self.points = sorted({*range(every, edits + 1, every), edits})
-        self.cases = [*self._curve(asked), *self._end(facts)]
+        self.cases = [*self._curve(asked), *self._end(facts, retained)]
         self.settings: Mapping[str, Any] = {
             "data": dict(data),
             "model": systems.named(model),
@@ -234,6 +244,7 @@ class Stream:
             "unwritten": len(records) - facts,
             "every": every,
             "asked": asked,
+            "retained": retained,
             "chunk": chunk,
             "seed": 0,
         }
@@ -259,11 +270,14 @@ class Stream:
                 found.append(Case(name, "rephrased", point, asks, record.target_new, fact))
         return found
 
-    def _end(self, facts: int) -> list[Case]:
+    def _end(self, facts: int, retained: int | None) -> list[Case]:
         edits = [
             Case(f"edit/{number}", "edit", self.edits, prompt, answer, written(prompt, answer))
             for number, (prompt, answer) in enumerate(self._facts(self.edits))
         ]
+        if retained is not None:
+            chosen = np.random.default_rng(0).permutation(len(edits))[:retained]
+            edits = [edits[number] for number in sorted(chosen)]
         return edits + [
             Case(f"unwritten/{index}", "unwritten", self.edits, record.prompt, record.target_new, None)
             for index, record in enumerate(self.records[facts:], facts)

