@@ -45,7 +45,7 @@ _SHARPNESS = 20.0
 class Recipe:
     """How W is fitted. steps of batch facts; rate: Adam's, falling to 0 as a cosine. others: the weight
     of questions of other relations beside neighbours; found: of finding one's own prompt among the
-    batch's. folds: parts of the relations, each of which is judged by a W that was fitted on the rest."""
+    batch's. folds: parts of the relations, each judged by a W that was fitted on the rest."""
 
     steps: int = 300
     batch: int = 256
@@ -60,7 +60,7 @@ class Recipe:
 class Quality:
     """A detector on relations that it was not fitted on, in [0, 1]. pairwise: its equal error rate
     against a fact's own prompt. store: against all prompts of a fold at once. At the threshold, missed:
-    the share of paraphrases out of scope; neighbours, others: of those in scope against the own prompt."""
+    the share of paraphrases out of scope; neighbours, others: of those in scope."""
 
     pairwise: float
     store: float
@@ -71,8 +71,8 @@ class Quality:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """projection: W, [H, H] float32. share: s. threshold: of the cosine after W. external, internal: what
-    the detectors do without W and with it."""
+    """projection: W, [H, H] float32. share: s. threshold: of the cosine after W. external, internal:
+    what the detectors do without W and with it."""
 
     projection: Float[np.ndarray, "H H"]
     share: float
@@ -196,8 +196,8 @@ class _Lookup:
 
 
 def _folds(facts: Sequence[Asked], count: int) -> list[list[int]]:
-    """Facts in `count` parts of about one size, none of which shares a relation with another; those of no
-    known relation are of one together.
+    """Facts in `count` parts of about one size, none of which shares a relation with another; those
+    of no known relation are of one together.
 
     Raises:
         ValueError: there are fewer relations.
@@ -207,8 +207,8 @@ def _folds(facts: Sequence[Asked], count: int) -> list[list[int]]:
         relations.setdefault(fact.relation, []).append(number)
     if len(relations) < count:
         raise ValueError(
-            f"{len(facts)} records of {len(relations)} relations do not make {count} folds of relations: "
-            "give more of them, better thousands."
+            f"{len(facts)} records of {len(relations)} relations do not make {count} folds of "
+            "relations: give more of them, better thousands."
         )
     folds: list[list[int]] = [[] for _ in range(count)]
     for members in sorted(relations.values(), key=len, reverse=True):
@@ -333,7 +333,7 @@ def _threshold(scores: Sequence[_Scores], recipe: Recipe) -> float:
 
 
 def _quality(scores: Sequence[_Scores], threshold: float) -> Quality:
-    """What a detector does on all folds; against all prompts, the mean over folds, which have their own."""
+    """What a detector does on all folds; against all prompts, the mean over folds."""
     store = [scope.detection(one.paraphrases[1], one.neighbours[1]).error for one in scores]
     others = _joined(scores, "others")
     paraphrases, neighbours = (_joined(scores, kind) for kind in ("paraphrases", "neighbours"))

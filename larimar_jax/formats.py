@@ -121,11 +121,11 @@ def to_huggingface(arguments: argparse.Namespace) -> None:
 def calibrate_options(made: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
     """The options of `larimar calibrate`."""
     made.description = (
-        "Trains the detector that decides whether a question is about something written: a linear map of "
-        "the encoder's output, and the threshold of the cosine after it. The model's other parameters "
-        "stay as they are. How far the map goes from the identity, the threshold, and the error rates that "
-        "are shown come from relations that it was not fitted on. Sessions of the old file stay with the "
-        "old file."
+        "Trains the detector that decides whether a question is about something written: a linear map "
+        "of the encoder's output, and the threshold of the cosine after it. The model's other "
+        "parameters stay as they are. How far the map goes from the identity, the threshold, and the "
+        "error rates that are shown come from relations that it was not fitted on. Sessions of the old "
+        "file stay with the old file."
     )
     made.add_argument("model", metavar="MODEL", help="a shipped name, an exported file or a run")
     made.add_argument(

@@ -40,8 +40,8 @@ class EncodingNotFinite(FloatingPointError):
 
 @dataclasses.dataclass(frozen=True)
 class Encodings:
-    """n texts: `embedding` for the scope detector (§6), `latent` for the memory (§2); float32. `pooled` is
-    the encoder's output, of which `embedding` is the projection where the model has one.
+    """n texts: `embedding` for the scope detector (§6), `latent` for the memory (§2); float32. `pooled`
+    is the encoder's output, of which `embedding` is the projection where the model has one.
 
     C is the size of all `latents.parts`: behind a text's encoding stand its features and the spelling of
     its answer, zeros where it has none.
@@ -330,11 +330,11 @@ def load(source: str | pathlib.Path = "smol", overrides: Sequence[str] = ()) -> 
 
 
 def _check_projection(path: pathlib.Path, projection: np.ndarray | None, width: int) -> None:
-    """Raises ExportError unless the scope detector's map, where there is one, is of the encoder's width."""
+    """Raises ExportError where the scope detector's map is there and not of the encoder's width."""
     if projection is not None and projection.shape != (width, width):
         raise export.ExportError(
-            f"{path} does not fit its own config:\n  {scope.PROJECTION}: {projection.shape} in the file, "
-            f"{(width, width)} of the encoder. Run `larimar calibrate` on it again."
+            f"{path} does not fit its own config:\n  {scope.PROJECTION}: {projection.shape} in the "
+            f"file, {(width, width)} of the encoder. Run `larimar calibrate` on it again."
         )
 
 

@@ -1,4 +1,4 @@
-"""`larimar train`, `study`, `plan`, `sweep`, `report` and `reproduce`: runs, their cost, what came of them.
+"""`larimar train`, `study`, `plan`, `sweep`, `report`, `reproduce`: runs, their cost, what came of them.
 
 Everything heavy is imported inside its command, as in cli.py.
 """
@@ -72,8 +72,8 @@ def train(arguments: argparse.Namespace) -> int:
 def study_options(made: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
     """The options of `larimar study`."""
     made.description = (
-        "Trains every recipe of a config, each an ordinary run in a folder of its own, and writes a table "
-        "and a picture of their held-out losses. What is finished is not trained again."
+        "Trains every recipe of a config, each an ordinary run in a folder of its own, and writes a "
+        "table and a picture of their held-out losses. What is finished is not trained again."
     )
     _run(made)
     made.add_argument("--out", required=True, metavar="DIR", help="the folders, the table, the picture")

@@ -122,6 +122,9 @@ def test_a_memory_that_leaks_no_less_than_the_lookup_of_its_edits_says_so():
     assert results["larimar"]["sample"]["versus_lookup"]["mean"] == 25
     summary = {"settings": {"wordings": 2, "samples": 2}, "cases": 1, "results": results}
     rows = {row[0]: row[1:] for row in report.grid(attack.tables(summary)[0]).rows}
+    one, many = (line.values for line in attack.headlines(summary))
+    assert [one[name]["mean"] for name in ("lookup", "larimar")] == [100, 0]
+    assert [many[name]["mean"] for name in many] == [100, 100] and list(many) == ["lookup", "larimar"]
     noted = rows["Larimar with scope, all edits at once"]
     assert ["does not beat\nthe lookup" in cell for cell in noted] == [True, False]
 

@@ -28,7 +28,7 @@ def test_cases_forget_different_facts_and_ask_others(made):
 def test_records_are_those_of_a_plain_loop(tiny, made, tmp_path, monkeypatch):
     known_recall.install(monkeypatch, threshold=2.0)  # forgetting is none of the scope's
     summary = runner.run(made, tmp_path / "run", quiet=True)
-    assert report.sections([report.read(tmp_path / "run")])[0].items
+    assert report.sections([report.read(tmp_path / "run")] * 2)[0].items
     facts = [(record.prompt, record.target_new) for record in RECORDS]
     unknown = [(prompt, forget.UNKNOWN) for prompt, _ in facts]
     encoded = store.encoded(tiny, [*facts, *unknown])

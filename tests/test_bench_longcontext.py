@@ -19,7 +19,7 @@ def build(tiny):
 
 def test_records_are_those_of_a_memory_for_each_chunk(tiny, tmp_path):
     summary = runner.run(build(tiny), tmp_path / "run", quiet=True)
-    assert report.sections([report.read(tmp_path / "run")])[0].items
+    assert report.sections([report.read(tmp_path / "run")] * 2)[0].items
     records = runner.read_cases(tmp_path / "run")
     assert [r["case_id"] for r in records] == ["4/0", "4/2", "4/3", "7/0", "7/3", "7/6"]
     memory = tiny.dual

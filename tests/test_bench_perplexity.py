@@ -22,7 +22,7 @@ def made(tiny):
 
 def test_losses_are_those_of_a_session_and_of_the_base_model(tiny, made, tmp_path):
     summary = runner.run(made, tmp_path / "run", quiet=True)
-    assert report.sections([report.read(tmp_path / "run")])[0].items
+    assert report.sections([report.read(tmp_path / "run")] * 2)[0].items
     session = Session(tiny)
     for fact in FACTS:
         session.write(*fact)

@@ -139,6 +139,8 @@ def test_keys_that_do_not_beat_the_lookup_say_so(tiny):
     assert notes == {"larimar", "pinv", "gaussian"}
     assert results["3x2"]["own"]["versus_lookup"]["mean"] == 50
     (table,) = rephrase.tables({"results": results})
+    (line,) = rephrase.headlines({"results": results})
+    assert line.label == "unseen wordings, 3 facts x 2" and line.values["larimar"]["mean"] == 50
     (row,) = report.grid(table).rows
     assert sum("does not beat\nthe lookup" in cell for cell in row) == 3
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from test_bench import KnownEditor, cases, fraction
 
 from larimar_jax import bench
-from larimar_jax.bench import editor, report, runner, says, systems
+from larimar_jax.bench import editor, headline, report, runner, says, systems
 
 
 @pytest.fixture
@@ -52,6 +52,11 @@ def test_a_memory_says_where_it_does_not_beat_the_lookup(finished):
     assert not any("note" in row for row in results["prompt"]["edit"].values())
     summary = {"results": results, "settings": {"tokens": 2}, "cases": 1}
     rows = {row[0]: row[1:] for row in report.grid(says.tables(summary)[0]).rows}
+    first, _ = says.headlines(summary)
+    assert first.label == "edit: new answer in 2 tokens" and "note" in first.values["larimar"]
+    assert {name: row["mean"] for name, row in first.values.items()} == {
+        name: results[name]["edit"]["said"]["mean"] for name in headline.SHOWN
+    }
     assert ["\n" in cell for cell in rows["Larimar with scope"]] == [True, False, False, False]
     results = says.Says.summarise(None, records)
     for kind in says.KINDS:

@@ -33,7 +33,7 @@ def test_scores_are_those_of_one_query_at_a_time(tiny, tmp_path, trained):
     others = [(f"What does {n} say? It says",)[: n % 2] for n in range(5)]
     made = scope.Scope(model, records, others, data={})
     summary = runner.run(made, tmp_path / "run", quiet=True)
-    assert report.sections([report.read(tmp_path / "run")])[0].items
+    assert report.sections([report.read(tmp_path / "run")] * 2)[0].items
     assert list(summary["results"]) == (["external", "internal"] if trained else ["external"])
     prompts = [record.prompt for record in records]
     # The external detector knows nothing of what was trained.

@@ -13,7 +13,7 @@ def test_every_side_is_timed_and_both_ways_of_scoring_agree(tiny, tmp_path, monk
     monkeypatch.setattr(speed, "_BESIDE", 3)
     made = speed.Speed(tiny, cases(4), 2, 2, data={})
     summary = runner.run(made, tmp_path / "run", quiet=True)
-    assert report.sections([report.read(tmp_path / "run")])[0].items
+    assert report.sections([report.read(tmp_path / "run")] * 2)[0].items
     records = runner.read_cases(tmp_path / "run")
     assert [record["case_id"] for record in records] == [0, 1]
     for record in records:

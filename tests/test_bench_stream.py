@@ -82,7 +82,7 @@ def test_a_rephrasing_that_an_edit_writes_is_not_asked_as_held_out(tiny):
 def test_answers_are_those_of_one_write_and_one_prompt_at_a_time(tiny, wordings, tmp_path):
     made = build(tiny, wordings=wordings)
     summary = runner.run(made, tmp_path / "run", quiet=True)
-    assert report.sections([report.read(tmp_path / "run")])[0].items
+    assert report.sections([report.read(tmp_path / "run")] * 2)[0].items
     facts = [(prompt, RECORDS[index].target_new) for index, prompt in made.told]
     queries = [text for r in RECORDS for text in (r.prompt, *r.paraphrases)]
     encoded = store.encoded(tiny, facts, queries)
@@ -216,8 +216,8 @@ def test_what_the_file_cannot_give_is_refused(tiny, tmp_path, monkeypatch):
 
 
 def test_an_answer_is_the_first_line_that_says_something():
-    assert stream._line("\n \n Orion.\nNot this") == " Orion."
-    assert stream._line("\n") == ""
+    assert answers.line("\n \n Orion.\nNot this") == " Orion."
+    assert answers.line("\n") == ""
 
 
 def test_a_streamed_memory_is_the_one_that_is_written_at_once(made):

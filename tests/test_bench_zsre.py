@@ -61,6 +61,8 @@ def test_records_and_summary_are_those_of_a_plain_loop(finished):
             means = [np.mean(one[system][kind]) for one in loops if one[system][kind]]
             assert results[system][kind]["mean"] == pytest.approx(100 * np.mean(means))
             assert results[system][kind]["cases"] == len(means)
+    for line, kind, paper in zip(zsre.headlines(summary), zsre.KINDS, (98.1, 81.6, 19.7), strict=True):
+        assert line.values["larimar"] == results["larimar"][kind] and float(line.paper) == paper
     # Written answers are found, and that beats what the hash gives.
     assert results["larimar"]["rewrite"]["mean"] > results["base"]["rewrite"]["mean"]
     assert json.loads((folder / runner.SUMMARY).read_text()) == summary

@@ -66,8 +66,27 @@ def test_the_worst_cases_are_those_with_the_lowest_score(runs):
     assert sorted(ours[name] for name in named) == sorted(ours.values())[:3]
 
 
+def test_several_runs_begin_with_a_line_for_each_result(runs):
+    overview = report.sections(runs)[0]
+    assert overview.title == "Overview"
+    (grid,) = overview.items
+    assert grid.header[2:] == ["base LM", "z = 0", "fact in the prompt", "nearest neighbour",
+                               "Larimar with scope", "the paper, Larimar-1.3B"]  # fmt: skip
+    assert [row[0] for row in grid.rows] == ["one", "", "", "", "two", "", "", ""]
+    labels = ["edit S", "paraphrase S", "neighbourhood S", "score"]
+    for run, rows in zip(runs, (grid.rows[:4], grid.rows[4:]), strict=True):
+        assert [row[1] for row in rows] == labels
+        full = report.grid(counterfact.tables(run.summary)[0]).rows
+        for column, system in enumerate(("base LM", "z = 0", "fact in the prompt"), 2):
+            (line,) = [row for row in full if row[0] == system]
+            # The same number stands in the run's own table, above M.
+            for row, cell in zip(rows, line[1:], strict=True):
+                assert row[column] == cell.split("\n")[0]
+        assert [row[-1] for row in rows] == ["100", "83.5", "74.7", ""]
+
+
 def test_two_runs_are_compared_pair_by_pair(runs):
-    section = report.sections(runs)[2]
+    section = report.sections(runs)[3]
     assert section.title == "counterfact: two against one"
     assert section.items[0].startswith("The two runs are not of the same data")
     table = section.items[1]
@@ -148,7 +167,7 @@ def test_a_wide_table_scrolls_in_a_box_that_the_keyboard_reaches(runs):
 
     page = pages.page(report.sections(runs), "t")
     Reader().feed(page)
-    assert page.count("<table>") == 3 and outside == []
+    assert page.count("<table>") == 4 and outside == []
     for rule in (".wide { overflow-x: auto;", "img { max-width: 100%;", "position: sticky; left: 0;"):
         assert rule in page
     assert 'name="viewport" content="width=device-width' in page

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from larimar_jax import scope
 
 
-
 def test_every_query_has_its_sentences():
     texts, owners = scope.parts(["One thing. Another thing is", "Alone", ""])
     assert texts == ["One thing. Another thing is", "One thing.", "Another thing is", "Alone", ""]

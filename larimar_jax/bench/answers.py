@@ -11,8 +11,9 @@ of prompts that are alike, of a lookup that finds the right fact, and of all tha
 the decoder is the untouched language model.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from larimar_jax.bench import metrics
 from larimar_jax.model import Condition
 from larimar_jax.pretrained import Pretrained
 
@@ -59,3 +60,26 @@ def answers(
         "lookup": [fronted[near[row]] if row in near else base[prompt] for row, prompt in rows],
         "larimar": [read.get(row, base[prompt]) for row, prompt in rows],
     }
+
+
+def scores(
+    measure: Callable[[Sequence[str], Sequence[str]], float],
+    said: Mapping[str, str | None],
+    gold: str,
+) -> dict[str, float | None]:
+    """What each system's answer is worth; None where it was not asked.
+
+    Args:
+        measure: (words said, words wanted) → a score. Of the first line that is not empty as many words
+            count as the right answer has.
+    """
+    wanted = metrics.answer_tokens(gold)
+    return {
+        name: None if text is None else measure(metrics.answer_tokens(line(text))[: len(wanted)], wanted)
+        for name, text in said.items()
+    }
+
+
+def line(text: str) -> str:
+    """The first line of an answer that is not empty."""
+    return next((line for line in text.splitlines() if line.strip()), "")

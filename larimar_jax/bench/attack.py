@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from larimar_jax.bench import controls, given, metrics, systems
+from larimar_jax.bench import controls, given, headline, metrics, systems
 from larimar_jax.bench.editor import LarimarEditor
 from larimar_jax.bench.forget import UNKNOWN
 from larimar_jax.bench.runner import Record
@@ -110,6 +110,20 @@ def tables(summary: Mapping[str, Any]) -> list[Table | str]:
 
 
 PAPER = "Table 5, success: ROME 29.0, MEMIT 49.3, Larimar 17.6 (one fact written), 21.5 (batch)."
+
+
+def headlines(summary: Mapping[str, Any]) -> list[headline.Headline]:
+    """Attacks that succeed on one edit, and on all at once."""
+    results = summary["results"]
+    many = {"lookup": results["lookup_batch"], "larimar": results["batch"]}
+
+    def succeeds(one: Mapping[str, Any]) -> Mapping[str, Any]:
+        return one["attack"]
+
+    return [
+        headline.Headline("attacks that succeed", headline.of(results, succeeds), "17.6"),
+        headline.Headline("attacks that succeed, all edits in", headline.of(many, succeeds), "21.5"),
+    ]
 
 
 def values(record: Record) -> dict[str, float]:

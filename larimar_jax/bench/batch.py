@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from larimar_jax.bench import controls, given, metrics, systems
+from larimar_jax.bench import controls, given, headline, metrics, systems
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Encoded, Store, encoded, written
 from larimar_jax.data.records import EditRecord
@@ -80,6 +80,19 @@ def tables(summary: Mapping[str, Any]) -> list[Table | str]:
 
 
 PAPER = "Fig. 2a, K = 512: about 100 % up to N = 512, 82 % at 1,024."
+
+
+def headlines(summary: Mapping[str, Any]) -> list[headline.Headline]:
+    """Rewrite S at every N."""
+    paper = {"512": "100", "1024": "82"}
+    return [
+        headline.Headline(
+            f"rewrite S, N = {int(size):,}",
+            headline.of(found, lambda one: one["S"] | {"note": one.get("note", "")}),
+            paper.get(size, ""),
+        )
+        for size, found in summary["results"].items()
+    ]
 
 
 def values(record: Record) -> dict[str, float]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from larimar_jax.bench import given, metrics, systems
+from larimar_jax.bench import given, headline, metrics, systems
 from larimar_jax.bench.editor import Editor
 from larimar_jax.bench.runner import Record
 from larimar_jax.data.records import EditRecord
@@ -68,6 +68,18 @@ PAPER = (
     "/ 74.7, GPT-J 16.3 / 18.6 / 83.0, Larimar-6B 99.6 / 88.4 / 80.4; with one and two rephrasings, "
     "Larimar-1.3B 100 / 89.8 / 73.3 and 100 / 90.8 / 73.3 (first 2,000 cases; other LMs)."
 )
+
+
+def headlines(summary: Mapping[str, Any]) -> list[headline.Headline]:
+    """S of each kind, and the score."""
+    results, paper = summary["results"], {"edit": "100", "paraphrase": "83.5", "neighbourhood": "74.7"}
+    rows = [(f"{kind} S", paper[kind], lambda one, kind=kind: one[kind]["S"]) for kind in metrics.KINDS]
+    rows.append(("score", "", lambda one: one["score"]))
+    told = summary["settings"]["mode"] == "rome" and not summary["settings"]["rephrasings"]
+    return [
+        headline.Headline(label, headline.of(results, found), said if told else "")
+        for label, said, found in rows
+    ]
 
 
 def values(record: Record) -> dict[str, float]:

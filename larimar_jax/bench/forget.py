@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from larimar_jax.bench import controls, given, metrics, systems
+from larimar_jax.bench import controls, given, headline, metrics, systems
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Encoded, Store, encoded, written
 from larimar_jax.data.records import EditRecord
@@ -104,6 +104,23 @@ PAPER = (
     "Table 4, CounterFact, recall of the forgotten / of the others: Larimar-1.3B .001 / .997 at N = K, "
     ".02 / .79 at N = 2K (after the same prompt was written with “unknown”)."
 )
+
+
+def headlines(summary: Mapping[str, Any]) -> list[headline.Headline]:
+    """Recall of the forgotten and of the others, after α = −1 and after “unknown” was written."""
+    paper = {"forgotten": "0.1", "others": "99.7"}
+    return [
+        headline.Headline(
+            f"{side}, {MOMENTS[moment]}, N = {int(size):,}",
+            headline.of(
+                {**found[side], "larimar": found[side][MEMORY]}, lambda one, moment=moment: one[moment]
+            ),
+            paper[side] if moment == "replaced" and size == "512" else "",
+        )
+        for size, found in summary["results"].items()
+        for side in SIDES
+        for moment in ("forgotten", "replaced")
+    ]
 
 
 class Forget:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from rich.table import Table
 
 from larimar_jax import long_context
-from larimar_jax.bench import given, metrics, systems
+from larimar_jax.bench import given, headline, metrics, systems
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Encoded, written
 from larimar_jax.data.pieces import sentences
@@ -42,6 +42,19 @@ PAPER = (
     "Table 6, recall at 64 / 96 / 128 / 256 facts: Larimar-1.3B .89 / .88 / .88 / .86, Mistral-7B with "
     "the text in its prompt .98 / .96 / .57 / .42."
 )
+
+
+def headlines(summary: Mapping[str, Any]) -> list[headline.Headline]:
+    """Recall at every N."""
+    paper = {"64": "89", "128": "88", "256": "86"}
+    return [
+        headline.Headline(
+            f"recall, N = {int(size):,}",
+            headline.of(found["recall"], lambda one: one),
+            paper.get(size, ""),
+        )
+        for size, found in summary["results"].items()
+    ]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

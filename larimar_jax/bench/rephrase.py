@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from larimar_jax.bench import controls, given, metrics, systems
+from larimar_jax.bench import controls, given, headline, metrics, systems
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Encoded, Store, encoded, written
 from larimar_jax.data.records import EditRecord
@@ -108,6 +108,19 @@ PAPER = (
     "Table 14, (facts, wordings) pseudo-inverse / Gaussian: (20, 10) 94 / 90, (40, 5) 84 / 84, (100, 2) "
     "66 / 78, (200, 1) 33 / 69, (1, 1) 63 / 68."
 )
+
+
+def headlines(summary: Mapping[str, Any]) -> list[headline.Headline]:
+    """Recall of unseen wordings by cell, through the model's own keys."""
+    paper = {"20x10": "94", "40x5": "84", "100x2": "66", "200x1": "33", "1x1": "63"}
+    return [
+        headline.Headline(
+            "unseen wordings, {} facts x {}".format(*cell.split("x")),
+            headline.of(found, lambda one: one),
+            paper.get(cell, ""),
+        )
+        for cell, found in summary["results"].items()
+    ]
 
 
 def values(record: Record) -> dict[str, float]:

@@ -7,6 +7,7 @@ What a benchmark's file may say to it, beside `tables(summary)`:
                        comparison of two runs go by it
     texts(record)      a case as lines to read
     draw(axes, summary)   a picture of the result
+    headlines(summary)    its rows of the first table (headline.py)
 """
 
 import base64
@@ -24,7 +25,7 @@ import numpy as np
 from rich.table import Table
 
 from larimar_jax import bench
-from larimar_jax.bench import given, metrics, runner, systems
+from larimar_jax.bench import given, headline, metrics, runner, systems
 
 # How many of the worst and of the best cases are shown.
 SHOWN = 3
@@ -105,12 +106,22 @@ def read(folder: str | Path) -> Run:
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
-    """Every run, and after them a comparison of each run with the first one of its benchmark."""
-    found = [_of_run(run) for run in runs]
+    """Where there are several, all in a line each; then every run, and after them a comparison of each
+    run with the first one of its benchmark."""
+    found = [*_overview(runs), *(_of_run(run) for run in runs)]
     for name in dict.fromkeys(run.benchmark for run in runs):
         first, *others = (run for run in runs if run.benchmark == name)
         found += [compare(first, other) for other in others if hasattr(first.module, "values")]
     return found
+
+
+def _overview(runs: Sequence[Run]) -> list[Section]:
+    told = [
+        (run.folder.name, run.module.headlines(run.summary))
+        for run in runs
+        if hasattr(run.module, "headlines")
+    ]
+    return [Section("Overview", [grid(headline.table(told))])] if len(told) > 1 else []
 
 
 def _of_run(run: Run) -> Section:

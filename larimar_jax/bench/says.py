@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from larimar_jax.bench import controls, given, metrics, systems
+from larimar_jax.bench import controls, given, headline, metrics, systems
 from larimar_jax.bench.editor import Editor
 from larimar_jax.bench.runner import Record
 from larimar_jax.data.records import EditRecord
@@ -54,6 +54,18 @@ def tables(summary: Mapping[str, Any]) -> list[Table | str]:
         cells = [controls.noted(found[kind][name]) for kind in KINDS for name in MEASURES]
         table.add_row(label, *cells)
     return [table]
+
+
+def headlines(summary: Mapping[str, Any]) -> list[headline.Headline]:
+    """The share of continuations that say the new answer."""
+    tokens = summary["settings"]["tokens"]
+    return [
+        headline.Headline(
+            f"{kind}: new answer in {tokens} tokens",
+            headline.of(summary["results"], lambda one, kind=kind: one[kind]["said"]),
+        )
+        for kind in KINDS
+    ]
 
 
 def values(record: Record) -> dict[str, float]:

@@ -17,14 +17,14 @@ many count as the right answer has. Controls: the base LM, z = 0, the right fact
 import argparse
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from rich.table import Table
 
-from larimar_jax.bench import answers, given, metrics, systems
+from larimar_jax.bench import answers, given, headline, metrics, systems
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Encoded, Store, encoded, written
 from larimar_jax.data.records import EditRecord
@@ -168,6 +168,20 @@ PAPER = (
 )
 
 
+def headlines(summary: Mapping[str, Any]) -> list[headline.Headline]:
+    """F1 of what was written, and of rephrasings that were not, at the end."""
+    edits, found = summary["settings"]["edits"], summary["results"]["f1"]
+    return [
+        headline.Headline(
+            f"{label}, F1 after {edits:,} edits",
+            headline.of(found, lambda one, kind=kind: one[kind]),
+            "97" if kind == "edit" and edits == 1000 else "",
+        )
+        for kind, label in KINDS.items()
+        if found["larimar"][kind]["cases"]
+    ]
+
+
 def values(record: Record) -> dict[str, float]:
     """F1 of a case by system, and what was asked."""
     kind = KINDS[record["kind"]]
@@ -307,12 +321,7 @@ class Stream:
         )
         records = []
         for row, (case, gold) in enumerate(zip(cases, golds, strict=True)):
-            wanted = metrics.answer_tokens(gold)
             texts = {name: found[row] for name, found in said.items()}
-            cut = {
-                name: None if text is None else metrics.answer_tokens(_line(text))[: len(wanted)]
-                for name, text in texts.items()
-            }
             records.append(
                 {
                     "case_id": case.case_id,
@@ -322,8 +331,8 @@ class Stream:
                     "gold": gold,
                     "said": texts,
                     "in_scope": bool(recall.in_scope[row]),
-                    "f1": _scores(metrics.token_f1, cut, wanted),
-                    "f1_grace": _scores(metrics.token_f1_grace, cut, wanted),
+                    "f1": answers.scores(metrics.token_f1, texts, gold),
+                    "f1_grace": answers.scores(metrics.token_f1_grace, texts, gold),
                 }
             )
         return records
@@ -383,20 +392,6 @@ def _stream(memory, prior, now, keys, values):
 @jax.jit
 def _settle(memory, prior, now):
     return live.settle(memory, prior, now)
-
-
-def _line(text: str) -> str:
-    """The first line of an answer that is not empty."""
-    return next((line for line in text.splitlines() if line.strip()), "")
-
-
-def _scores(
-    measure: Callable[[Sequence[str], Sequence[str]], float],
-    said: Mapping[str, Sequence[str] | None],
-    wanted: Sequence[str],
-) -> dict[str, float | None]:
-    """Of what each system says; None where it was not asked."""
-    return {n: None if found is None else measure(found, wanted) for n, found in said.items()}
 
 
 def _values(records: Sequence[Record], kind: str, system: str, measure: str) -> list[float]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from larimar_jax.bench import controls, given, metrics, systems
+from larimar_jax.bench import controls, given, headline, metrics, systems
 from larimar_jax.bench.editor import Editor
 from larimar_jax.bench.runner import Record
 from larimar_jax.data.records import EditRecord
@@ -68,6 +68,20 @@ PAPER = (
     "Tables 12–13, rewrite / paraphrase / neighbourhood: Larimar-1.3B 98.1 / 81.6 / 19.7, Larimar-6B "
     "94.5 / 70.4 / 25.1 (other base LMs; neighbours from Natural Questions)."
 )
+
+
+def headlines(summary: Mapping[str, Any]) -> list[headline.Headline]:
+    """Accuracy of each kind."""
+    paper = dict(zip(KINDS, ("98.1", "81.6", "19.7"), strict=True))
+    told = summary["settings"]["mode"] == "rome"
+    return [
+        headline.Headline(
+            f"{kind}, tokens",
+            headline.of(summary["results"], lambda one, kind=kind: one[kind]),
+            paper[kind] if told else "",
+        )
+        for kind in KINDS
+    ]
 
 
 def values(record: Record) -> dict[str, float]:

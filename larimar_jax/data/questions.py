@@ -38,7 +38,7 @@ def asked(
     """One `Asked` a record, in their order.
 
     Args:
-        wordings: of these records, and of any more: the more, the fewer relations that are taken for two.
+        wordings: of these records, and of any more: the more, the fewer relations are taken for two.
         others: the number of questions of other relations to draw for a record.
         seed: what they are drawn with.
     """

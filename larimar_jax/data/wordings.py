@@ -58,8 +58,8 @@ class Wordings:
         return tuple(text for text in self.of(record) if _template(text, record.subject) not in own)
 
     def relation(self, record: EditRecord) -> int | None:
-        """The number of the relation that a record's prompt is of: wordings of one another share it. None
-        where the prompt does not hold its subject, or no record words it in two ways."""
+        """The number of the relation that a record's prompt is of: wordings of one another share it.
+        None where the prompt does not hold its subject, or no record words it in two ways."""
         return self._relation.get(_template(record.prompt, record.subject) or "")
 
     def elsewhere(
