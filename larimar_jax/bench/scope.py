@@ -77,9 +77,9 @@ def tables(summary: Mapping[str, Any]) -> list[Table | str]:
         notes.append(f"{DETECTORS[detector]}: {systems.percent(found['found_own'])} %")
     deciding = DETECTORS[list(results)[-1]]
     note = (
-        f"passing: at the model's threshold {threshold:.3f} for what decides ({deciding}), at that of "
-        "the equal error rate against its own prompt for another; paraphrases that find their own prompt "
-        f"among all: {'; '.join(notes)}"
+        f"passing: at the model's threshold {threshold:.3f} for what decides ({deciding}), at that "
+        "of the equal error rate against its own prompt for another; paraphrases that find their own "
+        f"prompt among all: {'; '.join(notes)}"
     )
     return [table, note]
 
