@@ -48,7 +48,7 @@ _DERIVED = ("lookup", "larimar")
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares `larimar bench speed`."""
     given.options(parser, given.COUNTERFACT)
-    parser.add_argument("--cases", type=int, default=16, help="scored both ways (%(default)s)")
+    parser.add_argument("--cases", type=int, default=25, help="scored both ways (%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="timings of each (%(default)s)")
     systems.model_options(parser)
 
