@@ -244,6 +244,12 @@ def report_options(made: argparse.ArgumentParser, shared: argparse.ArgumentParse
     made.add_argument("folders", nargs="+", metavar="RUN", help="folders of finished runs")
     made.add_argument("--out", required=True, metavar="DIR", help="where the two files go")
     made.add_argument("--title", default="Larimar: results", help="(%(default)s)")
+    made.add_argument(
+        "--no-texts",
+        dest="texts",
+        action="store_false",
+        help="leave out cases with their texts, which are the benchmark's data",
+    )
     made.set_defaults(command=report)
 
 
@@ -253,7 +259,8 @@ def report(arguments: argparse.Namespace) -> int:
     from larimar_jax.bench import report as reports
 
     runs = [reports.read(folder) for folder in arguments.folders]
-    for path in pages.write(reports.sections(runs), arguments.out, arguments.title):
+    shown = reports.sections(runs, arguments.texts)
+    for path in pages.write(shown, arguments.out, arguments.title):
         print(f"written: {path}", file=sys.stderr)
     return 0
 

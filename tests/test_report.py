@@ -54,6 +54,15 @@ def test_a_report_has_the_tables_the_papers_numbers_pictures_and_cases(runs):
     assert all(line for item in shown for line in item.lines)
 
 
+def test_a_report_without_texts_quotes_no_case(folders, tmp_path):
+    line = ["report", str(folders / "one"), "--out", str(tmp_path)]
+    assert cli.main(line) == 0
+    assert "written: " in (tmp_path / "report.md").read_text()
+    assert cli.main([*line, "--no-texts"]) == 0
+    told = (tmp_path / "report.md").read_text() + (tmp_path / "report.html").read_text()
+    assert "written: " not in told and "worst" not in told and "Larimar with scope" in told
+
+
 def test_the_worst_cases_are_those_with_the_lowest_score(runs):
     shown = [i for i in report.cases(runs[0]) if i.title.startswith("worst")]
     ours = {

@@ -105,10 +105,14 @@ def read(folder: str | Path) -> Run:
     return Run(folder, summary, runner.read_cases(folder), bench.benchmarks().get(summary["benchmark"]))
 
 
-def sections(runs: Sequence[Run]) -> list[Section]:
+def sections(runs: Sequence[Run], texts: bool = True) -> list[Section]:
     """Where there are several, all in a line each; then every run, and after them a comparison of each
-    run with the first one of its benchmark."""
-    found = [*_overview(runs), *(_of_run(run) for run in runs)]
+    run with the first one of its benchmark.
+
+    Args:
+        texts: with the worst and best cases, which quote the benchmark's data.
+    """
+    found = [*_overview(runs), *(_of_run(run, texts) for run in runs)]
     for name in dict.fromkeys(run.benchmark for run in runs):
         first, *others = (run for run in runs if run.benchmark == name)
         found += [compare(first, other) for other in others if hasattr(first.module, "values")]
@@ -124,7 +128,7 @@ def _overview(runs: Sequence[Run]) -> list[Section]:
     return [Section("Overview", [grid(headline.table(told))])] if len(told) > 1 else []
 
 
-def _of_run(run: Run) -> Section:
+def _of_run(run: Run, texts: bool) -> Section:
     settings, environment = run.summary["settings"], run.summary["environment"]
     model, data = settings.get("model", {}), settings.get("data", {})
     name = model.get("model") or model.get("name") if isinstance(model, Mapping) else model
@@ -149,7 +153,8 @@ def _of_run(run: Run) -> Section:
     for path in sorted(run.folder.glob("*.png")):
         data = base64.b64encode(path.read_bytes()).decode()
         items.append(Picture(path.stem.replace("_", " "), f"data:image/png;base64,{data}"))
-    return Section(f"{run.benchmark} ({run.folder.name})", [*items, *cases(run)])
+    quoted = cases(run) if texts else []
+    return Section(f"{run.benchmark} ({run.folder.name})", [*items, *quoted])
 
 
 def grid(table: Table) -> Grid:
