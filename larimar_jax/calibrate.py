@@ -10,11 +10,13 @@ and a paraphrase must find its own prompt among those of its batch.
 
 A W that is fitted freely learns the relations of its records by heart, and is worse than none for
 others. So W is drawn back to where it started, W = I + s (fitted − I), and the share s and the threshold
-are those that do best on relations that the fit has not seen, a fold of relations at a time.
+are those that do best on relations whose facts the fit has not seen, a fold of relations at a time.
+(Questions of other relations are of all of them: a wording may be an "other" on both sides.)
 """
 
 import dataclasses
 import functools
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import config as configs
 from larimar_jax import pretrained, scope
-from larimar_jax.data import counterfact, questions
+from larimar_jax.data import counterfact, questions, vocabulary
 from larimar_jax.data.questions import Asked
 from larimar_jax.data.records import provenance
 from larimar_jax.data.wordings import Wordings
@@ -54,6 +56,13 @@ class Recipe:
     found: float = 0.3
     folds: int = 4
     seed: int = 0
+
+    def __post_init__(self):
+        """Raises ValueError for numbers that make no sense; names all of them."""
+        least = {"steps": 0, "batch": 1, "rate": 0.0, "others": 0.0, "found": 0.0, "folds": 2}
+        wrong = [f"{n} must be at least {low}" for n, low in least.items() if getattr(self, n) < low]
+        if wrong:
+            raise ValueError(f"this recipe makes no sense: {', '.join(wrong)}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +156,11 @@ def calibrate(encode: Encode, facts: Sequence[Asked], recipe: Recipe | None = No
     # Of shares that do as well, the least; an error is the same for all at the crossing.
     share = min(SHARES, key=lambda one: _quality(judged[one], thresholds[one]).missed)
     projection = same + share * (fitted(np.ones(len(owner), bool)) - same)
+    if not np.isfinite(projection).all():
+        raise FloatingPointError(
+            "the scope detector's map is not finite: its fit diverged. Lower the rate, and look for "
+            "texts whose encodings are zero."
+        )
     external, internal = (_quality(judged[one], thresholds[one]) for one in (0.0, share))
     return Calibration(projection, share, thresholds[share], external, internal)
 
@@ -158,6 +172,7 @@ def model(
 
     Args:
         source: as `pretrained.load`; a detector that it has is replaced.
+        out: the file to write; tokenizers of the model's own are put beside it.
         data: as `counterfact.load`. Records without paraphrase or neighbour are left out.
     Raises:
         ValueError: as `calibrate`. What `pretrained.load` and `counterfact.load` raise.
@@ -182,6 +197,9 @@ def model(
         },
     }
     export.amend(path, out, {scope.PROJECTION: found.projection}, meta)
+    for own in vocabulary.files(path.parent):
+        if not (Path(out).parent / own.name).exists():
+            shutil.copyfile(own, Path(out).parent / own.name)
     return found
 
 
@@ -237,7 +255,8 @@ def _rows(facts: Sequence[Asked], look: _Lookup) -> tuple[_Rows, Int[np.ndarray,
             subjects.append(subject.setdefault(fact.subject, len(subject)))
             owners.append(number)
     width = max((len(each) for each in others), default=0)
-    padded = np.zeros((len(others), max(width, 1), len(prompts[0])), np.float32)
+    # Padding is the prompt and not zeros: the gradient of a zero vector's length is NaN, masked or not.
+    padded = np.repeat(np.stack(prompts)[:, None], max(width, 1), axis=1)
     there = np.zeros(padded.shape[:2], bool)
     for row, each in enumerate(others):
         if each:

@@ -82,6 +82,7 @@ def to_huggingface(source: str | Path, out: str | Path) -> None:
     """Writes a model's towers as `out`/encoder and `out`/decoder, folders that transformers loads.
 
     What lies between the towers, and the memory, have no place there: they stay in our own file.
+    Low-rank changes are merged: the decoder is the one that a memory conditions, not the base LM.
 
     Args:
       source: a shipped name, an export, or a run's folder, as in `pretrained.load`.

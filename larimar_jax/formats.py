@@ -142,6 +142,7 @@ def calibrate_options(made: argparse.ArgumentParser, shared: argparse.ArgumentPa
         ("seed", int, "of batches, and of what else is asked of a subject"),
     ):
         made.add_argument(f"--{name}", type=kind, metavar="N", help=f"{what} (%(default)s)")
+    # As `calibrate.Recipe`, which is not imported for --help.
     made.set_defaults(
         command=calibrate, steps=300, batch=256, rate=2e-4, others=0.5, found=0.3, folds=4, seed=0
     )

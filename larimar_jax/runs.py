@@ -4,6 +4,7 @@ Everything heavy is imported inside its command, as in cli.py.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import signal
@@ -87,9 +88,8 @@ def study(arguments: argparse.Namespace) -> int:
     from larimar_jax.train import distributed
     from larimar_jax.train import study as studies
 
-    told = studies.parse(
-        config.override(config.load_dict(find(arguments.config)), arguments.overrides)
-    )
+    told = studies.parse(config.load_dict(find(arguments.config)))
+    told = dataclasses.replace(told, shared=(*told.shared, *arguments.overrides))
     base = config.load_dict(find(told.base))
     chosen = studies.only(told, arguments.only or list(told.recipes))
     done = studies.train(chosen, base, arguments.out)

@@ -14,6 +14,8 @@ case ${1-} in --help | -h) usage; exit 0 ;; --dry-run) dry=1; shift ;; esac
 gpus=$1 name=$2 out=$3
 shift 3
 case $gpus in '' | *[!0-9]* | 0) echo "error: GPUS is a number of processes, not '$gpus'" >&2; exit 2 ;; esac
+# Those that a scheduler gave, or the first ones.
+IFS=, read -r -a devices <<<"${CUDA_VISIBLE_DEVICES-}"
 pids=()
 # None outlives the others: a share that is stopped is taken up by the next call.
 trap 'kill "${pids[@]}" 2>/dev/null || true' INT TERM
@@ -21,9 +23,9 @@ trap 'kill "${pids[@]}" 2>/dev/null || true' INT TERM
 for ((i = 0; i < gpus; i++)); do
   line=(larimar bench "$name" --out "$out" --share "$i/$gpus" "$@")
   if [ "$dry" ]; then
-    printf 'CUDA_VISIBLE_DEVICES=%q ' "$i"; printf '%q ' "${line[@]}"; echo
+    printf 'CUDA_VISIBLE_DEVICES=%q ' "${devices[i]-$i}"; printf '%q ' "${line[@]}"; echo
   else
-    CUDA_VISIBLE_DEVICES=$i "${line[@]}" >"$out/share-$i.log" 2>&1 &
+    CUDA_VISIBLE_DEVICES=${devices[i]-$i} "${line[@]}" >>"$out/share-$i.log" 2>&1 &
     pids+=($!)
   fi
 done

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from larimar_jax import calibrate, formats, pretrained, scope
-from larimar_jax.data import questions
+from larimar_jax.data import questions, vocabulary
 from larimar_jax.data.records import EditRecord
 from larimar_jax.data.wordings import Wordings
 from larimar_jax.train import export
@@ -123,6 +123,29 @@ def test_without_a_step_it_is_the_encoders_own_cosine():
     assert found.external == found.internal and found.share == 0
 
 
+def test_facts_that_nothing_else_is_asked_of_leave_the_fit_finite():
+    encode, _ = encoder()
+    some = [dataclasses.replace(f, others=f.others[: n % 3]) for n, f in enumerate(facts())]
+    none = [dataclasses.replace(fact, others=()) for fact in facts()]
+    for told in (some, none):
+        found = calibrate.calibrate(encode, told, dataclasses.replace(FEW, steps=20))
+        assert np.isfinite(found.projection).all() and found.share > 0
+
+
+def test_a_recipe_that_makes_no_sense_names_what_is_wrong():
+    with pytest.raises(ValueError, match="batch must be at least 1, folds must be at least 2"):
+        calibrate.Recipe(folds=1, batch=0)
+
+
+def test_the_commands_defaults_are_the_recipes():
+    told = argparse.ArgumentParser()
+    formats.calibrate_options(told, told)
+    arguments = vars(told.parse_args(["smol", "--data", "d", "--out", "o"]))
+    assert {n: arguments[n] for n in dataclasses.asdict(calibrate.Recipe())} == dataclasses.asdict(
+        calibrate.Recipe()
+    )
+
+
 def test_what_it_cannot_learn_from_is_refused():
     encode, calls = encoder()
     with pytest.raises(ValueError, match="2 records of 2 relations do not make 3 folds"):
@@ -203,6 +226,13 @@ def test_the_file_is_the_model_with_a_detector_in_it(counterfact, tmp_path, caps
     assert meta["scope"]["records"] == 40 and meta["scope"]["recipe"]["steps"] == 20
     assert meta["scope"]["data"]["name"] == "counterfact.json"
     assert set(meta["scope"]["unseen_relations"]) == {"external", "internal"}
+
+
+def test_tokenizers_beside_a_model_are_those_that_it_needs(tmp_path):
+    for name in ("tokenizer.json", "decoder_tokenizer.json", "config.json"):
+        (tmp_path / name).write_text("{}")
+    found = [path.name for path in vocabulary.files(tmp_path)]
+    assert found == ["tokenizer.json", "decoder_tokenizer.json"]
 
 
 def test_a_detector_of_another_width_is_refused(tmp_path):

@@ -51,6 +51,12 @@ def test_a_benchmark_has_a_process_and_a_share_for_each_gpu():
     assert index == 2
 
 
+def test_gpus_are_those_that_were_given():
+    done = _run("bench.sh", "--dry-run", "2", *BENCH[1:], CUDA_VISIBLE_DEVICES="4,7")
+    said = [shlex.split(line)[0] for line in done.stdout.splitlines()]
+    assert said == ["CUDA_VISIBLE_DEVICES=4", "CUDA_VISIBLE_DEVICES=7"]
+
+
 def test_a_share_that_fails_is_said_and_the_others_go_on(tmp_path):
     body = 'echo "$CUDA_VISIBLE_DEVICES $*"; [ "$CUDA_VISIBLE_DEVICES" != 1 ] || exit 7'
     path = _tools(tmp_path, larimar=body)

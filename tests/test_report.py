@@ -80,7 +80,7 @@ def test_several_runs_begin_with_a_line_for_each_result(runs):
     assert overview.title == "Overview"
     (grid,) = overview.items
     assert grid.header[2:] == ["base LM", "z = 0", "fact in the prompt", "nearest neighbour",
-                               "Larimar with scope", "the paper, Larimar-1.3B"]  # fmt: skip
+                               "Larimar", "the paper, Larimar-1.3B"]  # fmt: skip
     assert [row[0] for row in grid.rows] == ["one", "", "", "", "two", "", "", ""]
     labels = ["edit S", "paraphrase S", "neighbourhood S", "score"]
     for run, rows in zip(runs, (grid.rows[:4], grid.rows[4:]), strict=True):

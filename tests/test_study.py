@@ -79,5 +79,8 @@ def test_recipes_are_trained_once_and_shown_side_by_side(tmp_path, capsys, monke
     last = [float(row[3]) for row in rows[2:]]
     assert last == sorted(last)
     assert (out / study.CURVES).stat().st_size > 10_000
+    # What was trained with other settings is not shown as if it had these.
+    assert cli.main([*command, "--set", "train.seed=5"]) == 2
+    assert "train.seed: 0 in the folder, 5 now" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="no finished run"):
         study.curve(tmp_path / "nothing")

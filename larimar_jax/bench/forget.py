@@ -111,7 +111,7 @@ def headlines(summary: Mapping[str, Any]) -> list[headline.Headline]:
     paper = {"forgotten": "0.1", "others": "99.7"}
     return [
         headline.Headline(
-            f"{side}, {MOMENTS[moment]}, N = {int(size):,}",
+            f"{side}{', lower is better' * (side == 'forgotten')}; {MOMENTS[moment]}, N = {int(size):,}",
             headline.of(
                 {**found[side], "larimar": found[side][MEMORY]}, lambda one, moment=moment: one[moment]
             ),

@@ -170,12 +170,13 @@ PAPER = (
 
 def headlines(summary: Mapping[str, Any]) -> list[headline.Headline]:
     """F1 of what was written, and of rephrasings that were not, at the end."""
-    edits, found = summary["settings"]["edits"], summary["results"]["f1"]
+    settings, found = summary["settings"], summary["results"]["f1"]
+    edits, papers = settings["edits"], (settings["edits"], settings["wordings"]) == (1000, 5)
     return [
         headline.Headline(
             f"{label}, F1 after {edits:,} edits",
             headline.of(found, lambda one, kind=kind: one[kind]),
-            "97" if kind == "edit" and edits == 1000 else "",
+            "97" if kind == "edit" and papers else "",
         )
         for kind, label in KINDS.items()
         if found["larimar"][kind]["cases"]

@@ -13,6 +13,12 @@ from larimar_jax.weights import Tokenizer
 OWN = "{tower}_tokenizer.json"
 
 
+def files(folder: str | Path) -> list[Path]:
+    """The tokenizers that a model in this folder has beside it, which it cannot be loaded without."""
+    names = ("tokenizer.json", *(OWN.format(tower=tower) for tower in ("encoder", "decoder")))
+    return [path for path in (Path(folder) / name for name in names) if path.is_file()]
+
+
 def tokenizers(
     config: Config, texts: Callable[[], Iterable[str]], path: str | Path
 ) -> tuple[Tokenizer, Tokenizer]:

@@ -15,6 +15,7 @@ from larimar_jax import config as configs
 from larimar_jax import strict
 from larimar_jax.settings import Config
 from larimar_jax.train import export, loop, metrics, report
+from larimar_jax.train import folder as run_folder
 
 TABLE, CURVES = "study.md", "curves.png"
 
@@ -79,9 +80,13 @@ def train(study: Study, base: Mapping[str, Any], folder: str | Path) -> bool:
         folder: of the runs, one folder each.
     Raises:
         ConfigError: a recipe's settings make no config; before any is trained.
+        OtherRun: a finished run was trained with other settings; before any is trained.
         Else as `loop.train`.
     """
     planned = {name: study.config(name, base) for name in study.recipes}
+    for name, config in planned.items():
+        if finished(Path(folder) / name):
+            _check(Path(folder) / name, config)
     for name, config in planned.items():
         if finished(Path(folder) / name):
             continue
@@ -89,6 +94,12 @@ def train(study: Study, base: Mapping[str, Any], folder: str | Path) -> bool:
         if not loop.train(config, Path(folder) / name).finished:
             return False
     return True
+
+
+def _check(run: Path, config: Config) -> None:
+    """Raises folder.OtherRun where a finished run is of another config."""
+    _, meta = export.load_exported(run / "model.safetensors")
+    run_folder.same_run(meta["config"], configs.to_dict(config), run)
 
 
 def finished(run: Path) -> bool:
