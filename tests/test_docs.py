@@ -105,3 +105,15 @@ def test_the_command_line_the_runner_and_the_report_find_it(
     run = report.read(out)
     first, second = report.sections([run, run])[0], report.sections([run, run])[2]
     assert first.items[1].title == "portability, 4 cases" and "differs" not in str(second)
+
+
+def test_the_readmes_results_are_lines_of_the_report():
+    """A number that is changed in one of the two files alone is found here."""
+
+    def rows(path):
+        # The first cell is the run's name where its first line is shown, and empty else.
+        lines = (DOCS.parent / path).read_text(encoding="utf-8").splitlines()
+        return [line.split("|")[2:] for line in lines if line.count("|") == 9]
+
+    shown, known = rows("README.md"), rows("docs/results.md")
+    assert len(shown) > 20 and [row for row in shown if row not in known] == []

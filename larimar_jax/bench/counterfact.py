@@ -73,7 +73,10 @@ PAPER = (
 def headlines(summary: Mapping[str, Any]) -> list[headline.Headline]:
     """S of each kind, and the score."""
     results, paper = summary["results"], {"edit": "100", "paraphrase": "83.5", "neighbourhood": "74.7"}
-    rows = [(f"{kind} S", paper[kind], lambda one, kind=kind: one[kind]["S"]) for kind in metrics.KINDS]
+    rows = [
+        (f"{kind} S", paper[kind], lambda one, kind=kind: {"note": "", **one[kind], **one[kind]["S"]})
+        for kind in metrics.KINDS
+    ]
     rows.append(("score", "", lambda one: one["score"]))
     told = summary["settings"]["mode"] == "rome" and not summary["settings"]["rephrasings"]
     return [
