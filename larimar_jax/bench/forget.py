@@ -111,14 +111,14 @@ def headlines(summary: Mapping[str, Any]) -> list[headline.Headline]:
     paper = {"forgotten": "0.1", "others": "99.7"}
     return [
         headline.Headline(
-            f"{side}{', lower is better' * (side == 'forgotten')}; {MOMENTS[moment]}, N = {int(size):,}",
+            f"{label}{', then “unknown”' * (moment == 'replaced')}, N = {int(size):,}",
             headline.of(
                 {**found[side], "larimar": found[side][MEMORY]}, lambda one, moment=moment: one[moment]
             ),
             paper[side] if moment == "replaced" and size == "512" else "",
         )
         for size, found in summary["results"].items()
-        for side in SIDES
+        for side, label in (("forgotten", "forgotten (less is better)"), ("others", "others"))
         for moment in ("forgotten", "replaced")
     ]
 

@@ -9,7 +9,7 @@ from larimar_jax.bench import controls, systems
 
 # The columns, of `systems.SYSTEMS`.
 SHOWN = ("base", "zero", "prompt", "lookup", "larimar")
-PAPER = "the paper, Larimar-1.3B"
+PAPER = "the paper"
 
 
 class Headline(NamedTuple):
@@ -36,11 +36,12 @@ def table(runs: Sequence[tuple[str, Sequence[Headline]]]) -> Table:
     """
     # Forgetting, long context and unseen wordings have nothing that decides about scope.
     labels = [*(systems.SYSTEMS[name] for name in SHOWN[:-1]), "Larimar"]
-    made = Table("run", "", *labels, PAPER, caption="percent ± standard error")
+    caption = "percent ± standard error; the paper: Larimar-1.3B, of GPT-2 large"
+    made = Table("", *labels, PAPER, caption=caption)
     for name, rows in runs:
-        for number, row in enumerate(rows):
+        for row in rows:
             cells = [
                 controls.noted(row.values[system]) if system in row.values else "" for system in SHOWN
             ]
-            made.add_row("" if number else name, row.label, *cells, row.paper)
+            made.add_row(f"{name}: {row.label}", *cells, row.paper)
     return made
