@@ -7,6 +7,7 @@ from conftest import tiny_config
 
 from larimar_jax import config
 from larimar_jax.bench import reproduce, sweep
+from larimar_jax.train import study
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -23,7 +24,7 @@ def test_shipped_configs_parse(path):
     values = config.load_dict(path)
     if path.stem.startswith("bench_"):
         values["data"] = dict.fromkeys(values["data"], "file")  # theirs to give, who has them
-    parse = {"sweep": sweep.parse, "bench": reproduce.parse}
+    parse = {"sweep": sweep.parse, "bench": reproduce.parse, "recipes": study.parse}
     parsed = parse.get(path.stem.partition("_")[0], config.parse)(values)
     assert parsed.name == path.stem
 
