@@ -91,6 +91,7 @@ def get_config() -> ConfigDict:
                 ema=0.0,
                 frozen=(),
                 start_from=None,
+                products=None,
                 mesh=(1, 8, 1),
                 layout="zero3",
                 memory_layout="replicated",

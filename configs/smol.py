@@ -79,6 +79,7 @@ def get_config() -> ConfigDict:
                     "^memory/log_variance$",
                 ),
                 start_from=None,
+                products=None,
                 mesh=(1, 1, 1),
                 layout="zero3",
                 memory_layout="replicated",

@@ -87,6 +87,7 @@ def get_config() -> ConfigDict:
                 ema=0.0,
                 frozen=(),
                 start_from=None,
+                products=None,
                 mesh=(1, 1, 1),
                 layout="zero3",
                 memory_layout="replicated",

@@ -103,6 +103,7 @@ _SINCE = {
         accumulate=1,
         ema=0.0,
         start_from=None,
+        products=None,
         layout="zero3",
         memory_layout="replicated",
         on_bad_step="stop",

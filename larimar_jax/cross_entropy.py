@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from larimar_jax import products
+
 # Of a row, how many positions' logits are there at a time, and of how many tokens at the least: fewer
 # make thin matrix products, and the kernel's gradient is read and written once for each.
 POSITIONS, TOKENS = 16, 512
@@ -82,7 +84,7 @@ def _how(head: Head, targets: Int[Array, "R T"], whole: bool) -> _How:
     positions = length if whole else min(length, max(POSITIONS, math.ceil(TOKENS / rows)))
     # As even as they can be: what is added to fill the last one is computed for nothing.
     positions = math.ceil(length / math.ceil(length / positions))
-    return _How(head.tied, head.dtype, positions)
+    return _How(head.tied, products.factor_dtype(head.dtype), positions)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

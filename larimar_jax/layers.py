@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from larimar_jax import rotary
+from larimar_jax import products, rotary
 
 # Keys [B, G, d, S], values [B, G, S, d], and which queries see them [B, 1 or T, S]. S differs between
 # parts. Both are as a matrix product wants its second factor, so that a cache is not transposed at
@@ -345,6 +345,7 @@ def linear(
         use_bias=bias,
         dtype=dtype,
         kernel_init=nnx.initializers.normal(0.02),
+        dot_general=products.dot_general,
         rngs=rngs,
     )
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from larimar_jax import layers
+from larimar_jax import layers, products
 from larimar_jax.settings import LoraConfig
 
 # Names of the factors; a parameter path that ends in one of them is always trained.
@@ -37,7 +37,7 @@ class LoraLinear(nnx.Module):
         x = x.astype(self.dtype)
 
         def times(rows, parameter):
-            return jnp.matmul(rows, parameter[...].astype(self.dtype))
+            return products.product(rows, parameter[...].astype(self.dtype))
 
         y = times(x, self.kernel)
         changed = layers.changed()
@@ -95,13 +95,16 @@ def changed(paths) -> set[str]:
 
 
 def _linears(model: nnx.Module) -> dict[str, tuple[nnx.Module, str]]:
-    """Linear maps of the towers by path: (the module that holds it, under which name)."""
+    """Linear maps of the towers by path: (the module that holds it, under which name).
+
+    A decoder's untied head is none of them: its logits are of the kernel itself (cross_entropy.py).
+    """
     towers = {name: getattr(model, name) for name in ("encoder", "decoder")}
     return {
         f"{tower}/{'/'.join(map(str, path))}": _holder(module, path)
         for tower, module in towers.items()
         for path, node in nnx.iter_modules(module)
-        if isinstance(node, nnx.Linear)
+        if isinstance(node, nnx.Linear) and (tower, path) != ("decoder", ("head",))
     }
 
 

@@ -154,6 +154,7 @@ class _Rows:
         leaves, self._tree = jax.tree.flatten(condition)
         # Slots lead with their layer.
         self._leaves = [(np.asarray(leaf), 1 if leaf.ndim == 5 else 0) for leaf in leaves]
+        self._spelled = jax.tree.map(np.asarray, condition.spelled)
         found: dict[bytes, int] = {}
         self.first = [found.setdefault(self._digest(row), row) for row in range(prompts)]
 
@@ -168,6 +169,10 @@ class _Rows:
         return self._tree.unflatten(
             [jnp.asarray(leaf.take(rows, axis)) for leaf, axis in self._leaves]
         )
+
+    def spelled(self, rows: Int[np.ndarray, " R"]) -> Spelled | None:
+        """What is spelled in chosen rows: slots are large, and logits need none of them."""
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf[rows]), self._spelled)
 
 
 def _hidden(
@@ -215,7 +220,7 @@ def _entropies(
         spelled = None
         if given is not None:
             owners = np.asarray([trie.condition[place.node] for place in padded])
-            spelled = given.take(owners).spelled
+            spelled = given.spelled(owners)
         one, other = _cross_entropies(
             graph,
             state,

@@ -174,6 +174,7 @@ def tiny_config():
             ema=0.0,
             frozen=[],
             start_from=None,
+            products=None,
             mesh=[1, 1, 1],
             layout="zero3",
             memory_layout="replicated",

@@ -95,3 +95,15 @@ def test_merged_it_says_the_same_and_is_the_plain_model():
 def test_a_regex_that_finds_no_map_names_those_there_are():
     with pytest.raises(ValueError, match="decoder/layers/attention/query"):
         _build("^decoder/layers/attention/kweri$")
+
+
+def test_an_untied_head_is_no_map_that_could_change():
+    values = tiny_config()
+    values["model"]["decoder"] = dict(
+        family="gptj", vocab_size=64, width=32, depth=1, heads=2, mlp=64, rotary=8,
+        max_length=32, norm_eps=1e-5,
+    )
+    values["model"]["lora"] = dict(rank=3, scale=0.5, modules="^decoder/head$")
+    with pytest.raises(ValueError, match="found in no linear map") as error:
+        model.build(config.parse(values), jax.random.key(0))
+    assert "decoder/layers/up" in str(error.value) and "decoder/head\n" not in f"{error.value}\n"

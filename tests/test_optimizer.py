@@ -22,6 +22,7 @@ TRAIN = TrainConfig(
     ema=0.0,
     frozen=(),
     start_from=None,
+    products=None,
     mesh=(1, 1, 1),
     layout="zero3",
     memory_layout="replicated",

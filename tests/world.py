@@ -83,6 +83,7 @@ def config(corpus: Path, **train) -> Config:
             ema=0.0,
             frozen=["^encoder/position/"],
             start_from=None,
+            products=None,
             mesh=(1, 1, 1),
             layout="zero3",
             memory_layout="replicated",

@@ -212,7 +212,9 @@ class _Run:
         self._config, self._dir, self._mesh, self._stepper = config, run_dir, mesh, stepper
         self._saved, self._meta, self._progress = saved, meta, progress
         self._guard = guard.Guard(config.train, stepper.trained)
-        self._speed = throughput.Speed(throughput.gemm(config.model.dtype), mesh.size)
+        self._speed = throughput.Speed(
+            throughput.gemm(config.train.products or config.model.dtype), mesh.size
+        )
         self._log: MetricsLog | None = None
         self._read_at, self._dog = 0.0, dog
 

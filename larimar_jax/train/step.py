@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
-from larimar_jax import layers, linalg, model, objective
+from larimar_jax import layers, linalg, model, objective, products
 from larimar_jax.config import make_memory
 from larimar_jax.settings import Config
 from larimar_jax.train import edits, flops, optimizer, sharding
@@ -260,7 +260,8 @@ class Stepper:
         divide = objective.counts(batch, config.objective)
 
         def loss_of(params: dict[str, Array], batch, keys):
-            return self._losses(params, frozen, batch, keys, config.objective, beta, divide)
+            with products.factors(config.train.products):
+                return self._losses(params, frozen, batch, keys, config.objective, beta, divide)
 
         graded = jax.value_and_grad(loss_of, has_aux=True)
         parts = config.train.accumulate

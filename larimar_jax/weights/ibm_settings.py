@@ -88,6 +88,7 @@ def training(asked: Asked) -> dict[str, Any]:
             ema=0.0,
             frozen=(),
             start_from=None,
+            products=None,
             mesh=(1, 1, 1),
             layout="zero3",
             memory_layout="replicated",
