@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 
 from larimar_jax import formats, runs
@@ -102,6 +103,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[shared],
     )
+    said = f"larimar-jax {metadata.version('larimar-jax')}"
+    top.add_argument("--version", action="version", version=said)
     commands = top.add_subparsers(
         title="commands", metavar="COMMAND", required=True, parser_class=_LateParser
     )
@@ -243,6 +246,7 @@ def edit(arguments: argparse.Namespace) -> None:
     from larimar_jax.session import Session, load
 
     path = Path(arguments.session)
+    _loading()
     model = None if arguments.model is None else load(arguments.model)
     session = Session.load(path, model) if path.exists() else Session(model or DEFAULT_MODEL)
     fact = session.write(arguments.prompt, arguments.answer)
@@ -265,6 +269,9 @@ def ask(arguments: argparse.Namespace) -> None:
     session = _open(arguments.session)
     answer = session.ask(arguments.prompt, max_tokens=arguments.tokens, on_text=show)
     print()
+    if not session.list():
+        print("(nothing is written)", file=sys.stderr)
+        return
     source = f"from fact {answer.fact}" if answer.in_scope else "nothing written applies"
     print(f"({source}; likeness {answer.score:.2f})", file=sys.stderr)
 
@@ -305,7 +312,13 @@ def _open(name: str):
         )
     from larimar_jax.session import Session
 
+    _loading()
     return Session.load(path)
+
+
+def _loading() -> None:
+    if sys.stderr.isatty():
+        print("loading the model …", file=sys.stderr)
 
 
 def bench(arguments: argparse.Namespace) -> None:

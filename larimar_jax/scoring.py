@@ -154,7 +154,8 @@ class _Rows:
         leaves, self._tree = jax.tree.flatten(condition)
         # Slots lead with their layer.
         self._leaves = [(np.asarray(leaf), 1 if leaf.ndim == 5 else 0) for leaf in leaves]
-        self._spelled = jax.tree.map(np.asarray, condition.spelled)
+        spelled, self._form = jax.tree.flatten(condition.spelled)
+        self._spelled = [np.asarray(leaf) for leaf in spelled]
         found: dict[bytes, int] = {}
         self.first = [found.setdefault(self._digest(row), row) for row in range(prompts)]
 
@@ -172,7 +173,7 @@ class _Rows:
 
     def spelled(self, rows: Int[np.ndarray, " R"]) -> Spelled | None:
         """What is spelled in chosen rows: slots are large, and logits need none of them."""
-        return jax.tree.map(lambda leaf: jnp.asarray(leaf[rows]), self._spelled)
+        return self._form.unflatten([jnp.asarray(leaf[rows]) for leaf in self._spelled])
 
 
 def _hidden(

@@ -100,7 +100,7 @@ class Session:
         if not all(prompts) or not answer:
             raise EmptyFact(
                 f"A fact needs a prompt and an answer; got prompts {list(prompts)} and answer "
-                f"{answer!r}. Write it as write('The capital of France is', 'Lyon')."
+                f"{answer!r}. Give both, such as 'The capital of France is' and 'Lyon'."
             )
         rows = len(prompts)
         texts = [*prompts, *(f"{text} {answer}" for text in prompts)]

@@ -226,7 +226,7 @@ def test_the_command_writes_both_files_and_names_what_is_no_run(folders, tmp_pat
     assert (out / "report.md").read_text().startswith("# T\n")
     assert "<title>T</title>" in (out / "report.html").read_text()
     assert cli.main(["report", str(tmp_path), "--out", str(out)]) == 2
-    assert "no folder of a run" in capsys.readouterr().err
+    assert "no folder of a benchmark's run" in capsys.readouterr().err
     begun = tmp_path / "begun"
     begun.mkdir()
     (begun / runner.CASES).write_text(json.dumps({"case_id": 1}) + "\n")

@@ -1,6 +1,6 @@
 """Speed of greedy decoding by batch size, beside Hugging Face `generate` on the same weights.
 
-The comparison needs torch and transformers (`pip install 'larimar-jax[compare]'`), and nothing else
+The comparison needs torch and transformers (`pip install -e '.[compare]'`), and nothing else
 of the project does. Both sides decode the same random prompts to the same number of tokens, in
 float32, in turns within one process, so that a machine's moods hit both.
 """
@@ -40,7 +40,7 @@ def experiment(args: argparse.Namespace) -> "Generation":
     missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
     if missing and not args.alone:
         raise ModuleNotFoundError(
-            f"the comparison needs {' and '.join(missing)}: pip install 'larimar-jax[compare]',"
+            f"the comparison needs {' and '.join(missing)}: pip install -e '.[compare]',"
             " or time this project alone with --alone"
         )
     return Generation(

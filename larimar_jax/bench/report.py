@@ -99,7 +99,7 @@ def read(folder: str | Path) -> Run:
         raise NoRun(
             f"{folder} has no {runner.SUMMARY}: "
             + ("its run has not ended; the command that began it goes on with it." if begun
-               else "it is no folder of a run. Give what was `--out` of `larimar bench`.")
+               else "it is no folder of a benchmark's run. Give what was `--out` of `larimar bench`.")
         )
     summary = json.loads(path.read_text(encoding="utf-8"))
     return Run(folder, summary, runner.read_cases(folder), bench.benchmarks().get(summary["benchmark"]))

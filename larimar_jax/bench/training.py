@@ -7,7 +7,7 @@ gradients' norm must agree. Then they run in turns within one process, so that a
 both, with a plain matrix product (what the machine can do), the step fed by the input pipeline, the
 step without memory, and the memory's own forward and backward pass.
 
-The comparison needs torch and transformers (`pip install 'larimar-jax[compare]'`).
+The comparison needs torch and transformers (`pip install -e '.[compare]'`).
 """
 
 import argparse
@@ -58,7 +58,7 @@ def experiment(args: argparse.Namespace) -> "Training":
     missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
     if missing and not args.alone:
         raise ModuleNotFoundError(
-            f"the comparison needs {' and '.join(missing)}: pip install 'larimar-jax[compare]',"
+            f"the comparison needs {' and '.join(missing)}: pip install -e '.[compare]',"
             " or time this project alone with --alone"
         )
     return Training(configs.load(args.config), args.repeats, alone=args.alone)

@@ -144,8 +144,8 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
                 return header, arrays
     except Exception as error:  # A cut or overwritten header fails in many ways, all of them this.
         raise ExportError(
-            f"{path} cannot be read ({type(error).__name__}: {error}). It is damaged, half written "
-            "or no safetensors file; fetch or export it again."
+            f"{path} is damaged, half written or no safetensors file ({type(error).__name__}: {error}). "
+            "Save, export or fetch it again, or take a copy of it."
         ) from error
     raise ExportError(
         f"{path} is a safetensors file and not an export of {_FORMAT} (it says "

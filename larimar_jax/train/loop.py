@@ -111,6 +111,8 @@ def _train(config: Config, run_dir: Path, dog: distributed.Watchdog, progress: b
     meta = {"config": configs.to_dict(config), "tokenizers": hashes}
     meta["start"] = array_checksums({name: frozen[name] for name in taken})
     state = saved.restore(state, stream, meta)
+    if progress and first and int(state.step):
+        report.say(f"going on from the checkpoint of step {int(state.step):,}")
     dog.beat(_SLOW)
     with _Run(config, run_dir, mesh, stepper, saved, meta, dog, progress) as run:
         judged = HeldOut(config, mesh, held_out, tokenizers, skeleton.room)

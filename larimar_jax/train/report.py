@@ -42,6 +42,9 @@ class Bar:
     def __exit__(self, *_) -> None:
         if self._shown:
             self._live.stop()
+            if not self._console.is_terminal:
+                # A file gets the last frame without the end of its line.
+                self._console.print()
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """The numbers of a step that is done."""
