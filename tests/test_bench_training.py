@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,6 +22,28 @@ def config():
     towers["encoder"] |= dict(vocab_size=90, width=24, depth=2, heads=4, mlp=40)
     towers["decoder"] |= dict(vocab_size=110, width=32, depth=3, heads=4, mlp=48, max_length=32)
     towers["latent"], values["memory"]["slots"] = 20, 12
+    data |= dict(encoder_tokens=8, decoder_tokens=10, episode=(3,), batch=2)
+    return configs.parse(values)
+
+
+SMOL = Path(training.CONFIG).with_name("smol.py")
+LORA = 'model.lora={"rank": 3, "scale": 0.5, "modules": "^decoder/layers/"}'
+
+
+def small(*changes):
+    """The default model's config with tiny towers of its families, and settings that differ."""
+    values = configs.override(configs.load_dict(SMOL), changes)
+    towers, data = values["model"], values["data"]
+    towers["encoder"] = dict(
+        family="bert", vocab_size=90, width=24, depth=2, heads=4, mlp=40, max_length=32, type_vocab=2,
+        norm_eps=1e-12, pooling="mean", normalize=True,
+    )
+    towers["decoder"] = dict(
+        family="llama", vocab_size=110, width=32, depth=3, heads=4, kv_heads=2, head_size=8, mlp=48,
+        max_length=64, rope_theta=1e4, rope_scaling=None, norm_eps=1e-5, tied_head=True,
+        attention_bias="none", mlp_bias=False, window=0, unwindowed=0,
+    )
+    towers["latent"], values["memory"]["slots"] = 24, 30
     data |= dict(encoder_tokens=8, decoder_tokens=10, episode=(3,), batch=2)
     return configs.parse(values)
 
@@ -121,21 +144,64 @@ def test_sides_that_compute_differently_are_not_timed(config, theirs, tmp_path, 
 
 
 def test_the_torch_step_computes_the_same(config):
+    _agree(config)
+
+
+def test_a_fused_tensor_is_frozen_as_a_whole_or_not_at_all(config):
+    whole = "^decoder/layers/attention/(query|key|value)/"
+    _agree(_frozen(config, whole))
+    with pytest.raises(ValueError, match=r"decoder/layers/attention/key/kernel.*Freeze all of them"):
+        _agree(_frozen(config, "^decoder/layers/attention/key/kernel$"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        (),
+        (LORA,),
+        # Everything is trained, β counts, all routes are decoded, the prior is wide.
+        ("train.frozen=[]", "objective.kl=0.3", "objective.autoencoding=0.5", "objective.language=2.0",
+         "memory.slots=12", "model.slots_per_layer=3", "model.decoder.tied_head=false"),
+        ('train.frozen=["^encoder/layers/", "^to_slots/", "^decoder/layers/.*/kernel$"]',
+         'model.lora={"rank": 2, "scale": 2.0, "modules": "(query|up)$"}', "model.tied_slots=true",
+         "model.decoder.attention_bias=qkv", "model.encoder.pooling=cls", "objective.kl=0.3"),
+    ],
+    ids=["frozen", "low-rank", "trained", "partly"],
+)
+def test_the_torch_step_of_the_default_models_families_computes_the_same(changes):
+    inside = [change for change in changes if change.startswith(("model.decoder.", "model.encoder.", "memory.slots"))]
+    config = small(*(change for change in changes if change not in inside))
+    config = configs.parse(configs.override(configs.to_dict(config), inside))
+    ours, found = _agree(config)
+    # Factors that were zero would hide half of the low-rank changes.
+    assert found["gradient_norm"] > 0 and np.isfinite(ours.losses()["kl"])
+
+
+def _frozen(config, *patterns):
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, frozen=patterns))
+
+
+def _agree(config):
+    """This project's side, and what torch says, which is the same."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     ours = jax_step.Ours(config)
     theirs = torch_step.Theirs(config, ours.model())
-    training.agreement(ours.losses(), theirs.losses(ours.batch))
+    found = theirs.losses(ours.batch)
+    routes = {n for n in ("reconstruction", "autoencoding", "language") if getattr(config.objective, n)}
+    assert set(found) == {"loss", "kl", "gradient_norm"} | routes
+    training.agreement(ours.losses(), found)
+    return ours, found
 
 
 def test_what_torch_does_not_compute_is_named_at_once(config):
     other = dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, tied_slots=False),
+        model=dataclasses.replace(config.model, remat="layers"),
         train=dataclasses.replace(config.train, accumulate=2),
         data=dataclasses.replace(config.data, episode=(3, 4)),
     )
-    with pytest.raises(ValueError, match=r"(?s)tied_slots.*accumulate.*data.episode"):
+    with pytest.raises(ValueError, match=r"(?s)model.remat.*accumulate.*data.episode"):
         training.Training(other, 1, alone=False)
 
 

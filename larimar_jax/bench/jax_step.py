@@ -1,8 +1,10 @@
 """This project's side of `bench/training.py`: its training step, and parts of it."""
 
+import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -10,12 +12,38 @@ import jax.numpy as jnp
 import numpy as np
 
 from larimar_jax import config as configs
-from larimar_jax import objective
+from larimar_jax import decoders, encoders, objective, weights
 from larimar_jax.data import episodes, store
 from larimar_jax.memory.contract import Reading
-from larimar_jax.settings import Config
+from larimar_jax.settings import Config, TowerConfig
 from larimar_jax.train import sharding
 from larimar_jax.train.step import Stepper, initialise
+
+
+# Size of the numbers that the second factors of low-rank changes are given.
+_CHANGE = 0.01
+
+
+def with_sizes(config: Config) -> Config:
+    """The config with the family and the sizes of towers that it names by their weights alone.
+
+    Raises:
+        FileNotFoundError: the weights are not installed; the message names the command.
+    """
+
+    def known(tower: TowerConfig, kind: ModuleType) -> TowerConfig:
+        if tower.sizes is not None:
+            return tower
+        family, sizes = weights.sizes(tower.source, kind)
+        name = family.__name__.rpartition(".")[2]
+        return dataclasses.replace(tower, family=name, sizes=sizes)
+
+    model = dataclasses.replace(
+        config.model,
+        encoder=known(config.model.encoder, encoders),
+        decoder=known(config.model.decoder, decoders),
+    )
+    return dataclasses.replace(config, model=model)
 
 
 class Tokens(NamedTuple):
@@ -93,6 +121,7 @@ class Ours:
     def __init__(self, config: Config):
         self._config, self._mesh = config, sharding.make_mesh(config.train.mesh, jax.devices()[:1])
         self._skeleton, parameters = initialise(config, self._mesh)
+        parameters |= _changes(parameters, config.data.seed)
         self._stepper = Stepper(config, self._skeleton, self._mesh)
         self._without = WithoutMemory(config, self._skeleton, self._mesh)
         self._frozen = self._stepper.freeze(parameters)
@@ -167,11 +196,27 @@ class Ours:
         return jax.grad(of, argnums=(0, 1))(mine, encodings)
 
 
-def products(size: int, count: int) -> Callable[[], None]:
-    """Computes that many float32 products of two [size, size] matrices, one after the other."""
+def _changes(parameters: Mapping[str, jax.Array], seed: int) -> dict[str, jax.Array]:
+    """Second factors of low-rank changes, drawn: at zero the first would have no gradient to compare."""
+    draw = np.random.default_rng(seed)
+    return {
+        name: jax.device_put(
+            _CHANGE * draw.standard_normal(zeros.shape, dtype=np.float32), zeros.sharding
+        )
+        for name, zeros in parameters.items()
+        if name.endswith("/lora_out")
+    }
+
+
+def products(size: int, count: int, factors: str = "float32") -> Callable[[], None]:
+    """Computes that many products of two [size, size] matrices, one after the other, in float32.
+
+    factors: the dtype of the matrices.
+    """
     keys = jax.random.split(jax.random.key(0))
     left, right = (jax.random.normal(key, (size, size), jnp.float32) for key in keys)
-    product = jax.jit(jnp.matmul)
+    left, right = left.astype(factors), right.astype(factors)
+    product = jax.jit(lambda left, right: jnp.matmul(left, right, preferred_element_type=jnp.float32))
 
     def run() -> None:
         for _ in range(count):

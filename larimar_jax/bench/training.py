@@ -1,11 +1,12 @@
 """Speed of one training step, beside the same step in torch with Hugging Face towers.
 
-Both sides begin with the same random weights and are given the same batch, in float32: encoder,
-write and read of every episode's memory, decoder through all routes of Eq. 1, gradients of all
-parameters, global-norm clipping, AdamW. Before anything is timed, their loss, its terms and their
-gradients' norm must agree. Then they run in turns within one process, so that a machine's moods hit
-both, with a plain matrix product (what the machine can do), the step fed by the input pipeline, the
-step without memory, and the memory's own forward and backward pass.
+Both sides begin with the same weights and are given the same batch: encoder, write and read of every
+episode's memory, decoder through the routes of Eq. 1 that have a weight, gradients of what is trained,
+global-norm clipping, AdamW. Before anything is timed, their loss, its terms and their gradients' norm
+must agree, in float32 also where a step rounds (`train.products`): what is rounded differs, and
+rounding would hide what else does. Then they run in turns within one process, so that a machine's
+moods hit both, with a plain matrix product (what the machine can do), the step fed by the input
+pipeline, the step without memory, and the memory's own forward and backward pass.
 
 The comparison needs torch and transformers (`pip install -e '.[compare]'`).
 """
@@ -44,6 +45,15 @@ class Disagreement(ValueError):
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `larimar bench training`."""
     parser.add_argument("--config", default=CONFIG, metavar="FILE", help="model and batch (%(default)s)")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings that differ from the file, such as train.products=bfloat16",
+    )
     parser.add_argument("--repeats", type=int, default=7, help="timings of each (7)")
     parser.add_argument("--alone", action="store_true", help="without torch beside it")
 
@@ -54,6 +64,7 @@ def experiment(args: argparse.Namespace) -> "Training":
     Raises:
         ModuleNotFoundError: torch or transformers is missing, and --alone is not given.
         ValueError: the config has what the torch side does not compute.
+        FileNotFoundError: the weights of a tower are not installed.
     """
     missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
     if missing and not args.alone:
@@ -61,7 +72,8 @@ def experiment(args: argparse.Namespace) -> "Training":
             f"the comparison needs {' and '.join(missing)}: pip install -e '.[compare]',"
             " or time this project alone with --alone"
         )
-    return Training(configs.load(args.config), args.repeats, alone=args.alone)
+    values = configs.override(configs.load_dict(args.config), args.overrides)
+    return Training(configs.parse(values), args.repeats, alone=args.alone)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +130,7 @@ class Training:
     chunk = 1
 
     def __init__(self, config: Config, repeats: int, *, alone: bool):
+        config = jax_step.with_sizes(config)
         problems = comparable(config) if not alone else []
         if len(config.data.episode) != 1:
             problems.append("data.episode: one size is timed, give one")
@@ -168,7 +181,7 @@ class Training:
             self._found["apart"] = agreement(ours.losses(), theirs.losses(ours.batch))
             sides["torch"] = lambda: theirs.step(ours.batch)
         return sides | {
-            "gemm": jax_step.products(_GEMM, _PRODUCTS),
+            "gemm": jax_step.products(_GEMM, _PRODUCTS, self._config.train.products or "float32"),
             "pipeline": ours.step_of_pipeline,
             "step again": ours.step,
             "without memory": ours.step_without_memory,
@@ -187,7 +200,8 @@ class Training:
         )
         # A step on a constant batch is timed twice a round, once beside each of what it is held to.
         step, again = seconds["step"], seconds["step again"]
-        work = matrix_flops(self._config)
+        traced = records[0]["flops_in_trace"]
+        work = matrix_flops(self._config) or {"traced": traced}
         data = self._config.data
         facts = data.batch * data.episode[0]
         tokens = facts * (data.encoder_tokens + data.decoder_tokens)
@@ -203,7 +217,7 @@ class Training:
             "tokens_per_second": tokens / step,
             "episodes_per_second": data.batch / step,
             "flops": work,
-            "flops_in_trace": records[0]["flops_in_trace"],
+            "flops_in_trace": traced,
             "gemm_flops_per_second": gemm,
             "step_flops_per_second": rate,
             "utilisation": rate / gemm,
@@ -229,30 +243,25 @@ class Training:
 
 
 def comparable(config: Config) -> list[str]:
-    """What of a config the torch side does not compute, one line each."""
-    model, data, train = config.model, config.data, config.train
-    towers = (model.encoder, model.decoder)
+    """What of a config the torch side does not compute, one line each; it has the towers' sizes."""
+    model, memory, train = config.model, config.memory.hyperparameters, config.train
+    encoder, decoder = model.encoder, model.decoder
+    changed = model.lora is None or decoder.family == "llama"
     needed = (
-        ("model.encoder", "bert of given sizes", towers[0].family == "bert"),
-        ("model.decoder", "gpt2 of given sizes", towers[1].family == "gpt2"),
-        ("model.*.source", "no pretrained weights", all(t.source is None for t in towers)),
-        ("model.encoder.pooling", "cls", getattr(towers[0].sizes, "pooling", "cls") == "cls"),
-        ("model.encoder.normalize", "False", not getattr(towers[0].sizes, "normalize", False)),
-        ("model.slots_per_layer", "1", model.slots_per_layer == 1),
-        ("model.tied_slots", "True", model.tied_slots),
-        ("model.lora", "None", model.lora is None),
+        ("model.encoder", "bert", encoder.family == "bert"),
+        ("model.decoder", "gpt2 or llama", decoder.family in ("gpt2", "llama")),
+        ("model.decoder.window", "0: slots are seen however far", not getattr(decoder.sizes, "window", 0)),
+        ("model.lora", "None with this decoder, whose kernels Hugging Face fuses", changed),
         ("model.dtype", "float32", model.dtype == "float32"),
+        ("model.remat", "none", model.remat == "none"),
         ("memory.variant", "direct", config.memory.variant == "direct"),
-        ("memory.variance", "scalar", config.memory.hyperparameters.get("variance") == "scalar"),
-        ("memory.query", "posterior",
-         config.memory.hyperparameters.get("query") == "posterior"),
-        ("data.episode", "at most memory.slots facts",
-         max(data.episode) <= config.memory.hyperparameters.get("slots", 0)),
-        ("objective.*", "no weight of zero", 0.0 not in _weights(config)),
-        ("objective.kl_cycles", "0", config.objective.kl_cycles == 0),
+        ("memory.variance", "scalar", memory.get("variance") == "scalar"),
+        ("memory.query", "posterior", memory.get("query") == "posterior"),
+        ("memory.addressing", "pinv", memory.get("addressing") == "pinv"),
+        ("data.episode", "at most memory.slots facts", max(config.data.episode) <= memory.get("slots", 0)),
         ("train.optimizer", "adamw", train.optimizer == "adamw"),
         ("train.clip_norm", "above 0", train.clip_norm > 0),
-        ("train.frozen", "nothing", not train.frozen),
+        ("train.products", "None, float32 or bfloat16", train.products != "float16"),
         ("train.accumulate", "1", train.accumulate == 1),
         ("train.ema", "0", train.ema == 0.0),
     )
@@ -268,9 +277,12 @@ def matrix_flops(config: Config) -> dict[str, int]:
     """FLOPs of a step's matrix products by part: 2·m·n·k each, three times for the backward pass.
 
     Attention is counted as it is computed, over the whole T x T square. Factorisations, elementwise
-    work and the optimiser count nothing.
+    work and the optimiser count nothing. Empty where this is not what a step computes: for a decoder
+    other than GPT-2, or where something is frozen; what stands in the trace is all there is to go by.
     """
     model, data = config.model, config.data
+    if model.decoder.family != "gpt2" or model.lora is not None or config.train.frozen:
+        return {}
     encoder, decoder = model.encoder.sizes, model.decoder.sizes
     facts = data.batch * data.episode[0]
     routes = facts * sum(weight != 0.0 for weight in _weights(config))
