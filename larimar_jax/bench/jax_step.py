@@ -19,7 +19,6 @@ from larimar_jax.settings import Config, TowerConfig
 from larimar_jax.train import sharding
 from larimar_jax.train.step import Stepper, initialise
 
-
 # Size of the numbers that the second factors of low-rank changes are given.
 _CHANGE = 0.01
 

@@ -1,9 +1,9 @@
 """The training step of `bench/training.py` in torch: Hugging Face towers, the memory of §3.
 
-Its best reasonable form: scaled-dot-product attention, one decoder pass over all routes, autocast where
-ours rounds its products, no gradient of what is frozen, a fused AdamW, every core. Pseudo-inverses are
-of thin matrices: with X M_ref† = W of full rank, M† = X† W (see memory/direct.py), so that none of a
-posterior K x C memory is computed, and that of M₀ is solved for, not formed.
+Its best reasonable form without a compiler: scaled-dot-product attention, one decoder pass over all
+routes, autocast where ours rounds its products, no gradient of what is frozen, a fused AdamW, every
+core. Pseudo-inverses are of thin matrices: with X M_ref† = W of full rank, M† = X† W (see
+memory/direct.py), so that none of a posterior K x C memory is computed; that of M₀ is solved for.
 """
 
 import inspect
@@ -54,7 +54,10 @@ class Theirs:
         self._done = 0
 
     def losses(self, batch: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Loss, its terms and the gradients' norm on a batch, without noise or rounding, β at its peak."""
+        """Loss, its terms and the gradients' norm on a batch, without noise or rounding, β at its peak.
+
+        Of the weights before the first step, which leaves frozen ones rounded.
+        """
         beta = self._config.objective.kl
         loss, terms = self._larimar.loss(_tensors(batch), beta, noisy=False, rounded=False)
         loss.backward()
@@ -67,6 +70,8 @@ class Theirs:
         """One optimiser step."""
         import torch
 
+        if not self._done:
+            self._larimar.round()
         done = np.int32(self._done)
         for group in self._optimizer.param_groups:
             group["lr"] = float(self._rate(done))
@@ -139,8 +144,9 @@ class _Larimar:
 
         goal, low = self._goal, self._products if rounded else None
         facts = batch["encoder_tokens"].shape[:2]
+        seen = (batch[name].flatten(0, 1) for name in ("encoder_tokens", "encoder_mask"))
         with torch.autocast("cpu", dtype=low or torch.bfloat16, enabled=low is not None):
-            pooled = self._pooled(batch["encoder_tokens"].flatten(0, 1), batch["encoder_mask"].flatten(0, 1))
+            pooled = self._pooled(*seen)
         encodings = functional.linear(pooled.float(), self.to_latent).unflatten(0, facts)
         read, mean = self._read_back(encodings, noisy)
         latents = {
@@ -159,6 +165,12 @@ class _Larimar:
         terms["kl"] = element.clamp(min=goal.free_bits).sum(dim=-1).mean()
         weighted = [getattr(goal, name) * terms[name] for name in used]
         return sum(weighted) + beta * terms["kl"], terms
+
+    def round(self) -> None:
+        """Where products are rounded, rounds frozen kernels for good; autocast would in every step."""
+        if self._products is not None:
+            for tower in (self.encoder, self.decoder):
+                torch_towers.round_frozen(tower, self._products)
 
     def _pooled(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """One vector per text, as `encoders.bert` pools them."""

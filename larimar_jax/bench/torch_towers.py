@@ -72,6 +72,15 @@ def mean_pooled(hidden: Tensor, mask: Tensor) -> Tensor:
     return (hidden.float() * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
 
 
+def round_frozen(module: Any, dtype: Any) -> None:
+    """Puts the frozen kernels of linear maps into this dtype, in place; a tied table stays as it is."""
+    import torch
+
+    for part in module.modules():
+        if isinstance(part, torch.nn.Linear) and not part.weight.requires_grad:
+            part.weight = torch.nn.Parameter(part.weight.detach().to(dtype), requires_grad=False)
+
+
 def _empty(tower: TowerConfig, family: ModuleType) -> Any:
     """Hugging Face's module of these sizes, with numbers that mean nothing yet."""
     import transformers

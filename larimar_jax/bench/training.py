@@ -31,6 +31,9 @@ from larimar_jax.settings import Config
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "training_step.py"
 # How far loss, terms and gradient norm of the two sides may lie apart, relative to them.
 AGREEMENT = 1e-4
+# The same for the norm of gradients through a pretrained decoder, where float32 loses more digits: through
+# SmolLM2, torch's gradients are 2e-4 from those in float64, and ours 5e-4.
+PRETRAINED = 1e-3
 # Rows and columns of the matrix product that stands for what the machine can do, and how many of
 # them are timed together.
 _GEMM, _PRODUCTS = 2048, 10
@@ -178,7 +181,10 @@ class Training:
             from larimar_jax.bench import torch_step
 
             theirs = torch_step.Theirs(self._config, ours.model())
-            self._found["apart"] = agreement(ours.losses(), theirs.losses(ours.batch))
+            pretrained = self._config.model.decoder.source is not None
+            self._found["apart"] = agreement(
+                ours.losses(), theirs.losses(ours.batch), PRETRAINED if pretrained else AGREEMENT
+            )
             sides["torch"] = lambda: theirs.step(ours.batch)
         return sides | {
             "gemm": jax_step.products(_GEMM, _PRODUCTS, self._config.train.products or "float32"),
@@ -250,7 +256,7 @@ def comparable(config: Config) -> list[str]:
     needed = (
         ("model.encoder", "bert", encoder.family == "bert"),
         ("model.decoder", "gpt2 or llama", decoder.family in ("gpt2", "llama")),
-        ("model.decoder.window", "0: slots are seen however far", not getattr(decoder.sizes, "window", 0)),
+        ("model.decoder.window", "0", not getattr(decoder.sizes, "window", 0)),
         ("model.lora", "None with this decoder, whose kernels Hugging Face fuses", changed),
         ("model.dtype", "float32", model.dtype == "float32"),
         ("model.remat", "none", model.remat == "none"),
@@ -258,7 +264,8 @@ def comparable(config: Config) -> list[str]:
         ("memory.variance", "scalar", memory.get("variance") == "scalar"),
         ("memory.query", "posterior", memory.get("query") == "posterior"),
         ("memory.addressing", "pinv", memory.get("addressing") == "pinv"),
-        ("data.episode", "at most memory.slots facts", max(config.data.episode) <= memory.get("slots", 0)),
+        ("data.episode", "at most memory.slots facts",
+         max(config.data.episode) <= memory.get("slots", 0)),
         ("train.optimizer", "adamw", train.optimizer == "adamw"),
         ("train.clip_norm", "above 0", train.clip_norm > 0),
         ("train.products", "None, float32 or bfloat16", train.products != "float16"),
@@ -307,18 +314,27 @@ def matrix_flops(config: Config) -> dict[str, int]:
     return {name: 3 * flops for name, flops in forward.items()}
 
 
-def agreement(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, float]:
+def agreement(
+    ours: Mapping[str, float], theirs: Mapping[str, float], gradients: float = AGREEMENT
+) -> dict[str, float]:
     """How far apart the two sides are, relative to theirs, by name.
 
+    Args:
+        gradients: how far the gradients' norms may lie apart; all else AGREEMENT.
+
     Raises:
-        Disagreement: more than AGREEMENT, or not finite; names every one.
+        Disagreement: more than that, or not finite; names every one.
     """
     apart = {name: abs(ours[name] - said) / max(abs(said), 1e-12) for name, said in theirs.items()}
-    bad = [name for name, value in apart.items() if not value <= AGREEMENT]
+    most = dict.fromkeys(apart, AGREEMENT) | {"gradient_norm": gradients}
+    bad = [name for name, value in apart.items() if not value <= most[name]]
     if bad:
-        lines = (f"{name}: {ours[name]:.7g} here, {theirs[name]:.7g} in torch" for name in bad)
+        lines = (
+            f"{name}: {ours[name]:.7g} here, {theirs[name]:.7g} in torch ({most[name]:g} is allowed)"
+            for name in bad
+        )
         raise Disagreement(
-            f"the two sides differ by more than {AGREEMENT:g}, so that they do not do the same work:"
+            "the two sides differ by more than rounding does, so that they do not do the same work:"
             "\n  " + "\n  ".join(lines) + "\nLook for a version of transformers that computes"
             " differently, or for a change in larimar_jax/objective.py that"
             " larimar_jax/bench/torch_step.py does not follow."
