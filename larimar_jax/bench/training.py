@@ -31,8 +31,8 @@ from larimar_jax.settings import Config
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "training_step.py"
 # How far loss, terms and gradient norm of the two sides may lie apart, relative to them.
 AGREEMENT = 1e-4
-# The same for the norm of gradients through a pretrained decoder, where float32 loses more digits: through
-# SmolLM2, torch's gradients are 2e-4 from those in float64, and ours 5e-4.
+# The same for the norm of gradients through a pretrained decoder, where float32 loses more digits:
+# through SmolLM2, torch's gradients are 2e-4 from those in float64, and ours 5e-4.
 PRETRAINED = 1e-3
 # Rows and columns of the matrix product that stands for what the machine can do, and how many of
 # them are timed together.
