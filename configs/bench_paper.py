@@ -38,13 +38,17 @@ def get_config() -> ConfigDict:
                 ),
                 # Table 3
                 stream=dict(
-                    bench="stream", data="zsre", options=dict(edits=1000, unwritten=0, every=100)
+                    bench="stream",
+                    data="zsre",
+                    options=dict(edits=1000, unwritten=0, every=250, asked=100),
                 ),
                 # Fig. 2b
                 stream_3000=dict(
                     bench="stream",
                     data="zsre",
-                    options=dict(edits=3000, wordings=4, unwritten=0, every=500, retained=200),
+                    options=dict(
+                        edits=3000, wordings=4, unwritten=0, every=1000, asked=64, retained=200
+                    ),
                 ),
                 # Fig. 2a, and with the paper's 512 slots
                 batch=dict(
@@ -57,9 +61,14 @@ def get_config() -> ConfigDict:
                     data="counterfact",
                     options=dict(facts=[512, 1024], set="editing.features.count=128"),
                 ),
-                # Table 4
+                # Table 4, and with the paper's 512 slots
                 forget=dict(
                     bench="forget", data="counterfact", options=dict(facts=[512, 1024], forget=25)
+                ),
+                forget_512_slots=dict(
+                    bench="forget",
+                    data="counterfact",
+                    options=dict(facts=[512, 1024], forget=25, set="editing.features.count=128"),
                 ),
                 # Table 5
                 attack=dict(bench="attack", data="counterfact", options=dict(facts=25)),

@@ -99,7 +99,7 @@ def get_config() -> ConfigDict:
                 query_noise=0.0,
                 scope_threshold=0.68,
                 features=dict(count=640, scale=0.5, length=1.0),
-                spelling=dict(positions=12, width=96, limit=40.0),
+                spelling=dict(positions=12, width=256, limit=40.0),
             ),
         )
     )
