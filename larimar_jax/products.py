@@ -1,8 +1,7 @@
 """Products of activations with a tower's kernels, whose factors training may round.
 
-On a CPU with bfloat16 instructions, and on a GPU's tensor cores, a product of bfloat16 factors that
-adds up in float32 is about twice as fast as one of float32 factors; norms, activations and sums lose by
-bfloat16 instead. So activations, parameters and gradients stay in the dtype that the model computes in,
+A CPU with bfloat16 instructions multiplies bfloat16 factors, adding up in float32, about twice as fast
+as float32 ones; norms, activations and sums lose by bfloat16 there. So activations, parameters and gradients stay in the dtype that the model computes in,
 and only what is multiplied is rounded.
 """
 
@@ -67,11 +66,11 @@ def _forward(low: DTypeLike, x, kernel):
 
 
 def _backward(low: DTypeLike, kept, slope):
+    if isinstance(slope, jax.custom_derivatives.SymbolicZero):
+        return None, None
     x, kernel, wanted = kept
     rounded = slope.astype(low)
     of_x = of_kernel = None
-    if isinstance(slope, jax.custom_derivatives.SymbolicZero):
-        return None, None
     if wanted:
         of_x = _dot(rounded, kernel.astype(low), ((rounded.ndim - 1,), (1,)), slope.dtype)
     if x is not None:

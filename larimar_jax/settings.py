@@ -128,7 +128,7 @@ class TrainConfig:
 
     products: what factors of the towers' products with parameters, and of their gradients, are rounded
     to in a step; None for model.dtype. With "bfloat16" and a model.dtype of float32 all else stays
-    float32, and a step is up to twice as fast where the hardware multiplies bfloat16 (products.py).
+    float32 (products.py). float16 is none of them: a gradient's factors would underflow there.
 
     mesh: devices along (data, fsdp, tensor). layout: what fsdp splits, the optimiser's state alone
     ("zero2": gradients are reduced to the part that each device updates, parameters are whole) or
@@ -154,7 +154,7 @@ class TrainConfig:
     ema: float
     frozen: tuple[str, ...]
     start_from: StartConfig | None
-    products: Literal["float32", "bfloat16", "float16"] | None
+    products: Literal["float32", "bfloat16"] | None
     mesh: tuple[int, int, int]
     layout: Literal["zero2", "zero3"]
     memory_layout: Literal["replicated", "slots"]

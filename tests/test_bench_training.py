@@ -208,7 +208,7 @@ def test_flops_of_what_is_frozen_are_those_of_the_trace():
     assert found["flops"] == {"traced": 6e9} and found["step_flops_per_second"] == 3e9
 
 
-def test_settings_that_differ_are_given_on_the_command_line(monkeypatch):
+def test_settings_that_differ_are_given_on_the_command_line():
     parser = argparse.ArgumentParser()
     training.arguments(parser)
     told = ["--config", str(training.CONFIG), "--alone", "--set", "train.products=bfloat16",

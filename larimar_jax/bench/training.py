@@ -268,7 +268,6 @@ def comparable(config: Config) -> list[str]:
          max(config.data.episode) <= memory.get("slots", 0)),
         ("train.optimizer", "adamw", train.optimizer == "adamw"),
         ("train.clip_norm", "above 0", train.clip_norm > 0),
-        ("train.products", "None, float32 or bfloat16", train.products != "float16"),
         ("train.accumulate", "1", train.accumulate == 1),
         ("train.ema", "0", train.ema == 0.0),
     )
