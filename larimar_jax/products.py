@@ -1,8 +1,8 @@
 """Products of activations with a tower's kernels, whose factors training may round.
 
 A CPU with bfloat16 instructions multiplies bfloat16 factors, adding up in float32, about twice as fast
-as float32 ones; norms, activations and sums lose by bfloat16 there. So activations, parameters and gradients stay in the dtype that the model computes in,
-and only what is multiplied is rounded.
+as float32 ones; norms, activations and sums lose by bfloat16 there. So activations, parameters and
+gradients stay in the dtype that the model computes in, and only what is multiplied is rounded.
 """
 
 import contextlib

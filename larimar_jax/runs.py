@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from larimar_jax import options
+
 PACKAGE = Path(__file__).resolve().parent
 # A device's peak and its link, of an A100: dense bfloat16 and NVLink 3, one direction (data sheet).
 A100_FLOPS, A100_LINK = 312e12, 300e9
@@ -20,15 +22,7 @@ A100_FLOPS, A100_LINK = 312e12, 300e9
 
 def _run(made: argparse.ArgumentParser) -> None:
     made.add_argument("--config", required=True, metavar="FILE", help="a file with get_config()")
-    made.add_argument(
-        "--set",
-        dest="overrides",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="settings that differ from the file, such as train.steps=200",
-    )
+    options.overrides(made, "settings that differ from the file, such as train.steps=200")
 
 
 def train_options(made: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from larimar_jax import options
 from larimar_jax.bench import metrics
 from larimar_jax.bench.editor import Editor
 from larimar_jax.pretrained import Pretrained, load
@@ -34,13 +35,8 @@ CONTROL = "lookup"
 def model_options(parser: argparse.ArgumentParser) -> None:
     """Declares which model a benchmark is of."""
     parser.add_argument("--model", default="smol", help="checkpoint, by name or path (%(default)s)")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="settings of `editing` that differ from the checkpoint's, such as editing.ridge=0.1",
+    options.overrides(
+        parser, "settings of `editing` that differ from the checkpoint's, such as editing.ridge=0.1"
     )
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from rich.table import Table
 
 from larimar_jax import config as configs
+from larimar_jax import options
 from larimar_jax.bench import jax_step
 from larimar_jax.bench.runner import Record
 from larimar_jax.settings import Config
@@ -48,15 +49,7 @@ class Disagreement(ValueError):
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `larimar bench training`."""
     parser.add_argument("--config", default=CONFIG, metavar="FILE", help="model and batch (%(default)s)")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="settings that differ from the file, such as train.products=bfloat16",
-    )
+    options.overrides(parser, "settings that differ from the file, such as train.products=bfloat16")
     parser.add_argument("--repeats", type=int, default=7, help="timings of each (7)")
     parser.add_argument("--alone", action="store_true", help="without torch beside it")
 
