@@ -144,6 +144,12 @@ def rows(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     return x if placement is None else placement.rows(x)
 
 
+def whole(array: Array) -> Array:
+    """The array, whole on every device."""
+    placement = _PLACEMENT.get()
+    return array if placement is None else placement.whole(array)
+
+
 def rows_are_split() -> bool:
     """Whether rows are on several devices."""
     placement = _PLACEMENT.get()
@@ -172,8 +178,7 @@ def changed() -> Bool[Array, "#B #T"] | str:
 
 def look_up(table: nnx.Embed, index: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
     """Rows of an embedding table, which is whole while they are looked up."""
-    placement, values = _PLACEMENT.get(), table.embedding[...]
-    return (values if placement is None else placement.whole(values))[index]
+    return whole(table.embedding[...])[index]
 
 
 def attend(query: Float[Array, "B T H d"], parts: Sequence[Part]) -> Float[Array, "B T O"]:

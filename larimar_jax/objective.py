@@ -108,8 +108,11 @@ def read_back(
     over: Over = over_rows,
 ):
     """Writes each episode into its own memory and reads every fact back by its own encoding (§3)."""
+    # Whole before anything is solved: of a split M₀, XLA would make exchanges in the solver's loops, and
+    # devices that come to them in another order than to others' wait for each other for ever.
+    params = jax.tree.map(layers.whole, model.memory.params())
     with jax.named_scope("memory"):
-        return _read_back(memory, model.memory.params(), encodings, keys, over)
+        return _read_back(memory, params, encodings, keys, over)
 
 
 def _read_back(memory, params, encodings, keys, over: Over):

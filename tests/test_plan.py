@@ -166,3 +166,17 @@ ENTRY %main (x: f32[16]) -> f32[16] {
         "all-reduce": (64, 1, 8),
     }
     assert found["all-gather"].name == "jit(step)/memory/gather"
+
+
+@pytest.mark.parametrize(
+    "name, found",
+    [
+        ("jit(_step)/memory/gather", True),
+        ("jit(_step)/jvp(memory)/while/body/dot_general", True),
+        ("jit(_step)/while/body/transpose(jvp(memory))/mul", True),
+        ("jit(_step)/jvp()/to_memory/mul", False),
+        ("jit(memory_step)/mul", False),
+    ],
+)
+def test_a_scope_is_known_from_what_its_gradient_is_called(name, found):
+    assert hlo.Collective("all-gather", 4, 1, 8, name).within("memory") == found

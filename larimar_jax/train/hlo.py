@@ -35,6 +35,10 @@ class Collective:
     group: int
     name: str
 
+    def within(self, scope: str) -> bool:
+        """Whether it comes from a `jax.named_scope`, or from its gradient: "jvp(scope)" and the like."""
+        return re.search(rf"[/(]{re.escape(scope)}\)*/", self.name) is not None
+
     @property
     def moved(self) -> int:
         """Bytes that a device sends in a step, by a ring."""

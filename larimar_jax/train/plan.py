@@ -160,7 +160,7 @@ def _parts(parameters: dict[str, jax.ShapeDtypeStruct]) -> dict[str, int]:
 
 
 def _in_memory(one: hlo.Collective) -> bool:
-    return one.kind in ("all-gather", "all-to-all") and "/memory/" in one.name
+    return one.kind != "all-reduce" and one.within("memory")
 
 
 def parse(text: str) -> float:
