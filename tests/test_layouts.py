@@ -95,7 +95,9 @@ def test_the_memory_algebra_needs_no_other_device(run, layout):
     sent = hlo.collectives(stepper.step.lower(*stepper.arguments(2)).compile().as_text())
     assert sent
     inside = [one for one in sent if one.kind != "all-reduce" and one.within("memory")]
-    assert not inside
+    # M₀ by slots is gathered once, before any episode is written.
+    slots = LAYOUTS[layout].get("memory_layout") == "slots"
+    assert len(inside) <= slots and all(one.bytes <= 8 * 16 * 4 for one in inside), inside
 
 
 def test_an_average_follows_the_parameters(run):
