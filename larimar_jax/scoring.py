@@ -95,7 +95,9 @@ def judge(
     losses, likeliest = _entropies(model, trie, labels, hidden, given)
 
     longest = max(len(path) for text in texts for path in text.paths)
-    loss, accuracy = np.zeros((2, len(texts), width), np.float32)
+    loss = np.zeros((len(texts), width), np.float32)
+    # A share is the nearest number to it, so that those counted in another way are equal to it.
+    accuracy = np.zeros((len(texts), width), np.float64)
     hits = np.zeros((len(texts), width, longest), bool)
     number = {place: at for at, place in enumerate(labels)}
     for row, text in enumerate(texts):

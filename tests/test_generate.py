@@ -70,7 +70,7 @@ def test_scores_equal_a_plain_loop(tiny, condition, conditioned):
                 right += int(jnp.argmax(logits)) == token
                 ids.append(token)
             np.testing.assert_allclose(found.loss[row, column], total / len(answer), rtol=2e-5)
-            np.testing.assert_allclose(found.accuracy[row, column], right / len(answer), rtol=1e-6)
+            assert found.accuracy[row, column] == right / len(answer)
     np.testing.assert_array_equal(tiny.score(PROMPTS, candidates, condition), found.loss)
 
 

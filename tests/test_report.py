@@ -1,8 +1,10 @@
 """Reports of finished runs: what they show, and what two runs differ in."""
 
 import base64
+import dataclasses
 import html.parser
 import json
+import types
 
 import numpy as np
 import pytest
@@ -109,6 +111,26 @@ def test_two_runs_are_compared_pair_by_pair(runs):
     assert rows["base LM, edit"][4] == "1" and rows["base LM, edit"][6] == ""
     for number, row in enumerate(table.rows):
         assert (number in table.marks) == (row[6] == "differs")
+
+
+def test_rounding_is_no_difference(runs):
+    """Accuracies of ⅓ and ⅔, once from float32 and once from float64, are the same in every case."""
+    shares = np.tile([1 / 3, 2 / 3, 0.0], 4)
+    module = types.ModuleType("shares")
+    module.values = lambda record: {"share": record["share"]}
+    first, second = (
+        dataclasses.replace(
+            run,
+            module=module,
+            records=[
+                record | {"share": float(kind(share))}
+                for record, share in zip(run.records, shares, strict=True)
+            ],
+        )
+        for run, kind in zip(runs, (np.float32, np.float64), strict=True)
+    )
+    ((row,),) = [item.rows for item in report.compare(first, second).items if hasattr(item, "rows")]
+    assert row[3].startswith("0.0") and row[4:] == ["1", "12", ""]
 
 
 def test_chance_is_shared_out_among_the_rows():

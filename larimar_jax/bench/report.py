@@ -32,6 +32,8 @@ SHOWN = 3
 # Two runs differ in a row if chance alone gave such a difference in fewer runs than this, all rows of
 # the comparison taken together (Holm).
 LEVEL = 0.05
+# Losses and shares come from float32.
+ROUNDING = 1e-6
 
 
 class Grid(NamedTuple):
@@ -233,10 +235,12 @@ def compare(first: Run, second: Run) -> Section:
     for name in names:
         both = [(one[name], other[name]) for one, other in pairs if name in one and name in other]
         before, after = np.asarray(both, np.float64).T
+        # Rounding alike in every case would otherwise be no chance.
+        after = np.where(np.abs(after - before) < ROUNDING, before, after)
         apart = metrics.paired_difference(list(after), list(before))
         same = len(both) < 2 or np.allclose(after - before, (after - before)[0])
         if same:  # no spread: they differ everywhere alike, or nowhere
-            chance = 1.0 if len(both) < 2 or np.allclose(after, before) else 0.0
+            chance = 1.0 if len(both) < 2 or np.array_equal(after, before) else 0.0
         else:
             chance = float(stats.ttest_rel(after, before).pvalue)
         chances.append(chance)
