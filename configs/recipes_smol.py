@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
                 "train.evaluate_every=40",
                 "train.checkpoint_every=40",
                 "train.keep=1",
+                "train.products=bfloat16",
                 "train.edits=32",
                 "data.batch=2",
             ),

@@ -1,76 +1,29 @@
-"""The authors' checkpoint into a model of ours, against torch's numbers; towers out, and in again."""
+"""The authors' checkpoint into a model of ours, against torch's numbers."""
 
 import functools
-import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers as hf
+import released
 from flax import nnx
-from tokenizers import models, pre_tokenizers, processors
+from released import GOLDEN, converted, golden
 
-from larimar_jax import cli, config, convert, pretrained, weights
+from larimar_jax import cli, config, convert, pretrained
 from larimar_jax.data import vocabulary
 from larimar_jax.memory.variance import SETTINGS
 from larimar_jax.session import Session
 from larimar_jax.train import export
-from larimar_jax.weights import folder, ibm, publish, torch_files, torch_pickle
+from larimar_jax.weights import ibm, torch_files, torch_pickle
 from larimar_jax.weights.fill import WeightsError
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "ibm"
-UNSAID = ibm.Unsaid(encoder_head=9, decoder_head=6, scope_threshold=0.9)
-JAY = ibm.Unsaid(encoder_head=9, decoder_head=8, rotary=4)
 numbers = range(5)
-
-
-@functools.cache
-def golden(number):
-    with np.load(GOLDEN / "golden.npz") as arrays:
-        prefix = f"{number}/"
-        return {n.removeprefix(prefix): arrays[n] for n in arrays.files if n.startswith(prefix)}
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """Folders with the base models' tokenizers: 40 tokens with [CLS] and [SEP], and 50 tokens."""
-    folder = tmp_path_factory.mktemp("bases")
-    return (
-        base(folder / "bert", ["[PAD]", "[UNK]", "[CLS]", "[SEP]"], 40, "[CLS]", "[SEP]"),
-        base(folder / "gpt", ["<|endoftext|>", "[UNK]"], 50),
-    )
-
-
-def base(path, specials, size, *around):
-    words = "the of is in capital France Japan Fact new 0 1 2 3 4 5 6 7".split()
-    entries = [*specials, *words, *(f"word{i}" for i in range(size))][:size]
-    backend = hf.Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(entries)}, unk_token="[UNK]")
-    )
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.add_special_tokens(specials)
-    if around:
-        before, after = around
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{before} $A {after}",
-            special_tokens=[(name, backend.token_to_id(name)) for name in around],
-        )
-    path.mkdir()
-    backend.save(str(path / "tokenizer.json"))
-    return path
-
-
-def converted(number, out, bases, **options):
-    options = {"unsaid": JAY if number == 4 else UNSAID} | options
-    return convert.from_ibm(
-        GOLDEN / f"setting_{number}.ckpt",
-        out,
-        encoder_tokenizer=bases[0],
-        decoder_tokenizer=bases[1],
-        **options,
-    )
+    return released.bases(tmp_path_factory.mktemp("bases"))
 
 
 @pytest.fixture(scope="module", params=numbers)
@@ -383,67 +336,6 @@ def test_own_tokenizers_are_used_or_refused(tmp_path, bases):
     values["model"]["decoder"] = dict(source="smollm2")
     with pytest.raises(ValueError, match="decoder_tokenizer.json: a tower with a source"):
         vocabulary.tokenizers(config.parse(values), texts, beside)
-
-
-# Towers out, and in again ---------------------------------------------------------------------
-
-
-def same_tower(one, two):
-    assert one.config == two.config
-    first, second = (nnx.to_pure_dict(nnx.state(module, nnx.Param)) for module in (one, two))
-    jax.tree.map(np.testing.assert_array_equal, first, second)
-
-
-def same_tokenizer(one, two):
-    assert (one.bos, one.eos, one.pad) == (two.bos, two.eos, two.pad)
-    texts = ["the capital of France is", "Fact 1 is new"]
-    np.testing.assert_array_equal(one.encode(texts).ids, two.encode(texts).ids)
-    assert one.vocab_size == two.vocab_size
-
-
-def check_towers(loaded, folder):
-    for name, load in (("encoder", weights.load_encoder), ("decoder", weights.load_decoder)):
-        module, tokenizer = load(str(folder / name))
-        same_tower(module, getattr(loaded.model, name))
-        same_tokenizer(tokenizer, getattr(loaded, f"{name}_tokenizer"))
-
-
-@pytest.mark.parametrize("number", [0, 4])
-def test_exported_towers_come_back_bit_for_bit(number, tmp_path, bases):
-    converted(number, tmp_path / "model", bases)
-    convert.to_huggingface(tmp_path / "model", tmp_path / "towers")
-    check_towers(pretrained.load(tmp_path / "model"), tmp_path / "towers")
-
-
-def test_so_do_a_sentence_encoder_and_a_trained_vocabulary(monkeypatch, tmp_path, tiny):
-    monkeypatch.setattr(pretrained, "load", lambda source: tiny)
-    convert.to_huggingface("tiny", tmp_path / "towers")
-    check_towers(tiny, tmp_path / "towers")
-    said = json.loads((tmp_path / "towers" / "encoder" / "modules.json").read_text())
-    assert [module["path"] for module in said] == ["", "1_Pooling", "2_Normalize"]
-
-
-def test_large_models_are_cut_into_parts(tmp_path):
-    arrays = {f"t{i}": np.full((4, 5), i, np.float32) for i in range(5)}
-    arrays["large"] = np.zeros(100, np.float32)
-    publish.tensors(tmp_path, iter(arrays.items()), limit=200)
-    parts = sorted(path.name for path in tmp_path.glob("*.safetensors"))
-    assert parts == [f"model-{i:05}-of-00004.safetensors" for i in (1, 2, 3, 4)]
-    assert not list(tmp_path.glob("*.part"))
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(a.nbytes for a in arrays.values())
-    source = folder.tensors(tmp_path)
-    assert source.shapes().keys() == arrays.keys()
-    for name, array in arrays.items():
-        np.testing.assert_array_equal(source.read(name), array)
-
-
-def test_a_failing_export_leaves_nothing(monkeypatch, tmp_path, tiny):
-    monkeypatch.setattr(pretrained, "load", lambda source: tiny)
-    monkeypatch.setattr(publish, "decoder", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        convert.to_huggingface("tiny", tmp_path / "towers")
-    assert list(tmp_path.iterdir()) == []
 
 
 # The command line -----------------------------------------------------------------------------

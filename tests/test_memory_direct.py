@@ -1,0 +1,119 @@
+"""Algorithm 1 beside §3 in float64, exactly and by Newton–Schulz."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from algebra import C, K, N, check, close, matrix, seeds
+from hypothesis import given
+from hypothesis import strategies as st
+
+from larimar_jax import memory
+from larimar_jax.memory.direct import Direct
+from larimar_jax.memory.newton_schulz import NewtonSchulz
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def write_and_read(variant, m0, keys, values, queries):
+    prior = variant.prepare(memory.MemoryParams(m0, jnp.zeros(())))
+    state = variant.write(prior, variant.empty(prior), keys, values)
+    return variant.matrix(prior, state), variant.read(prior, state, queries)
+
+
+def algorithm_1(m0, keys, values, queries, posterior=True):
+    """§3 in float64, straight from the page; the cutoff only separates exact zeros."""
+    pinv = functools.partial(np.linalg.pinv, rcond=1e-5)
+    m = pinv(keys @ pinv(m0)) @ values
+    weights = queries @ pinv(m) if posterior else queries @ pinv(m0)
+    return m, weights, weights @ m
+
+
+@pytest.mark.parametrize("address", ["posterior", "prior"])
+@check
+@given(
+    # (K, N, rank of the keys, rank of the values): N < K, N = K, N > K; repeated and missing facts.
+    st.sampled_from([(6, 3, 3, 3), (6, 3, 2, 3), (6, 3, 3, 2), (6, 6, 6, 6), (6, 8, 6, 8)]),
+    st.booleans(),
+    seeds,
+)
+def test_direct_is_algorithm_1(address, sizes, paired, seed):
+    slots, n, key_rank, value_rank = sizes
+    rng = np.random.default_rng(seed)
+    m0 = matrix(seed, slots, 8)
+    # Keys inside M₀'s row space keep W₀ as well conditioned as they are.
+    basis = np.linalg.qr(m0.T)[0]
+    keys = matrix(seed + 1, n, basis.shape[1], key_rank) @ basis.T
+    values = keys if paired else matrix(seed + 2, n, 8, value_rank)
+    queries = rng.standard_normal((5, 8))
+    m, weights, latent = algorithm_1(m0, keys, values, queries, address == "posterior")
+    got_m, reading = write_and_read(
+        Direct(slots, 8, query=address), *map(jnp.float32, (m0, keys, values, queries))
+    )
+    # float32 leaves its epsilon times the condition numbers passed through.
+    tolerance = 1e-5 if n < slots else 1e-4
+    close(got_m, m, tolerance)
+    close(reading.latent, latent, tolerance * 3)
+    close(reading.weights, weights, tolerance * 3)
+
+
+@check
+@given(seeds)
+def test_direct_projects_on_what_is_written(seed):
+    """§3: read∘write is the orthogonal projection on the span of the encodings, and M₀ cancels."""
+    z, queries = matrix(seed, 3, 8), np.random.default_rng(seed).standard_normal((5, 8))
+    want = queries @ np.linalg.pinv(z) @ z
+    for other in (1, 2):
+        m0 = np.random.default_rng(seed + other).standard_normal((6, 8)) + 3 * np.eye(6, 8)
+        _, reading = write_and_read(Direct(6, 8), *map(jnp.float32, (m0, z, z, queries)))
+        close(reading.latent, want, 1e-4)
+
+
+@pytest.mark.parametrize("n", [3, 10])
+def test_direct_never_inverts_a_k_by_c_matrix(n):
+    """Per episode only thin factorisations, of at most n or K rows and columns, even under vmap."""
+    slots, latent = 8, 12
+    variant = Direct(slots, latent)
+    prior = variant.prepare(variant.init(jax.random.key(0)))
+
+    def episode(z):
+        return variant.read(prior, variant.write(prior, variant.empty(prior), z, z), z).latent
+
+    sizes = factored(jax.make_jaxpr(jax.vmap(episode))(jnp.ones((2, n, latent))).jaxpr)
+    assert sizes["qr"] and sizes["svd"]
+    widest = min(n, slots)
+    assert all(min(shape[-2:]) <= widest for shape in sizes["qr"])
+    assert all(max(shape[-2:]) <= widest for shape in sizes["svd"])
+    if n < slots:
+        assert all(sorted(shape[-2:]) != [slots, latent] for shape in sizes["qr"])
+
+
+def factored(jaxpr, found=None):
+    """Operand shapes of all factorisations in a jaxpr, inner ones included."""
+    found = {"qr": [], "svd": []} if found is None else found
+    for equation in jaxpr.eqns:
+        name = {"geqrf": "qr", "householder_product": None}.get(
+            equation.primitive.name, equation.primitive.name
+        )
+        if name in found:
+            found[name].append(equation.invars[0].aval.shape)
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                factored(inner, found)
+    return found
+
+
+def test_newton_schulz_is_direct_within_its_range():
+    m0, z, queries = matrix(1, K, C), matrix(2, N, C), matrix(3, 5, C)
+    arguments = [jnp.float32(x) for x in (m0, z, z, queries)]
+    exact = write_and_read(Direct(K, C), *arguments)[1].latent
+    close(write_and_read(NewtonSchulz(K, C), *arguments)[1].latent, exact, 1e-3)
+    # A small latent falls out of the range of 15 steps (§3), and the exact memory does not mind.
+    arguments[1:3] = [0.02 * x for x in arguments[1:3]]
+    small = write_and_read(NewtonSchulz(K, C), *arguments)[1].latent
+    assert np.linalg.norm(small - exact) > 0.2 * np.linalg.norm(exact)
+    close(write_and_read(Direct(K, C), *arguments)[1].latent, exact, 1e-4)
