@@ -23,6 +23,7 @@ setup(
         "absl-py>=2.1",
         "array_record>=0.8.1",
         "datasets>=4.0",
+        "filelock>=3.12",  # by JAX, for a limited cache of programs
         "flax>=0.12.8",
         "gguf>=0.19.0",
         "grain>=0.2.18",

@@ -290,33 +290,42 @@ def forget(arguments: argparse.Namespace) -> None:
 
 
 def show(arguments: argparse.Namespace) -> None:
-    """larimar list"""
-    session = _open(arguments.session)
+    """larimar list; needs no model."""
+    from larimar_jax import facts
+
+    saved = facts.load(_existing(arguments.session))
     if arguments.history:
-        for event in session.history():
+        for event in saved.history:
             print(event)
         return
-    facts = session.list()
-    for fact in facts:
-        print(f"{fact.id}: {fact.prompt} {fact.answer}")
-    if not facts:
+    for fact in saved.facts:
+        print(fact)
+    if not saved.facts:
         print("(nothing written)", file=sys.stderr)
 
 
 def _open(name: str):
-    path = Path(name)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"there is no session at {path}. `larimar edit PROMPT ANSWER` starts one there; "
-            "--session names another file."
-        )
+    path = _existing(name)
     from larimar_jax.session import Session
 
     _loading()
     return Session.load(path)
 
 
+def _existing(name: str) -> Path:
+    path = Path(name)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"there is no session at {path}. `larimar edit PROMPT ANSWER` starts one there; "
+            "--session names another file."
+        )
+    return path
+
+
 def _loading() -> None:
+    from larimar_jax import programs
+
+    programs.keep()
     if sys.stderr.isatty():
         print("loading the model …", file=sys.stderr)
 

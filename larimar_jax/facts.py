@@ -1,8 +1,13 @@
-"""What a session says: facts, what happened to them, answers; and what can go wrong."""
+"""What a session says and saves: facts, what happened to them, answers; and what can go wrong."""
 
 import dataclasses
 import datetime
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from larimar_jax.train import export
 
 
 class EmptyFact(ValueError):
@@ -63,6 +68,19 @@ class Event:
 
 
 @dataclasses.dataclass(frozen=True)
+class Saved:
+    """A session as its file holds it, to be read without its model. arrays: the rows of each fact as
+    fact/ID/NAME, and the memory's leaves as memory/NAME."""
+
+    model: str
+    fingerprint: str
+    next_id: int
+    facts: list[Fact]
+    history: list[Event]
+    arrays: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
 class Forgotten:
     """A fact that was taken out, with its certificate (memory/health.py). distance: of the memory to one
     that never saw the fact, relative. leverage: the share of the fact's key that other facts explain:
@@ -91,6 +109,34 @@ def event(kind: str, fact: Fact, milliseconds: float, note: str = "") -> Event:
     return Event(kind, fact, now, milliseconds, note)
 
 
-def fact_of(values: dict[str, Any]) -> Fact:
+def save(path: str | Path, saved: Saved) -> None:
+    """Writes a session to one file, whole or not at all."""
+    told = {f.name: getattr(saved, f.name) for f in dataclasses.fields(saved)}
+    arrays = told.pop("arrays")
+    told["facts"] = [dataclasses.asdict(fact) for fact in saved.facts]
+    told["history"] = [dataclasses.asdict(done) for done in saved.history]
+    export.save_exported(path, arrays, {"kind": "session", **told})
+
+
+def load(path: str | Path) -> Saved:
+    """What `save` wrote.
+
+    Raises:
+        FileNotFoundError, DamagedSession.
+    """
+    try:
+        arrays, meta = export.load_exported(path)
+    except export.ExportError as error:
+        raise DamagedSession(f"{path} is not a whole session. {error}") from error
+    if meta.pop("kind", None) != "session":
+        raise DamagedSession(f"{path} holds a model and not a session. Give it to --model instead.")
+    meta["facts"] = [_fact(values) for values in meta["facts"]]
+    meta["history"] = [
+        Event(**{**values, "fact": _fact(values["fact"])}) for values in meta["history"]
+    ]
+    return Saved(**meta, arrays=arrays)
+
+
+def _fact(values: dict[str, Any]) -> Fact:
     """The inverse of `dataclasses.asdict`, through JSON."""
     return Fact(**{**values, "rephrasings": tuple(values["rephrasings"])})

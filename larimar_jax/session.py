@@ -19,10 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from larimar_jax import generate, scope
+from larimar_jax import facts, generate, scope
 from larimar_jax.facts import (
     Answer,
-    DamagedSession,
     EmptyFact,
     Event,
     Fact,
@@ -31,14 +30,12 @@ from larimar_jax.facts import (
     UnknownFact,
     WrongModel,
     event,
-    fact_of,
 )
 from larimar_jax.memory import health, live
 from larimar_jax.memory.contract import Prior
 from larimar_jax.memory.streaming import Streaming, StreamingState
 from larimar_jax.model import Condition
 from larimar_jax.pretrained import Pretrained, load
-from larimar_jax.train import export
 
 # Cosine of two prompts from which one is easily taken for the other.
 _NEAR = 0.95
@@ -247,15 +244,17 @@ class Session:
             arrays |= {
                 f"fact/{fact_id}/{f.name}": getattr(keys, f.name) for f in dataclasses.fields(keys)
             }
-        meta = {
-            "kind": "session",
-            "model": self.model.source,
-            "fingerprint": self.model.fingerprint,
-            "next_id": self._next_id,
-            "facts": [dataclasses.asdict(fact) for fact in self._facts.values()],
-            "history": [dataclasses.asdict(done) for done in self._events],
-        }
-        export.save_exported(path, arrays, meta)
+        facts.save(
+            path,
+            facts.Saved(
+                self.model.source,
+                self.model.fingerprint,
+                self._next_id,
+                self.list(),
+                self.history(),
+                arrays,
+            ),
+        )
 
     @classmethod
     def load(cls, path: str | pathlib.Path, model: Pretrained | None = None) -> "Session":
@@ -268,42 +267,30 @@ class Session:
         Raises:
           FileNotFoundError, DamagedSession. WrongModel: another model's encodings mean other things.
         """
-        try:
-            arrays, meta = export.load_exported(path)
-        except export.ExportError as error:
-            raise DamagedSession(f"{path} is not a whole session. {error}") from error
-        if meta.get("kind") != "session":
-            raise DamagedSession(
-                f"{path} holds a model and not a session. Give it to --model instead."
-            )
-        session = cls(load(meta["model"]) if model is None else model)
-        if session.model.fingerprint != meta["fingerprint"]:
+        saved = facts.load(path)
+        session = cls(load(saved.model) if model is None else model)
+        if session.model.fingerprint != saved.fingerprint:
             raise WrongModel(
-                f"{path} was saved under {meta['model']!r}, fingerprint {meta['fingerprint'][:12]}; "
+                f"{path} was saved under {saved.model!r}, fingerprint {saved.fingerprint[:12]}; "
                 f"the model here is {session.model.source!r}, {session.model.fingerprint[:12]}. What "
                 "one model wrote another can not read: load that model, or write the facts again."
             )
-        session._restore(arrays, meta)
+        session._restore(saved)
         return session
 
-    def _restore(self, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
-        for values in meta["facts"]:
-            fact = fact_of(values)
+    def _restore(self, saved: facts.Saved) -> None:
+        for fact in saved.facts:
             self._facts[fact.id] = fact
-            self._keys[fact.id] = _Keys(
-                **{f.name: arrays[f"fact/{fact.id}/{f.name}"] for f in dataclasses.fields(_Keys)}
-            )
-        self._events = [
-            Event(**{**values, "fact": fact_of(values["fact"])}) for values in meta["history"]
-        ]
-        self._next_id = meta["next_id"]
+            rows = {f.name: saved.arrays[f"fact/{fact.id}/{f.name}"] for f in dataclasses.fields(_Keys)}
+            self._keys[fact.id] = _Keys(**rows)
+        self._events, self._next_id = saved.history, saved.next_id
         names = [f"memory/{name}" for name in _named(self._state)]
-        if not set(names) <= set(arrays):
+        if not set(names) <= set(saved.arrays):
             # Of a version whose memory kept less: the facts are here, and written again they are it.
             for keys in self._keys.values():
                 self._now, _ = self._update(self._now, keys, +1)
             return
-        leaves = [jnp.asarray(arrays[name]) for name in names]
+        leaves = [jnp.asarray(saved.arrays[name]) for name in names]
         self._begin(jax.tree.unflatten(jax.tree.structure(self._now.state), leaves))
 
     @property

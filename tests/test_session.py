@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from larimar_jax import pretrained, session
+from larimar_jax import facts, pretrained, session
 from larimar_jax.pretrained import EncodingNotFinite
 from larimar_jax.session import Session
 from larimar_jax.weights.tokenizers import TextTooLong
@@ -184,7 +184,7 @@ def test_a_damaged_file_is_refused(tiny, written, tmp_path, damage):
     else:
         content = b"not a session"
     path.write_bytes(bytes(content))
-    with pytest.raises(session.DamagedSession, match="not a whole session"):
+    with pytest.raises(facts.DamagedSession, match="not a whole session"):
         Session.load(path, tiny)
 
 
