@@ -8,8 +8,10 @@ is read by the same query, and so on until one readout is left. A decoder is con
     found = read(memory, prior, memories, queries)
     found.latent, found.chunk
 
-Any variant of `memory/` serves. What is held at a time is bounded by `BYTES`: chunks and queries are
-taken in blocks of that size, one block after the other.
+Any variant of `memory/` serves for chunks. Further levels are memories of the same variant, so that they
+say what it says of several facts under one key: their mean by weight for least squares (streaming,
+dual, direct addressed by the prior), the nearest one's value for a list. What chunks need on the way
+to their readouts is bounded by `BYTES`: they are taken in blocks of that size, one after the other.
 """
 
 import dataclasses

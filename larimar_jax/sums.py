@@ -16,8 +16,8 @@ from larimar_jax.linalg import dot
 class Sum(NamedTuple):
     """A sum in about twice float32: `high` is the rounded total, `low` what rounding left."""
 
-    high: Float[Array, "K C"]
-    low: Float[Array, "K C"]
+    high: Float[Array, "k C"]
+    low: Float[Array, "k C"]
 
     def total(self) -> Float[Array, "K C"]:
         """The sum as one float32 matrix."""
@@ -46,15 +46,16 @@ def rank_update(
     weights: Float[Array, "N K"],
     errors: Float[Array, "N C"],
     sign: Float[Array, "N"],
+    rows: Float[Array, "N k"] | None = None,
 ) -> tuple[Sum, Sum]:
     """Adds Σᵢ sᵢ wᵢᵀwᵢ and Σᵢ sᵢ wᵢᵀeᵢ over N facts, sᵢ ∈ {−1, 0, 1}, to the statistics of least
-    squares (Eq. 3).
+    squares (Eq. 3). rows: the weights of the k slots whose rows of the sums are here; default all.
 
     What rounds in the product of 100 facts is a hundredth of what rounds in one matmul (a tenth for
     3,000), and adding it to what was there loses nothing. So a million facts do not drift that are
     written in one batch and forgotten in another, however large the sums have grown in between.
     """
-    signed = weights * sign[:, None]
+    signed = (weights if rows is None else rows) * sign[:, None]
     gram, cross = sums
     for_gram, for_cross = _product(signed, weights), _product(signed, errors)
     for part in for_gram:

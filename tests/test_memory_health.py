@@ -80,9 +80,9 @@ def test_certainty_tells_written_keys_from_unrelated_queries():
     outside = health.certainty(variant, prior, state, jnp.float32(other))
     assert float(inside.distance.max()) < 0.2 < 0.99 < float(outside.distance.min())
     assert float(inside.leverage.max()) < 1.0 < float(outside.leverage.min())
-    # s²(1 + h), with s² of the residuals.
-    w, solution = keys[:, :K], np.float64(state.solution)
-    noise = np.square(values - w @ solution).mean()
+    # s²(1 + h), where each column of the errors is N(0, s²(I + WWᵀ/λ)), s² at its likeliest.
+    w, errors = keys[:, :K], values - keys[:, :K] @ np.eye(K, C)
+    noise = np.sum(errors * np.linalg.solve(np.eye(12) + w @ w.T / 1e-2, errors)) / errors.size
     inverse = np.linalg.inv(w.T @ w + 1e-2 * np.eye(K))
     want = noise * (1 + np.einsum("nk,kl,nl->n", w, inverse, w))
     np.testing.assert_allclose(inside.variance, want, rtol=2e-2)
@@ -113,6 +113,24 @@ def test_evidence_is_the_marginal_likelihood_and_finds_a_ridge_that_was_drawn():
         assert true / 3 < best < true * 3
     with pytest.raises(ValueError, match="'likelihood' or 'validation'"):
         evidence.best_ridge(variant, prior, state, by="luck")
+
+
+@pytest.mark.parametrize("n", [1, 6, 12, 20, 31])
+def test_evidence_of_fewer_facts_than_slots_is_no_rounding(n):
+    """All errors can then be explained, and differences of sums would be noise."""
+    variant, prior, state, keys, values = written(n, 0.0)
+    w, m0 = keys[:, :K], np.eye(K, C)
+    ridges = np.geomspace(1e-4, 1e2, 7)
+    found = evidence.evidence(variant, prior, state, jnp.float32(ridges))
+    errors = values - w @ m0
+    for ridge, likelihood, validation in zip(ridges, *found, strict=True):
+        shape = np.eye(n) + w @ w.T / ridge
+        misfit = np.sum(errors * np.linalg.solve(shape, errors)) / errors.size
+        volume = np.linalg.slogdet(shape)[1] / n
+        assert float(likelihood) == pytest.approx(-0.5 * (np.log(misfit) + volume), abs=2e-3)
+        hat = w @ np.linalg.solve(w.T @ w + ridge * np.eye(K), w.T)
+        left = np.square(errors - hat @ errors).mean() / (1 - np.trace(hat) / n) ** 2
+        assert float(validation) == pytest.approx(left, rel=2e-2)
 
 
 @pytest.mark.parametrize("n", [16, 48, 64, 80, 256])

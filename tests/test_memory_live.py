@@ -115,6 +115,67 @@ def test_what_was_never_written_is_refused_and_changes_nothing():
     assert np.linalg.norm(np.float64(settled.solution) - want) < 1e-4 * np.linalg.norm(want)
 
 
+def test_a_written_key_with_another_value_is_refused():
+    """G is then that of the facts that are left, and only the sums of values know."""
+    variant, prior, stream = built(1e-2, 0.5)
+    keys, values = unit(5, POOL), unit(6, POOL)
+    k, v = jnp.float32(keys), jnp.float32(values)
+    before = begin(variant, prior, k, v)
+    for rows in ([3], [3, 0]):
+        other = v[jnp.array(rows)].at[0].set(v[30])
+        state, certificate = health.forget(variant, prior, before.state, k[jnp.array(rows)], other)
+        assert bool(certificate.refused) and int(state.missing) == len(rows)
+        np.testing.assert_array_equal(state.solution, before.state.solution)
+        np.testing.assert_array_equal(state.gram.total(), before.state.gram.total())
+    after, steps = stream(prior, before, k[jnp.array([0, 3, 2])], v[jnp.array([0, 30, 2])], -1)
+    assert steps.refused.tolist() == [False, True, False] and int(after.state.missing) == 1
+    want, _ = exact(variant, prior, keys, values, [r for r in range(IN) if r not in (0, 2)])
+    assert np.linalg.norm(np.float64(after.solution) - want) < 1e-4 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+@pytest.mark.parametrize("ridge", [1.0, 1e-2, 1e-4])
+def test_nothing_can_be_forgotten_of_a_memory_without_facts(ridge, noise):
+    variant, prior, stream = built(ridge, noise)
+    k, v = jnp.float32(unit(5, POOL)), jnp.float32(unit(6, POOL))
+    empty = variant.empty(prior)
+    _, certificate = health.forget(variant, prior, empty, 0.01 * k[:1], v[:1])
+    assert bool(certificate.refused)
+    _, steps = stream(prior, live.begin(variant, prior, empty), 0.01 * k[:1], v[:1], -1)
+    assert steps.refused.tolist() == [True]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+@pytest.mark.parametrize("ridge", [1.0, 1e-2, 1e-4])
+def test_no_fact_that_is_in_is_refused(ridge, noise):
+    """Down to the last one, fewer facts than slots and more, duplicates and small ones among them."""
+    variant, prior, stream = built(ridge, noise)
+    for total in (IN, K, POOL):
+        keys, values = unit(14, total), unit(15, total)
+        keys[1] = keys[0]  # A duplicate, and one whose value is another.
+        keys[2], values[2] = keys[3], values[3]
+        keys[4] *= 1e-2
+        k, v = jnp.float32(keys), jnp.float32(values)
+        state = variant.write(prior, variant.empty(prior), k, v)
+        now, steps = stream(prior, live.begin(variant, prior, state), k, v, -1)
+        assert not steps.refused.any() and int(now.count) == 0 and int(now.state.missing) == 0
+        half, certificate = health.forget(variant, prior, state, k[::2], v[::2])
+        assert not bool(certificate.refused)
+        emptied, certificate = health.forget(variant, prior, half, k[1::2], v[1::2])
+        assert not bool(certificate.refused) and int(emptied.count) == 0
+        apart = np.float64(emptied.solution) - np.float64(prior.memory)
+        assert np.linalg.norm(apart) < 1e-3 * np.linalg.norm(prior.memory)
+
+
+def test_what_float32_cannot_write_is_counted_as_missing():
+    variant, prior, _ = built(1e-2, 0.0)
+    bare = dataclasses.replace(variant, ridge=0.0)  # Fewer facts than slots: A is singular.
+    k, v = jnp.float32(unit(5, 2)), jnp.float32(unit(6, 2))
+    state = bare.write(prior, bare.empty(prior), k, v)
+    assert int(state.missing) == 2 and int(state.count) == 0
+    np.testing.assert_array_equal(state.solution, prior.memory)
+
+
 def test_many_memories_are_updated_under_one_vmap():
     variant, prior, _ = built(1e-2, 0.5)
     keys, values = (jnp.float32(unit(seed, 3 * 5)).reshape(3, 5, C) for seed in (7, 8))
@@ -174,7 +235,7 @@ def test_a_certificate_is_near_the_measured_error(ridge, noise):
         noise_on = size * np.random.default_rng(0).standard_normal((K, C)).astype(np.float32)
         bad = dataclasses.replace(after, solution=after.solution + noise_on)
         found = float(jax.jit(functools.partial(health.distance, variant))(prior, bad))
-        assert found == pytest.approx(measured(bad.solution), rel=1.0)
+        assert 0.5 < found / measured(bad.solution) < 2
     # Asked again for what is gone: refused, and named.
     same, second = forget(prior, after, k[30:31], v[30:31])
     if noise == 0.0 and ridge < 1.0:

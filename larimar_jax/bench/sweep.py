@@ -245,6 +245,12 @@ class Sweep:
     def _real(self) -> sweep_data.Encodings:
         if self._encodings is None:
             self._encodings = sweep_data.encode(self.config.zsre)
+            have, want = len(self._encodings.prompts), max(bucket(cell.facts) for cell in self.cases)
+            if have < want:
+                raise ValueError(
+                    f"{self.config.zsre} has {have} records with a rephrasing, and cells of so many "
+                    f"facts need {want}. Give a larger file, or fewer facts in the sweep's config."
+                )
         return self._encodings
 
     def _bytes(self, cell: Cell) -> int:
@@ -299,7 +305,9 @@ class Sweep:
         asked = jnp.concatenate([facts.keys[:: 1 + rephrasings], facts.queries])
         latent = variant.read(prior, state, asked).latent.reshape(2, size, -1)
         written, held_out = (_recall(side, facts.targets, there) for side in latent)
+        finite = jnp.isfinite(latent).all(axis=(0, 2)) | ~there
         return {
+            "not_finite": jnp.sum(~finite).astype(jnp.int32),
             "recall_written": written[0],
             "error_written": written[1],
             "recall": held_out[0],
@@ -314,7 +322,7 @@ class Sweep:
             table.setdefault(source, {})[label] = {
                 name: float(np.mean([row[name] for row in rows]))
                 for name in ("recall_written", "recall", "error", "bytes", "seconds")
-            } | {"cells": len(rows)}
+            } | {"cells": len(rows), "not_finite": sum(row["not_finite"] > 0 for row in rows)}
         shapes = len({cell.shape for cell in self.cases})
         return {
             "means": table,
@@ -331,9 +339,10 @@ class Sweep:
         for source, means in results["means"].items():
             table = Table(source, "cells", "recall, written", "recall, held out", "error", "kB", "ms")
             for label, found in sorted(means.items(), key=lambda item: -item[1]["recall"]):
+                broken = f", {found['not_finite']} not finite" if found["not_finite"] else ""
                 table.add_row(
                     label,
-                    str(found["cells"]),
+                    f"{found['cells']}{broken}",
                     f"{found['recall_written']:.3f}",
                     f"{found['recall']:.3f}",
                     f"{found['error']:.3f}",
@@ -358,7 +367,8 @@ def _known(params: memory.MemoryParams, prompts, there) -> memory.MemoryParams:
 
 
 def _recall(latent, targets, there):
-    """(share of facts whose own value is the nearest, relative error, each fact's hit)."""
+    """(share of facts whose own value is the nearest, relative error, each fact's hit). What is not
+    finite counts as nothing read; `not_finite` says how often."""
     found = jnp.where(jnp.isfinite(latent), latent, 0.0)
     likeness = found @ targets.T / jnp.maximum(jnp.linalg.norm(targets, axis=1), 1e-9)[None, :]
     best = jnp.argmax(jnp.where(there[None, :], likeness, -jnp.inf), axis=1)

@@ -16,6 +16,9 @@ from larimar_jax.linalg import dot, eigh
 from larimar_jax.memory.contract import Prior
 from larimar_jax.memory.streaming import Streaming, StreamingState
 
+# Of E, what its rounding may leave where everything can be explained.
+_ROUNDING = 1e-5
+
 
 class Evidence(NamedTuple):
     """Of R ridges. likelihood: the log marginal likelihood per number that was written, with the noise's
@@ -33,18 +36,26 @@ def evidence(
     Under M − M₀ ~ N(0, s²/λ) and Z = WM + N(0, s²), each of C columns of E is N(0, s²(I + WWᵀ/λ)).
     """
     values, vectors = eigh(state.gram.total())
-    values = jnp.maximum(values, 0.0)[None, :]
-    power = jnp.sum(jnp.square(dot(vectors.T, state.cross.total())), axis=1)[None, :]
+    power = jnp.sum(jnp.square(dot(vectors.T, state.cross.total())), axis=1)
+    # Directions of the written keys; in the others G and B are what rounding left.
+    inside = values > memory.slots * jnp.finfo(jnp.float32).eps * values[-1]
+    values, power = (jnp.where(inside, x, empty) for x, empty in ((values, 1.0), (power, 0.0)))
     energy, columns = state.energy.total()[0, 0], memory.latent
     facts = jnp.maximum(state.count, 1).astype(jnp.float32)
-    kept = 1.0 / (values + ridges[:, None])
-    misfit = jnp.maximum(energy - jnp.sum(power * kept, axis=1), jnp.finfo(jnp.float32).tiny)
     numbers = facts * columns
-    volume = columns * jnp.sum(jnp.log1p(values / ridges[:, None]), axis=1)
+    # What no ridge explains, of errors and of degrees of freedom: nothing, for as many facts as
+    # directions. The sums below are of positive terms, for E − Σ power / (s + λ) would cancel.
+    outside = energy - jnp.sum(power / values)
+    outside = jnp.where(outside > _ROUNDING * energy, outside, 0.0)
+    others = jnp.maximum(facts - jnp.sum(inside), 0.0)
+    left = jnp.where(inside, ridges[:, None] / (values + ridges[:, None]), 0.0)
+    tiny = jnp.finfo(jnp.float32).tiny
+    misfit = jnp.maximum(outside + jnp.sum(power * left / values, axis=1), tiny)
+    volume = columns * jnp.sum(jnp.where(inside, jnp.log1p(values / ridges[:, None]), 0.0), axis=1)
     likelihood = -0.5 * (jnp.log(misfit / numbers) + volume / numbers)
-    residual = energy - jnp.sum(power * kept * (2.0 - values * kept), axis=1)
-    free = jnp.maximum(1.0 - jnp.sum(values * kept, axis=1) / facts, 1e-6)
-    return Evidence(likelihood, residual / numbers / jnp.square(free))
+    residual = outside + jnp.sum(power * jnp.square(left) / values, axis=1)
+    free = (others + jnp.sum(left, axis=1)) / facts
+    return Evidence(likelihood, residual / numbers / jnp.square(jnp.maximum(free, tiny)))
 
 
 def best_ridge(

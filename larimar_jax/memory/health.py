@@ -46,9 +46,9 @@ class Health(NamedTuple):
 
 class Certainty(NamedTuple):
     """How sure a read is, each [Q]. leverage: h = w A⁻¹ wᵀ, small where many facts speak and large where
-    none does. variance: of each number of the readout, s²(1 + h), s² the variance of what the written
-    facts leave unexplained. distance: ‖w − w G A⁻¹‖ / ‖w‖, to the span of the written keys, from near 0
-    for a written key to 1 for a query that no fact is about."""
+    none does. variance: of each number of the readout, s²(1 + h), for M − M₀ ~ N(0, s²/λ) and the s²
+    that makes what is written likeliest, J / NC (evidence.py). distance: ‖w − w G A⁻¹‖ / ‖w‖, to the
+    span of the written keys, from near 0 for a written key to 1 for a query that no fact is about."""
 
     leverage: Float[Array, "Q"]
     variance: Float[Array, "Q"]
@@ -56,9 +56,10 @@ class Certainty(NamedTuple):
 
 
 class Certificate(NamedTuple):
-    """What a forget leaves. distance: relative distance of M to the memory that never saw the fact.
-    leverage: the share of the key's weights that the facts still in explain: 0 where none is about it.
-    refused: whether the memory is as it was, because the fact cannot have been in it.
+    """What a forget leaves. distance: relative distance of M to the memory of the facts that are left,
+    which is the one that never saw the fact if the fact was in. leverage: the share of the key's weights
+    that the facts still in explain: 0 where none is about it. refused: whether the memory is as it was,
+    because the statistics show that the fact was not in (`Streaming.possible`).
     """
 
     distance: Float[Array, ""]
@@ -73,7 +74,7 @@ def health(memory: Streaming, prior: Prior, state: StreamingState) -> Health:
     ridge = memory.ridge + shrink
     inverse = lower_inverse(state.factor)
     taken = memory.slots - ridge * jnp.sum(jnp.square(inverse))
-    left = _unexplained(memory, prior, state)
+    left = jnp.maximum(memory.unexplained(prior, state), 0.0)
     spread = shrink * jnp.sum(jnp.square(state.solution))
     wanted = state.energy.total()[0, 0]
     error = jnp.sqrt(share((left + spread)[None], wanted[None]))[0]
@@ -96,7 +97,7 @@ def certainty(
     ridge = memory.ridge + memory.shrink(gram)
     leverage = spd_quadratic(add_ridge(gram, ridge), state.factor, weights)
     facts = jnp.maximum(state.count, 1).astype(jnp.float32)
-    noise = _unexplained(memory, prior, state) / (facts * memory.latent)
+    noise = jnp.maximum(memory.objective(prior, state), 0.0) / (facts * memory.latent)
     return Certainty(
         leverage,
         noise * (1.0 + leverage),
@@ -105,7 +106,8 @@ def certainty(
 
 
 def distance(memory: Streaming, prior: Prior, state: StreamingState) -> Float[Array, ""]:
-    """‖M − M*‖ / ‖M*‖, estimated: M* is the exact solution of the statistics.
+    """‖M − M*‖ / ‖M*‖, estimated: M* is the exact solution of the statistics, whose factor the state
+    holds (as after `write` and `solve`; `accumulate` leaves an old one).
 
     Below about 1e-7 κ(A) it is the rounding of a solve, which a fresh one would have as well.
     """
@@ -152,11 +154,3 @@ def _claimed(
     left = (memory.ridge + memory.shrink(gram)) * factor_solve(state.factor, weights.T)
     squared = jnp.sum(jnp.square(weights), axis=1)
     return share(squared - jnp.sum(jnp.square(left), axis=0), squared)
-
-
-def _unexplained(memory: Streaming, prior: Prior, state: StreamingState) -> Float[Array, ""]:
-    """Σ ‖Z − WM‖² over the facts that are in: E − 2⟨Δ, B⟩ + ⟨Δ, GΔ⟩ with Δ = M − M₀."""
-    change = state.solution - prior.memory
-    cross, gram = state.cross.total(), state.gram.total()
-    found = state.energy.total()[0, 0] - 2.0 * jnp.sum(change * cross)
-    return jnp.maximum(found + jnp.sum(change * dot(gram, change)), 0.0)

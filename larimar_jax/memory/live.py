@@ -9,8 +9,8 @@ and neither A⁻¹ nor M is touched: A⁻¹ is that of the last refresh less the
 the last refresh plus gains times errors, and the facts since then wait to be added to the statistics.
 All of it are a few rows. So what rounding does to M never reaches the statistics, which stay exact sums,
 and M is solved anew from them before it matters: after `RECENT` facts, where 1 + α w g is small (a fact
-is forgotten that nothing else supports: the difference cancels), where μ changes its level, or where A
-is so ill-conditioned that no gain can be trusted.
+is forgotten that nothing else supports: the difference cancels), where μ changes its level, where A is
+so ill-conditioned that no gain can be trusted, or where a forget may be of what was never written.
 
     now = live.begin(memory, prior, state)
     now, steps = live.stream(memory, prior, now, keys, values, signs)       # T facts, one by one
@@ -31,7 +31,6 @@ from larimar_jax.linalg import (
     condition_of_inverse,
     dot,
     factor_solve,
-    is_positive_definite,
     lower_inverse,
 )
 from larimar_jax.memory.contract import Prior, Sign, pytree
@@ -43,6 +42,8 @@ RECENT = 128
 # Relative error of M that streaming may add. One fact adds CANCELLED · κ / support, which for K = 512 is
 # ten times what it was measured to add for κ from 3 to 2e4, and ROUNDING.
 DRIFT, CANCELLED, ROUNDING = 3e-5, 1e-9, 3e-8
+# A forget is looked at closely where J or u G uᵀ is less than −SLACK of what they are differences of.
+SLACK = 1e-3
 
 
 class Recent(NamedTuple):
@@ -51,6 +52,7 @@ class Recent(NamedTuple):
     weights: w. news: z − wM₀, what the statistics take. signs: α, 0 for a forget that was refused.
     gains: g. scales: α / (1 + α w g). errors: z − wM, M that before the fact. number: how many. trace:
     tr(Σ α WᵀW) of all facts. drift: a bound on the relative error of M that was added since then.
+    objective: J of all facts.
     """
 
     weights: Float[Array, "R K"]
@@ -62,6 +64,7 @@ class Recent(NamedTuple):
     number: Int[Array, ""]
     trace: Float[Array, ""]
     drift: Float[Array, ""]
+    objective: Float[Array, ""]
 
 
 @pytree
@@ -93,7 +96,7 @@ class Live:
 class Step(NamedTuple):
     """What one fact did, each [T]. leverage: w A⁻¹ wᵀ before it; innovation: ‖z − wM‖ before it;
     support: 1 + α w A⁻¹ wᵀ, which a forget needs above 0; refreshed: whether M was solved anew;
-    refused: a forget that would leave A indefinite, and changed nothing."""
+    refused: a forget of what cannot have been in (`Streaming.possible`), which changed nothing."""
 
     leverage: Float[Array, "*T"]
     innovation: Float[Array, "*T"]
@@ -110,7 +113,7 @@ def begin(memory: Streaming, prior: Prior, state: StreamingState) -> Live:
         return jnp.zeros((RECENT, *width), jnp.float32)
 
     nothing = Recent(
-        rows(k), rows(c), rows(), rows(k), rows(), rows(c), jnp.zeros((), jnp.int32), zero, zero
+        rows(k), rows(c), rows(), rows(k), rows(), rows(c), jnp.zeros((), jnp.int32), zero, zero, zero
     )
     return refresh(memory, prior, Live(state, jnp.zeros((k, k), jnp.float32), zero, zero, nothing))
 
@@ -132,7 +135,7 @@ def read(
 def refresh(memory: Streaming, prior: Prior, live: Live) -> Live:
     """M solved anew from the statistics; NaN where A is indefinite."""
     state = _summed(live)
-    return _renewed(live, prior, state, *_factored(memory, state.gram))
+    return _renewed(memory, live, prior, state, *_factored(memory, state.gram))
 
 
 def _summed(live: Live) -> StreamingState:
@@ -154,16 +157,19 @@ def _factored(memory: Streaming, gram: Sum):
     return cholesky(add_ridge(total, memory.ridge + shrink)), shrink, trace
 
 
-def _renewed(live: Live, prior: Prior, state: StreamingState, factor, shrink, trace) -> Live:
+def _renewed(
+    memory: Streaming, live: Live, prior: Prior, state: StreamingState, factor, shrink, trace
+) -> Live:
     inverse = lower_inverse(factor)
     change = factor_solve(factor, state.cross.total() - shrink * prior.memory)
+    state = dataclasses.replace(state, factor=factor, solution=prior.memory + change)
     cleared = jax.tree.map(jnp.zeros_like, live.recent)
     return Live(
-        dataclasses.replace(state, factor=factor, solution=prior.memory + change),
+        state,
         inverse,
         shrink,
         condition_of_inverse(factor, inverse, steps=6),
-        cleared._replace(trace=trace),
+        cleared._replace(trace=trace, objective=memory.objective(prior, state)),
     )
 
 
@@ -210,21 +216,29 @@ def _moved(memory: Streaming, live: Live, recent: Recent, w, new, error, gain, a
     support = 1.0 + alpha * leverage
     added = CANCELLED * live.condition / jnp.maximum(support, 1e-6) + ROUNDING
     drift = recent.drift + jnp.where(alpha == 0, 0.0, added)
-    trace = recent.trace + alpha * jnp.sum(jnp.square(w))
+    squared = jnp.sum(jnp.square(w))
+    trace = recent.trace + alpha * squared
+    # As `Streaming.possible` will say of it: J after this fact, and u G uᵀ.
+    scale = alpha / jnp.where(support > 0, support, 1.0)
+    objective = recent.objective + scale * jnp.sum(jnp.square(error))
+    ridge = memory.ridge + live.shrink
+    held = leverage / support - ridge * jnp.sum(jnp.square(gain / support))
+    doubt = (objective < -SLACK * live.state.energy.total()[0, 0]) | (held < -SLACK * squared / ridge)
     last = jnp.minimum(recent.number, RECENT - 1)
     now = Recent(
         weights=recent.weights.at[last].set(w),
         news=recent.news.at[last].set(new),
         signs=recent.signs.at[last].set(alpha),
         gains=recent.gains.at[last].set(gain),
-        scales=recent.scales.at[last].set(alpha / jnp.where(support > 0, support, 1.0)),
+        scales=recent.scales.at[last].set(scale),
         errors=recent.errors.at[last].set(error),
         number=recent.number + 1,
         trace=trace,
         drift=drift,
+        objective=objective,
     )
     due = (memory.shrink_of(trace) != live.shrink) | (drift > DRIFT) | (support <= 0)
-    due = due | (now.number >= RECENT)
+    due = due | (now.number >= RECENT) | (doubt & (alpha < 0))
     no = jnp.zeros((), bool)
     return now, Step(leverage, jnp.sqrt(jnp.sum(jnp.square(error))), support, no, no), due
 
@@ -239,8 +253,8 @@ def stream(
 ) -> tuple[Live, Step]:
     """T facts one by one, in or out (`sign` ±1 each, or for all; 0 and zero rows are left out).
 
-    M is right after each of them, to `DRIFT`. A forget that would leave A indefinite changes nothing
-    and counts in `missing`, as in `Streaming.write`. Not for differentiation: M counts as a constant.
+    M is right after each of them, to `DRIFT`. A forget of what cannot have been in changes nothing and
+    counts in `missing`, as in `Streaming.write`. Not for differentiation: M counts as a constant.
     """
     total = keys.shape[0]
     window = min(total, RECENT)
@@ -289,17 +303,19 @@ def stream(
 
 
 def _checked(memory: Streaming, prior: Prior, live: Live) -> tuple[Live, Bool[Array, ""]]:
-    """`refresh`, and whether the last fact was a forget that A does not stand: then without it."""
+    """`refresh`, and whether the last fact was a forget of what cannot have been in: then without it."""
     recent = live.recent
     last = jnp.minimum(recent.number, RECENT) - 1
-    state = _summed(live)
-    found = _factored(memory, state.gram)
-    refused = ~is_positive_definite(found[0]) & (recent.signs[last] < 0)
+    sign = recent.signs[last]
+    fewer = recent._replace(signs=recent.signs.at[last].set(0.0))
+    without = dataclasses.replace(live, recent=fewer)
+    found = refresh(memory, prior, live)
+    before = _summed(without)
+    fact = (recent.weights[last][None], recent.news[last][None], sign[None])
+    refused = (sign < 0) & ~memory.possible(prior, before, found.state, *fact)
 
-    def without():
-        fewer = recent._replace(signs=recent.signs.at[last].set(0.0))
-        state = _summed(dataclasses.replace(live, recent=fewer))
-        state = dataclasses.replace(state, missing=state.missing + 1)
-        return state, *_factored(memory, state.gram)
+    def kept():
+        state = dataclasses.replace(before, missing=before.missing + 1)
+        return _renewed(memory, without, prior, state, *_factored(memory, state.gram))
 
-    return _renewed(live, prior, *jax.lax.cond(refused, without, lambda: (state, *found))), refused
+    return jax.lax.cond(refused, kept, lambda: found), refused

@@ -1,6 +1,8 @@
 """One streaming memory over many devices: K past what one of them holds.
 
 Each of p devices has K / p rows of G = Σ α WᵀW, of B and of M; none ever has all of G or of its factor.
+(M₀ and what addresses, K x C each, are on all of them.) A forget is refused where it leaves A
+indefinite; the closer look of `Streaming.possible` is not taken.
 Solving is a blocked Cholesky factorisation, one block of columns a device: a block is factored, the
 blocks below it are solved against it, and what they leave is taken from the rest. A device sends its
 K/p x K/p block once per step, so that all together send K² numbers, once.
@@ -24,7 +26,7 @@ from jaxtyping import Array, Float
 from larimar_jax.linalg import cholesky, dot, solve_lower
 from larimar_jax.memory.contract import Prior, Sign
 from larimar_jax.memory.streaming import Streaming, StreamingState
-from larimar_jax.sums import Sum
+from larimar_jax.sums import Sum, rank_update
 
 
 class Place(NamedTuple):
@@ -74,8 +76,8 @@ def write(
         errors = values - jax.lax.psum(dot(mine, reference), place.axis)
         signs = jnp.where(jnp.any(weights != 0, axis=1), signs, 0).astype(jnp.float32)
         # Rows of Wᵀ W: this device's slots by all slots.
-        signed = (mine * signs[:, None]).T
-        gram, cross = state["gram"].plus(dot(signed, weights)), state["cross"].plus(dot(signed, errors))
+        sums = (state["gram"], state["cross"])
+        gram, cross = rank_update(sums, weights, errors, signs, rows=mine)
         energy = jnp.sum(signs * jnp.sum(jnp.square(errors), axis=1))[None, None]
         total = gram.total()
         shrink = memory.shrink_of(jax.lax.psum(jnp.trace(_own(total, place)), place.axis))
@@ -92,7 +94,8 @@ def write(
             "solution": reference + change,
             "count": state["count"] + jnp.sum(signs).astype(jnp.int32),
         }
-        kept = state | {"missing": state["missing"] + jnp.sum(signs < 0).astype(jnp.int32)}
+        number = jnp.sum(jnp.abs(signs)).astype(jnp.int32)
+        kept = state | {"missing": state["missing"] + number}
         return jax.tree.map(lambda new, old: jnp.where(sound, new, old), written, kept)
 
     signs = jnp.broadcast_to(jnp.asarray(sign, jnp.int32), keys.shape[:1])

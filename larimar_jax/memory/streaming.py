@@ -33,13 +33,14 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from larimar_jax.linalg import (
     add_ridge,
     cholesky,
     condition,
     dot,
+    factor_solve,
     is_positive_definite,
     spd_solve,
 )
@@ -56,6 +57,9 @@ from larimar_jax.memory.contract import (
 )
 from larimar_jax.sums import Sum, rank_update, zero_sum
 
+# What rounding may do to numbers that cannot be negative, relative to what they are differences of.
+_SLACK = 1e-3
+
 
 def level(trace: Float[Array, ""], slots: int) -> Float[Array, ""]:
     """tr(Σ α WᵀW) / K to the nearest power of two, 0 where nothing is in; a constant to
@@ -70,7 +74,7 @@ class StreamingState:
     """Sufficient statistics of one memory (λ and μ not included), and the solution they imply.
 
     gram: Σ α WᵀW [K, K]. cross: Σ α Wᵀ(Z − W M₀) [K, C]. energy: Σ α ‖Z − W M₀‖² [1, 1]. factor:
-    Cholesky of A. solution: M. count: facts in. missing: forgets refused.
+    Cholesky of A. solution: M. count: facts in. missing: facts refused.
     """
 
     gram: Sum
@@ -89,9 +93,10 @@ class Streaming(Memory):
     ridge: λ, in units of a squared norm of addressing weights ‖w‖². query_noise: ρ, how far queries are
     expected to lie from keys, relative to them; 0 is for keys that come back as they were written.
 
-    Forgetting what was never written is refused and counted in `missing` when it would leave A
-    indefinite, which for a key outside the span of the written ones is the case as soon as
-    λ < ‖w‖². A key inside that span can not be told from a written one: statistics keep no list.
+    A forget is refused, and counted in `missing`, where the statistics show that its fact cannot have
+    been in (`possible`): a key outside the span of the written ones, or a written key with another
+    value that no other fact explains. Where other facts span its key, a fact that was never written
+    can not be told from a written one: statistics keep no list. A batch is refused as a whole.
     """
 
     ridge: Real = dataclasses.field(default=1e-2, kw_only=True)
@@ -121,10 +126,14 @@ class Streaming(Memory):
         rng: PRNGKeyArray | None = None,
     ) -> StreamingState:
         """Eqs. 3–4 for N facts and one factorisation: `accumulate`, then `solve`."""
-        updated = self.solve(prior, self.accumulate(prior, state, keys, values, sign, rng))
-        sound = is_positive_definite(updated.factor)
-        forgets = jnp.sum(jnp.broadcast_to(jnp.asarray(sign, jnp.int32) < 0, keys.shape[:1]))
-        refused = dataclasses.replace(state, missing=state.missing + forgets.astype(jnp.int32))
+        facts = self._facts(prior, keys, values, sign, rng)
+        updated = self.solve(prior, _added(state, *facts))
+        if isinstance(sign, int) and sign >= 0:
+            sound = is_positive_definite(updated.factor)
+        else:
+            sound = self.possible(prior, state, updated, *facts)
+        number = jnp.sum(jnp.abs(facts[2])).astype(jnp.int32)
+        refused = dataclasses.replace(state, missing=state.missing + number)
         return jax.tree.map(lambda new, old: jnp.where(sound, new, old), updated, refused)
 
     def accumulate(
@@ -138,16 +147,61 @@ class Streaming(Memory):
     ) -> StreamingState:
         """Eq. 3 alone: adds the facts to the statistics and leaves `factor` and `solution` stale,
         so that a long stream (a `lax.scan` over batches) pays for one factorisation at its end."""
+        return _added(state, *self._facts(prior, keys, values, sign, rng))
+
+    def _facts(self, prior: Prior, keys, values, sign: Sign, rng: PRNGKeyArray | None):
+        """w [N, K], z − wM₀ [N, C] and α [N] of facts, α = 0 for padding."""
         keys, values = observe(keys, values, self.noise, rng)
         weights = self.address(prior, keys)
-        signs = jnp.broadcast_to(jnp.asarray(sign, jnp.int32), keys.shape[:1])
-        signs = jnp.where(jnp.any(weights != 0, axis=1), signs, 0)
-        errors = values - dot(weights, prior.memory)
-        signs = signs.astype(jnp.float32)
-        gram, cross = rank_update((state.gram, state.cross), weights, errors, signs)
-        energy = state.energy.plus(jnp.sum(signs * jnp.sum(jnp.square(errors), axis=1))[None, None])
-        count = state.count + jnp.sum(signs).astype(jnp.int32)
-        return dataclasses.replace(state, gram=gram, cross=cross, energy=energy, count=count)
+        signs = jnp.broadcast_to(jnp.asarray(sign, jnp.float32), keys.shape[:1])
+        signs = jnp.where(jnp.any(weights != 0, axis=1), signs, 0.0)
+        return weights, values - dot(weights, prior.memory), signs
+
+    def possible(
+        self,
+        prior: Prior,
+        before: StreamingState,
+        after: StreamingState,
+        weights: Float[Array, "N K"],
+        errors: Float[Array, "N C"],
+        signs: Float[Array, "N"],
+    ) -> Bool[Array, ""]:
+        """Whether facts can have the statistics of `after`: `before` with these rows, and solved.
+
+        A sum over facts has no negative direction: A is positive definite, J ≥ 0 (`objective`), and
+        so is u G uᵀ, for each forgotten row along u = wA⁻¹, which leans to where little is in.
+        """
+        gram = after.gram.total()
+        ridge = self.ridge + self.shrink(gram)
+        written = jnp.maximum(signs, 0.0) * jnp.sum(jnp.square(errors), axis=1)
+        energy = before.energy.total()[0, 0] + jnp.sum(written)
+        rows = factor_solve(after.factor, weights.T)
+        held = jnp.sum(weights.T * rows, axis=0) - ridge * jnp.sum(jnp.square(rows), axis=0)
+        # Of the sum's own rounding, which A⁻¹ enlarges.
+        blur = jnp.finfo(jnp.float32).eps * jnp.max(jnp.sum(jnp.abs(gram), axis=1)) / ridge
+        least = -(_SLACK + 4.0 * blur) * jnp.sum(jnp.square(weights), axis=1) / ridge
+        return (
+            is_positive_definite(after.factor)
+            & (self.objective(prior, after) >= -_SLACK * energy)
+            & jnp.all((signs >= 0) | (held >= least))
+        )
+
+    def unexplained(self, prior: Prior, state: StreamingState) -> Float[Array, ""]:
+        """Σ α ‖Z − WM‖² = E − 2⟨Δ, B⟩ + ⟨Δ, GΔ⟩ with Δ = M − M₀; to rounding at least 0."""
+        change = state.solution - prior.memory
+        cross, gram = state.cross.total(), state.gram.total()
+        found = state.energy.total()[0, 0] - 2.0 * jnp.sum(change * cross)
+        return found + jnp.sum(change * dot(gram, change))
+
+    def objective(self, prior: Prior, state: StreamingState) -> Float[Array, ""]:
+        """J = Σ α ‖Z − WM‖² + λ‖M − M₀‖² + μ‖M‖² at its minimum; to rounding at least 0.
+
+        Of M as it is, and not as E − ⟨B, A⁻¹B⟩: there terms cancel to what rounding left of them.
+        """
+        shrink = self.shrink(state.gram.total())
+        moved = jnp.sum(jnp.square(state.solution - prior.memory))
+        whole = jnp.sum(jnp.square(state.solution))
+        return self.unexplained(prior, state) + self.ridge * moved + shrink * whole
 
     def shrink(self, gram: Float[Array, "K K"]) -> Float[Array, ""]:
         """μ of Σ α WᵀW; a constant to differentiation."""
@@ -172,8 +226,9 @@ class Streaming(Memory):
         """The memory of the facts of both (sign +1), or of those of `state` without those of `other`
         (−1): statistics are sums. Both have to be of this prior.
 
-        Where a difference leaves A indefinite, `other` held what `state` does not: the result is
-        `state`, and `missing` counts the facts of `other`.
+        Where facts cannot have the statistics of a difference (A is indefinite, or J negative),
+        `other` held what `state` does not: the result is `state`, and `missing` counts the facts of
+        `other`.
         """
         alpha = jnp.float32(sign)
 
@@ -183,7 +238,8 @@ class Streaming(Memory):
         sums = {n: total(getattr(state, n), getattr(other, n)) for n in ("gram", "cross", "energy")}
         count = state.count + jnp.int32(sign) * other.count
         solved = self.solve(prior, dataclasses.replace(state, **sums, count=count))
-        sound = is_positive_definite(solved.factor)
+        least = -_SLACK * state.energy.total()[0, 0]
+        sound = is_positive_definite(solved.factor) & (self.objective(prior, solved) >= least)
         refused = dataclasses.replace(state, missing=state.missing + other.count)
         return jax.tree.map(lambda new, old: jnp.where(sound, new, old), solved, refused)
 
@@ -218,3 +274,11 @@ class Streaming(Memory):
     def condition(self, state: StreamingState) -> Float[Array, ""]:
         """An estimate of κ(A); float32 keeps about 7 − log₁₀ κ digits of M."""
         return condition(state.factor)
+
+
+def _added(state: StreamingState, weights, errors, signs) -> StreamingState:
+    """The sums with N rows more; `factor` and `solution` stay."""
+    gram, cross = rank_update((state.gram, state.cross), weights, errors, signs)
+    energy = state.energy.plus(jnp.sum(signs * jnp.sum(jnp.square(errors), axis=1))[None, None])
+    count = state.count + jnp.sum(signs).astype(jnp.int32)
+    return dataclasses.replace(state, gram=gram, cross=cross, energy=energy, count=count)

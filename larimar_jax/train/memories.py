@@ -30,7 +30,8 @@ def save(path: str | Path, state: Any, *, encoder: str, about: Mapping[str, Any]
     Args:
       path: a folder that is not there yet.
       state: any variant's, wherever its arrays are.
-      encoder: what tells the encoder from all others, such as `Pretrained.fingerprint`.
+      encoder: a digest of all that keys and values depend on: encoder, M₀, addressing and the memory's
+        settings. `Pretrained.fingerprint` is one.
       about: anything JSON can hold.
     Raises:
       FileExistsError: `path` is there.
@@ -62,7 +63,8 @@ def load(path: str | Path, like: Any, *, encoder: str) -> tuple[Any, dict[str, A
 
     Args:
       like: a state of the same variant and sizes, of arrays or of ShapeDtypeStructs with a sharding:
-        `jax.eval_shape(memory.empty, prior)`, or `sharded.empty(…)` for a memory in rows over devices.
+        `jax.eval_shape(memory.empty, prior)` for a memory whose state does not grow with its facts, or
+        `sharded.empty(…)` for one in rows over devices.
       encoder: as it was said to `save`.
     Raises:
       FileNotFoundError: there is no such folder.
