@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
                     bench="stream",
                     data="zsre",
                     options=dict(
-                        edits=3000, wordings=4, unwritten=0, every=1000, asked=64, retained=200
+                        edits=3000, wordings=4, unwritten=100, every=50, asked=16, retained=200
                     ),
                 ),
                 # Fig. 2a, and with the paper's 512 slots

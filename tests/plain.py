@@ -43,18 +43,18 @@ class Plain:
         system = np.outer(weights, weights) + (self.ridge + shrink) * np.eye(len(weights))
         return np.linalg.solve(system, np.outer(weights, value) + self.ridge * self.before)
 
-    def nearest(self, query, prompt):
-        """(cosine, sentence) of the query's sentence that is nearest to a written prompt."""
-        key = self._encode(prompt)[0]
+    def nearest(self, query, written):
+        """(cosine, sentence) of the query's sentence that is nearest to a fact's text."""
+        key = self._encode(*written)[0]
         found = []
         for sentence in scope.parts([query])[0]:
             other = self._encode(sentence)[0]
             found.append((other @ key / np.linalg.norm(other) / np.linalg.norm(key), sentence))
         return max(found, key=lambda one: one[0])
 
-    def condition(self, matrix, query, prompt):
+    def condition(self, matrix, query, written):
         """What the decoder is given of a query."""
-        read = self._encode(self.nearest(query, prompt)[1])[1] @ self.inverse @ matrix
+        read = self._encode(self.nearest(query, written)[1])[1] @ self.inverse @ matrix
         return self.model.condition(np.float32(read)[None])
 
     def log_probabilities(self, prompt, answer, condition=None):
@@ -88,14 +88,16 @@ class Plain:
     def under_every_system(self, measure, fact, prompt, asked, scoped, outside):
         """{system: measure(prompt, condition)}; asked: of the memory, scoped: of the scope detector."""
         text = f"{fact[0].strip()} {fact[1].strip()}".rstrip(".")
-        inside = self.nearest(scoped, fact[0])[0] >= self.model.scope_threshold
+        # The editing literature's scope decision sees prompts alone, the authors' code the written fact.
+        key = (fact[0],) if outside == "base" else (f"{fact[0].strip()} {fact[1].strip()}", fact[1])
+        inside = self.nearest(scoped, key)[0] >= self.model.scope_threshold
         found = {
             "base": measure(prompt, None),
             "zero": measure(prompt, self.model.zero(1)),
             "prompt": measure(f"{text}. {prompt}", None),
-            "open": measure(prompt, self.condition(self.matrix(*fact), asked, fact[0])),
+            "open": measure(prompt, self.condition(self.matrix(*fact), asked, key)),
         }
-        found["lookup"] = found["prompt"] if inside else found["base"]
+        found["lookup"] = found["prompt"] if inside else found[outside]
         found["larimar"] = found["open"] if inside else found[outside]
         return found
 
@@ -144,9 +146,8 @@ class Plain:
                 continue
             ids, right = tokenizer.following(target.strip()), {system: 0.0 for system in SYSTEMS}
             for place in range(len(ids)):
-                before, through = (tokenizer.decode(ids[: place + n]).strip() for n in (0, 1))
-                query, scoped = f"{prompt} {before}".strip(), f"{prompt} {through}"
-                found = self.under_every_system(hits, fact, prompt, query, scoped, "zero")
+                query = f"{prompt} {tokenizer.decode(ids[:place]).strip()}".strip()
+                found = self.under_every_system(hits, fact, prompt, query, query, "zero")
                 for system in SYSTEMS:
                     right[system] += found[system][place] / len(ids)
             for system in SYSTEMS:

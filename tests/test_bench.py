@@ -36,7 +36,7 @@ class KnownEditor:
     def written(self, prompt, answer):
         return f"{prompt} {answer}."
 
-    def recall(self, facts, queries, wordings=()):
+    def recall(self, facts, queries, wordings=(), told=False):
         scores = np.asarray([fraction("scope", q) for row in queries for q in row], np.float32)
         flat = [fact for fact, row in zip(facts, queries, strict=True) for _ in row]
         return editor.Recall(

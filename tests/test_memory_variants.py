@@ -215,3 +215,15 @@ def test_a_memory_that_is_grown_over_says_so():
     keys, values = (jnp.float32(x) for x in facts(0, 5))
     state = variant.write(prior, variant.empty(prior), keys, values)
     assert int(state.grown) == 3 and int(state.crowded) == 2 and int(state.count) == 5
+
+
+def test_a_grown_memory_refuses_to_forget_outside_its_span():
+    keys, values = facts(3, 6)
+    state = write("grown", keys[:4], values[:4])
+    both = np.stack([keys[5], keys[1]])  # One that never was, and one that is in.
+    gone = write("grown", both, np.stack([values[5], values[1]]), -1, state)
+    assert int(gone.missing) == 1 and int(gone.count) == 3 and int(gone.grown) == 4
+    never = write("grown", keys[[0, 2, 3]], values[[0, 2, 3]])
+    read = built("grown")[4]
+    prior, asked = built("grown")[1], jnp.float32(keys[:4])
+    close(read(prior, gone, asked).latent, read(prior, never, asked).latent, 1e-4)

@@ -67,9 +67,9 @@ def test_counterfact_writes_as_many_wordings_as_it_is_told(tmp_path):
     told = []
 
     class Watched(KnownEditor):
-        def recall(self, facts, queries, wordings=()):
+        def recall(self, facts, queries, wordings=(), **options):
             told.append((facts, wordings))
-            return super().recall(facts, queries, wordings)
+            return super().recall(facts, queries, wordings, **options)
 
     made = counterfact.CounterFact(Watched(), some, data={}, wordings=wordings)
     records = made.run(some)

@@ -75,7 +75,7 @@ def scores(
     """
     wanted = metrics.answer_tokens(gold)
     return {
-        name: None if text is None else measure(metrics.answer_tokens(line(text))[: len(wanted)], wanted)
+        name: None if text is None else measure(metrics.answer_tokens(line(text), len(wanted)), wanted)
         for name, text in said.items()
     }
 

@@ -84,7 +84,8 @@ PAPER = "Fig. 2a, K = 512: about 100 % up to N = 512, 82 % at 1,024."
 
 def headlines(summary: Mapping[str, Any]) -> list[headline.Headline]:
     """Rewrite S at every N."""
-    paper = {"512": "100"}  # N = K there; its 82 is of N = 2K.
+    # N = K there, and in its K = 512 alone; its 82 is of N = 2K.
+    paper = {"512": "100"} if summary["settings"].get("slots") == 512 else {}
     return [
         headline.Headline(
             f"rewrite S, N = {int(size):,}",
@@ -153,6 +154,7 @@ class Batch:
             "model": systems.named(model),
             "facts": self.sizes,
             "chunk": chunk,
+            "slots": model.memory.slots,
             "seed": None,
         }
         self._encoded: Encoded | None = None

@@ -47,9 +47,11 @@ class Editor(Protocol):
         facts: Sequence[tuple[str, str]],
         queries: Sequence[Sequence[str]],
         wordings: Sequence[Sequence[str]] = (),
+        told: bool = False,
     ) -> Recall:
         """Writes (prompt, answer) n into empty memory n, and wordings n with the same answer; reads
-        queries n from it."""
+        queries n from it. told: the scope detector compares with the written text, and not with its
+        prompt."""
 
     def zero(self, rows: int) -> Any:
         """The condition z = 0 for so many rows."""
@@ -106,17 +108,18 @@ class LarimarEditor:
         facts: Sequence[tuple[str, str]],
         queries: Sequence[Sequence[str]],
         wordings: Sequence[Sequence[str]] = (),
+        told: bool = False,
     ) -> Recall:
         """The key of a fact is its prompt's encoding, its value that of the written text (§4)."""
         more = wordings or [()] * len(facts)
-        told = [
+        rows_of = [
             (number, slot, prompt, answer)
             for number, ((first, answer), others) in enumerate(zip(facts, more, strict=True))
             for slot, prompt in enumerate([first, *others])
         ]
-        owner, line, prompts, answers = zip(*told, strict=True) if told else ((), (), (), ())
+        owner, line, prompts, answers = zip(*rows_of, strict=True) if rows_of else ((), (), (), ())
         owner, line = np.asarray(owner, np.int32), np.asarray(line, np.int32)
-        texts = [self.written(prompt, answer) for _, _, prompt, answer in told]
+        texts = [self.written(prompt, answer) for _, _, prompt, answer in rows_of]
         flat = [query for row in queries for query in row]
         sentences, owners = scope.parts(flat)
         unique = list(dict.fromkeys([*prompts, *sentences]))
@@ -129,9 +132,8 @@ class LarimarEditor:
         where = [(fact, slot) for fact, row in enumerate(queries) for slot in range(len(row))]
         fact, slot = np.asarray(where, np.int32).reshape(-1, 2).T
         own = fact[:, None] == owner
-        found = scope.match(
-            encodings.embedding[rows(sentences)], owners, encodings.embedding[rows(prompts)], own
-        )
+        written = encodings.embedding[len(unique) :] if told else encodings.embedding[rows(prompts)]
+        found = scope.match(encodings.embedding[rows(sentences)], owners, written, own)
         best = [sentences[number] for number in found.sentence]
 
         latents = encodings.latent

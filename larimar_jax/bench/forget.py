@@ -108,14 +108,16 @@ PAPER = (
 
 def headlines(summary: Mapping[str, Any]) -> list[headline.Headline]:
     """Recall of the forgotten and of the others, after α = −1 and after “unknown” was written."""
-    paper = {"forgotten": "0.1", "others": "99.7"}
+    # At N = K, and in its K = 512 alone.
+    same = summary["settings"].get("slots") == 512
+    paper = {"forgotten": "0.1", "others": "99.7"} if same else {}
     return [
         headline.Headline(
             f"{label}{', then “unknown”' * (moment == 'replaced')}, N = {int(size):,}",
             headline.of(
                 {**found[side], "larimar": found[side][MEMORY]}, lambda one, moment=moment: one[moment]
             ),
-            paper[side] if moment == "replaced" and size == "512" else "",
+            paper.get(side, "") if moment == "replaced" and size == "512" else "",
         )
         for size, found in summary["results"].items()
         for side, label in (("forgotten", "forgotten (less is better)"), ("others", "others"))
@@ -151,6 +153,7 @@ class Forget:
             "forget": forget,
             "others": others,
             "systems": list(SYSTEMS),
+            "slots": model.memory.slots,
             "seed": seed,
         }
         self._encoded: Encoded | None = None

@@ -142,9 +142,11 @@ def _pairs(index: int, kind: str, case: Mapping) -> Float[np.ndarray, "P 2"]:
 # Token F1, for streams of edits
 
 
-def answer_tokens(text: str) -> list[str]:
-    """The words of an answer, without the "." and line breaks that end a written fact."""
-    return text.rstrip(".\n").split()
+def answer_tokens(text: str, most: int | None = None) -> list[str]:
+    """The words of an answer, `most` of them at the most, without the marks that end it there: a decoder
+    goes on with "Rome. It is" as well as with "Rome"."""
+    words = text.split()[:most]
+    return " ".join(words).rstrip(".,;:!?").split()
 
 
 def token_f1(generated: Sequence, gold: Sequence) -> float:

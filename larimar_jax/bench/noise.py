@@ -1,11 +1,12 @@
 """What the noise of addressing costs: edit success and fluency as σ_W grows (Fig. 6).
 
 Each fact of CounterFact is written into an empty memory of its own, and W is drawn around its mean
-(Algorithm 1) with one σ_W after the other, for all weights alike. Measured are S of edit and paraphrases
-through the memory, whether or not they are in scope, and the perplexity that the base LM gives to the
-greedy continuation of the edit prompt. Controls, which no σ_W changes: the base LM, z = 0, the fact in
-the prompt, and a lookup that puts it there where the scope detector lets it; each with its own
-continuation, judged after the plain prompt. A σ_W that does not beat the lookup says so.
+(Algorithm 1) with one σ_W after the other, for all weights alike. Measured are S of edit and
+paraphrases through the memory, whether or not they are in scope, and the perplexity that the base LM
+gives to the greedy continuation of the edit prompt, to as many words as the shortest of its case has.
+Controls, which no σ_W changes: the base LM, z = 0, the fact in the prompt, and a lookup that puts it
+there where the scope detector lets it; each with its own continuation, judged after the plain prompt. A
+σ_W that does not beat the lookup says so.
 """
 
 import argparse
@@ -180,7 +181,13 @@ class Noise:
             text[name] = self._continued(edits, recall.condition(first))
         names = [*CONTROLS, *read]
         text = {name: text[name].tolist() for name in names}
-        surprise = self._surprise(edits, text)
+        # A continuation through the memory may end with its answer: all are judged to the same length.
+        least = [min(len(text[name][row].split()) for name in names) for row in range(len(edits))]
+        alike = {
+            name: [" ".join(one.split()[:most]) for one, most in zip(found, least, strict=True)]
+            for name, found in text.items()
+        }
+        surprise = self._surprise(edits, alike)
         records = []
         for number, (case, start) in enumerate(zip(cases, first, strict=True)):
             end = start + len(queries[number])

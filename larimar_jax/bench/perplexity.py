@@ -70,7 +70,8 @@ def experiment(args: argparse.Namespace) -> "Perplexity":
     if len(records) < args.facts:
         raise ValueError(f"{args.data} has {len(records)} records and not {args.facts}")
     texts = []
-    for document in corpus.open_corpus(args.corpus).side(held_out=True):
+    source = corpus.open_corpus(args.corpus)
+    for document in source.side(held_out=True):
         words = document.text.split()
         if len(words) >= args.words and len(texts) < args.texts:
             texts.append(Text(len(texts), *_cut(words[: args.words], args.begun)))
@@ -78,7 +79,8 @@ def experiment(args: argparse.Namespace) -> "Perplexity":
         raise ValueError(
             f"{args.corpus} has {len(texts)} held-out texts of {args.words} words, and not {args.texts}"
         )
-    data |= {"facts": args.facts, "corpus": args.corpus, "words": [args.begun, args.words]}
+    data |= {"facts": args.facts, "texts": args.texts, "words": [args.begun, args.words]}
+    data |= {"corpus": args.corpus, "corpus_identity": source.identity}
     facts = [(record.prompt, record.target_new) for record in records]
     return Perplexity(systems.model(args), facts, texts, data=data, chunk=args.chunk)
 

@@ -208,7 +208,7 @@ def cases(run: Run) -> list[Case]:
         values = run.module.values(record)
         mine, plain = (
             [value for name, value in values.items() if name.startswith(system)]
-            for system in (ours, base)
+            for system in (ours if any(name.startswith(ours) for name in values) else "Larimar", base)
         )
         if mine:
             gain = float(np.mean(mine) - np.mean(plain)) if plain else float(np.mean(mine))

@@ -93,6 +93,10 @@ def run(experiment: Experiment, folder: str | Path, *, quiet: bool = False) -> d
         "environment": environment(),
         "run": {"seconds": round(time.perf_counter() - started, 1), "resumed_at_case": done},
     }
+    if done == len(experiment.cases) and (folder / SUMMARY).is_file():
+        # Of a run that was finished, the machine and the time are those of then.
+        before = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        summary |= {name: before[name] for name in ("environment", "run")}
     _replace(folder / SUMMARY, json.dumps(_plain(summary), indent=2) + "\n")
     if not quiet:
         for shown in (*experiment.tables(summary), *given.notes(settings)):

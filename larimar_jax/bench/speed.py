@@ -35,8 +35,8 @@ PAPER = (
 )
 SESSION = {
     "write": "write a fact",
-    "ask": "ask for it, 8 tokens",
-    "base": "ask the base LM, 8 tokens",
+    "ask": "ask for it, at most 8 tokens",
+    "base": "ask the base LM, at most 8 tokens",
     "forget": "forget it, with its certificate",
 }
 # Facts that are in the session beside the one that is timed.

@@ -78,7 +78,7 @@ class Seen(NamedTuple):
     """What of a chunk's queries is seen by whom, where that is not the query itself.
 
     asked: of each case and query, what the memory is asked. scoped: of each query, all in one row, the
-    c texts that the scope detector sees, each of which is decided apart.
+    c texts that the scope detector compares with the written fact (§6), each of which is decided apart.
     """
 
     asked: Sequence[Sequence[str]]
@@ -128,6 +128,7 @@ def measured(
     base, with_fact = alone[: len(prompts)], alone[len(prompts) :]
     zero = measure(prompts, targets, editor.zero(len(prompts)))
     through = measure(prompts, targets, read)
+    outside = base if mode == "rome" else zero
     passed = inside.reshape(*inside.shape, *[1] * (base.ndim - inside.ndim))
     found = {
         "base": base,
@@ -135,8 +136,8 @@ def measured(
         "prompt": with_fact,
         # Outside the scope the decoder is the untouched LM, whose numbers are there already; the
         # authors' code has no other LM than z = 0.
-        "lookup": np.where(passed, with_fact, base),
-        "larimar": np.where(passed, through, base if mode == "rome" else zero),
+        "lookup": np.where(passed, with_fact, outside),
+        "larimar": np.where(passed, through, outside),
         "open": through,
     }
     return Measured(written, score, inside, found)
@@ -166,7 +167,7 @@ def _recall(
             place += len(candidates)
         texts.append([*row, *(text for candidates in mine for text in candidates)])
         query += len(row)
-    found = editor.recall(facts, texts, wordings)
+    found = editor.recall(facts, texts, wordings, told=True)
     rows = np.asarray(scoped_rows, np.int64)
     condition = found.condition(np.asarray(asked_rows))
     return condition, found.scope_score[rows], found.in_scope[rows]

@@ -2,8 +2,8 @@
 
 The share of the answer's tokens that are the likeliest where they stand, teacher-forced. Mode `rome`:
 the scope decision and the memory query see the prompt only. Mode `released`, that of the authors' code:
-every token is a question of its own, for which the memory is asked the prompt with the right tokens so
-far, and the scope detector sees the candidate token behind them; out of scope is z = 0. Neighbours are
+every token is a question of its own: memory and scope detector see the prompt with the right tokens so
+far, the detector beside the written fact; out of scope is z = 0. Neighbours are
 asked for their own right answers. Each case is written into an empty memory of its own; its controls
 are in `systems.py`.
 """
@@ -184,10 +184,10 @@ class ZsRE:
             for _, prompt, target in row:
                 pieces = self.editor.pieces(target)
                 tokens.append(len(pieces))
-                for place, (before, piece) in enumerate(zip(["", *pieces], pieces, strict=False)):
+                for place, before in enumerate(["", *pieces[:-1]]):
                     prompts[-1].append(prompt)
                     asked[-1].append(f"{prompt} {before}".strip())
-                    scoped.append([f"{prompt} {piece}"])
+                    scoped.append([asked[-1][-1]])
                     targets.append((target, place))
 
         def hits(prompts, targets, condition):

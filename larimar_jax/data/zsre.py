@@ -33,8 +33,8 @@ def load(
             appended here.
     Returns:
         Records in the file's order; `case_id` is the index in the file, `target_true` the answer
-        that was not chosen. A MEND locality question loses its mark and gets a question mark, as
-        in ROME's reader.
+        that was not chosen. A MEND locality question loses its mark "nq question:" and gets a
+        question mark.
     Raises:
         MalformedRecord: a record misses a field or holds a wrong type; names file, record, line and
             field.

@@ -47,7 +47,7 @@ def evidence(
     # directions. The sums below are of positive terms, for E − Σ power / (s + λ) would cancel.
     outside = energy - jnp.sum(power / values)
     outside = jnp.where(outside > _ROUNDING * energy, outside, 0.0)
-    others = jnp.maximum(facts - jnp.sum(inside), 0.0)
+    others = jnp.maximum(facts - jnp.sum(inside).astype(jnp.float32), 0.0)
     left = jnp.where(inside, ridges[:, None] / (values + ridges[:, None]), 0.0)
     tiny = jnp.finfo(jnp.float32).tiny
     misfit = jnp.maximum(outside + jnp.sum(power * left / values, axis=1), tiny)

@@ -1,10 +1,10 @@
 """Streaming with an M_ref that grows as facts arrive: no prompt has to be known beforehand.
 
 The slots are an orthonormal basis of the keys so far. A key that lies outside their span, by more than
-`novelty` of its norm, adds its own direction as the next slot (Gram–Schmidt, twice); its weights are its
-coordinates. A new slot is orthogonal to every earlier key, so that earlier weights stay what they were:
-statistics stay sums, and a fact is forgotten by computing its weights again. With room for all keys, the
-memory is ridge regression on the encodings themselves.
+`novelty` of its norm, adds its own direction as the next slot (Gram–Schmidt, twice); its weights are
+its coordinates. A new slot is orthogonal to every earlier key, but for `novelty` of its norm, so that
+earlier weights stay what they were: statistics stay sums, and a fact is forgotten by computing its
+weights again. With room for all keys, the memory is ridge regression on the encodings themselves.
 """
 
 import dataclasses
@@ -72,10 +72,19 @@ class Grown(Memory):
     ) -> GrownState:
         """Grows slots for the keys that come, then writes as `streaming`."""
         signs = jnp.broadcast_to(jnp.asarray(sign, jnp.int32), keys.shape[:1])
+        if isinstance(sign, int) and sign >= 0:
+            strange, asked = jnp.zeros((), jnp.int32), sign
+        else:
+            # While every key found its slots, a key outside their span was never written.
+            outside = keys - dot(dot(keys, state.basis.T), state.basis)
+            there = jnp.sum(jnp.square(keys), axis=1)
+            new = jnp.sum(jnp.square(outside), axis=1) > jnp.square(self.novelty) * there
+            never = (signs < 0) & new & (state.crowded == 0)
+            strange, asked = jnp.sum(never).astype(jnp.int32), jnp.where(never, 0, signs)
+            keys = jnp.where(never[:, None], 0.0, keys)
         basis, grown, crowded = self._grow(state, jnp.where(signs[:, None] > 0, keys, 0.0))
-        inner = self._inner().write(
-            self._prior(prior, basis), state.inner, keys, values, signs, rng
-        )
+        inner = self._inner().write(self._prior(prior, basis), state.inner, keys, values, asked, rng)
+        inner = dataclasses.replace(inner, missing=inner.missing + strange)
         return GrownState(inner, basis, grown, crowded)
 
     def read(

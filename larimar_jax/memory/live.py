@@ -39,9 +39,10 @@ from larimar_jax.sums import Sum, rank_update
 
 # Facts between two factorisations at the most.
 RECENT = 128
-# Relative error of M that streaming may add. One fact adds CANCELLED · κ / support, which for K = 512 is
-# ten times what it was measured to add for κ from 3 to 2e4, and ROUNDING.
-DRIFT, CANCELLED, ROUNDING = 3e-5, 1e-9, 3e-8
+# Relative error of M that streaming may add before it is solved anew, or FRESH · κ where that is more: a
+# fresh solve has as much. One fact adds ROUNDING, and CANCELLED · κ / support times how far it moves M,
+# relative to M: at least as much as measured, mostly ten times that, for κ from 3 to 2e6.
+DRIFT, FRESH, CANCELLED, ROUNDING = 3e-5, 5e-9, 2.5e-8, 3e-8
 # A forget is looked at closely where J or u G uᵀ is less than −SLACK of what they are differences of.
 SLACK = 1e-3
 
@@ -72,13 +73,14 @@ class Live:
     """A streaming memory whose M is up to date.
 
     state: its statistics, M and factor as of the last refresh. inverse: L⁻¹ of that factor. shrink: μ
-    there. condition: κ(A) there. recent: the facts since then.
+    there. condition: κ(A) there. size: ‖M‖ there. recent: the facts since then.
     """
 
     state: StreamingState
     inverse: Float[Array, "K K"]
     shrink: Float[Array, ""]
     condition: Float[Array, ""]
+    size: Float[Array, ""]
     recent: Recent
 
     @property
@@ -115,7 +117,7 @@ def begin(memory: Streaming, prior: Prior, state: StreamingState) -> Live:
     nothing = Recent(
         rows(k), rows(c), rows(), rows(k), rows(), rows(c), jnp.zeros((), jnp.int32), zero, zero, zero
     )
-    return refresh(memory, prior, Live(state, jnp.zeros((k, k), jnp.float32), zero, zero, nothing))
+    return refresh(memory, prior, Live(state, jnp.zeros((k, k), jnp.float32), zero, zero, zero, nothing))
 
 
 def settle(memory: Streaming, prior: Prior, live: Live) -> StreamingState:
@@ -169,6 +171,7 @@ def _renewed(
         inverse,
         shrink,
         condition_of_inverse(factor, inverse, steps=6),
+        jnp.linalg.norm(state.solution),
         cleared._replace(trace=trace, objective=memory.objective(prior, state)),
     )
 
@@ -214,16 +217,19 @@ def _moved(memory: Streaming, live: Live, recent: Recent, w, new, error, gain, a
     error = error - dot(shares, recent.errors)
     leverage = dot(w, gain)
     support = 1.0 + alpha * leverage
-    added = CANCELLED * live.condition / jnp.maximum(support, 1e-6) + ROUNDING
-    drift = recent.drift + jnp.where(alpha == 0, 0.0, added)
     squared = jnp.sum(jnp.square(w))
     trace = recent.trace + alpha * squared
     # As `Streaming.possible` will say of it: J after this fact, and u G uᵀ.
     scale = alpha / jnp.where(support > 0, support, 1.0)
-    objective = recent.objective + scale * jnp.sum(jnp.square(error))
+    missed = jnp.sum(jnp.square(error))
+    objective = recent.objective + scale * missed
     ridge = memory.ridge + live.shrink
     held = leverage / support - ridge * jnp.sum(jnp.square(gain / support))
     doubt = (objective < -SLACK * live.state.energy.total()[0, 0]) | (held < -SLACK * squared / ridge)
+    moved = jnp.abs(scale) * jnp.sqrt(jnp.sum(jnp.square(gain)) * missed)
+    share = moved / jnp.maximum(live.size, jnp.finfo(jnp.float32).tiny)
+    added = CANCELLED * live.condition * share / jnp.maximum(support, 1e-6) + ROUNDING
+    drift = recent.drift + jnp.where(alpha == 0, 0.0, added)
     last = jnp.minimum(recent.number, RECENT - 1)
     now = Recent(
         weights=recent.weights.at[last].set(w),
@@ -237,10 +243,11 @@ def _moved(memory: Streaming, live: Live, recent: Recent, w, new, error, gain, a
         drift=drift,
         objective=objective,
     )
-    due = (memory.shrink_of(trace) != live.shrink) | (drift > DRIFT) | (support <= 0)
+    most = jnp.maximum(DRIFT, FRESH * live.condition)
+    due = (memory.shrink_of(trace) != live.shrink) | (drift > most) | (support <= 0)
     due = due | (now.number >= RECENT) | (doubt & (alpha < 0))
     no = jnp.zeros((), bool)
-    return now, Step(leverage, jnp.sqrt(jnp.sum(jnp.square(error))), support, no, no), due
+    return now, Step(leverage, jnp.sqrt(missed), support, no, no), due
 
 
 def stream(
@@ -253,8 +260,9 @@ def stream(
 ) -> tuple[Live, Step]:
     """T facts one by one, in or out (`sign` ±1 each, or for all; 0 and zero rows are left out).
 
-    M is right after each of them, to `DRIFT`. A forget of what cannot have been in changes nothing and
-    counts in `missing`, as in `Streaming.write`. Not for differentiation: M counts as a constant.
+    M is right after each of them, to `DRIFT` or what a fresh solve would be. A forget of what cannot
+    have been in changes nothing and counts in `missing`, as in `Streaming.write`. Not for
+    differentiation: M counts as a constant.
     """
     total = keys.shape[0]
     window = min(total, RECENT)
