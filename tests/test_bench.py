@@ -371,3 +371,12 @@ def test_the_tiny_models_memory_is_read_where_it_is_in_scope_only(larimar):
 def test_a_text_that_the_encoder_does_not_take_is_named(larimar):
     with pytest.raises(TextTooLong, match="word word"):
         larimar.recall([("word " * 90, "x")], [["short"]])
+
+
+def test_a_finished_run_keeps_the_time_that_it_took(tmp_path):
+    made = counterfact.CounterFact(KnownEditor(), cases(4), data={"name": "x"})
+    runner.run(made, tmp_path / "run", quiet=True)
+    path = tmp_path / "run" / runner.SUMMARY
+    first = json.loads(path.read_text()) | {"run": {"seconds": 123.4, "resumed_at_case": 0}}
+    path.write_text(json.dumps(first))
+    assert runner.run(made, tmp_path / "run", quiet=True)["run"] == first["run"]

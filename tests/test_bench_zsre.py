@@ -115,7 +115,7 @@ def test_released_asks_for_every_token_apart():
                 wanted, inside = {name: [] for name in systems.SYSTEMS}, []
                 words = target.split()
                 for place in range(len(words)):
-                    seen = f"{prompt} {' '.join(words[: place + 1])}"
+                    seen = f"{prompt} {' '.join(words[:place])}".strip()
                     inside.append(fraction("scope", seen) > 0.4)
 
                     def hit(text, condition=None, target=target, place=place):
@@ -126,7 +126,7 @@ def test_released_asks_for_every_token_apart():
                     wanted["base"].append(base)
                     wanted["zero"].append(zero)
                     wanted["prompt"].append(fact_in_front)
-                    wanted["lookup"].append(fact_in_front if inside[-1] else base)
+                    wanted["lookup"].append(fact_in_front if inside[-1] else zero)
                     wanted["larimar"].append(read if inside[-1] else zero)
                     wanted["open"].append(read)
                 shares.add(float(np.mean(inside)))

@@ -34,8 +34,7 @@ def test_counterfact_is_that_of_a_plain_loop(tiny, mode):
                 found_pairs = record["loss"][system][kind]
                 np.testing.assert_allclose(found_pairs, pairs, rtol=2e-5, atol=1e-6)
         decided |= {inside for row in record["in_scope"].values() for inside in np.ravel(row).tolist()}
-    # With its answer behind it, no prompt of the tiny model is all but the written one any more.
-    assert decided == ({True, False} if mode == "rome" else {False})
+    assert decided == {True, False}
     results = counterfact.summarise(found)
     for system in SYSTEMS:
         wanted = scores(plain, system)
