@@ -121,6 +121,9 @@ def test_a_written_key_with_another_value_is_refused():
     keys, values = unit(5, POOL), unit(6, POOL)
     k, v = jnp.float32(keys), jnp.float32(values)
     before = begin(variant, prior, k, v)
+    # What is written is never refused, whatever its sign is known by.
+    close_by = variant.write(prior, before.state, k[:IN] * 1.0001, v[:IN], jnp.int32(1))
+    assert int(close_by.count) == 2 * IN and int(close_by.missing) == 0
     for rows in ([3], [3, 0]):
         other = v[jnp.array(rows)].at[0].set(v[30])
         state, certificate = health.forget(variant, prior, before.state, k[jnp.array(rows)], other)

@@ -41,9 +41,10 @@ from larimar_jax.sums import Sum, rank_update
 RECENT = 128
 # Relative error of M that streaming may add before it is solved anew, or FRESH · κ where that is more: a
 # fresh solve has as much. One fact adds ROUNDING, and CANCELLED · κ / support times how far it moves M,
-# relative to M: at least as much as measured, mostly ten times that, for κ from 3 to 2e6.
+# relative to M: more than was measured, mostly ten times, for κ from 3 to 2e6.
 DRIFT, FRESH, CANCELLED, ROUNDING = 3e-5, 5e-9, 2.5e-8, 3e-8
-# A forget is looked at closely where J or u G uᵀ is less than −SLACK of what they are differences of.
+# A forget is looked at closely where J or u G uᵀ is less than −SLACK, and what rounding does for this κ,
+# of what they are differences of.
 SLACK = 1e-3
 
 
@@ -225,7 +226,8 @@ def _moved(memory: Streaming, live: Live, recent: Recent, w, new, error, gain, a
     objective = recent.objective + scale * missed
     ridge = memory.ridge + live.shrink
     held = leverage / support - ridge * jnp.sum(jnp.square(gain / support))
-    doubt = (objective < -SLACK * live.state.energy.total()[0, 0]) | (held < -SLACK * squared / ridge)
+    slack = SLACK + 4.0 * jnp.finfo(jnp.float32).eps * live.condition
+    doubt = (objective < -slack * live.state.energy.total()[0, 0]) | (held < -slack * squared / ridge)
     moved = jnp.abs(scale) * jnp.sqrt(jnp.sum(jnp.square(gain)) * missed)
     share = moved / jnp.maximum(live.size, jnp.finfo(jnp.float32).tiny)
     added = CANCELLED * live.condition * share / jnp.maximum(support, 1e-6) + ROUNDING

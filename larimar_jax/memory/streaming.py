@@ -57,7 +57,7 @@ from larimar_jax.memory.contract import (
 )
 from larimar_jax.sums import Sum, rank_update, zero_sum
 
-# What rounding may do to numbers that cannot be negative, relative to what they are differences of.
+# See `Streaming._slack`.
 _SLACK = 1e-3
 
 
@@ -171,20 +171,27 @@ class Streaming(Memory):
         A sum over facts has no negative direction: A is positive definite, J ≥ 0 (`objective`), and
         so is u G uᵀ, for each forgotten row along u = wA⁻¹, which leans to where little is in.
         """
-        gram = after.gram.total()
-        ridge = self.ridge + self.shrink(gram)
+        ridge = self.ridge + self.shrink(after.gram.total())
+        slack = self._slack(after)
         written = jnp.maximum(signs, 0.0) * jnp.sum(jnp.square(errors), axis=1)
         energy = before.energy.total()[0, 0] + jnp.sum(written)
         rows = factor_solve(after.factor, weights.T)
         held = jnp.sum(weights.T * rows, axis=0) - ridge * jnp.sum(jnp.square(rows), axis=0)
-        # Of the sum's own rounding, which A⁻¹ enlarges.
-        blur = jnp.finfo(jnp.float32).eps * jnp.max(jnp.sum(jnp.abs(gram), axis=1)) / ridge
-        least = -(_SLACK + 4.0 * blur) * jnp.sum(jnp.square(weights), axis=1) / ridge
-        return (
-            is_positive_definite(after.factor)
-            & (self.objective(prior, after) >= -_SLACK * energy)
-            & jnp.all((signs >= 0) | (held >= least))
+        least = -slack * jnp.sum(jnp.square(weights), axis=1) / ridge
+        return is_positive_definite(after.factor) & (
+            jnp.all(signs >= 0)
+            | (
+                (self.objective(prior, after) >= -slack * energy)
+                & jnp.all((signs >= 0) | (held >= least))
+            )
         )
+
+    def _slack(self, state: StreamingState) -> Float[Array, ""]:
+        """What rounding may do to a number that is not negative, relative to what it is a difference of:
+        A⁻¹ enlarges that of G by up to ‖G‖ / (λ + μ), here with the largest row's sum for ‖G‖."""
+        gram = state.gram.total()
+        size = jnp.max(jnp.sum(jnp.abs(gram), axis=1)) / (self.ridge + self.shrink(gram))
+        return _SLACK + 4.0 * jnp.finfo(jnp.float32).eps * size
 
     def unexplained(self, prior: Prior, state: StreamingState) -> Float[Array, ""]:
         """Σ α ‖Z − WM‖² = E − 2⟨Δ, B⟩ + ⟨Δ, GΔ⟩ with Δ = M − M₀; to rounding at least 0."""
@@ -238,7 +245,7 @@ class Streaming(Memory):
         sums = {n: total(getattr(state, n), getattr(other, n)) for n in ("gram", "cross", "energy")}
         count = state.count + jnp.int32(sign) * other.count
         solved = self.solve(prior, dataclasses.replace(state, **sums, count=count))
-        least = -_SLACK * state.energy.total()[0, 0]
+        least = -self._slack(solved) * state.energy.total()[0, 0]
         sound = is_positive_definite(solved.factor) & (self.objective(prior, solved) >= least)
         refused = dataclasses.replace(state, missing=state.missing + other.count)
         return jax.tree.map(lambda new, old: jnp.where(sound, new, old), solved, refused)
