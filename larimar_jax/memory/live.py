@@ -138,7 +138,7 @@ def read(
 def refresh(memory: Streaming, prior: Prior, live: Live) -> Live:
     """M solved anew from the statistics; NaN where A is indefinite."""
     state = _summed(live)
-    return _renewed(memory, live, prior, state, *_factored(memory, state.gram))
+    return _renewed(live, prior, state, *_factored(memory, state.gram))
 
 
 def _summed(live: Live) -> StreamingState:
@@ -160,11 +160,13 @@ def _factored(memory: Streaming, gram: Sum):
     return cholesky(add_ridge(total, memory.ridge + shrink)), shrink, trace
 
 
-def _renewed(
-    memory: Streaming, live: Live, prior: Prior, state: StreamingState, factor, shrink, trace
-) -> Live:
+def _renewed(live: Live, prior: Prior, state: StreamingState, factor, shrink, trace) -> Live:
     inverse = lower_inverse(factor)
-    change = factor_solve(factor, state.cross.total() - shrink * prior.memory)
+    right = state.cross.total() - shrink * prior.memory
+    change = factor_solve(factor, right)
+    # J without a product of K x K and K x C. Its terms may cancel, which `slack` in `_moved` allows for.
+    objective = state.energy.total()[0, 0] + shrink * jnp.sum(jnp.square(prior.memory))
+    objective = objective - jnp.sum(change * right)
     state = dataclasses.replace(state, factor=factor, solution=prior.memory + change)
     cleared = jax.tree.map(jnp.zeros_like, live.recent)
     return Live(
@@ -173,7 +175,7 @@ def _renewed(
         shrink,
         condition_of_inverse(factor, inverse, steps=6),
         jnp.linalg.norm(state.solution),
-        cleared._replace(trace=trace, objective=memory.objective(prior, state)),
+        cleared._replace(trace=trace, objective=objective),
     )
 
 
@@ -322,10 +324,14 @@ def _checked(memory: Streaming, prior: Prior, live: Live) -> tuple[Live, Bool[Ar
     found = refresh(memory, prior, live)
     before = _summed(without)
     fact = (recent.weights[last][None], recent.news[last][None], sign[None])
-    refused = (sign < 0) & ~memory.possible(prior, before, found.state, *fact)
+    refused = jax.lax.cond(
+        sign < 0,
+        lambda: ~memory.possible(prior, before, found.state, *fact),
+        lambda: jnp.zeros((), bool),
+    )
 
     def kept():
         state = dataclasses.replace(before, missing=before.missing + 1)
-        return _renewed(memory, without, prior, state, *_factored(memory, state.gram))
+        return _renewed(without, prior, state, *_factored(memory, state.gram))
 
     return jax.lax.cond(refused, kept, lambda: found), refused
