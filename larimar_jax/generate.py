@@ -59,6 +59,7 @@ def generate(
       top_k: draws among so many of the likeliest only; 0 is all.
       top_p: draws among the fewest of the likeliest that have this much probability together.
       stop: texts that end a continuation; what follows is cut off with them.
+      rng: one key, or one for each prompt, with which it draws the same whatever it stands beside.
 
     Raises:
       PromptTooLong: where a prompt plus `max_tokens` exceeds the decoder's positions.
@@ -150,7 +151,7 @@ class _Run:
             None if condition is None else fit_rows(condition, len(prompts), len(ids))
         )
         self._lengths = jnp.asarray(lengths)
-        self._draw, self._how = sampling.traced(), sampling.static()
+        self._draw, self._how = sampling.traced(len(prompts), len(ids)), sampling.static()
         self._ends, self._eos = jnp.asarray(ends), jnp.int32(eos)
         idle = jnp.asarray(np.arange(len(ids)) >= len(prompts))
         inputs = (jnp.asarray(ids), self._lengths, idle, self._condition, self._draw, self._ends)

@@ -1,6 +1,8 @@
 """Larimar: the only place where encoder, memory and decoder meet (§2, §10)."""
 
 import dataclasses
+import functools
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -167,39 +169,85 @@ def build(config: Config, key: jax.Array, where: weights.Where | None = None) ->
       FileNotFoundError: where a source's package is not installed; the message names the command.
       ValueError: a source whose sizes are not those that the config gives with it; names them.
     """
-    rngs = nnx.Rngs(params=key)
-    towers = (
-        (config.model.encoder, encoders, weights.load_encoder),
-        (config.model.decoder, decoders, weights.load_decoder),
+    rngs, loaded = nnx.Rngs(params=key), load_towers(config, where)
+    dtype, remat = jnp.dtype(config.model.dtype), config.model.remat
+    made = (
+        loaded[name][0]
+        if name in loaded
+        else kind.family(tower.family).MODEL(tower.sizes, dtype=dtype, remat=remat, rngs=rngs)
+        for name, (tower, kind, _) in _towers(config).items()
     )
-    made = (_tower(tower, kind, load, config, rngs, where) for tower, kind, load in towers)
-    return _assemble(config, *made, rngs)
+    return _assemble(config, *made, rngs=rngs)
 
 
-def abstract(config: Config) -> Larimar:
+def load_towers(
+    config: Config, where: weights.Where | None = None
+) -> dict[str, tuple[nnx.Module, weights.Tokenizer]]:
+    """The towers with a `source`, by "encoder" and "decoder", and their tokenizers.
+
+    Args:
+      where: as in `build`.
+
+    Raises:
+      FileNotFoundError, ValueError: as `build`.
+    """
+    dtype, remat = jnp.dtype(config.model.dtype), config.model.remat
+    found = {}
+    for name, (tower, kind, load) in _towers(config).items():
+        if tower.source is None:
+            continue
+        if tower.sizes is not None:
+            _same_sizes(f"model.{name}", tower, *weights.sizes(tower.source, kind))
+        inside = None if where is None else functools.partial(_inside, where, name)
+        found[name] = load(tower.source, dtype=dtype, remat=remat, where=inside)
+    return found
+
+
+def _inside(where: weights.Where, tower: str, path: str, shape: tuple[int, ...]):
+    return where(f"{tower}/{path}", shape)
+
+
+def _towers(config: Config):
+    """Of each tower what the config says, its kind, and what loads it."""
+    return {
+        "encoder": (config.model.encoder, encoders, weights.load_encoder),
+        "decoder": (config.model.decoder, decoders, weights.load_decoder),
+    }
+
+
+def abstract(config: Config, loaded: Mapping[str, nnx.Module] = types.MappingProxyType({})) -> Larimar:
     """The model that `build` makes, of shapes alone; of sources no tensor is read.
+
+    Args:
+      loaded: towers that are there already, and need not be looked up.
 
     Raises:
       FileNotFoundError: where a source is not there and its sizes are not in the config.
     """
-    towers = ((config.model.encoder, encoders), (config.model.decoder, decoders))
-    known = []
-    for tower, kind in towers:
+    known = {}
+    for name, (tower, kind, _) in _towers(config).items():
+        if name in loaded:
+            continue
         if tower.sizes is None:
-            known.append(weights.sizes(tower.source, kind))
+            known[name] = weights.sizes(tower.source, kind)
         else:
-            known.append((kind.family(tower.family), tower.sizes))
+            known[name] = (kind.family(tower.family), tower.sizes)
     dtype, remat = jnp.dtype(config.model.dtype), config.model.remat
 
-    def make() -> Larimar:
+    def make(loaded: dict[str, nnx.Module]) -> Larimar:
         rngs = nnx.Rngs(params=0)
-        parts = (family.MODEL(s, dtype=dtype, remat=remat, rngs=rngs) for family, s in known)
-        return _assemble(config, *parts, rngs)
+        made = {
+            name: family.MODEL(sizes, dtype=dtype, remat=remat, rngs=rngs)
+            for name, (family, sizes) in known.items()
+        }
+        return _assemble(config, **made, **loaded, rngs=rngs)
 
-    return nnx.eval_shape(make)
+    return nnx.eval_shape(make, dict(loaded))
 
 
-def _assemble(config: Config, encoder: nnx.Module, decoder: nnx.Module, rngs: nnx.Rngs) -> Larimar:
+def _assemble(
+    config: Config, encoder: nnx.Module, decoder: nnx.Module, *, rngs: nnx.Rngs
+) -> Larimar:
     made = Larimar(
         encoder,
         decoder,
@@ -212,17 +260,6 @@ def _assemble(config: Config, encoder: nnx.Module, decoder: nnx.Module, rngs: nn
     if config.model.lora is not None:
         lora.attach(made, config.model.lora, rngs)
     return made
-
-
-def _tower(tower, kind, load, config: Config, rngs: nnx.Rngs, where) -> nnx.Module:
-    dtype, remat = jnp.dtype(config.model.dtype), config.model.remat
-    if tower.source is None:
-        return kind.family(tower.family).MODEL(tower.sizes, dtype=dtype, remat=remat, rngs=rngs)
-    name = kind.__name__.rpartition(".")[2].removesuffix("s")
-    if tower.sizes is not None:
-        _same_sizes(f"model.{name}", tower, *weights.sizes(tower.source, kind))
-    inside = None if where is None else lambda path, shape: where(f"{name}/{path}", shape)
-    return load(tower.source, dtype=dtype, remat=remat, where=inside)[0]
 
 
 def _same_sizes(where: str, tower, family, sizes) -> None:

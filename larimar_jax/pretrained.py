@@ -21,7 +21,7 @@ from larimar_jax.data import vocabulary
 from larimar_jax.memory.contract import Prior
 from larimar_jax.memory.dual import Dual
 from larimar_jax.memory.streaming import Streaming
-from larimar_jax.model import Condition, Larimar, assign, build, parameters
+from larimar_jax.model import Condition, Larimar, abstract, load_towers, parameters
 from larimar_jax.settings import Config, FeaturesConfig
 from larimar_jax.train import export
 from larimar_jax.train.step import Skeleton
@@ -300,10 +300,14 @@ def load(source: str | pathlib.Path = "smol", overrides: Sequence[str] = ()) -> 
     if overrides:
         config = configs.parse(configs.override(configs.to_dict(config), overrides))
     projection = arrays.pop(scope.PROJECTION, None)
-    model = _filled(path, config, arrays)
+    towers = load_towers(config)
+    model = _filled(path, config, {name: tower for name, (tower, _) in towers.items()}, arrays)
     _check_projection(path, projection, model.encoder.config.width)
     encoder_tokenizer, decoder_tokenizer = vocabulary.tokenizers(
-        config, functools.partial(_no_corpus, path), path.parent / "tokenizer.json"
+        config,
+        functools.partial(_no_corpus, path),
+        path.parent / "tokenizer.json",
+        {name: tokenizer for name, (_, tokenizer) in towers.items()},
     )
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
@@ -338,24 +342,23 @@ def _check_projection(path: pathlib.Path, projection: np.ndarray | None, width: 
         )
 
 
-def _filled(path: pathlib.Path, config: Config, arrays: dict) -> Larimar:
-    """The model with the file's parameters.
+def _filled(
+    path: pathlib.Path, config: Config, towers: Mapping[str, nnx.Module], arrays: dict
+) -> Larimar:
+    """The model with these towers' parameters, and the file's.
 
     Raises:
       ExportError: file and model do not have the same parameters.
     """
-    make = functools.partial(build, config, jax.random.key(0))
-    towers = {"encoder/": config.model.encoder, "decoder/": config.model.decoder}
-    loaded = tuple(prefix for prefix, tower in towers.items() if tower.source is not None)
-    if loaded:
-        model = make()
-        _check_whole(path, parameters(model), arrays, loaded)
-        assign(model, arrays, origin=str(path))
-        return model
-    # Every parameter is in the file, and drawing them first would be for nothing.
-    skeleton = Skeleton(nnx.eval_shape(make))
-    _check_whole(path, skeleton.parameters, arrays, loaded)
-    return skeleton.model({name: jnp.asarray(array) for name, array in arrays.items()})
+    # Every parameter is in a file, and drawing them first would be for nothing.
+    skeleton = Skeleton(abstract(config, towers))
+    _check_whole(path, skeleton.parameters, arrays, tuple(f"{name}/" for name in towers))
+    known = {
+        f"{name}/{place}": array
+        for name, tower in towers.items()
+        for place, array in parameters(tower).items()
+    }
+    return skeleton.model(known | {name: jnp.asarray(array) for name, array in arrays.items()})
 
 
 def _check_whole(

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
 
 LEAST_TEMPERATURE = 1e-6
 
@@ -17,7 +18,7 @@ class Draw(NamedTuple):
     temperature: Float[Array, ""]
     top_k: Int[Array, ""]
     top_p: Float[Array, ""]
-    rng: Array
+    rng: Key[Array, "*rows"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Sampling:
 
     temperature: 0 takes the likeliest. top_k: draws among so many of the likeliest only; 0 is all.
     top_p: draws among the fewest of the likeliest that have this much probability together.
+    rng: one key, of which row i draws with `fold_in(rng, i)`; or a key for every row, with which it
+    draws the same in whatever place and company.
 
     Raises:
       ValueError: a number out of its range, one that draws nothing, or drawing without `rng`.
@@ -50,9 +53,22 @@ class Sampling:
         if self.temperature > 0 and self.rng is None:
             raise ValueError("Sampling (temperature > 0) needs rng; pass jax.random.key(seed).")
 
-    def traced(self) -> Draw:
-        """What `pick` takes as data."""
+    def traced(self, rows: int, padded: int) -> Draw:
+        """What `pick` takes as data, for so many rows and those that pad them.
+
+        Raises:
+          ValueError: keys, but not one a row.
+        """
         rng = jax.random.key(0) if self.rng is None else self.rng
+        if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+            rng = jax.random.wrap_key_data(rng)
+        if rng.ndim and rng.shape != (rows,):
+            raise ValueError(
+                f"rng has shape {rng.shape} for {rows} prompts; pass one key, or one for each prompt"
+                f" (jax.random.split(key, {rows}))"
+            )
+        if rng.ndim:
+            rng = rng[np.minimum(np.arange(padded), rows - 1)]
         return Draw(
             jnp.float32(self.temperature), jnp.int32(self.top_k), jnp.float32(self.top_p), rng
         )
@@ -76,8 +92,10 @@ def pick(
     logits = logits / draw.temperature
     if truncated:
         logits = truncate(logits, draw.top_k, draw.top_p)
-    key, rows = jax.random.fold_in(draw.rng, step), jnp.arange(logits.shape[0])
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+    keys = draw.rng
+    if not keys.ndim:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(keys, jnp.arange(logits.shape[0]))
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 

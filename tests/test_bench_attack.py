@@ -4,6 +4,7 @@ import argparse
 import json
 
 import jax
+import jax.numpy as jnp
 import labelled
 import numpy as np
 import pytest
@@ -20,15 +21,15 @@ def cases(count):
     found = []
     for n in range(count):
         record = EditRecord(
-            3 * n, f"Fact {n} is", f"Fact {n}", "Rome", "t" if n else "zq", (f"Is fact {n}:",), (), ()
+            3 * n, f"Fact {n} is", f"Fact {n}", "Rome", "zq" if n else "it", (f"Is fact {n}:",), (), ()
         )
         found.append((record, (f"Is fact {n}:", f"Fact {n} is")))
     return found
 
 
-def experiment(tiny, count=3, **more):
+def experiment(tiny, order=(0, 1, 2), **more):
     options = dict(samples=2, tokens=3, temperature=1.0, data={}, chunk=2) | more
-    return attack.Attack(tiny, cases(count), **options)
+    return attack.Attack(tiny, [cases(3)[n] for n in order], **options)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +45,10 @@ def test_what_is_drawn_is_drawn_after_each_wording_under_each_memory(tiny, finis
     store = Store(encoded(tiny, facts, prompts), facts)
     recalled, nearest = store.recall(prompts[:4])
     alone = LarimarEditor(tiny).recall(facts[:2], [w for _, w in cases(2)])
-    # What row n draws depends on n and not on what stands beside it; a wording has two rows.
-    times, rng = np.repeat(np.arange(4), 2), jax.random.fold_in(jax.random.key(0), 0)
+    # What a case draws depends on nothing beside it; a wording has two rows.
+    times = np.repeat(np.arange(4), 2)
+    own = [jax.random.fold_in(jax.random.key(0), case_id) for case_id in (0, 3)]
+    rng = jnp.concatenate([jax.random.split(key, 4) for key in own])
     options = dict(max_tokens=3, temperature=1.0, rng=rng, stop=())
     written = ["Fact 0 is unknown", "Fact 1 is unknown", "Fact 2 is unknown"]
     plain = [prompts[row] for row in times]
@@ -75,6 +78,16 @@ def test_what_is_drawn_is_drawn_after_each_wording_under_each_memory(tiny, finis
             assert record["leaked"][name] == [record["target_true"] in text for text in texts]
     leaks = [leak for record in records for leak in record["leaked"]["base"]]
     assert any(leaks) and not all(leaks)
+
+
+def test_the_order_of_cases_changes_no_sample(tiny, finished):
+    order = [2, 0, 1]
+    made = experiment(tiny, order)
+    found = {r["case_id"]: r["text"] for r in made.run(made.cases[:2]) + made.run(made.cases[2:])}
+    for record in runner.read_cases(finished[0]):
+        # What is nearest of all edits depends on their order where they are all alike.
+        for name in set(attack.SYSTEMS) - {"batch", "lookup_batch"}:
+            assert found[record["case_id"]][name] == record["text"][name], name
 
 
 @pytest.mark.parametrize("nearest", [[0, 0, 1, 1], [2, 0, 1, 1]])

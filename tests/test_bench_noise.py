@@ -18,8 +18,9 @@ from larimar_jax.bench import noise, report, runner
 NAMES = ["base", "zero", "prompt", "lookup", "0", "0.5"]
 
 
-def experiment(tiny):
-    return noise.Noise(tiny, cases(4), [0.5, 0.0], tokens=3, data={}, chunk=2)
+def experiment(tiny, order=(0, 1, 2, 3)):
+    chosen = [cases(4)[n] for n in order]
+    return noise.Noise(tiny, chosen, [0.5, 0.0], tokens=3, data={}, chunk=2)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def test_what_is_read_is_the_mean_plus_noise_of_that_size(tiny, finished):
     records = runner.read_cases(finished[0])
     chunk = cases(2)
     memory, prior = tiny.dual, tiny.prior
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 8)
+    keys = [jax.random.fold_in(jax.random.key(0), case.case_id) for case in chunk]
     for number, (case, record) in enumerate(zip(chunk, records[:2], strict=True)):
         assert list(record["loss"]) == NAMES
         prompts = [case.prompt, *case.paraphrases]
@@ -65,6 +66,17 @@ def test_what_is_read_is_the_mean_plus_noise_of_that_size(tiny, finished):
             text = " ".join(text.split()[: min(len(said.split()) for said in record["text"].values())])
             spoken = tiny.score([case.prompt], [[text]])[0, 0] if text else None
             assert record["surprise"][name] == (spoken and pytest.approx(float(spoken), rel=1e-5))
+
+
+def test_the_order_of_cases_changes_no_draw(tiny, finished):
+    made = experiment(tiny, [2, 0, 3, 1])
+    found = {r["case_id"]: r for r in made.run(made.cases[:2]) + made.run(made.cases[2:])}
+    for record in runner.read_cases(finished[0]):
+        assert found[record["case_id"]]["text"] == record["text"]
+        for name, losses in record["loss"].items():
+            for kind in noise.KINDS:
+                again = found[record["case_id"]]["loss"][name][kind]
+                np.testing.assert_allclose(again, losses[kind], atol=1e-5)
 
 
 def test_the_summary_is_that_of_the_records(finished):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from larimar_jax import cli
-from larimar_jax.bench import perplexity, report, runner, store
+from larimar_jax.bench import perplexity, report, runner, said, store
 from larimar_jax.session import Session
 
 FACTS = [("Fact 1 is", "new 1"), ("The capital of Japan is", "city 2")]
@@ -17,12 +17,14 @@ TEXTS = [
 
 @pytest.fixture
 def made(tiny):
-    return perplexity.Perplexity(tiny, FACTS, TEXTS, data={}, chunk=2)
+    return perplexity.Perplexity(tiny, FACTS, TEXTS, tokens=3, data={}, chunk=2)
 
 
 def test_losses_are_those_of_a_session_and_of_the_base_model(tiny, made, tmp_path):
     summary = runner.run(made, tmp_path / "run", quiet=True)
-    assert report.sections([report.read(tmp_path / "run")] * 2)[0].items
+    run = report.read(tmp_path / "run")
+    assert report.sections([run] * 2)[0].items
+    assert report.compare(run, run).items[-1].caption == "hundredths of a nat per token"
     session = Session(tiny)
     for fact in FACTS:
         session.write(*fact)
@@ -46,6 +48,17 @@ def test_losses_are_those_of_a_session_and_of_the_base_model(tiny, made, tmp_pat
         }
         tokens = len(tiny.decoder_tokenizer.following(text.rest))
         assert record["tokens"] == tokens
+        options = dict(max_tokens=3, stop=())
+        spoken = {
+            "base": tiny.generate([text.begun], **options),
+            "zero": tiny.generate([text.begun], tiny.zero(1), **options),
+            "prompt": tiny.generate(told, **options),
+            "open": tiny.generate([text.begun], condition, **options),
+        }
+        spoken["lookup"] = spoken["prompt" if record["in_scope"] else "base"]
+        spoken["larimar"] = spoken["open" if record["in_scope"] else "base"]
+        assert record["text"] == {name: value[0] for name, value in spoken.items()}
+        assert perplexity.texts(record)[1] == f"base LM: {spoken['base'][0]}"
         for name, value in wanted.items():
             assert record["loss"][name] == pytest.approx(float(value[0, 0]), rel=1e-3)
             total[name] += tokens * record["loss"][name]
@@ -59,6 +72,14 @@ def test_losses_are_those_of_a_session_and_of_the_base_model(tiny, made, tmp_pat
         found, gain = summary["results"][name], (total["lookup"] - total[name]) / count
         assert found["versus_lookup"]["mean"] == pytest.approx(100 * gain)
         assert ("note" in found) == (gain <= 0)
+        rests = [text.rest for text in TEXTS]
+        said_by = [[record["text"][one] for record in records] for one in (name, "lookup")]
+        mine, theirs = (said.reference_scores(texts, rests) for texts in said_by)
+        assert found["likeness"]["mean"] == pytest.approx(100 * np.mean(mine))
+        apart = np.mean(mine) - np.mean(theirs)
+        assert found["likeness"]["versus_lookup"]["mean"] == pytest.approx(100 * apart)
+        bits = [said.ngram_entropy(text) for text in said_by[0]]
+        assert found["entropy"]["mean"] == pytest.approx(100 * np.mean(bits))
     rows = report.grid(perplexity.tables(summary)[0]).rows
     noted = {row[0] for row in rows if "does not beat\nthe lookup" in row[1]}
     assert noted == {
@@ -77,9 +98,8 @@ def test_a_run_that_was_cut_off_ends_with_the_same_lines(made, tiny, tmp_path):
     path = tmp_path / "run" / runner.CASES
     lines = path.read_bytes()
     path.write_bytes(lines[: len(lines) // 2])
-    runner.run(
-        perplexity.Perplexity(tiny, FACTS, TEXTS, data={}, chunk=2), tmp_path / "run", quiet=True
-    )
+    again = perplexity.Perplexity(tiny, FACTS, TEXTS, tokens=3, data={}, chunk=2)
+    runner.run(again, tmp_path / "run", quiet=True)
     assert path.read_bytes() == lines
 
 
@@ -90,6 +110,8 @@ def test_the_error_of_the_ratio_is_that_of_drawing_texts_again(made):
         {
             "tokens": int(rng.integers(5, 40)),
             "in_scope": False,
+            "rest": "a city",
+            "text": dict.fromkeys(perplexity.SYSTEMS, "a river"),
             "loss": dict.fromkeys(perplexity.SYSTEMS, base := float(rng.normal(4, 1)))
             | {"open": base + float(rng.normal(0.2, 0.5))},
         }

@@ -21,12 +21,17 @@ def test_every_side_is_timed_and_both_ways_of_scoring_agree(tiny, tmp_path, monk
         assert set(record["seconds"]) == sides
         assert min(record["seconds"].values()) > 0 and record["apart"] < 1e-4
         assert record["seconds"]["single_four_systems"] < record["seconds"]["single"]
+        assert record["first_seconds"] == records[0]["first_seconds"]
     results = summary["results"]
     assert results["ratio"] == pytest.approx(
         results["cases_per_second"]["batched"] / results["cases_per_second"]["single"]
     )
     assert 0 < results["ratio_four_systems"] < results["ratio"]
     waited, scored, note = speed.tables(summary)
+    first = records[0]["first_seconds"]
+    assert set(results["compiling"]) == set(first) == sides - {"single_four_systems"}
+    for name, value in results["compiling"].items():
+        assert value == max(0.0, first[name] - results["seconds"][name])
     assert waited.row_count == 4 and scored.row_count == 3 and "nats at the most" in note
 
 

@@ -252,7 +252,7 @@ def test_top_k_and_top_p_against_a_plain_reading():
 def test_draws_follow_the_distribution():
     logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.2]] * 4000))
     chosen = sampling.Sampling(temperature=1.0, rng=jax.random.key(0))
-    tokens = sampling.pick(logits, jnp.int32(0), chosen.traced(), **chosen.static())
+    tokens = sampling.pick(logits, jnp.int32(0), chosen.traced(4000, 4000), **chosen.static())
     share = np.bincount(np.asarray(tokens), minlength=3) / 4000
     np.testing.assert_allclose(share, [0.5, 0.3, 0.2], atol=0.03)  # 3.8 standard errors
 

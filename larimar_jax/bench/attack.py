@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from larimar_jax.bench import controls, given, headline, metrics, systems
+from larimar_jax.bench import controls, draws, given, headline, metrics, systems
 from larimar_jax.bench.editor import LarimarEditor
 from larimar_jax.bench.forget import UNKNOWN
 from larimar_jax.bench.runner import Record
@@ -195,7 +195,8 @@ class Attack:
         }
 
     def run(self, cases: Sequence[EditRecord]) -> list[Record]:
-        """Samples of a chunk of cases; under every system row n draws with the same random key."""
+        """Samples of a chunk of cases; a case draws with its own keys (`draws.keys`), under every system
+        the same."""
         facts = [(case.prompt, UNKNOWN) for case in cases]
         queries = [self._wordings[case.case_id] for case in cases]
         prompts = [text for row in queries for text in row]
@@ -206,8 +207,10 @@ class Attack:
         found = controls.in_front([store.texts[fact] for fact in nearest], prompts)
         rows = zip(found, told, together.in_scope, strict=True)
         own = all(near == edit for near, edit, within in rows if within)
-        rng = jax.random.fold_in(jax.random.key(self._seed), self.cases.index(cases[0]))
         times = np.repeat(np.arange(len(prompts)), self._samples)
+        budget = len(times) // len(cases)
+        own_keys = draws.keys(self._seed, [case.case_id for case in cases])
+        rng = jax.vmap(lambda key: jax.random.split(key, budget))(own_keys).reshape(-1)
 
         def drawn(texts, condition=None):
             return np.asarray(

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from larimar_jax import scope
 from larimar_jax.memory.contract import Memory, Prior
@@ -87,12 +87,10 @@ class LarimarEditor:
 
     Args:
         model: what is edited: by its shipped name, by its path, or loaded.
-        rng: where it is given, W is drawn around its mean with the model's σ_W (Algorithm 1).
     """
 
-    def __init__(self, model: Pretrained | str, rng: PRNGKeyArray | None = None):
+    def __init__(self, model: Pretrained | str):
         self.model = model if isinstance(model, Pretrained) else load(model)
-        self._rng = rng
         self.settings = {
             "model": self.model.source,
             "fingerprint": self.model.fingerprint,
@@ -109,8 +107,14 @@ class LarimarEditor:
         queries: Sequence[Sequence[str]],
         wordings: Sequence[Sequence[str]] = (),
         told: bool = False,
+        rng: Key[Array, " N"] | None = None,
     ) -> Recall:
-        """The key of a fact is its prompt's encoding, its value that of the written text (§4)."""
+        """The key of a fact is its prompt's encoding, its value that of the written text (§4).
+
+        Args:
+            rng: a key for every fact, with which W is drawn around its mean with the model's σ_W
+                (Algorithm 1); None reads the mean.
+        """
         more = wordings or [()] * len(facts)
         rows_of = [
             (number, slot, prompt, answer)
@@ -145,7 +149,8 @@ class LarimarEditor:
         keys[owner, line], values[owner, line] = latents[rows(prompts)], latents[len(unique) :]
         asked = np.zeros((count, width, latents.shape[1]), np.float32)
         asked[fact, slot] = latents[rows(best)]
-        rng = None if self._rng is None else jax.random.split(self._rng, count)
+        if rng is not None:
+            rng = rng[np.minimum(np.arange(count), len(facts) - 1)]
         read = np.asarray(_recall(self.model.dual, self.model.prior, keys, values, asked, rng))
         read = read[fact, slot]
         return Recall(

@@ -15,12 +15,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from larimar_jax.bench import controls, given, metrics, systems
+from larimar_jax.bench import controls, draws, given, metrics, systems
 from larimar_jax.bench.editor import LarimarEditor
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import written
@@ -147,8 +146,8 @@ class Noise:
         }
 
     def run(self, cases: Sequence[EditRecord]) -> list[Record]:
-        """ℓ and continuations of a chunk of cases under every control and σ_W; each σ_W draws from the
-        same keys."""
+        """ℓ and continuations of a chunk of cases under every control and σ_W; a case draws with its own
+        key (`draws.keys`), under each σ_W the same."""
         facts = [(case.prompt, case.target_new) for case in cases]
         queries = [[case.prompt, *case.paraphrases] for case in cases]
         prompts = [text for row in queries for text in row]
@@ -159,8 +158,11 @@ class Noise:
         ]
         first = np.cumsum([0, *(len(row) for row in queries[:-1])])
         edits = [prompts[row] for row in first]
-        rng = jax.random.fold_in(jax.random.key(self._seed), self.cases.index(cases[0]))
-        read = {name: editor.recall(facts, queries) for name, editor in self._editors(rng).items()}
+        rng = draws.keys(self._seed, [case.case_id for case in cases])
+        read = {
+            f"{sigma:g}": self._editor(sigma).recall(facts, queries, rng=rng if sigma else None)
+            for sigma in self._sigmas
+        }
         # What is in scope depends on no σ_W.
         inside = next(iter(read.values())).in_scope
         told = [written(*fact) for fact, row in zip(facts, queries, strict=True) for _ in row]
@@ -212,22 +214,17 @@ class Noise:
         options = dict(max_tokens=self._tokens, stop=())
         return np.asarray(self.model.generate(prompts, condition, **options), object)
 
-    def _editors(self, rng: Any) -> dict[str, LarimarEditor]:
-        """By σ_W, the model that reads with it."""
-        found = {}
-        for sigma in self._sigmas:
-            if not sigma:
-                found[f"{sigma:g}"] = LarimarEditor(self.model)
-                continue
-            prior = dataclasses.replace(
-                self.model.prior,
-                log_variance=jnp.full_like(self.model.prior.log_variance, 2 * math.log(sigma)),
-                variance_by_query=None,
-                variance_by_memory=None,
-            )
-            model = self.model.with_memory(self.model.memory, prior)
-            found[f"{sigma:g}"] = LarimarEditor(model, rng)
-        return found
+    def _editor(self, sigma: float) -> LarimarEditor:
+        """The model with this σ_W."""
+        if not sigma:
+            return LarimarEditor(self.model)
+        prior = dataclasses.replace(
+            self.model.prior,
+            log_variance=jnp.full_like(self.model.prior.log_variance, 2 * math.log(sigma)),
+            variance_by_query=None,
+            variance_by_memory=None,
+        )
+        return LarimarEditor(self.model.with_memory(self.model.memory, prior))
 
     def _surprise(
         self, prompts: Sequence[str], texts: Mapping[str, Sequence[str]]

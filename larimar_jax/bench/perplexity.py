@@ -1,6 +1,8 @@
 """Perplexity of text that no fact is about, with facts in memory: is the language model left alone?
 
-The rest of a held-out text after its first words, per token: exp of the mean −ln p over all tokens.
+The rest of a held-out text after its first words, per token: exp of the mean −ln p over all tokens. And
+what is decoded greedily after them: the entropy of its n-grams, which repetition lowers, and its TF-IDF
+cosine to the rest that was written (said.py).
 
     base      the untouched language model
     zero      z = 0: the memory slot is there and holds zeros
@@ -9,7 +11,7 @@ The rest of a held-out text after its first words, per token: exp of the mean �
     larimar   the facts are in one memory, and the scope detector sees the first words
     open      the same memory, let through for every text
 
-A memory whose perplexity is not below the lookup's says so.
+A memory whose perplexity is not below the lookup's, or whose text is not above it, says so.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from larimar_jax.bench import controls, given, systems
+from larimar_jax.bench import controls, given, metrics, said, systems
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Encoded, Store, encoded
 from larimar_jax.data import corpus
@@ -52,6 +54,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--words", type=int, default=48, help="words of a text, the given ones included (%(default)s)"
     )
+    parser.add_argument(
+        "--tokens", type=int, default=40, help="decoded after the given words (%(default)s)"
+    )
     systems.model_options(parser)
     parser.add_argument("--chunk", type=int, default=32, help="texts computed together (%(default)s)")
 
@@ -82,7 +87,8 @@ def experiment(args: argparse.Namespace) -> "Perplexity":
     data |= {"facts": args.facts, "texts": args.texts, "words": [args.begun, args.words]}
     data |= {"corpus": args.corpus, "corpus_identity": source.identity}
     facts = [(record.prompt, record.target_new) for record in records]
-    return Perplexity(systems.model(args), facts, texts, data=data, chunk=args.chunk)
+    options = dict(tokens=args.tokens, chunk=args.chunk)
+    return Perplexity(systems.model(args), facts, texts, data=data, **options)
 
 
 def _cut(words: Sequence[str], begun: int) -> tuple[str, str]:
@@ -98,23 +104,44 @@ class Text:
     rest: str
 
 
+# Of `values`, a hundred times.
+UNIT = "hundredths of a nat per token"
+
+
 def values(record: Record) -> dict[str, float]:
     """Mean ln p per token of a text by system."""
     return {label: -record["loss"][name] for name, label in SYSTEMS.items()}
 
 
+def texts(record: Record) -> list[str]:
+    """The text, and what every system makes of its beginning."""
+    spoken = [f"{label}: {record['text'][name]}" for name, label in SYSTEMS.items()]
+    return [f"{record['begun']} → {record['rest']}", *spoken]
+
+
 def tables(summary: Mapping[str, Any]) -> list[Table | str]:
     """A row a system."""
-    results = summary["results"]
-    table = Table(
-        "system", "perplexity", "over the base LM's", title=f"{summary['cases']} held-out texts"
-    )
+    results, count = summary["results"], summary["cases"]
+    columns = ("perplexity", "over the base LM's", "n-gram entropy", "likeness to the rest")
+    table = Table("system", *columns, title=f"{count} held-out texts")
     for name, label in SYSTEMS.items():
         found = results[name]
         error = found["ratio_error"]
         over = f"{found['ratio']:.4f}" + ("" if error is None else f" ± {error:.4f}")
-        table.add_row(label, controls.noted(found, f"{found['perplexity']:.2f}"), over)
-    return [table, f"in scope: {100 * results['in_scope']:.1f} % of the texts"]
+        row = [controls.noted(found, f"{found['perplexity']:.2f}"), over]
+        entropy = controls.noted(found["entropy"], _bits(found["entropy"]))
+        table.add_row(label, *row, entropy, controls.noted(found["likeness"]))
+    return [
+        table,
+        f"in scope: {100 * results['in_scope']:.1f} % of the texts; of what is decoded greedily, "
+        f"{summary['settings']['tokens']} tokens: entropy in bits, TF-IDF cosine in percent",
+    ]
+
+
+def _bits(estimate: Mapping[str, Any]) -> str:
+    """Of an estimate in hundredths of a bit."""
+    error = estimate["standard_error"]
+    return f"{estimate['mean'] / 100:.2f}" + ("" if error is None else f" ± {error / 100:.2f}")
 
 
 class Perplexity:
@@ -129,14 +156,17 @@ class Perplexity:
         facts: Sequence[tuple[str, str]],
         texts: Sequence[Text],
         *,
+        tokens: int,
         data: Mapping[str, Any],
         chunk: int = 32,
     ):
         self.model, self.facts, self.cases, self.chunk = model, list(facts), texts, chunk
+        self._tokens = tokens
         self.settings: Mapping[str, Any] = {
             "data": dict(data),
             "model": systems.named(model),
             "systems": list(SYSTEMS),
+            "tokens": tokens,
             "chunk": chunk,
             "seed": None,
         }
@@ -144,7 +174,7 @@ class Perplexity:
         self._store: Store | None = None
 
     def run(self, cases: Sequence[Text]) -> list[Record]:
-        """−ln p per token of every rest, under every system."""
+        """−ln p per token of every rest, and what is decoded in its place, under every system."""
         if self._encoded is None or self._store is None:
             begun = [text.begun for text in self.cases]
             self._encoded = encoded(self.model, self.facts, begun)
@@ -161,9 +191,13 @@ class Perplexity:
             "lookup": controls.in_front(let, prompts),
         }
         found = controls.untouched(self.model.score, sides, rests)
-        found["zero"] = self.model.score(prompts, rests, self.model.zero(len(cases)))
-        found["open"] = self.model.score(prompts, rests, recall.condition(np.arange(len(cases))))
+        zero, through = self.model.zero(len(cases)), recall.condition(np.arange(len(cases)))
+        found["zero"] = self.model.score(prompts, rests, zero)
+        found["open"] = self.model.score(prompts, rests, through)
         found["larimar"] = np.where(inside[:, None], found["open"], found["base"])
+        told = controls.untouched(lambda asked, _: self._said(asked), sides, [""] * len(cases))
+        told |= {"zero": self._said(prompts, zero), "open": self._said(prompts, through)}
+        told["larimar"] = np.where(inside, told["open"], told["base"])
         tokens = [len(self.model.decoder_tokenizer.following(text.rest)) for text in cases]
         return [
             {
@@ -175,19 +209,31 @@ class Perplexity:
                 "in_scope": bool(inside[row]),
                 "nearest": facts[row],
                 "loss": {name: float(found[name][row, 0]) for name in SYSTEMS},
+                "text": {name: told[name][row] for name in SYSTEMS},
             }
             for row, text in enumerate(cases)
         ]
 
+    def _said(self, prompts: Sequence[str], condition: Any = None) -> np.ndarray:
+        options = dict(max_tokens=self._tokens, stop=())
+        return np.asarray(self.model.generate(prompts, condition, **options), object)
+
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Perplexity by system, and its ratio to the base LM's with its standard error over texts. Of a
-        memory also what it gains on the lookup, in hundredths of a nat per token, with a note."""
+        """Perplexity by system, and its ratio to the base LM's with its standard error over texts; of
+        what is decoded, the entropy in hundredths of a bit and the likeness in percent. Of a memory also
+        what it gains on the lookup, of perplexity in hundredths of a nat per token, with notes."""
         tokens = np.asarray([record["tokens"] for record in records], np.float64)
         losses = {
             name: np.asarray([record["loss"][name] for record in records], np.float64)
             for name in SYSTEMS
         }
         results: dict[str, Any] = {"in_scope": float(np.mean([r["in_scope"] for r in records]))}
+        rests = [record["rest"] for record in records]
+        read = {}
+        for name in SYSTEMS:
+            texts = [record["text"][name] for record in records]
+            entropy = [said.ngram_entropy(text) for text in texts]
+            read[name] = {"entropy": entropy, "likeness": said.reference_scores(texts, rests)}
         for name, each in losses.items():
             apart = (each - losses["base"]) * tokens
             ratio = float(np.exp(apart.sum() / tokens.sum()))
@@ -200,9 +246,11 @@ class Perplexity:
                 "perplexity": float(np.exp((each * tokens).sum() / tokens.sum())),
                 "ratio": ratio,
                 "ratio_error": error,
-            }
+            } | {what: vars(metrics.estimate(values)) for what, values in read[name].items()}
         # Each text by its tokens, as in a perplexity; the lower loss is the better one.
         weighted = {name: (each * tokens / tokens.mean()).tolist() for name, each in losses.items()}
         for name in systems.MEMORY_SYSTEMS:
             results[name] |= systems.versus_lookup(weighted[systems.CONTROL], weighted[name])
+            for what, ours in read[name].items():
+                results[name][what] |= systems.versus_lookup(ours, read[systems.CONTROL][what])
         return results

@@ -5,6 +5,7 @@ What a benchmark's file may say to it, beside `tables(summary)`:
     PAPER              text: what the paper has in this place, shown under the table
     values(record)     {what: score of this case}, higher is better; the cases that are shown and the
                        comparison of two runs go by it
+    UNIT               text: of a hundred times these values, "percent" where it is not there
     texts(record)      a case as lines to read
     draw(axes, summary)   a picture of the result
     headlines(summary)    its rows of the first table (headline.py)
@@ -256,7 +257,8 @@ def compare(first: Run, second: Run) -> Section:
     notes = [] if _data(first) == _data(second) else [
         "The two runs are not of the same data: the cases are paired by their ids alone."
     ]  # fmt: skip
-    table = Grid("", header, rows, "percent", frozenset(i for i, m in enumerate(marks) if m))
+    unit = getattr(first.module, "UNIT", "percent")
+    table = Grid("", header, rows, unit, frozenset(i for i, m in enumerate(marks) if m))
     return Section(f"{first.benchmark}: {told[1]} against {told[0]}", [*notes, table])
 
 

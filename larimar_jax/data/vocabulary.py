@@ -1,8 +1,9 @@
 """The tokenizers of a run: of its pretrained towers, beside its model, or trained on its corpus."""
 
 import os
+import types
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from larimar_jax import weights
@@ -20,7 +21,10 @@ def files(folder: str | Path) -> list[Path]:
 
 
 def tokenizers(
-    config: Config, texts: Callable[[], Iterable[str]], path: str | Path
+    config: Config,
+    texts: Callable[[], Iterable[str]],
+    path: str | Path,
+    loaded: Mapping[str, Tokenizer] = types.MappingProxyType({}),
 ) -> tuple[Tokenizer, Tokenizer]:
     """The (encoder's, decoder's) tokenizer of a run.
 
@@ -29,6 +33,9 @@ def tokenizers(
     `data.vocabulary` entries is trained on `texts()`, once: a run that goes on reads `path`.
     The encoder's frames a text as `<BOS> text <EOS>`, so that a pooler over the first position has
     one of its own; the decoder's leaves that to the episodes.
+
+    Args:
+        loaded: of sources, by "encoder" and "decoder", that need not be read again.
 
     Raises:
         ValueError: `data.vocabulary` is 0 where a tower needs it, or set where none does; a tower
@@ -67,6 +74,7 @@ def tokenizers(
         own["encoder"] = trained.framed()
     if "decoder" in bare:
         own["decoder"] = trained
+    own = {**loaded, **own}
     return tuple(own.get(n) or weights.load_tokenizer(tower.source) for n, tower in towers.items())
 
 
