@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -114,7 +115,9 @@ def outcome(run: Callable[[], Any]) -> int:
         lost = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "Gloo", "NCCL", "Connection")
         if jax.process_count() == 1:
             raise
-        of_jax = isinstance(error, jax.errors.JaxRuntimeError)
+        # Where a program is called the quick way, a runtime's status comes as a ValueError.
+        quick = isinstance(error, ValueError) and re.match(r"[A-Z_]+: ", str(error))
+        of_jax = isinstance(error, jax.errors.JaxRuntimeError) or quick
         if not (of_jax and any(word in str(error) for word in lost)):
             distributed.leave(1)
             raise

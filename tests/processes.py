@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # What each process runs: `larimar train` in all but argv, with a death in the middle where told.
 _SCRIPT = """
-import json, os, signal, sys, time
+import json, os, signal, sys
 values, run, place, death, dying = map(json.loads, sys.argv[1:])
 from larimar_jax import config, runs
 from larimar_jax.train import distributed, loop, step
@@ -28,10 +28,6 @@ if death:
             nonlocal count
             count += 1
             if count == death["step"]:
-                if death["signal"] == "hang":  # Its heartbeat goes on.
-                    time.sleep(1000)
-                if death["signal"] == "fail":
-                    raise OSError("no space left on device")
                 os.kill(os.getpid(), getattr(signal, death["signal"]))
             return inner(*arguments)
         self.step = stepped
@@ -48,10 +44,7 @@ def free_port() -> int:
 
 
 def start(values, run, *, count=1, devices=8, deaths=None):
-    """Starts `count` processes with `devices` in all; `deaths` is {index: {step, signal}}.
-
-    For a signal, "hang" sleeps and "fail" raises.
-    """
+    """Starts `count` processes with `devices` in all; `deaths` is {index: {step, signal}}."""
     coordinator = f"127.0.0.1:{free_port()}"
     environment = os.environ | {
         # The last of two settings counts.

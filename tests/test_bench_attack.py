@@ -179,7 +179,7 @@ def test_a_run_resumes_line_for_line_and_people_see_it(tiny, finished, tmp_path)
             console.print(shown)
     assert "2 wordings x 2 samples" in captured.get() and "all edits at once" in captured.get()
     record = runner.read_cases(folder)[1]
-    assert attack.texts(record)[0] == "Fact 1 is → t, edited to “unknown”"
+    assert attack.texts(record)[0] == "Fact 1 is → zq, edited to “unknown”"
     assert len(attack.texts(record)) == 3
     assert len(labelled.check(attack, summary)) == len(attack.SYSTEMS)
     assert attack.values(record) == {
