@@ -29,6 +29,14 @@ def get_config() -> ConfigDict:
                 counterfact_released=dict(
                     bench="counterfact", data="counterfact", options=dict(limit=100, mode="released")
                 ),
+                # Table 2 through the paper's interface alone: no features, nothing spelled
+                counterfact_interface=dict(
+                    bench="counterfact",
+                    data="counterfact",
+                    options=dict(
+                        limit=100, set=["editing.features=null", "editing.spelling=null"]
+                    ),
+                ),
                 # What is decoded after an edit
                 says=dict(bench="says", data="counterfact", options=dict(limit=100)),
                 # Tables 12 and 13, and as the authors' code measures them
