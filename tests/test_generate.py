@@ -257,6 +257,19 @@ def test_draws_follow_the_distribution():
     np.testing.assert_allclose(share, [0.5, 0.3, 0.2], atol=0.03)  # 3.8 standard errors
 
 
+def test_a_prompt_with_a_key_of_its_own_draws_the_same_in_any_company(tiny):
+    keys = jax.random.split(jax.random.key(1), len(PROMPTS))
+    options = dict(temperature=1.0, max_tokens=4, stop=())
+    said = tiny.generate(PROMPTS, rng=keys, **options)
+    turned = tiny.generate(PROMPTS[::-1], rng=keys[::-1], **options)
+    assert turned[::-1] == said
+    raw = jax.random.key_data(keys)
+    assert tiny.generate(PROMPTS, rng=raw, **options) == said
+    assert tiny.generate(PROMPTS, rng=keys[::-1], **options) != said
+    with pytest.raises(ValueError, match="one key, or one for each prompt"):
+        tiny.generate(PROMPTS, rng=keys[:-1], **options)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
