@@ -17,6 +17,8 @@ from typing import Any
 from larimar_jax import options
 
 PACKAGE = Path(__file__).resolve().parent
+# What a runtime's message begins with where a peer may be lost.
+_STATUS = "UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|INTERNAL|UNKNOWN"
 # A device's peak and its link, of an A100: dense bfloat16 and NVLink 3, one direction (data sheet).
 A100_FLOPS, A100_LINK = 312e12, 300e9
 
@@ -116,7 +118,7 @@ def outcome(run: Callable[[], Any]) -> int:
         if jax.process_count() == 1:
             raise
         # Where a program is called the quick way, a runtime's status comes as a ValueError.
-        quick = isinstance(error, ValueError) and re.match(r"[A-Z_]+: ", str(error))
+        quick = isinstance(error, ValueError) and re.match(rf"({_STATUS}): ", str(error))
         of_jax = isinstance(error, jax.errors.JaxRuntimeError) or quick
         if not (of_jax and any(word in str(error) for word in lost)):
             distributed.leave(1)

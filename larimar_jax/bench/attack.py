@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
@@ -208,9 +209,11 @@ class Attack:
         rows = zip(found, told, together.in_scope, strict=True)
         own = all(near == edit for near, edit, within in rows if within)
         times = np.repeat(np.arange(len(prompts)), self._samples)
-        budget = len(times) // len(cases)
         own_keys = draws.keys(self._seed, [case.case_id for case in cases])
-        rng = jax.vmap(lambda key: jax.random.split(key, budget))(own_keys).reshape(-1)
+        rng = jnp.concatenate([
+            jax.random.split(key, len(row) * self._samples)
+            for key, row in zip(own_keys, queries, strict=True)
+        ])
 
         def drawn(texts, condition=None):
             return np.asarray(

@@ -149,7 +149,9 @@ class LarimarEditor:
         keys[owner, line], values[owner, line] = latents[rows(prompts)], latents[len(unique) :]
         asked = np.zeros((count, width, latents.shape[1]), np.float32)
         asked[fact, slot] = latents[rows(best)]
-        if rng is not None:
+        if rng is not None and rng.shape != (len(facts),):
+            raise ValueError(f"rng has shape {rng.shape} for {len(facts)} facts; give a key for each")
+        if rng is not None and facts:
             rng = rng[np.minimum(np.arange(count), len(facts) - 1)]
         read = np.asarray(_recall(self.model.dual, self.model.prior, keys, values, asked, rng))
         read = read[fact, slot]
