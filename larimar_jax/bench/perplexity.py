@@ -134,8 +134,8 @@ def tables(summary: Mapping[str, Any]) -> list[Table | str]:
     return [
         table,
         f"in scope: {100 * results['in_scope']:.1f} % of the texts; of what is decoded greedily, "
-        f"at most {summary['settings']['tokens']} tokens: entropy in bits, TF-IDF cosine in percent. Both "
-        "depend on how long a text is: one of fewer than three words has next to no n-grams.",
+        f"at most {summary['settings']['tokens']} tokens: entropy in bits, TF-IDF cosine in percent. "
+        "Both depend on how long a text is: one of fewer than three words has next to no n-grams.",
     ]
 
 
