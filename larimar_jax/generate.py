@@ -63,7 +63,7 @@ def generate(
 
     Raises:
       PromptTooLong: where a prompt plus `max_tokens` exceeds the decoder's positions.
-      ValueError: drawing without a key, or a setting out of its range.
+      ValueError: drawing without a key, keys but not one a prompt, or a setting out of its range.
     """
     draw = Sampling(temperature, top_k, top_p, rng)
     reader = _Reader(tokenizer, stop)

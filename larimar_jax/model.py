@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -171,13 +171,13 @@ def build(config: Config, key: jax.Array, where: weights.Where | None = None) ->
     """
     rngs, loaded = nnx.Rngs(params=key), load_towers(config, where)
     dtype, remat = jnp.dtype(config.model.dtype), config.model.remat
-    made = (
-        loaded[name][0]
+    made = {
+        name: loaded[name][0]
         if name in loaded
         else kind.family(tower.family).MODEL(tower.sizes, dtype=dtype, remat=remat, rngs=rngs)
         for name, (tower, kind, _) in _towers(config).items()
-    )
-    return _assemble(config, *made, rngs=rngs)
+    }
+    return _assemble(config, **made, rngs=rngs)
 
 
 def load_towers(
@@ -203,11 +203,11 @@ def load_towers(
     return found
 
 
-def _inside(where: weights.Where, tower: str, path: str, shape: tuple[int, ...]):
+def _inside(where: weights.Where, tower: str, path: str, shape: tuple[int, ...]) -> Any:
     return where(f"{tower}/{path}", shape)
 
 
-def _towers(config: Config):
+def _towers(config: Config) -> dict[str, tuple[Any, types.ModuleType, Callable[..., Any]]]:
     """Of each tower what the config says, its kind, and what loads it."""
     return {
         "encoder": (config.model.encoder, encoders, weights.load_encoder),
@@ -283,28 +283,3 @@ def parameters(model: nnx.Module) -> Mapping[str, Array]:
     return {
         "/".join(str(part) for part in path): leaf[...] for path, leaf in nnx.to_flat_state(state)
     }
-
-
-def assign(model: nnx.Module, arrays: Mapping[str, Any], *, origin: str) -> None:
-    """Puts arrays into the parameters of the same '/'-joined path, in place; others stay.
-
-    Raises:
-      ValueError: naming at once every array that fits no parameter, before any is assigned.
-    """
-    found = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
-    named = {"/".join(map(str, path)): path for path in found}
-    problems = [f"{name}: the model has no such parameter" for name in arrays if name not in named]
-    problems += [
-        f"{name}: {array.shape} given, {found[named[name]][...].shape} in the model"
-        for name, array in arrays.items()
-        if name in named and array.shape != found[named[name]][...].shape
-    ]
-    if problems:
-        raise ValueError(f"{origin} does not fit the model:\n  " + "\n  ".join(problems))
-    nnx.update(
-        model,
-        nnx.from_flat_state(
-            (named[name], found[named[name]].replace(jnp.asarray(array)))
-            for name, array in arrays.items()
-        ),
-    )

@@ -118,8 +118,8 @@ def outcome(run: Callable[[], Any]) -> int:
         if jax.process_count() == 1:
             raise
         # Where a program is called the quick way, a runtime's status comes as a ValueError.
-        quick = isinstance(error, ValueError) and re.match(rf"({_STATUS}): ", str(error))
-        of_jax = isinstance(error, jax.errors.JaxRuntimeError) or quick
+        status = re.match(rf"({_STATUS}): ", str(error)) is not None
+        of_jax = isinstance(error, jax.errors.JaxRuntimeError) or type(error) is ValueError and status
         if not (of_jax and any(word in str(error) for word in lost)):
             distributed.leave(1)
             raise

@@ -62,13 +62,8 @@ class Sampling:
         rng = jax.random.key(0) if self.rng is None else self.rng
         if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
             rng = jax.random.wrap_key_data(rng)
-        if rng.ndim and rng.shape != (rows,):
-            raise ValueError(
-                f"rng has shape {rng.shape} for {rows} prompts; pass one key, or one for each prompt"
-                f" (jax.random.split(key, {rows}))"
-            )
         if rng.ndim:
-            rng = rng[np.minimum(np.arange(padded), rows - 1)]
+            rng = one_each(rng, rows, padded)
         return Draw(
             jnp.float32(self.temperature), jnp.int32(self.top_k), jnp.float32(self.top_p), rng
         )
@@ -76,6 +71,20 @@ class Sampling:
     def static(self) -> dict[str, bool]:
         """What `pick` is compiled for: greedy decoding sorts and draws nothing."""
         return dict(sampled=self.temperature > 0, truncated=self.top_k > 0 or self.top_p < 1)
+
+
+def one_each(keys: Key[Array, "*n"], rows: int, padded: int) -> Key[Array, " padded"]:
+    """A key a row, with more for the rows that pad them.
+
+    Raises:
+      ValueError: not one a row.
+    """
+    if keys.shape != (rows,):
+        raise ValueError(
+            f"rng has shape {keys.shape} for {rows} rows; pass a key for each of them"
+            f" (jax.random.split(key, {rows}))"
+        )
+    return keys[np.arange(padded) % rows] if rows else jax.random.split(jax.random.key(0), padded)
 
 
 def pick(

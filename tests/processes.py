@@ -28,6 +28,8 @@ if death:
             nonlocal count
             count += 1
             if count == death["step"]:
+                if death["signal"] == "fail":
+                    raise OSError("no space left on device")
                 os.kill(os.getpid(), getattr(signal, death["signal"]))
             return inner(*arguments)
         self.step = stepped
@@ -44,7 +46,10 @@ def free_port() -> int:
 
 
 def start(values, run, *, count=1, devices=8, deaths=None):
-    """Starts `count` processes with `devices` in all; `deaths` is {index: {step, signal}}."""
+    """Starts `count` processes with `devices` in all; `deaths` is {index: {step, signal}}.
+
+    For a signal, "fail" raises.
+    """
     coordinator = f"127.0.0.1:{free_port()}"
     environment = os.environ | {
         # The last of two settings counts.

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from larimar_jax import cli
-from larimar_jax.bench import perplexity, report, runner, said, store
+from larimar_jax.bench import fluency, perplexity, report, runner, store
 from larimar_jax.session import Session
 
 FACTS = [("Fact 1 is", "new 1"), ("The capital of Japan is", "city 2")]
@@ -72,19 +72,38 @@ def test_losses_are_those_of_a_session_and_of_the_base_model(tiny, made, tmp_pat
         found, gain = summary["results"][name], (total["lookup"] - total[name]) / count
         assert found["versus_lookup"]["mean"] == pytest.approx(100 * gain)
         assert ("note" in found) == (gain <= 0)
-        rests = [text.rest for text in TEXTS]
-        said_by = [[record["text"][one] for record in records] for one in (name, "lookup")]
-        mine, theirs = (said.reference_scores(texts, rests) for texts in said_by)
-        assert found["likeness"]["mean"] == pytest.approx(100 * np.mean(mine))
-        apart = np.mean(mine) - np.mean(theirs)
-        assert found["likeness"]["versus_lookup"]["mean"] == pytest.approx(100 * apart)
-        bits = [said.ngram_entropy(text) for text in said_by[0]]
-        assert found["entropy"]["mean"] == pytest.approx(100 * np.mean(bits))
+        rests = [fluency.words(text.rest) for text in TEXTS]
+        mine = [fluency.words(record["text"][name]) for record in records]
+        assert found["words"] == pytest.approx(np.mean([len(one) for one in mine]))
+        likeness = fluency.reference_scores(mine, rests)
+        assert found["likeness"]["mean"] == pytest.approx(100 * np.mean(likeness))
     rows = report.grid(perplexity.tables(summary)[0]).rows
     noted = {row[0] for row in rows if "does not beat\nthe lookup" in row[1]}
     assert noted == {
         perplexity.SYSTEMS[name] for name in perplexity.SYSTEMS if "note" in summary["results"][name]
     }
+
+
+def test_texts_are_compared_with_the_lookup_s_at_one_length(made):
+    """A memory that says three words of a lookup's twelve loses nothing by having stopped; one word has
+    no entropy."""
+    long = "a port by the sea a port by the sea a port"
+    losses = dict.fromkeys(perplexity.SYSTEMS, 1.0)
+    record = {"tokens": 4, "in_scope": False, "rest": "by the river", "loss": losses}
+    texts = dict.fromkeys(perplexity.SYSTEMS, long)
+    found = made.summarise([
+        record | {"text": texts | {"open": "by the hill", "larimar": "rome"}},
+        record | {"text": texts | {"open": "a port by", "larimar": "rome"}},
+    ])
+    told = {name: found[name]["entropy"] for name in ("base", "open", "larimar")}
+    three = 100 * fluency.ngram_entropy("abc")
+    assert told["open"]["mean"] == pytest.approx(three) and told["base"]["mean"] > 2 * three
+    assert told["open"]["versus_lookup"]["mean"] == 0.0
+    assert told["larimar"]["mean"] is None and "versus_lookup" not in told["larimar"]
+    assert found["larimar"]["words"] == 1.0 and found["base"]["words"] == 12.0
+    summary = {"cases": 2, "results": found, "settings": {"tokens": 9}}
+    rows = report.grid(perplexity.tables(summary)[0]).rows
+    assert [row[4] for row in rows if row[0] == perplexity.SYSTEMS["larimar"]] == ["–"]
 
 
 def test_a_text_out_of_scope_is_the_base_models_to_the_last_bit(made, tmp_path):

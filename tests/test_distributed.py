@@ -7,38 +7,32 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import processes
 import pytest
 import world
 
 from larimar_jax import config as configs
+from larimar_jax import runs
 from larimar_jax.train import distributed, export, metrics
 
-STEPS = 12
-# Of both processes together: what they exchange at each step takes a thread for each.
-DEVICES = 4
+STEPS = 20
 
 
 @pytest.fixture(scope="module")
 def values(tmp_path_factory):
     corpus = world.write(tmp_path_factory.mktemp("corpus") / "world.jsonl")
     made = world.config(
-        corpus, mesh=[2, 2, 1], steps=STEPS, checkpoint_every=4, evaluate_every=STEPS, edits=4
+        corpus, mesh=[2, 4, 1], steps=STEPS, checkpoint_every=4, evaluate_every=20, edits=4
     )
     return configs.to_dict(made)
 
 
 @pytest.fixture
 def brief(values):
-    """The same without evaluations and with one term, where a run is not to be compared with others."""
-    objective = values["objective"] | {"autoencoding": 0.0, "language": 0.0, "kl": 0.0}
-    train = values["train"] | {"evaluate_every": 100, "edits": 0}
-    return values | {"objective": objective, "train": train}
-
-
-def start(values, run, **more):
-    return processes.start(values, run, devices=DEVICES, **more)
+    """The same without evaluations, where a run is not to be compared with others."""
+    return values | {"train": values["train"] | {"evaluate_every": 100, "edits": 0}}
 
 
 def _losses(run):
@@ -50,14 +44,14 @@ def _losses(run):
 def two(values, tmp_path_factory):
     """The folder of a run of two processes that nothing disturbed."""
     run = tmp_path_factory.mktemp("two") / "run"
-    ends = processes.finish(start(values, run, count=2))
+    ends = processes.finish(processes.start(values, run, count=2))
     assert [code for code, _ in ends] == [0, 0], ends
     return run
 
 
 def test_two_processes_have_the_losses_of_one(values, two, tmp_path):
     run = tmp_path / "run"
-    [(code, said)] = processes.finish(start(values, run))
+    [(code, said)] = processes.finish(processes.start(values, run))
     assert code == 0, said
     one, other = _losses(run), _losses(two)
     assert list(one) == list(other) == list(range(1, STEPS + 1))
@@ -72,14 +66,14 @@ def test_two_processes_have_the_losses_of_one(values, two, tmp_path):
 def test_a_killed_process_ends_the_others_and_the_run_goes_on_bit_for_bit(values, two, tmp_path):
     run = tmp_path / "run"
     begun = time.monotonic()
-    deaths = {1: {"step": 7, "signal": "SIGKILL"}}
-    ends = processes.finish(start(values, run, count=2, deaths=deaths))
+    deaths = {1: {"step": 11, "signal": "SIGKILL"}}
+    ends = processes.finish(processes.start(values, run, count=2, deaths=deaths))
     # 134 in a shell: JAX's coordination service ends a process whose peer is gone.
     assert ends[1][0] == -signal.SIGKILL and ends[0][0] in (-signal.SIGABRT, distributed.RETRY), ends
     assert time.monotonic() - begun < 120
     before = _losses(run)
-    assert 4 <= max(before) < STEPS
-    ends = processes.finish(start(values, run, count=2))
+    assert 8 <= max(before) < STEPS
+    ends = processes.finish(processes.start(values, run, count=2))
     assert [code for code, _ in ends] == [0, 0], ends
     assert _losses(run) == _losses(two)
     assert all(_losses(run)[step] == loss for step, loss in before.items())
@@ -88,7 +82,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_bit_for_bit(values
 def test_a_hung_process_ends_the_others(brief, tmp_path):
     brief["train"]["stall"] = 8.0
     deaths = {1: {"step": 3, "signal": "SIGSTOP"}}
-    started = start(brief, tmp_path / "run", count=2, deaths=deaths)
+    started = processes.start(brief, tmp_path / "run", count=2, deaths=deaths)
     (code, said), _ = processes.finish(started[:1], 120)[0], started[1].kill()
     started[1].communicate()
     # Whichever is first: the watchdog, or the heartbeat that a stopped process does not send.
@@ -97,7 +91,7 @@ def test_a_hung_process_ends_the_others(brief, tmp_path):
 
 def test_sigterm_stops_all_after_the_same_step(brief, tmp_path):
     deaths = {0: {"step": 4, "signal": "SIGTERM"}}
-    ends = processes.finish(start(brief, tmp_path / "run", count=2, deaths=deaths))
+    ends = processes.finish(processes.start(brief, tmp_path / "run", count=2, deaths=deaths))
     assert [code for code, _ in ends] == [distributed.RETRY] * 2, ends
     steps = _losses(tmp_path / "run")
     assert 4 <= max(steps) < STEPS
@@ -148,8 +142,18 @@ def test_a_place_that_does_not_add_up(said, environment, message):
         distributed.place(*said, environment)
 
 
-def test_a_process_that_fails_ends_all():
-    """The one that failed would fail again, and says what with; the other has lost a peer."""
+def test_a_process_that_fails_ends_all(brief, tmp_path):
+    deaths = {1: {"step": 3, "signal": "fail"}}
+    begun = time.monotonic()
+    ends = processes.finish(processes.start(brief, tmp_path / "run", count=2, deaths=deaths))
+    # The one that failed would fail again, and says what with; the other has lost a peer.
+    assert ends[1][0] == 1 and "no space left on device" in ends[1][1], ends
+    assert ends[0][0] in (-signal.SIGABRT, distributed.RETRY), ends
+    assert time.monotonic() - begun < 120
+
+
+def test_a_peer_that_is_lost_in_any_program_asks_to_be_run_again():
+    """With a device each, programs are called the quick way, which raises no JaxRuntimeError."""
     script = (
         "import sys; from larimar_jax import runs; from larimar_jax.train import distributed as d\n"
         "from jax.experimental import multihost_utils as hosts\n"
@@ -160,13 +164,44 @@ def test_a_process_that_fails_ends_all():
         "d.LEAVE = 4; d.initialise(d.Place('127.0.0.1:{port}', 2, {index}), heartbeat=10, start=60)\n"
         "sys.exit(runs.outcome(train))"
     )
-    port, begun = processes.free_port(), time.monotonic()
+    port = processes.free_port()
     scripts = [script.format(port=port, index=i, failing=(-1, 3)[i]) for i in range(2)]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         other, failed = pool.map(_python, scripts)
     assert failed.returncode == 1 and "no space left on device" in failed.stderr, failed
     assert other.returncode in (-signal.SIGABRT, distributed.RETRY), other
-    assert time.monotonic() - begun < 120
+
+
+class _Left(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"), distributed.RETRY),
+        (ValueError("UNAVAILABLE: the coordination service is gone"), distributed.RETRY),
+        (jax.errors.JaxRuntimeError("INTERNAL: NCCL operation failed"), distributed.RETRY),
+        (ValueError("CORPUS: Connection is no column"), 1),
+        (ValueError("UNKNOWN: no such setting"), 1),
+        (OSError("Connection to the disk is lost"), 1),
+    ],
+)
+def test_what_counts_as_a_peer_that_is_lost(monkeypatch, error, code):
+    def left(found):
+        raise _Left(found)
+
+    def run():
+        raise error
+
+    begun = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(os, "_exit", left)
+    monkeypatch.setattr(distributed, "leave", begun.append)
+    with pytest.raises(_Left if code == distributed.RETRY else type(error)) as raised:
+        runs.outcome(run)
+    told = [raised.value.args[0]] if code == distributed.RETRY else begun
+    assert told == [code]
 
 
 def test_late_peers_end_a_process_in_time_and_ask_to_be_run_again():

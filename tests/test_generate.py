@@ -257,6 +257,15 @@ def test_draws_follow_the_distribution():
     np.testing.assert_allclose(share, [0.5, 0.3, 0.2], atol=0.03)  # 3.8 standard errors
 
 
+@pytest.mark.parametrize("rows", [None, 64])
+def test_every_step_draws_anew(rows):
+    key = jax.random.key(0)
+    chosen = sampling.Sampling(1.0, rng=key if rows is None else jax.random.split(key, rows))
+    draw, logits = chosen.traced(64, 64), jnp.zeros((64, 50))
+    first, second = (sampling.pick(logits, jnp.int32(n), draw, **chosen.static()) for n in (0, 1))
+    assert np.mean(np.asarray(first) == np.asarray(second)) < 0.2  # 1 in 50 by chance
+
+
 def test_a_prompt_with_a_key_of_its_own_draws_the_same_in_any_company(tiny):
     keys = jax.random.split(jax.random.key(1), len(PROMPTS))
     options = dict(temperature=1.0, max_tokens=4, stop=())
@@ -266,7 +275,7 @@ def test_a_prompt_with_a_key_of_its_own_draws_the_same_in_any_company(tiny):
     raw = jax.random.key_data(keys)
     assert tiny.generate(PROMPTS, rng=raw, **options) == said
     assert tiny.generate(PROMPTS, rng=keys[::-1], **options) != said
-    with pytest.raises(ValueError, match="one key, or one for each prompt"):
+    with pytest.raises(ValueError, match="2,. for 3 rows; pass a key for each"):
         tiny.generate(PROMPTS, rng=keys[:-1], **options)
 
 

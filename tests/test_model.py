@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from larimar_jax import config, model, objective
+from larimar_jax import config, objective
 
 
 def tokens_of(tiny, texts, length):
@@ -114,14 +114,3 @@ def test_beta_cycles():
     )
     assert value(13) == pytest.approx(0.3, abs=1e-6)
     assert float(objective.beta_schedule(jnp.int32(3), 100, 0.5, 0)) == 0.5
-
-
-def test_assign_names_everything_that_does_not_fit(tiny):
-    with pytest.raises(ValueError) as error:
-        model.assign(
-            tiny.model,
-            {"to_slots/kernel": np.zeros((2, 2), np.float32), "nothing": np.zeros(3, np.float32)},
-            origin="file",
-        )
-    assert "nothing: the model has no such parameter" in str(error.value)
-    assert "to_slots/kernel: (2, 2) given" in str(error.value)

@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from larimar_jax import pretrained
+from larimar_jax import pretrained, weights
 from larimar_jax.config import ConfigError
 from larimar_jax.session import Session
 from larimar_jax.train import export
@@ -14,6 +14,13 @@ from larimar_jax.train import export
 @pytest.fixture(scope="module")
 def smol():
     return pretrained.load("smol")
+
+
+def test_each_tokenizer_is_read_once(monkeypatch):
+    read, load = [], weights.load_tokenizer
+    monkeypatch.setattr(weights, "load_tokenizer", lambda source: read.append(source) or load(source))
+    pretrained.load("smol")
+    assert len(read) == len(set(read)) == 2
 
 
 def test_a_fact_goes_in_and_out(smol):

@@ -191,6 +191,7 @@ class Attack:
             "tokens": tokens,
             "temperature": temperature,
             "systems": list(SYSTEMS),
+            "draws": draws.SCHEME,
             "chunk": chunk,
             "seed": seed,
         }

@@ -6,6 +6,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
+# For settings: a run that draws in another way is another run.
+SCHEME = "case_id folded into the seed's key"
+
 
 def keys(seed: int, case_ids: Sequence[int]) -> Key[Array, " n"]:
     """The key of each case: the seed's, with the case's id folded in."""

@@ -16,6 +16,7 @@ from larimar_jax import scope
 from larimar_jax.memory.contract import Memory, Prior
 from larimar_jax.model import Condition
 from larimar_jax.pretrained import Pretrained, load
+from larimar_jax.sampling import one_each
 from larimar_jax.weights.tokenizers import bucket
 
 
@@ -114,6 +115,9 @@ class LarimarEditor:
         Args:
             rng: a key for every fact, with which W is drawn around its mean with the model's σ_W
                 (Algorithm 1); None reads the mean.
+
+        Raises:
+            ValueError: keys, but not one a fact.
         """
         more = wordings or [()] * len(facts)
         rows_of = [
@@ -149,10 +153,7 @@ class LarimarEditor:
         keys[owner, line], values[owner, line] = latents[rows(prompts)], latents[len(unique) :]
         asked = np.zeros((count, width, latents.shape[1]), np.float32)
         asked[fact, slot] = latents[rows(best)]
-        if rng is not None and rng.shape != (len(facts),):
-            raise ValueError(f"rng has shape {rng.shape} for {len(facts)} facts; give a key for each")
-        if rng is not None and facts:
-            rng = rng[np.minimum(np.arange(count), len(facts) - 1)]
+        rng = None if rng is None else one_each(rng, len(facts), count)
         read = np.asarray(_recall(self.model.dual, self.model.prior, keys, values, asked, rng))
         read = read[fact, slot]
         return Recall(

@@ -140,6 +140,7 @@ class Noise:
             "model": systems.named(model),
             "sigmas": self._sigmas,
             "controls": list(CONTROLS),
+            "draws": draws.SCHEME,
             "tokens": tokens,
             "chunk": chunk,
             "seed": seed,

@@ -2,7 +2,9 @@
 
 The rest of a held-out text after its first words, per token: exp of the mean −ln p over all tokens. And
 what is decoded greedily after them: the entropy of its n-grams, which repetition lowers, and its TF-IDF
-cosine to the rest that was written (said.py).
+cosine to the rest that was written (fluency.py). Both depend on how long a text is, and a memory that is
+let through says its answer and stops: against the lookup, text by text, both are cut to the words of the
+shorter one. A text of fewer than three words has no entropy.
 
     base      the untouched language model
     zero      z = 0: the memory slot is there and holds zeros
@@ -22,7 +24,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from larimar_jax.bench import controls, given, metrics, said, systems
+from larimar_jax.bench import controls, fluency, given, metrics, systems
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Encoded, Store, encoded
 from larimar_jax.data import corpus
@@ -122,7 +124,7 @@ def texts(record: Record) -> list[str]:
 def tables(summary: Mapping[str, Any]) -> list[Table | str]:
     """A row a system."""
     results, count = summary["results"], summary["cases"]
-    columns = ("perplexity", "over the base LM's", "n-gram entropy", "likeness to the rest")
+    columns = ("perplexity", "over the base LM's", "words", "n-gram entropy", "likeness to the rest")
     table = Table("system", *columns, title=f"{count} held-out texts")
     for name, label in SYSTEMS.items():
         found = results[name]
@@ -130,18 +132,21 @@ def tables(summary: Mapping[str, Any]) -> list[Table | str]:
         over = f"{found['ratio']:.4f}" + ("" if error is None else f" ± {error:.4f}")
         row = [controls.noted(found, f"{found['perplexity']:.2f}"), over]
         entropy = controls.noted(found["entropy"], _bits(found["entropy"]))
-        table.add_row(label, *row, entropy, controls.noted(found["likeness"]))
+        spoken = (f"{found['words']:.1f}", entropy, controls.noted(found["likeness"]))
+        table.add_row(label, *row, *spoken)
     return [
         table,
         f"in scope: {100 * results['in_scope']:.1f} % of the texts; of what is decoded greedily, "
-        f"at most {summary['settings']['tokens']} tokens: entropy in bits, TF-IDF cosine in percent. "
-        "Both depend on how long a text is: one of fewer than three words has next to no n-grams.",
+        f"at most {summary['settings']['tokens']} tokens: words, entropy in bits of those with at least "
+        f"{fluency.LEAST}, TF-IDF cosine in percent; against the lookup with texts cut to one length",
     ]
 
 
 def _bits(estimate: Mapping[str, Any]) -> str:
     """Of an estimate in hundredths of a bit."""
     error = estimate["standard_error"]
+    if estimate["mean"] is None:
+        return systems.number(None)
     return f"{estimate['mean'] / 100:.2f}" + ("" if error is None else f" ± {error / 100:.2f}")
 
 
@@ -196,8 +201,8 @@ class Perplexity:
         found["zero"] = self.model.score(prompts, rests, zero)
         found["open"] = self.model.score(prompts, rests, through)
         found["larimar"] = np.where(inside[:, None], found["open"], found["base"])
-        told = controls.untouched(lambda asked, _: self._said(asked), sides, [""] * len(cases))
-        told |= {"zero": self._said(prompts, zero), "open": self._said(prompts, through)}
+        told = controls.untouched(lambda asked, _: self._decoded(asked), sides, [""] * len(cases))
+        told |= {"zero": self._decoded(prompts, zero), "open": self._decoded(prompts, through)}
         told["larimar"] = np.where(inside, told["open"], told["base"])
         tokens = [len(self.model.decoder_tokenizer.following(text.rest)) for text in cases]
         return [
@@ -215,7 +220,7 @@ class Perplexity:
             for row, text in enumerate(cases)
         ]
 
-    def _said(self, prompts: Sequence[str], condition: Any = None) -> np.ndarray:
+    def _decoded(self, prompts: Sequence[str], condition: Any = None) -> np.ndarray:
         options = dict(max_tokens=self._tokens, stop=())
         return np.asarray(self.model.generate(prompts, condition, **options), object)
 
@@ -229,12 +234,10 @@ class Perplexity:
             for name in SYSTEMS
         }
         results: dict[str, Any] = {"in_scope": float(np.mean([r["in_scope"] for r in records]))}
-        rests = [record["rest"] for record in records]
-        read = {}
-        for name in SYSTEMS:
-            texts = [record["text"][name] for record in records]
-            entropy = [said.ngram_entropy(text) for text in texts]
-            read[name] = {"entropy": entropy, "likeness": said.reference_scores(texts, rests)}
+        rests = [fluency.words(record["rest"]) for record in records]
+        spoken = {
+            name: [fluency.words(record["text"][name]) for record in records] for name in SYSTEMS
+        }
         for name, each in losses.items():
             apart = (each - losses["base"]) * tokens
             ratio = float(np.exp(apart.sum() / tokens.sum()))
@@ -247,11 +250,37 @@ class Perplexity:
                 "perplexity": float(np.exp((each * tokens).sum() / tokens.sum())),
                 "ratio": ratio,
                 "ratio_error": error,
-            } | {what: vars(metrics.estimate(values)) for what, values in read[name].items()}
+                "words": float(np.mean([len(found) for found in spoken[name]])),
+                "entropy": vars(metrics.estimate(_entropies(spoken[name]))),
+                "likeness": vars(metrics.estimate(fluency.reference_scores(spoken[name], rests))),
+            }
         # Each text by its tokens, as in a perplexity; the lower loss is the better one.
         weighted = {name: (each * tokens / tokens.mean()).tolist() for name, each in losses.items()}
         for name in systems.MEMORY_SYSTEMS:
             results[name] |= systems.versus_lookup(weighted[systems.CONTROL], weighted[name])
-            for what, ours in read[name].items():
-                results[name][what] |= systems.versus_lookup(ours, read[systems.CONTROL][what])
+            ours, theirs = _alike(spoken[name], spoken[systems.CONTROL])
+            compared = {
+                "entropy": (_entropies(side) for side in (ours, theirs)),
+                "likeness": (fluency.reference_scores(side, rests) for side in (ours, theirs)),
+            }
+            for what, sides in compared.items():
+                results[name][what] |= systems.versus_lookup(*sides)
         return results
+
+
+# Of a text, its words.
+_Words = Sequence[str]
+
+
+def _entropies(spoken: Sequence[_Words]) -> list[float]:
+    """Of the texts that have one."""
+    return [fluency.ngram_entropy(found) for found in spoken if len(found) >= fluency.LEAST]
+
+
+def _alike(one: Sequence[_Words], other: Sequence[_Words]) -> tuple[list[_Words], list[_Words]]:
+    """Text by text, both cut to the words of the shorter one."""
+    least = [min(map(len, pair)) for pair in zip(one, other, strict=True)]
+    cut = (
+        [found[:most] for found, most in zip(side, least, strict=True)] for side in (one, other)
+    )
+    return next(cut), next(cut)
