@@ -100,7 +100,7 @@ def plan(config: Config) -> Plan:
         {**held, "temporaries": temporary},
         {kind: (kinds[kind], moved[kind]) for kind in hlo.KINDS if kind in kinds},
         [one.name for one in sent if _in_memory(one)],
-        flops.count(stepper.step, *arguments),
+        flops.count(stepper.traced, *arguments),
         stepper.flops(max(config.data.episode)),
     )
 

@@ -158,6 +158,8 @@ class Stepper:
             out_shardings=(self.state_shardings, whole),
             donate_argnums=0,
         )
+        # What `step` compiles, for whoever wants to look inside.
+        self.traced: Callable[..., tuple[TrainState, Metrics]] = self._step
         self.evaluate: Callable[..., Metrics] = jax.jit(
             self._evaluate, in_shardings=(None, self._frozen, self._batch), out_shardings=whole
         )
@@ -192,7 +194,7 @@ class Stepper:
                 lean = dataclasses.replace(config.model, remat="none")
                 config = dataclasses.replace(config, model=lean)
                 stepper = Stepper(config, Skeleton(model.abstract(config)), self._mesh)
-            self._flops[episode] = flops.count(stepper.step, *stepper.arguments(episode))
+            self._flops[episode] = flops.count(stepper.traced, *stepper.arguments(episode))
         return self._flops[episode]
 
     def freeze(self, parameters: Mapping[str, Array]) -> dict[str, Array]:
