@@ -69,6 +69,7 @@ def get_config() -> ConfigDict:
             ),
             data=dict(
                 corpus="hf:Salesforce/wikitext,wikitext-103-raw-v1:train#text",
+                held_out=None,
                 unit="chunk",
                 episode=(5,),
                 batch=32,

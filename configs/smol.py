@@ -51,6 +51,7 @@ def get_config() -> ConfigDict:
             ),
             data=dict(
                 corpus="wikipedia-summaries",
+                held_out=None,
                 unit="chunk",
                 episode=(8,),
                 batch=4,

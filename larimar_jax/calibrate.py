@@ -138,7 +138,7 @@ def calibrate(encode: Encode, facts: Sequence[Asked], recipe: Recipe | None = No
     encoded /= np.maximum(np.linalg.norm(encoded, axis=1, keepdims=True), 1e-9)
     look = _Lookup(texts, encoded)
     rows, owner = _rows(facts, look)
-    rows = jax.tree.map(jnp.asarray, rows)
+    rows = jax.device_put(rows)
 
     def fitted(chosen: Bool[np.ndarray, " n"]) -> Float[np.ndarray, "H H"]:
         # Of one length for all folds, so that one program fits them.

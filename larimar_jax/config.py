@@ -96,7 +96,7 @@ def parse(values: Mapping[str, Any]) -> Config:
 _SINCE = {
     "model": dict(lora=None),
     "memory": dict(variance="scalar", addressing="pinv", width=1e-3),
-    "data": dict(workers=0),
+    "data": dict(workers=0, held_out=None),
     "editing": dict(query_noise=0.0, features=None, spelling=None),
     "train": dict(
         optimizer="adamw",

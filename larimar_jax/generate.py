@@ -150,11 +150,11 @@ class _Run:
         self._condition = (
             None if condition is None else fit_rows(condition, len(prompts), len(ids))
         )
-        self._lengths = jnp.asarray(lengths)
+        self._lengths = jax.device_put(lengths)
         self._draw, self._how = sampling.traced(len(prompts), len(ids)), sampling.static()
-        self._ends, self._eos = jnp.asarray(ends), jnp.int32(eos)
-        idle = jnp.asarray(np.arange(len(ids)) >= len(prompts))
-        inputs = (jnp.asarray(ids), self._lengths, idle, self._condition, self._draw, self._ends)
+        self._ends, self._eos = jax.device_put(ends), jnp.int32(eos)
+        idle = jax.device_put(np.arange(len(ids)) >= len(prompts))
+        inputs = (jax.device_put(ids), self._lengths, idle, self._condition, self._draw, self._ends)
         self._loop = _prefill(self._graph, self._state, *inputs, room=room, **self._how)
         self._take(np.asarray(self._loop.token)[:, None])
 
@@ -278,7 +278,7 @@ def fit_rows(condition: Condition, prompts: int, rows: int) -> Condition:
     def fit(leaf):
         axis = 1 if leaf.ndim == 5 else 0  # slots lead with their layer
         widths = [(0, max(rows - given, 0) * (i == axis)) for i in range(leaf.ndim)]
-        return jnp.asarray(np.pad(np.asarray(leaf), widths).take(range(rows), axis))
+        return jax.device_put(np.pad(np.asarray(leaf), widths).take(range(rows), axis))
 
     return jax.tree.map(fit, condition)
 

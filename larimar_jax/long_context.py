@@ -60,6 +60,7 @@ class Found:
     sure: Float[Array, "Q n"]
 
 
+@functools.partial(jax.jit, static_argnames="fan_in")
 def write(
     memory: Memory,
     prior: Prior,
@@ -97,7 +98,19 @@ def change(
     count, size = memories.keys.shape[:2]
     if isinstance(at, int) and not 0 <= at < count * size:
         raise ValueError(f"there are {count * size} places, from 0, and {at} was asked for")
-    chunk, row = at // size, at % size
+    return _change(memory, prior, memories, jnp.asarray(at, jnp.int32), key, value)
+
+
+@jax.jit
+def _change(
+    memory: Memory,
+    prior: Prior,
+    memories: Memories,
+    at: Int[Array, ""],
+    key: Float[Array, "C"],
+    value: Float[Array, "C"],
+) -> Memories:
+    chunk, row = jnp.divmod(at, memories.keys.shape[1])
     keys = memories.keys.at[chunk, row].set(key.astype(jnp.float32))
     values = memories.values.at[chunk, row].set(value.astype(jnp.float32))
     state = _state(memory, prior, keys[chunk], values[chunk])
@@ -105,6 +118,7 @@ def change(
     return Memories(states, keys, values)
 
 
+@functools.partial(jax.jit, static_argnames="chunks")
 def room(memory: Memory, prior: Prior, memories: Memories, chunks: int) -> Memories:
     """The same memories and `chunks` empty ones after them."""
     size, latent = memories.keys.shape[1:]
@@ -113,6 +127,7 @@ def room(memory: Memory, prior: Prior, memories: Memories, chunks: int) -> Memor
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), memories, more)
 
 
+@functools.partial(jax.jit, static_argnames=("fan_in", "by"))
 def read(
     memory: Memory,
     prior: Prior,

@@ -77,7 +77,7 @@ class Pretrained:
         self.config, self.model = config, model
         self.encoder_tokenizer, self.decoder_tokenizer = encoder_tokenizer, decoder_tokenizer
         self.source, self.fingerprint = source, fingerprint
-        self.projection = None if projection is None else jnp.asarray(projection)
+        self.projection = None if projection is None else jax.device_put(projection)
         editing, self.parts = config.editing, latents.parts(config)
         params = latents.widen(model.memory.params(), self.parts)
         self.memory = Streaming(
@@ -358,7 +358,7 @@ def _filled(
         for name, tower in towers.items()
         for place, array in parameters(tower).items()
     }
-    return skeleton.model(known | {name: jnp.asarray(array) for name, array in arrays.items()})
+    return skeleton.model(known | jax.device_put(arrays))
 
 
 def _check_whole(

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy import stats
 
 from larimar_jax.data.pieces import sentences
 
@@ -99,6 +98,9 @@ def detection(positive: Float[np.ndarray, "P"], negative: Float[np.ndarray, "N"]
     """
     if not len(positive) or not len(negative):
         raise ValueError("a detector is measured with positives and negatives, at least one of each")
+    # Here and not on top: its import takes a second, and every command would wait for it.
+    from scipy import stats
+
     threshold = crossing(positive, negative)
     right, wrong = (positive >= threshold).sum(), (negative >= threshold).sum()
     error = (1 - right / len(positive) + wrong / len(negative)) / 2

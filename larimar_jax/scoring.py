@@ -112,7 +112,7 @@ def judge(
     # Whose it is shows where each text has a row for itself.
     broken = np.flatnonzero(~np.isfinite(loss).all(axis=1))
     for row in broken if len(prompts) > 1 else ():
-        part = None if condition is None else condition.rows(jnp.asarray([row], jnp.int32))
+        part = None if condition is None else condition.rows(jax.device_put(np.asarray([row], np.int32)))
         alone = judge(model, tokenizer, [prompts[row]], [candidates[row]], part, batch=batch)
         for every, own in zip(scores, alone, strict=True):
             every[row, ..., : own.shape[-1]] = own[0]
@@ -170,12 +170,12 @@ class _Rows:
     def take(self, rows: Int[np.ndarray, " R"]) -> Condition:
         """The condition of chosen rows."""
         return self._tree.unflatten(
-            [jnp.asarray(leaf.take(rows, axis)) for leaf, axis in self._leaves]
+            [jax.device_put(leaf.take(rows, axis)) for leaf, axis in self._leaves]
         )
 
     def spelled(self, rows: Int[np.ndarray, " R"]) -> Spelled | None:
         """What is spelled in chosen rows: slots are large, and logits need none of them."""
-        return self._form.unflatten([jnp.asarray(leaf[rows]) for leaf in self._spelled])
+        return self._form.unflatten([jax.device_put(leaf[rows]) for leaf in self._spelled])
 
 
 def _hidden(
@@ -192,9 +192,9 @@ def _hidden(
     for rows in packing.batches(packing.rows(trie, texts), batch):
         packed = packing.pack(trie, rows)
         condition = None if given is None else given.take(packed.conditions.ravel())
-        owner = None if packed.conditions.shape[1] == 1 else jnp.asarray(packed.owner)
-        tree = Tree(jnp.asarray(packed.index), jnp.asarray(packed.seen), owner)
-        states = np.asarray(_decode(graph, state, jnp.asarray(packed.tokens), tree, condition))
+        owner = None if packed.conditions.shape[1] == 1 else jax.device_put(packed.owner)
+        tree = Tree(jax.device_put(packed.index), jax.device_put(packed.seen), owner)
+        states = np.asarray(_decode(graph, state, jax.device_put(packed.tokens), tree, condition))
         # Copied: a view would keep all the others.
         found |= {n: states[at].copy() for n, at in packed.where.items() if n in wanted}
     return found
@@ -227,9 +227,9 @@ def _entropies(
         one, other = _cross_entropies(
             graph,
             state,
-            jnp.asarray(np.stack([hidden[place.node] for place in padded])),
-            jnp.asarray([place.depth for place in padded], jnp.int32),
-            jnp.asarray(told),
+            jax.device_put(np.stack([hidden[place.node] for place in padded])),
+            jax.device_put(np.asarray([place.depth for place in padded], np.int32)),
+            jax.device_put(told),
             spelled,
         )
         losses[rows] = np.asarray(one)[: len(piece)]

@@ -290,7 +290,7 @@ class Session:
             for keys in self._keys.values():
                 self._now, _ = self._update(self._now, keys, +1)
             return
-        leaves = [jnp.asarray(saved.arrays[name]) for name in names]
+        leaves = [jax.device_put(saved.arrays[name]) for name in names]
         self._begin(jax.tree.unflatten(jax.tree.structure(self._now.state), leaves))
 
     @property

@@ -86,6 +86,8 @@ class ObjectiveConfig:
 class DataConfig:
     """Corpus → episodes. batch: B episodes of all processes; token lengths S and T are static.
 
+    held_out: the corpus whose held-out documents a run is judged by; None for those of `corpus`.
+
     episode: the sizes E of episodes, in facts; each batch has one of them, drawn, and each of them is
     compiled once. vocabulary: size of the byte-pair vocabulary trained on the corpus for towers
     without weights; 0 when both towers bring their own tokenizer. unit: "sentence", or "chunk" for
@@ -94,6 +96,7 @@ class DataConfig:
     """
 
     corpus: str
+    held_out: str | None
     unit: Literal["sentence", "chunk"]
     episode: tuple[int, ...]
     batch: int

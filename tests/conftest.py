@@ -153,6 +153,7 @@ def tiny_config():
         ),
         data=dict(
             corpus="wikipedia-summaries",
+            held_out=None,
             unit="sentence",
             episode=(3,),
             batch=2,

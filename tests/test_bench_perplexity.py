@@ -122,26 +122,14 @@ def test_a_run_that_was_cut_off_ends_with_the_same_lines(made, tiny, tmp_path):
     assert path.read_bytes() == lines
 
 
-def test_the_error_of_the_ratio_is_that_of_drawing_texts_again(made):
+def test_the_error_of_the_ratio_is_that_of_drawing_texts_again():
     """Against the bootstrap."""
     rng = np.random.default_rng(0)
-    records = [
-        {
-            "tokens": int(rng.integers(5, 40)),
-            "in_scope": False,
-            "rest": "a city",
-            "text": dict.fromkeys(perplexity.SYSTEMS, "a river"),
-            "loss": dict.fromkeys(perplexity.SYSTEMS, base := float(rng.normal(4, 1)))
-            | {"open": base + float(rng.normal(0.2, 0.5))},
-        }
-        for _ in range(300)
-    ]
-    found = made.summarise(records)["open"]
-    drawn = [
-        made.summarise([records[i] for i in rng.integers(0, 300, 300)])["open"]["ratio"]
-        for _ in range(300)
-    ]
-    assert found["ratio_error"] == pytest.approx(np.std(drawn), rel=0.15)
+    tokens, base = rng.integers(5, 40, 300).astype(np.float64), rng.normal(4, 1, 300)
+    texts = np.stack([base + rng.normal(0.2, 0.5, 300), base, tokens])
+    drawn = [perplexity.ratio(*texts[:, rng.integers(0, 300, 300)])[0] for _ in range(300)]
+    assert perplexity.ratio(*texts)[1] == pytest.approx(np.std(drawn), rel=0.15)
+    assert perplexity.ratio(*texts[:, :1])[1] is None
 
 
 def test_words_that_leave_nothing_to_judge_are_refused(tmp_path, capsys):

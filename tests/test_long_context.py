@@ -103,20 +103,19 @@ def test_a_fact_is_put_in_changed_and_forgotten_in_its_chunk_alone():
     variant, prior = built()
     keys, values = (jnp.float32(unit(seed, 12)) for seed in (5, 6))
     memories = long.write(variant, prior, keys, values, 4)
-    change = jax.jit(functools.partial(long.change, variant))
     nothing = jnp.zeros(C)
-    gone = change(prior, memories, jnp.int32(5), nothing, nothing)
+    gone = long.change(variant, prior, memories, 5, nothing, nothing)
     blank = keys.at[5].set(0.0), values.at[5].set(0.0)
     same = long.write(variant, prior, *blank, 4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gone, same)
-    back = change(prior, gone, jnp.int32(5), keys[5], values[5])
+    back = long.change(variant, prior, gone, 5, keys[5], values[5])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), back, memories)
     more = long.room(variant, prior, memories, 2)
     assert more.keys.shape == (5, 4, C)
     found = long.read(variant, prior, more, keys)
     before = long.read(variant, prior, memories, keys)
     np.testing.assert_array_equal(found.chunk, before.chunk)
-    late = change(prior, more, jnp.int32(19), jnp.float32(unit(7, 1))[0], values[0])
+    late = long.change(variant, prior, more, jnp.int32(19), jnp.float32(unit(7, 1))[0], values[0])
     assert int(long.read(variant, prior, late, jnp.float32(unit(7, 1))).chunk[0]) == 4
 
 

@@ -1,5 +1,7 @@
 """Low-rank changes: nothing at the start, the same merged as apart, and strict about their place."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,7 @@ def _build(modules="^decoder/layers/(attention/(query|value)|up)$", attached=Tru
     return model.build(config.parse(values), jax.random.key(0))
 
 
+@functools.partial(nnx.jit, static_argnames="active")
 def _logits(larimar, active=(True, True)):
     """Of two rows, under a memory or not; None is the base LM."""
     tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)

@@ -25,8 +25,7 @@ def built(ridge, noise):
     variant = Streaming(K, C, ridge=ridge, query_noise=noise)
     m0 = np.eye(K, C) + 0.1 * np.random.default_rng(9).standard_normal((K, C))
     prior = variant.prepare(memory.MemoryParams(jnp.float32(m0), jnp.zeros(())))
-    stream = jax.jit(functools.partial(live.stream, variant))
-    return variant, prior, stream
+    return variant, prior, functools.partial(live.stream, variant)
 
 
 def exact(variant, prior, keys, values, rows):
@@ -88,9 +87,8 @@ def test_it_is_right_after_each_fact():
     k, v = jnp.float32(keys), jnp.float32(values)
     chosen, signs, _ = swaps(20, seed=1)
     now, inside = begin(variant, prior, k, v), list(range(IN))
-    one = jax.jit(functools.partial(live.stream, variant))
     for fact, sign in zip(chosen, signs, strict=True):
-        now, _ = one(prior, now, k[fact][None], v[fact][None], jnp.int32(sign))
+        now, _ = stream(prior, now, k[fact][None], v[fact][None], jnp.int32(sign))
         inside.append(fact) if sign > 0 else inside.remove(fact)
         want, _ = exact(variant, prior, keys, values, inside)
         assert np.linalg.norm(np.float64(now.solution) - want) < 3e-5 * np.linalg.norm(want)
@@ -223,8 +221,7 @@ def test_a_certificate_is_near_the_measured_error(ridge, noise):
     keys, values = unit(10, POOL), unit(11, POOL)
     k, v = jnp.float32(keys), jnp.float32(values)
     state = variant.write(prior, variant.empty(prior), k[:IN], v[:IN])
-    forget = jax.jit(functools.partial(health.forget, variant))
-    after, certificate = forget(prior, state, k[3:4], v[3:4])
+    after, certificate = health.forget(variant, prior, state, k[3:4], v[3:4])
     rest = [row for row in range(IN) if row != 3]
     want, _ = exact(variant, prior, keys, values, rest)
 
@@ -237,10 +234,10 @@ def test_a_certificate_is_near_the_measured_error(ridge, noise):
     for size in (1e-5, 1e-3, 1e-1):
         noise_on = size * np.random.default_rng(0).standard_normal((K, C)).astype(np.float32)
         bad = dataclasses.replace(after, solution=after.solution + noise_on)
-        found = float(jax.jit(functools.partial(health.distance, variant))(prior, bad))
+        found = float(health.distance(variant, prior, bad))
         assert 0.5 < found / measured(bad.solution) < 2
     # Asked again for what is gone: refused, and named.
-    same, second = forget(prior, after, k[30:31], v[30:31])
+    same, second = health.forget(variant, prior, after, k[30:31], v[30:31])
     if noise == 0.0 and ridge < 1.0:
         assert bool(second.refused)
         np.testing.assert_array_equal(same.solution, after.solution)

@@ -32,7 +32,7 @@ def test_it_equals_the_memory_on_one_device(slots, latent, facts):
     place = sharded.Place(mesh(), "slots")
     write = jax.jit(functools.partial(sharded.write, variant, place=place))
     state = write(prior, sharded.empty(variant, prior, place), keys, values)
-    one = jax.jit(variant.write)(prior, variant.empty(prior), keys, values)
+    one = variant.write(prior, variant.empty(prior), keys, values)
     for part in ("gram.high", "factor", "solution"):
         found = functools.reduce(getattr, part.split("."), state)
         assert found.sharding.shard_shape(found.shape)[0] == slots // 8
@@ -46,7 +46,7 @@ def test_it_equals_the_memory_on_one_device(slots, latent, facts):
     # Forgetting, in any order; and what was never written is refused.
     gone = write(prior, state, keys[3:5], values[3:5], -1)
     rest = np.delete(np.arange(facts), [3, 4])
-    never = jax.jit(variant.write)(prior, variant.empty(prior), keys[rest], values[rest])
+    never = variant.write(prior, variant.empty(prior), keys[rest], values[rest])
     close(gone.solution, never.solution, 1e-4)
     before = write(prior, sharded.empty(variant, prior, place), keys[:2], values[:2])
     refused = write(prior, before, 5.0 * keys[9:10], values[9:10], -1)

@@ -23,11 +23,6 @@ def ridge(m0, weights, values, strength):
 STREAM = (8, 6)
 
 
-@functools.cache
-def streaming_write():
-    return jax.jit(lambda variant, prior, state, *facts: variant.write(prior, state, *facts))
-
-
 def stream(seed, strength, n=12):
     """A memory, its prior, n facts and their float64 weights; λ relative to ‖Σ WᵀW‖₂."""
     m0, keys, values = matrix(seed, *STREAM), matrix(seed + 1, n, 6), matrix(seed + 2, n, 6)
@@ -42,7 +37,7 @@ def stream(seed, strength, n=12):
 @given(st.floats(1e-2, 10.0), st.integers(0, 11), seeds)
 def test_streaming_is_ridge_least_squares_in_any_order(strength, split, seed):
     variant, prior, m0, keys, values, weights, strength = stream(seed, strength)
-    write = functools.partial(streaming_write(), variant, prior)
+    write = functools.partial(variant.write, prior)
     k, v = jnp.float32(keys), jnp.float32(values)
     plus = jnp.int32(1)
     at_once = write(variant.empty(prior), k, v, plus)
@@ -63,7 +58,7 @@ def test_streaming_is_ridge_least_squares_in_any_order(strength, split, seed):
 @given(seeds)
 def test_streaming_forgets_at_a_small_ridge(seed):
     variant, prior, m0, keys, values, weights, strength = stream(seed, 1e-3)
-    write = functools.partial(streaming_write(), variant, prior)
+    write = functools.partial(variant.write, prior)
     k, v = jnp.float32(keys), jnp.float32(values)
     state = write(variant.empty(prior), k, v, jnp.int32(1))
     state = write(state, k[3:4], v[3:4], jnp.int32(-1))
@@ -75,7 +70,7 @@ def test_streaming_tends_to_the_pseudo_inverse():
     """§4: as λ → 0 the memory is the least-squares solution nearest to M₀."""
     variant, prior, m0, keys, values, weights, _ = stream(3, 1e-5, n=4)
     k, v = jnp.float32(keys), jnp.float32(values)
-    state = streaming_write()(variant, prior, variant.empty(prior), k, v, jnp.int32(1))
+    state = variant.write(prior, variant.empty(prior), k, v, jnp.int32(1))
     want = m0 + np.linalg.pinv(weights) @ (values - weights @ m0)
     close(weights @ np.asarray(state.solution, np.float64), weights @ want, 1e-3)
     close(state.solution, want, 1e-2)
@@ -141,7 +136,7 @@ def test_streaming_addresses_by_a_reference_of_its_own():
     params = memory.MemoryParams(jnp.float32(matrix(7, K, C)), jnp.zeros(()), reference)
     keys, _ = facts(13)
     prior = variant.prepare(params)
-    weights = jax.jit(variant.read)(prior, variant.empty(prior), keys).weights
+    weights = variant.read(prior, variant.empty(prior), keys).weights
     close(weights, np.asarray(keys, np.float64) @ np.linalg.pinv(np.float64(reference)), 1e-4)
 
 
@@ -179,7 +174,7 @@ def test_streaming_with_gaussian_keys_needs_no_pseudo_inverse():
     prior = variant.prepare(params)
     assert prior.address.shape == (K, C)
     keys, values = facts(14)
-    state = streaming_write()(variant, prior, variant.empty(prior), keys, values, jnp.int32(1))
+    state = variant.write(prior, variant.empty(prior), keys, values, jnp.int32(1))
     weights = addressing.gaussian(keys, prior.reference, 0.1)
     m0, w, z = (np.asarray(x, np.float64) for x in (prior.memory, weights, values))
     close(state.solution, ridge(m0, w, z, 1e-2), 1e-5)

@@ -26,7 +26,7 @@ def built(name, **options):
     variant = memory.build(name, slots=K, latent=C, **options)
     m0 = np.eye(K, C) + 0.2 * np.random.default_rng(1).standard_normal((K, C))
     prior = variant.prepare(memory.MemoryParams(jnp.float32(m0), jnp.float32(-2.0)))
-    return variant, prior, np.float64(prior.memory), jax.jit(variant.write), jax.jit(variant.read)
+    return variant, prior, np.float64(prior.memory), variant.write, variant.read
 
 
 def close(got, want, tolerance=1e-4):

@@ -28,6 +28,18 @@ def batch_of(tiny, episodes=2, facts=3, length=16):
     )
 
 
+def losses(tiny, batch, rng=None, beta=0.0, **weights):
+    """`objective.losses` compiled, as a step has it; weights that differ from the config's."""
+    told = dataclasses.replace(tiny.config.objective, **weights)
+    memory = config.make_memory(tiny.config)
+
+    @jax.jit
+    def run(batch, rng, beta):
+        return objective.losses(tiny.model, memory, batch, rng, told, beta)
+
+    return run(batch, rng, jnp.float32(beta))
+
+
 def test_a_row_without_tokens_encodes_to_zero_and_others_do_not_notice(tiny):
     tokens, mask = tokens_of(tiny, ["Fact 1 is new", "Fact 2 is"], 16)
     padded = jnp.concatenate([tokens, jnp.zeros_like(tokens[:1])])
@@ -48,20 +60,16 @@ def test_base_zero_and_memory_are_three_things_and_inactive_is_base(tiny):
 
 
 def test_equation_1_is_the_weighted_sum_of_its_terms(tiny):
-    weights = tiny.config.objective
-    memory = config.make_memory(tiny.config)
-    rng, beta = jax.random.split(jax.random.key(3), 2), jnp.float32(0.25)
-    loss, terms = objective.losses(tiny.model, memory, batch_of(tiny), rng, weights, beta)
-    total = terms["reconstruction"] + terms["autoencoding"] + terms["language"] + beta * terms["kl"]
+    rng = jax.random.split(jax.random.key(3), 2)
+    loss, terms = losses(tiny, batch_of(tiny), rng, 0.25)
+    total = terms["reconstruction"] + terms["autoencoding"] + terms["language"] + 0.25 * terms["kl"]
     np.testing.assert_allclose(loss, total, rtol=1e-6)
     assert set(terms) == {"reconstruction", "autoencoding", "language", "kl"}
 
 
 def test_language_is_z_0_and_autoencoding_bypasses_the_memory(tiny):
-    batch, memory = batch_of(tiny), config.make_memory(tiny.config)
-    _, terms = objective.losses(
-        tiny.model, memory, batch, None, tiny.config.objective, jnp.float32(0.0)
-    )
+    batch = batch_of(tiny)
+    _, terms = losses(tiny, batch)
     tokens = batch["decoder_tokens"].reshape(-1, 16)
     mask = batch["decoder_mask"].reshape(-1, 16)
     encodings = tiny.model.encode(batch["encoder_tokens"], batch["encoder_mask"]).reshape(-1, 16)
@@ -78,21 +86,15 @@ def test_language_is_z_0_and_autoencoding_bypasses_the_memory(tiny):
 
 
 def test_padding_changes_no_term_but_where_it_is_counted(tiny):
-    memory, rng, beta = config.make_memory(tiny.config), None, jnp.float32(1.0)
     short, long = batch_of(tiny, length=16), batch_of(tiny, length=24)
-    weights = tiny.config.objective
-    of = lambda batch, w: objective.losses(tiny.model, memory, batch, rng, w, beta)[1]  # noqa: E731
-    plain = of(long, weights)
-    for name, value in of(short, weights).items():
+    plain = losses(tiny, long)[1]
+    for name, value in losses(tiny, short)[1].items():
         np.testing.assert_allclose(plain[name], value, rtol=1e-4)
-    counted = dataclasses.replace(weights, count_padding=True)
-    assert of(long, counted)["language"] < plain["language"]
+    assert losses(tiny, long, count_padding=True)[1]["language"] < plain["language"]
 
 
 def test_a_term_of_weight_0_is_not_computed(tiny):
-    weights = dataclasses.replace(tiny.config.objective, language=0.0, autoencoding=0.0)
-    memory = config.make_memory(tiny.config)
-    _, terms = objective.losses(tiny.model, memory, batch_of(tiny), None, weights, jnp.float32(0.0))
+    _, terms = losses(tiny, batch_of(tiny), language=0.0, autoencoding=0.0)
     assert set(terms) == {"reconstruction", "kl"}
 
 

@@ -23,10 +23,8 @@ TOWERS = {
 }
 
 
-def _plan(*arguments, optimized=True):
+def _plan(*arguments):
     environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
-    if optimized:  # As a user compiles it.
-        environment.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
     line = [sys.executable, "-m", "larimar_jax.cli", "plan", *arguments]
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
 
@@ -54,7 +52,7 @@ def test_what_does_not_fit_is_told_what_to_change():
     # Whole parameters and moments on both devices do not fit; split over them they do.
     small = ["train.mesh=[2,1,1]", "data.batch=2", "data.episode=[2]", "model.encoder.mlp=4096"]
     line = ["--config", "configs/tiny.py", "--devices", "2", "--memory", "40MB", "--set", *small]
-    done = _plan(*line, optimized=False)
+    done = _plan(*line)
     assert done.returncode == 1, done.stderr
     assert "does NOT fit" in done.stdout and "--set train.mesh=[1,2,1]\n" in done.stdout
 

@@ -36,8 +36,9 @@ def test_a_recipe_that_is_no_config_is_named_before_any_is_trained(tmp_path):
     assert list(study.only(told, ["b"]).recipes) == ["b"]
 
 
-def test_recipes_of_the_shipped_study_are_configs():
-    told = study.parse(config.load_dict("configs/recipes_smol.py"))
+@pytest.mark.parametrize("name", ["recipes_smol", "recipes_smol_parts"])
+def test_recipes_of_the_shipped_studies_are_configs(name):
+    told = study.parse(config.load_dict(f"configs/{name}.py"))
     base = config.load_dict(told.base)
     made = {name: dataclasses.asdict(told.config(name, base)) for name in told.recipes}
     assert len({str(one) for one in made.values()}) == len(made) > 5

@@ -298,6 +298,26 @@ def test_a_source_that_went_on_is_not_taken_for_what_it_was(tiny, whole, tmp_pat
         loop.train(_train(tiny, **changes, steps=24), tmp_path / "run", progress=False)
 
 
+def test_a_run_is_judged_by_the_corpus_that_is_named(tiny, tmp_path, monkeypatch):
+    other = tmp_path / "other.txt"
+    other.write_text("\n\n".join(f"{word} sees the town of oslo." for word in range(200)))
+    seen = []
+
+    class Seen(loop.HeldOut):
+        def __init__(self, config, mesh, pieces, *rest):
+            seen.append(pieces.texts(range(len(pieces))))
+            super().__init__(config, mesh, pieces, *rest)
+
+    monkeypatch.setattr(loop, "HeldOut", Seen)
+    told = dataclasses.replace(tiny.data, held_out=str(other))
+    config = dataclasses.replace(_train(tiny, steps=2), data=told)
+    assert loop.train(config, tmp_path / "run", progress=False).finished
+    assert len(seen[0]) > 2 and all(text[0].isdigit() and "oslo" in text for text in seen[0])
+    gone = dataclasses.replace(config, data=dataclasses.replace(told, held_out=str(tmp_path / "no.txt")))
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        loop.train(gone, tmp_path / "gone", progress=False)
+
+
 def test_a_folder_in_which_nothing_was_trained_takes_a_corrected_config(tiny, tmp_path):
     wrong = dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, corpus="/no/such.jsonl"))
     with pytest.raises(FileNotFoundError, match="no such file"):

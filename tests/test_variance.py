@@ -1,5 +1,7 @@
 """σ_W in its five parametrisations: the formula, sampling, gradients, and models that learn it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,8 +52,15 @@ def formula(setting, params, queries, m):
     return found
 
 
-@pytest.mark.parametrize("setting", variance.SETTINGS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant, setting",
+    [
+        (variant, setting)
+        for variant in VARIANTS
+        # The formula is one for all; a variant asks it for the right queries and the right M, or not.
+        for setting in (variance.SETTINGS if variant in KINDS else ("scalar", "both"))
+    ],
+)
 def test_a_reading_s_log_variance_is_the_formula(variant, setting):
     built, params = drawn(variant, setting)
     prior, state = written(built, params)
@@ -98,7 +107,8 @@ def test_zero_maps_leave_one_number_per_slot(setting):
     prior, state = written(built, params)
     want = built.read(prior, state, queries, rng)
     got = linear.read(linear.prepare(more), state, queries, rng)
-    jax.tree.map(np.testing.assert_array_equal, got, want)
+    # Another program, which may add in another order.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), got, want)
 
 
 @pytest.mark.parametrize("setting", variance.SETTINGS)
@@ -123,7 +133,9 @@ def test_gradients_reach_every_part_and_are_those_of_differences(variant, settin
     built, params = drawn(variant, setting)
     queries, keys, rng = facts(3, Q), facts(2), jax.random.key(7)
 
+    # One program for both: `moved` needs the value alone, and is called a few times.
     @jax.jit
+    @jax.value_and_grad
     def loss(params):
         prior = built.prepare(params)
         state = built.write(prior, built.empty(prior), keys, keys)
@@ -131,7 +143,7 @@ def test_gradients_reach_every_part_and_are_those_of_differences(variant, settin
         kl = objective.addressing_kl(jnp.zeros_like(reading.weights), reading.log_variance, 0.0)
         return jnp.sum(jnp.sin(reading.latent)) + jnp.sum(kl)
 
-    gradient = jax.grad(loss)(params)
+    _, gradient = loss(params)
     names = ["log_variance"]
     names += ["variance_by_query"] if setting in ("query", "both") else []
     names += ["variance_by_memory"] if setting in ("memory", "both") else []
@@ -144,7 +156,7 @@ def test_gradients_reach_every_part_and_are_those_of_differences(variant, settin
 
         def moved(size, name=name, value=value, direction=direction):
             parts = {field: getattr(params, field) for field in vars(params)}
-            return float(loss(memory.MemoryParams(**parts | {name: value + size * direction})))
+            return float(loss(memory.MemoryParams(**parts | {name: value + size * direction}))[0])
 
         # Where nothing is written M is M₀, which is large here, and the loss bends sooner.
         size = 1e-2 if built.STORES else 1e-3

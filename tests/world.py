@@ -62,6 +62,7 @@ def config(corpus: Path, **train) -> Config:
         ),
         data=dict(
             corpus=str(corpus),
+            held_out=None,
             unit="sentence",
             episode=(2,),
             batch=8,

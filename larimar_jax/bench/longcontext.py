@@ -11,13 +11,11 @@ The facts are new ones of the world's cities (`data/atlas.py`), or those of a fi
 
 import argparse
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 from rich.table import Table
 
 from larimar_jax import long_context
@@ -26,8 +24,6 @@ from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Encoded, written
 from larimar_jax.data.pieces import sentences
 from larimar_jax.data.records import EditRecord
-from larimar_jax.memory.contract import Prior
-from larimar_jax.memory.dual import Dual
 from larimar_jax.pretrained import Pretrained
 
 SYSTEMS = {
@@ -206,7 +202,9 @@ class LongContext:
         memories, encoded = self._written(size)
         latents = encoded([*prompts, *others])
         by = self.how["by"]
-        reading = _read(self.model.dual, self.model.prior, memories, latents.latent, by=by)
+        reading = long_context.read(
+            self.model.dual, self.model.prior, memories, latents.latent, by=by
+        )
         count = len(cases)
         facts = [written(r.prompt, r.target_new) for r in self.records[:size]]
         keys = encoded([r.prompt for r in self.records[:size]]).embedding
@@ -262,7 +260,9 @@ class LongContext:
             facts = [(record.prompt, record.target_new) for record in self.records[:size]]
             keys = self._encoded([prompt for prompt, _ in facts]).latent
             values = self._encoded.values(facts)
-            made = _write(self.model.dual, self.model.prior, keys, values, fan_in=self.how["fan_in"])
+            made = long_context.write(
+                self.model.dual, self.model.prior, keys, values, self.how["fan_in"]
+            )
             self._held = (size, made)
         return self._held[1], self._encoded
 
@@ -290,27 +290,3 @@ def _last(record: EditRecord) -> str:
 
 def _unit(rows: Float[np.ndarray, "n H"]) -> Float[np.ndarray, "n H"]:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
-
-
-@functools.partial(jax.jit, static_argnames="fan_in")
-def _write(
-    memory: Dual,
-    prior: Prior,
-    keys: Float[Array, "N C"],
-    values: Float[Array, "N C"],
-    *,
-    fan_in: int,
-) -> long_context.Memories:
-    return long_context.write(memory, prior, keys, values, fan_in)
-
-
-@functools.partial(jax.jit, static_argnames="by")
-def _read(
-    memory: Dual,
-    prior: Prior,
-    memories: long_context.Memories,
-    queries: Float[Array, "Q C"],
-    *,
-    by: long_context.By,
-) -> long_context.Found:
-    return long_context.read(memory, prior, memories, queries, by=by)

@@ -51,7 +51,7 @@ def counterfact(
                 in_front = system == "prompt" or (system == "lookup" and inside)
                 condition = zero if system == "zero" else None
                 if system == "open" or (system == "larimar" and inside):
-                    condition = read.rows(jnp.asarray([row], jnp.int32))
+                    condition = read.rows(jax.device_put(np.asarray([row], np.int32)))
                 text = fact + prompt if in_front else prompt
                 pair = [loss(model, text, each, condition) for each in (record.target_new, true)]
                 losses[system][kind].append(pair)
@@ -73,7 +73,7 @@ def loss(
     at = np.full((1, steps_bucket(len(answer), 1)), len(begun) - 1, np.int32)
     at[0, : len(answer)] += np.arange(len(answer), dtype=np.int32)
     told = np.asarray([answer + answer[:1] * (at.size - len(answer))], np.int32)
-    arrays = (jnp.asarray(array) for array in (tokens, at, told))
+    arrays = jax.device_put((tokens, at, told))
     found = _losses(model.graph, model.state, *arrays, condition)
     return float(np.asarray(found)[0, : len(answer)].mean(dtype=np.float64))
 

@@ -239,16 +239,10 @@ class Perplexity:
             name: [fluency.words(record["text"][name]) for record in records] for name in SYSTEMS
         }
         for name, each in losses.items():
-            apart = (each - losses["base"]) * tokens
-            ratio = float(np.exp(apart.sum() / tokens.sum()))
-            error = None
-            if len(records) > 1:
-                # The delta method for a ratio of two sums, and for its exp.
-                left = apart - apart.sum() / tokens.sum() * tokens
-                error = ratio * float(left.std(ddof=1) / np.sqrt(len(records)) / tokens.mean())
+            found, error = ratio(each, losses["base"], tokens)
             results[name] = {
                 "perplexity": float(np.exp((each * tokens).sum() / tokens.sum())),
-                "ratio": ratio,
+                "ratio": found,
                 "ratio_error": error,
                 "words": float(np.mean([len(found) for found in spoken[name]])),
                 "entropy": vars(metrics.estimate(_entropies(spoken[name]))),
@@ -266,6 +260,20 @@ class Perplexity:
             for what, sides in compared.items():
                 results[name][what] |= systems.versus_lookup(*sides)
         return results
+
+
+def ratio(
+    losses: Float[np.ndarray, "n"], base: Float[np.ndarray, "n"], tokens: Float[np.ndarray, "n"]
+) -> tuple[float, float | None]:
+    """Of two perplexities of n texts, from losses in nats per token; and its standard error over texts,
+    None for one text."""
+    apart = (losses - base) * tokens
+    found = float(np.exp(apart.sum() / tokens.sum()))
+    if len(tokens) < 2:
+        return found, None
+    # The delta method for a ratio of two sums, and for its exp.
+    left = apart - apart.sum() / tokens.sum() * tokens
+    return found, found * float(left.std(ddof=1) / np.sqrt(len(tokens)) / tokens.mean())
 
 
 # Of a text, its words.

@@ -87,7 +87,7 @@ def open_corpus(name: str) -> Corpus:
     path = Path(name)
     if not path.is_file():
         raise FileNotFoundError(
-            f"data.corpus is {name!r}: no such file, and no corpus of that name. Known names: "
+            f"the corpus is {name!r}: no such file, and none of that name. Known names: "
             f"{', '.join(CORPORA)}; or give the path of a .txt or .jsonl file, hf:PATH:SPLIT, or "
             "tfds:NAME:SPLIT."
         )

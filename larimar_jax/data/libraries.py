@@ -49,7 +49,7 @@ def parse(prefix: str, rest: str) -> Name:
     found = _NAME.fullmatch(rest)
     if found is None:
         raise CorpusError(
-            f"data.corpus is {prefix}:{rest}, which names no split; write {prefix}:PATH:SPLIT#COLUMN, "
+            f"the corpus is {prefix}:{rest}, which names no split; write {prefix}:PATH:SPLIT#COLUMN, "
             "such as hf:Salesforce/wikitext,wikitext-103-raw-v1:train#text"
         )
     path, config = found["path"], None
@@ -78,20 +78,20 @@ def open_library(prefix: str, rest: str) -> Corpus:
     except Exception as error:  # The libraries raise of every kind.
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise CorpusError(
-            f"data.corpus is {label}, which could not be opened ({type(error).__name__}: {reason}). "
+            f"the corpus is {label}, which could not be opened ({type(error).__name__}: {reason}). "
             "Are the name and the split right, is every file whole, and is it downloaded or a network "
             "there?"
         ) from error
     if name.column not in found.columns:
         raise CorpusError(
-            f"data.corpus is {label}, and its rows have no column {name.column!r}; they have "
+            f"the corpus is {label}, and its rows have no column {name.column!r}; they have "
             f"{', '.join(sorted(found.columns))}. Name one of text after a #."
         )
 
     def texts() -> Iterator[tuple[str, str]]:
         for index, row in enumerate(found.rows):
             title = row.get(_TITLE) if name.column != _TITLE else None
-            where = f"data.corpus is {label}, and row {index}"
+            where = f"the corpus is {label}, and row {index}"
             yield _text(title, where) if isinstance(title, str | bytes) else "", _text(
                 row[name.column], where
             )
@@ -118,14 +118,14 @@ def _hugging_face(name: Name) -> _Rows:
             found = {splits[0]: found}
         if name.split not in splits:
             raise CorpusError(
-                f"data.corpus asks for the split {name.split!r} of {name.path}, which was saved with "
+                f"the corpus asks for the split {name.split!r} of {name.path}, which was saved with "
                 f"{', '.join(splits)}. Slices are for files and for the hub."
             )
         found = found[name.split]
     elif path.is_file():
         if path.suffix not in _READERS:
             raise CorpusError(
-                f"data.corpus is hf:{name.path}, a file of a kind that is not read; known: "
+                f"the corpus is hf:{name.path}, a file of a kind that is not read; known: "
                 f"{', '.join(_READERS)}. Plain text is read without hf: and split."
             )
         found = datasets.load_dataset(

@@ -3,7 +3,7 @@
 A variant is a frozen dataclass of hyperparameters in a file of its own in this folder, registered
 as a pytree by `@pytree`: sizes and choices are `static()` fields, real numbers are leaves, so that
 a sweep over a ridge is one `vmap` and one compilation. All functions are pure and act on **one**
-memory.
+memory; each is one compiled program for its shapes, wherever it is called from (`compiled`).
 
     memory = Streaming(slots=512, latent=768)
     params = memory.init(key)                        # M₀ and log σ_W²: learned
@@ -19,6 +19,9 @@ it changes nothing.
 
 import abc
 import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -37,6 +40,22 @@ State = Any  # each variant's own pytree
 def static(**options) -> Any:
     """A dataclass field that is part of the compiled program: a size or a choice, never a real."""
     return dataclasses.field(metadata={"static": True}, **options)
+
+
+def compiled(function: Callable) -> Callable:
+    """`jax.jit` of a function of memories: called op by op it would take 40 times as long. A `sign`
+    that is a Python int is known to the program, and may be branched on; an array's is not."""
+    signature = inspect.signature(function)
+    if "sign" not in signature.parameters:
+        return jax.jit(function)
+    known, any_sign = jax.jit(function, static_argnames="sign"), jax.jit(function)
+
+    @functools.wraps(function)
+    def call(*arguments, **named):
+        told = signature.bind(*arguments, **named).arguments
+        return (known if isinstance(told.get("sign", 1), int) else any_sign)(*arguments, **named)
+
+    return call
 
 
 def pytree(cls):
@@ -163,6 +182,12 @@ class Memory(abc.ABC):
     SAME: ClassVar[Literal["matrix", "reads", "nothing"]] = "matrix"
     STORES: ClassVar[bool] = True
 
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        for name in ("empty", "write", "read", "matrix"):
+            if name in vars(cls):
+                setattr(cls, name, compiled(vars(cls)[name]))
+
     slots: int = static()
     latent: int = static()
     initial: Literal["identity", "normal"] = static(default="identity", kw_only=True)
@@ -187,6 +212,7 @@ class Memory(abc.ABC):
             prior, constant, variance_by_query=by_query, variance_by_memory=by_memory
         )
 
+    @functools.partial(jax.jit, static_argnames="brief")
     def prepare(self, params: MemoryParams, *, brief: bool = False) -> Prior:
         """What depends on the parameters alone, so that a batch of episodes shares it.
 
@@ -210,6 +236,7 @@ class Memory(abc.ABC):
         kind = addressing.KINDS[self.addressing]
         return (brief and kind.brief or kind.prepare)(reference, self.width)
 
+    @compiled
     def address(self, prior: Prior, encodings: Float[Array, "N C"]) -> Float[Array, "N K"]:
         """W of N encodings, float32: by M_ref, so that a key can be computed again to forget it."""
         return addressing.KINDS[self.addressing].weigh(prior.address, encodings, self.width)

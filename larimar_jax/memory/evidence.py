@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from larimar_jax.linalg import dot, eigh
-from larimar_jax.memory.contract import Prior
+from larimar_jax.memory.contract import Prior, compiled
 from larimar_jax.memory.streaming import Streaming, StreamingState
 
 # Of E, what its rounding may leave where everything can be explained.
@@ -28,6 +28,7 @@ class Evidence(NamedTuple):
     validation: Float[Array, "R"]
 
 
+@compiled
 def evidence(
     memory: Streaming, prior: Prior, state: StreamingState, ridges: Float[Array, "R"]
 ) -> Evidence:

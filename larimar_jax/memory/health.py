@@ -19,7 +19,7 @@ from larimar_jax.linalg import (
     lower_inverse,
     spd_quadratic,
 )
-from larimar_jax.memory.contract import Prior, share
+from larimar_jax.memory.contract import Prior, compiled, share
 from larimar_jax.memory.streaming import Streaming, StreamingState
 
 # Random vectors of an estimate: its standard error is a fifth.
@@ -67,6 +67,7 @@ class Certificate(NamedTuple):
     refused: Bool[Array, ""]
 
 
+@compiled
 def health(memory: Streaming, prior: Prior, state: StreamingState) -> Health:
     """The state's health, in the time of a few reads and one triangular inverse."""
     gram = state.gram.total()
@@ -88,6 +89,7 @@ def health(memory: Streaming, prior: Prior, state: StreamingState) -> Health:
     )
 
 
+@compiled
 def certainty(
     memory: Streaming, prior: Prior, state: StreamingState, queries: Float[Array, "Q C"]
 ) -> Certainty:
@@ -105,6 +107,7 @@ def certainty(
     )
 
 
+@compiled
 def distance(memory: Streaming, prior: Prior, state: StreamingState) -> Float[Array, ""]:
     """‖M − M*‖ / ‖M*‖, estimated: M* is the exact solution of the statistics, whose factor the state
     holds (as after `write` and `solve`; `accumulate` leaves an old one).
@@ -123,6 +126,7 @@ def distance(memory: Streaming, prior: Prior, state: StreamingState) -> Float[Ar
     return jnp.linalg.norm(missed) / jnp.sqrt(float(_PROBES)) / jnp.linalg.norm(state.solution)
 
 
+@compiled
 def forget(
     memory: Streaming,
     prior: Prior,
@@ -139,6 +143,7 @@ def forget(
     )
 
 
+@compiled
 def leverage(
     memory: Streaming, prior: Prior, state: StreamingState, keys: Float[Array, "N C"]
 ) -> Float[Array, "N"]:

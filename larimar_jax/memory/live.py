@@ -33,7 +33,7 @@ from larimar_jax.linalg import (
     factor_solve,
     lower_inverse,
 )
-from larimar_jax.memory.contract import Prior, Sign, pytree
+from larimar_jax.memory.contract import Prior, Sign, compiled, pytree
 from larimar_jax.memory.streaming import Streaming, StreamingState
 from larimar_jax.sums import Sum, rank_update
 
@@ -108,6 +108,7 @@ class Step(NamedTuple):
     refused: Bool[Array, "*T"]
 
 
+@compiled
 def begin(memory: Streaming, prior: Prior, state: StreamingState) -> Live:
     """Makes a state live."""
     zero, k, c = jnp.zeros((), jnp.float32), memory.slots, memory.latent
@@ -121,11 +122,13 @@ def begin(memory: Streaming, prior: Prior, state: StreamingState) -> Live:
     return refresh(memory, prior, Live(state, jnp.zeros((k, k), jnp.float32), zero, zero, zero, nothing))
 
 
+@compiled
 def settle(memory: Streaming, prior: Prior, live: Live) -> StreamingState:
     """The state as `Streaming.write` would have left it: with M and its factor solved anew."""
     return memory.solve(prior, _summed(live))
 
 
+@compiled
 def read(
     memory: Streaming, prior: Prior, live: Live, queries: Float[Array, "Q C"]
 ) -> Float[Array, "Q C"]:
@@ -135,6 +138,7 @@ def read(
     return dot(weights, live.state.solution) + moved
 
 
+@compiled
 def refresh(memory: Streaming, prior: Prior, live: Live) -> Live:
     """M solved anew from the statistics; NaN where A is indefinite."""
     state = _summed(live)
@@ -179,6 +183,7 @@ def _renewed(live: Live, prior: Prior, state: StreamingState, factor, shrink, tr
     )
 
 
+@compiled
 def update(
     memory: Streaming,
     prior: Prior,
@@ -254,6 +259,7 @@ def _moved(memory: Streaming, live: Live, recent: Recent, w, new, error, gain, a
     return now, Step(leverage, jnp.sqrt(missed), support, no, no), due
 
 
+@compiled
 def stream(
     memory: Streaming,
     prior: Prior,

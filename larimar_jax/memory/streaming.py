@@ -50,6 +50,7 @@ from larimar_jax.memory.contract import (
     Reading,
     Real,
     Sign,
+    compiled,
     observe,
     pytree,
     sample,
@@ -136,6 +137,7 @@ class Streaming(Memory):
         refused = dataclasses.replace(state, missing=state.missing + number)
         return jax.tree.map(lambda new, old: jnp.where(sound, new, old), updated, refused)
 
+    @compiled
     def accumulate(
         self,
         prior: Prior,
@@ -227,6 +229,7 @@ class Streaming(Memory):
         change = spd_solve(matrix, factor, state.cross.total() - shrink * prior.memory)
         return dataclasses.replace(state, factor=factor, solution=prior.memory + change)
 
+    @compiled
     def combine(
         self, prior: Prior, state: StreamingState, other: StreamingState, sign: int = 1
     ) -> StreamingState:

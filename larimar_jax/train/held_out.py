@@ -35,8 +35,9 @@ class HeldOut:
         data = config.data
         if not len(pieces):
             raise TooFewPieces(
-                "no document of data.corpus is held out, or none of its pieces fits "
-                "data.encoder_tokens and data.decoder_tokens; use a larger corpus"
+                f"no document of {data.held_out or data.corpus} is held out, or none of its pieces fits "
+                "data.encoder_tokens and data.decoder_tokens; use a larger corpus (data.corpus, or "
+                "data.held_out where that is given)"
             )
         size = (data.batch, max(data.episode))
         count = min(_BATCHES, max(1, len(pieces) // math.prod(size)))

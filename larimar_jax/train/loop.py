@@ -87,8 +87,10 @@ def _train(config: Config, run_dir: Path, dog: distributed.Watchdog, progress: b
         lambda: (document.text for document in source.side(held_out=False)),
         run_dir / "tokenizer.json",
     )
+    judge = source if config.data.held_out is None else corpus.open_corpus(config.data.held_out)
     training, held_out = (
-        _stored(config, source, tokenizers, side, progress and first) for side in (False, True)
+        _stored(config, documents, tokenizers, side, progress and first)
+        for documents, side in ((source, False), (judge, True))
     )
     dog.beat(_SLOW)
     skeleton, parameters = initialise(config, mesh)

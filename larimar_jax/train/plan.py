@@ -20,6 +20,9 @@ from larimar_jax.train.step import Skeleton, Stepper
 # Of a device's memory, what a step may take: the rest is the driver's, the communication library's,
 # and lost between buffers.
 USABLE = 0.92
+# What is compiled here is looked at and never run: its machine code need not be good. Buffers and
+# collectives are decided before it is made.
+_UNRUN = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +81,7 @@ def plan(config: Config) -> Plan:
     skeleton = Skeleton(model.abstract(config))
     stepper = Stepper(config, skeleton, mesh)
     arguments = stepper.arguments(max(config.data.episode))
-    compiled = stepper.step.lower(*arguments).compile()
+    compiled = stepper.step.lower(*arguments).compile(_UNRUN)
     used = compiled.memory_analysis()
     state, frozen, batch = arguments
     remembered = (state.optimizer, state.average, state.loss, state.step)

@@ -67,6 +67,7 @@ def training(asked: Asked) -> dict[str, Any]:
         ),
         data=dict(
             corpus="wikipedia-summaries",
+            held_out=None,
             unit="chunk",
             episode=(longest,),
             batch=1,
