@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from rich.table import Table
 
 from larimar_jax.bench import controls, fluency, given, metrics, systems
