@@ -234,6 +234,25 @@ def test_no_lapack_call_has_a_batch_on_cpu(contract):
         assert not re.search(r"tensor<\d+x\d+x\d+x", shapes), shapes
 
 
+def test_a_variant_s_functions_are_compiled_once_for_all_reals_and_know_a_python_sign():
+    signs = []
+
+    @memory.contract.pytree
+    class Told(Streaming):
+        def write(self, prior, state, keys, values, sign=1, rng=None):
+            signs.append(sign)
+            return super().write(prior, state, keys, values, sign, rng)
+
+    keys, values = facts(13)
+    for ridge in (1e-2, 1e-1):
+        variant = Told(K, C, ridge=ridge)
+        prior = variant.prepare(variant.init(jax.random.key(0)))
+        state = variant.write(prior, variant.empty(prior), keys, values)
+        state = variant.write(prior, state, keys[:1], values[:1], sign=-1)
+        variant.write(prior, state, keys[:1], values[:1], jnp.int32(1))
+    assert signs[:2] == [1, -1] and isinstance(signs[2], jax.core.Tracer) and len(signs) == 3
+
+
 def test_a_prior_of_another_size_is_refused(contract):
     variant, *_ = contract
     with pytest.raises(ValueError, match=r"shape \(3, 9\).*expects \(6, 9\)"):

@@ -5,8 +5,8 @@
                as the released code takes them, (X A) X with M₀† anew for each episode, and as our
                variant does, with the shorter product first and one M₀† for all episodes
     scan       10,000 facts one by one in one compiled scan
-    tenants    a fact and a query for each of many memories under one `vmap`, against a Python loop of
-               compiled calls, and of the memory's functions as they are
+    tenants    a fact and a query for each of many memories under one `vmap`, against a Python loop
+               of the memory's functions, and of one program for each write and each read
 
 All sides of a case run in turns within one process, so that a machine's moods hit all of them.
 """
@@ -47,7 +47,7 @@ RATIOS = (
         for how, side in (("as released", "released"), ("as here", "newton-schulz"))
     ),
     ("tenants, a fact and a query each, against a compiled call each", "loop", "tenants"),
-    ("tenants, against the same functions in a loop, not compiled", "plain loop", "tenants"),
+    ("tenants, against the memory's functions in a Python loop", "plain loop", "tenants"),
 )
 EPISODE = 16
 # Seconds that a side is run for in its turn: the median of what fits. Once is not enough, for what ran
@@ -255,7 +255,8 @@ def released(
 
 def _tenants(variant, prior, keys, values, queries) -> dict[str, Callable]:
     """Each tenant has a memory of its own: a fact is written into it, a query read from it, and the
-    answer fetched; side by side under `vmap`, or a tenant after the other, compiled or not."""
+    answer fetched; side by side under `vmap`, or a tenant after the other: by programs made for it, or
+    by the memory's own functions."""
 
     def write(prior, keys, values):
         return variant.write(prior, variant.empty(prior), keys, values)
