@@ -1,7 +1,7 @@
 """What to train of `smol`, and how: recipes that differ from configs/smol.py in one or two settings.
 
 command   larimar study --config=configs/recipes_smol.py --out runs/recipes
-hardware  2 CPU cores
+hardware  2 CPU cores, 66 minutes beside other work
 expected  docs/recipes.md: the table that this command writes
 """
 

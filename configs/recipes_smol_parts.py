@@ -2,7 +2,7 @@
 
 command   python tests/long/recipe_parts.py … --out runs/parts       (its head says what it needs)
           larimar study --config=configs/recipes_smol_parts.py --out runs/parts/recipes
-hardware  2 CPU cores
+hardware  2 CPU cores, 3 minutes a recipe
 expected  docs/recipes.md: the second table
 """
 

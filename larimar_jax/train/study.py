@@ -187,12 +187,13 @@ def draw(curves: Mapping[str, Curve], path: str | Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
     axes.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
     for name, one in curves.items():
         axes.plot(one.steps, one.terms["reconstruction"], marker="o", markersize=3, label=name)
     axes.set(xlabel="step", ylabel="held-out nats per token, through memory")
-    axes.legend(fontsize=8)
+    # Beside the lines: of many recipes it would lie on top of some.
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
