@@ -63,17 +63,17 @@ def test_two_processes_have_the_losses_of_one(values, two, tmp_path):
         np.testing.assert_allclose(theirs[name], array, atol=3e-3, err_msg=name)
 
 
-def test_a_killed_process_ends_the_others_and_the_run_goes_on_bit_for_bit(brief, two, tmp_path):
+def test_a_killed_process_ends_the_others_and_the_run_goes_on_bit_for_bit(values, two, tmp_path):
     run = tmp_path / "run"
     begun = time.monotonic()
     deaths = {1: {"step": 11, "signal": "SIGKILL"}}
-    ends = processes.finish(processes.start(brief, run, count=2, deaths=deaths))
+    ends = processes.finish(processes.start(values, run, count=2, deaths=deaths))
     # 134 in a shell: JAX's coordination service ends a process whose peer is gone.
     assert ends[1][0] == -signal.SIGKILL and ends[0][0] in (-signal.SIGABRT, distributed.RETRY), ends
     assert time.monotonic() - begun < 120
     before = _losses(run)
     assert 8 <= max(before) < STEPS
-    ends = processes.finish(processes.start(brief, run, count=2))
+    ends = processes.finish(processes.start(values, run, count=2))
     assert [code for code, _ in ends] == [0, 0], ends
     assert _losses(run) == _losses(two)
     assert all(_losses(run)[step] == loss for step, loss in before.items())

@@ -1,7 +1,5 @@
 """σ_W in its five parametrisations: the formula, sampling, gradients, and models that learn it."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,15 +50,8 @@ def formula(setting, params, queries, m):
     return found
 
 
-@pytest.mark.parametrize(
-    "variant, setting",
-    [
-        (variant, setting)
-        for variant in VARIANTS
-        # The formula is one for all; a variant asks it for the right queries and the right M, or not.
-        for setting in (variance.SETTINGS if variant in KINDS else ("scalar", "both"))
-    ],
-)
+@pytest.mark.parametrize("setting", variance.SETTINGS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_reading_s_log_variance_is_the_formula(variant, setting):
     built, params = drawn(variant, setting)
     prior, state = written(built, params)
@@ -105,10 +96,11 @@ def test_zero_maps_leave_one_number_per_slot(setting):
     )
     rng, queries = jax.random.key(3), facts(4, Q)
     prior, state = written(built, params)
-    want = built.read(prior, state, queries, rng)
-    got = linear.read(linear.prepare(more), state, queries, rng)
-    # Another program, which may add in another order.
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), got, want)
+    # Op by op: as two programs they might add in another order.
+    with jax.disable_jit():
+        want = built.read(prior, state, queries, rng)
+        got = linear.read(linear.prepare(more), state, queries, rng)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 @pytest.mark.parametrize("setting", variance.SETTINGS)
