@@ -92,7 +92,7 @@ def get_config() -> ConfigDict:
                 scope=dict(bench="scope", data="counterfact", options=dict(limit=1000)),
                 perplexity=dict(bench="perplexity", data="counterfact", options=dict(facts=512)),
                 # Table 1
-                speed=dict(bench="speed", data="counterfact", options=dict(cases=10)),
+                speed=dict(bench="speed", data="counterfact", options=dict(cases=10, repeats=3)),
             ),
         )
     )

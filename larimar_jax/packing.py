@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from larimar_jax.generate import LENGTH_BUCKET, steps_bucket
-
+# Lengths and numbers of rows grow in steps of a quarter to a half, so that few shapes are compiled.
+LENGTH_BUCKET = 8
 # The length of a row, where nothing is longer and not all of a call is shorter: four or five prompts.
 # Attention is quadratic in it; in a shorter one less fits exactly.
 ROW = 64
@@ -27,6 +27,13 @@ CONDITIONS = 8
 SHARED = 4
 # How many rows that are not full a text is tried on.
 _UNFILLED = 32
+
+
+def steps_bucket(size: int, unit: int) -> int:
+    """The least of unit × (1, 2, 3, 4, 6, 8, 12, 16, …) that holds `size`."""
+    whole = max(1, -(-size // unit))
+    power = 1 << (whole - 1).bit_length()
+    return unit * (power * 3 // 4 if power >= 4 and whole <= power * 3 // 4 else power)
 
 
 class Trie:

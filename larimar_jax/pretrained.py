@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import config as configs
-from larimar_jax import generate, latents, scope, scoring, spelling
+from larimar_jax import generate, latents, packing, scope, scoring, spelling
 from larimar_jax.data import vocabulary
 from larimar_jax.memory.contract import Prior
 from larimar_jax.memory.dual import Dual
@@ -203,7 +203,7 @@ class Pretrained:
         Rows of padding, not active, come after the n, so that few numbers of rows are compiled for;
         decoding and scoring ignore them.
         """
-        rows, more = len(readout), generate.steps_bucket(len(readout), 1) - len(readout)
+        rows, more = len(readout), packing.steps_bucket(len(readout), 1) - len(readout)
         readout = np.pad(np.asarray(readout, np.float32), ((0, more), (0, 0)))
         active = np.pad(np.ones(rows, bool) if active is None else np.asarray(active), (0, more))
         how = dict(sizes=self.parts, spelled_as=self.config.editing.spelling)
@@ -212,7 +212,7 @@ class Pretrained:
     def zero(self, rows: int) -> Condition:
         """z = 0: the memory slot is there and holds zeros (§2)."""
         one = self.condition(np.zeros((1, self.memory.latent), np.float32))
-        return one.rows(jnp.zeros((generate.steps_bucket(rows, 1),), jnp.int32))
+        return one.rows(jnp.zeros((packing.steps_bucket(rows, 1),), jnp.int32))
 
     def score(
         self,

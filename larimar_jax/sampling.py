@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -59,18 +60,43 @@ class Sampling:
         Raises:
           ValueError: keys, but not one a row.
         """
-        rng = jax.random.key(0) if self.rng is None else self.rng
-        if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
-            rng = jax.random.wrap_key_data(rng)
+        rng = jax.random.key(0) if self.rng is None else _keys(self.rng)
         if rng.ndim:
             rng = one_each(rng, rows, padded)
         return Draw(
             jnp.float32(self.temperature), jnp.int32(self.top_k), jnp.float32(self.top_p), rng
         )
 
+    def each(self, rows: int) -> "Sampling":
+        """The same draws of so many rows, with a key for every one.
+
+        Raises:
+          ValueError: keys, but not one a row.
+        """
+        if self.rng is None:
+            return self
+        rng = _keys(self.rng)
+        return dataclasses.replace(self, rng=one_each(rng, rows, rows) if rng.ndim else _rows(rng, rows))
+
+    def of(self, chosen: Sequence[int]) -> "Sampling":
+        """The draws of chosen rows of those with a key each."""
+        if self.rng is None:
+            return self
+        return dataclasses.replace(self, rng=self.rng[np.asarray(chosen)])
+
     def static(self) -> dict[str, bool]:
         """What `pick` is compiled for: greedy decoding sorts and draws nothing."""
         return dict(sampled=self.temperature > 0, truncated=self.top_k > 0 or self.top_p < 1)
+
+
+def _keys(rng: jax.Array) -> Key[Array, "*rows"]:
+    """Keys, whether they are typed or raw."""
+    return rng if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(rng)
+
+
+def _rows(key: Key[Array, ""], rows: int) -> Key[Array, " rows"]:
+    """What rows draw with that are given one key."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
 
 def one_each(keys: Key[Array, "*n"], rows: int, padded: int) -> Key[Array, " padded"]:
@@ -103,7 +129,7 @@ def pick(
         logits = truncate(logits, draw.top_k, draw.top_p)
     keys = draw.rng
     if not keys.ndim:
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(keys, jnp.arange(logits.shape[0]))
+        keys = _rows(keys, logits.shape[0])
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 

@@ -1,9 +1,9 @@
 """How likely continuations are (metrics.md): packed into rows, with logits where they are scored."""
 
+import collections
 import functools
-import hashlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import packing
+from larimar_jax.conditions import Rows
 from larimar_jax.decoders.base import Tree
-from larimar_jax.generate import PromptTooLong, check_rows, prompt_ids, steps_bucket
+from larimar_jax.decoding import PromptTooLong
+from larimar_jax.generate import prompt_ids
 from larimar_jax.model import Condition, Larimar
+from larimar_jax.packing import steps_bucket
 from larimar_jax.spelling import Spelled
 from larimar_jax.weights.tokenizers import Tokenizer
 
@@ -75,12 +78,10 @@ def judge(
             f"{len(prompts)} prompts need as many rows of candidates, all of one length; got "
             f"{[len(targets) for targets in candidates]}."
         )
-    if condition is not None:
-        check_rows(condition, len(prompts))
+    given = None if condition is None else Rows(condition, len(prompts))
     if not len(prompts) or not width:
         empty = np.zeros((len(prompts), width), np.float32)
         return Scores(empty, empty, np.zeros((*empty.shape, 0), bool))
-    given = None if condition is None else _Rows(condition, len(prompts))
     trie = packing.Trie()
     texts = []
     for row, (prompt, targets) in enumerate(zip(prompts, candidates, strict=True)):
@@ -146,36 +147,25 @@ def _tokens(
     return ids, answers
 
 
-class _Rows:
-    """Rows of a condition on the host, where equal ones are found and any are taken without compiling.
+class _Ahead:
+    """Results that are waited for a little later than they are begun, so that the host packs the next
+    ones beside the device. Few at a time: each holds its inputs on the device."""
 
-    first: of each prompt, the first row that equals its own.
-    """
+    MOST = 3
 
-    def __init__(self, condition: Condition, prompts: int):
-        leaves, self._tree = jax.tree.flatten(condition)
-        # Slots lead with their layer.
-        self._leaves = [(np.asarray(leaf), 1 if leaf.ndim == 5 else 0) for leaf in leaves]
-        spelled, self._form = jax.tree.flatten(condition.spelled)
-        self._spelled = [np.asarray(leaf) for leaf in spelled]
-        found: dict[bytes, int] = {}
-        self.first = [found.setdefault(self._digest(row), row) for row in range(prompts)]
+    def __init__(self, take: Callable[..., None]):
+        self._take, self._waiting = take, collections.deque()
 
-    def _digest(self, row: int) -> bytes:
-        made = hashlib.sha256()
-        for leaf, axis in self._leaves:
-            made.update(leaf.take(row, axis).tobytes())
-        return made.digest()
+    def begun(self, *result: Any) -> None:
+        """One more; the oldest is taken where they are too many."""
+        self._waiting.append(result)
+        if len(self._waiting) > self.MOST:
+            self._take(*self._waiting.popleft())
 
-    def take(self, rows: Int[np.ndarray, " R"]) -> Condition:
-        """The condition of chosen rows."""
-        return self._tree.unflatten(
-            [jax.device_put(leaf.take(rows, axis)) for leaf, axis in self._leaves]
-        )
-
-    def spelled(self, rows: Int[np.ndarray, " R"]) -> Spelled | None:
-        """What is spelled in chosen rows: slots are large, and logits need none of them."""
-        return self._form.unflatten([jax.device_put(leaf[rows]) for leaf in self._spelled])
+    def finish(self) -> None:
+        """Takes those that are left."""
+        while self._waiting:
+            self._take(*self._waiting.popleft())
 
 
 def _hidden(
@@ -183,20 +173,27 @@ def _hidden(
     trie: packing.Trie,
     texts: Sequence[packing.Text],
     wanted: set[int],
-    given: _Rows | None,
+    given: Rows | None,
     batch: int,
 ) -> dict[int, np.ndarray]:
     """The decoder's last hidden states [D] at these nodes."""
     graph, state = nnx.split(model)
     found: dict[int, np.ndarray] = {}
+
+    def keep(where, states):
+        states = np.asarray(states)
+        # Copied: a view would keep all the others.
+        found.update({n: states[at].copy() for n, at in where.items() if n in wanted})
+
+    ahead = _Ahead(keep)
     for rows in packing.batches(packing.rows(trie, texts), batch):
         packed = packing.pack(trie, rows)
         condition = None if given is None else given.take(packed.conditions.ravel())
         owner = None if packed.conditions.shape[1] == 1 else jax.device_put(packed.owner)
         tree = Tree(jax.device_put(packed.index), jax.device_put(packed.seen), owner)
-        states = np.asarray(_decode(graph, state, jax.device_put(packed.tokens), tree, condition))
-        # Copied: a view would keep all the others.
-        found |= {n: states[at].copy() for n, at in packed.where.items() if n in wanted}
+        states = _decode(graph, state, jax.device_put(packed.tokens), tree, condition)
+        ahead.begun(packed.where, states)
+    ahead.finish()
     return found
 
 
@@ -205,7 +202,7 @@ def _entropies(
     trie: packing.Trie,
     labels: dict[packing.Place, list[int]],
     hidden: dict[int, np.ndarray],
-    given: _Rows | None,
+    given: Rows | None,
 ) -> tuple[Float[np.ndarray, "N R"], Bool[np.ndarray, "N R"]]:
     """−ln p of what may follow at each of N places, and whether it is the likeliest there."""
     graph, state = nnx.split(model)
@@ -214,6 +211,12 @@ def _entropies(
     ways = steps_bucket(max(map(len, labels.values())), 2)
     losses = np.zeros((len(places), ways), np.float32)
     likeliest = np.zeros((len(places), ways), bool)
+
+    def keep(rows, found):
+        for every, own in zip((losses, likeliest), found, strict=True):
+            every[rows] = np.asarray(own)[: len(every[rows])]
+
+    ahead = _Ahead(keep)
     for first in range(0, len(places), HEAD):
         piece = places[first : first + HEAD]
         rows = slice(first, first + len(piece))
@@ -224,7 +227,7 @@ def _entropies(
         if given is not None:
             owners = np.asarray([trie.condition[place.node] for place in padded])
             spelled = given.spelled(owners)
-        one, other = _cross_entropies(
+        found = _cross_entropies(
             graph,
             state,
             jax.device_put(np.stack([hidden[place.node] for place in padded])),
@@ -232,8 +235,8 @@ def _entropies(
             jax.device_put(told),
             spelled,
         )
-        losses[rows] = np.asarray(one)[: len(piece)]
-        likeliest[rows] = np.asarray(other)[: len(piece)]
+        ahead.begun(rows, found)
+    ahead.finish()
     return losses, likeliest
 
 

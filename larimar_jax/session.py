@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from larimar_jax import facts, generate, scope
+from larimar_jax import facts, packing, scope
 from larimar_jax.facts import (
     Answer,
     EmptyFact,
@@ -217,7 +217,7 @@ class Session:
         inside = found.within(self.model.scope_threshold)
         queries = encodings.latent[found.sentence]
         # Padded, so that few numbers of queries are compiled for.
-        more = generate.steps_bucket(len(queries), 1) - len(queries)
+        more = packing.steps_bucket(len(queries), 1) - len(queries)
         asked = np.pad(queries, ((0, more), (0, 0)))
         read = _read(self.model.memory, self.model.prior, self._now, asked)
         latent = np.asarray(read)[: len(queries)]

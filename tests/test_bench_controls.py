@@ -19,7 +19,7 @@ def test_every_text_is_measured_once_for_each_of_its_targets():
 
     sides = {"base": ["a", "bb", "a"], "lookup": ["x a", "bb", "a"], "prompt": ["x a", "y bb", "x a"]}
     targets = [["one", "two"], ["one", "two"], ["three"]]
-    found = controls.untouched(measure, sides, targets)
+    found = controls.measured(measure, sides, targets)
     for name, prompts in sides.items():
         want = [[len(p), len("".join(t))] for p, t in zip(prompts, targets, strict=True)]
         np.testing.assert_array_equal(found[name], want)
@@ -28,7 +28,7 @@ def test_every_text_is_measured_once_for_each_of_its_targets():
 
 
 def test_targets_may_be_texts():
-    found = controls.untouched(
+    found = controls.measured(
         lambda prompts, targets: np.asarray(targets, object), {"base": ["p", "p"]}, ["s", "t"]
     )
     assert found["base"].tolist() == ["s", "t"]

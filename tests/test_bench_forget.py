@@ -81,7 +81,7 @@ def test_a_store_of_one_fact_has_nothing_to_look_up_once_it_is_forgotten(tiny, m
     made = forget.Forget(tiny, RECORDS, [1], 1, 0, data={})
     (case,) = made.cases
     assert case.index == 0 and case.others == ()
-    record = made._forget(case)
+    (record,) = made.run([case])
     assert record["nearest"]["forgotten"] is None
     assert record["recall"]["lookup"]["forgotten"] == record["recall"]["base"]["forgotten"]
     assert record["recall"]["lookup"]["before"] == record["recall"]["prompt"]["before"]

@@ -11,7 +11,7 @@ import tokenizers as hf
 from flax import nnx
 from tokenizers import decoders, models
 
-from larimar_jax import generate, packing, sampling, scoring, spelling
+from larimar_jax import decoding, generate, packing, sampling, scoring, spelling
 from larimar_jax.settings import SpellingConfig
 from larimar_jax.weights import Tokenizer
 
@@ -124,6 +124,52 @@ def test_greedy_decoding_equals_a_plain_loop(tiny, condition, conditioned):
         assert found[row] == tokenizer.decode(ids[start:])
 
 
+@pytest.mark.parametrize("conditioned", [True, False])
+@pytest.mark.parametrize("batch", [1, 2, 128])
+def test_a_prompt_says_the_same_in_any_batch_and_as_much_as_it_may(tiny, condition, conditioned, batch):
+    rows, most = [0, 1, 2, 1, 0], [7, 2, 4, 9, 1]
+    parts = rows_of(condition if conditioned else None)
+    given = condition.rows(jnp.asarray(rows)) if conditioned else None
+    prompts = [PROMPTS[row] for row in rows]
+    said = tiny.generate(prompts, given, max_tokens=most, stop="", batch=batch)
+    for row, tokens, text in zip(rows, most, said, strict=True):
+        assert text == tiny.generate([PROMPTS[row]], parts[row], max_tokens=tokens, stop="")[0]
+
+
+def test_draws_do_not_depend_on_the_batch(tiny):
+    options = dict(temperature=1.5, rng=jax.random.key(4), max_tokens=[5, 2, 6], stop="")
+    said = tiny.generate(PROMPTS, **options)
+    assert tiny.generate(PROMPTS, batch=2, **options) == said
+
+
+def test_what_prompts_begin_with_is_read_once(tiny, monkeypatch):
+    read, prefill = [], decoding._prefill
+
+    def counting(graph, state, tokens, tree, condition):
+        read.append(tokens.size)
+        return prefill(graph, state, tokens, tree, condition)
+
+    monkeypatch.setattr(decoding, "_prefill", counting)
+    alone = tiny.generate([PROMPTS[1]], max_tokens=3)
+    said = tiny.generate([PROMPTS[1]] * 20, max_tokens=3)
+    assert said == alone * 20 and read[1] == read[0]
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, 3e38])
+def test_a_broken_row_leaves_the_others_as_they_are(tiny, condition, broken):
+    """Several prompts share a row of the decoder; what is not finite there is one's own."""
+    alone = [
+        tiny.generate([prompt], part, max_tokens=4, stop="")[0]
+        for prompt, part in zip(PROMPTS, rows_of(condition), strict=True)
+    ]
+    prefix = condition.prefix
+    hurt = dataclasses.replace(prefix, key=prefix.key.at[:, 1].set(broken))
+    said = tiny.generate(
+        PROMPTS, dataclasses.replace(condition, prefix=hurt), max_tokens=4, stop=""
+    )
+    assert [said[row] for row in (0, 2)] == [alone[row] for row in (0, 2)]
+
+
 def test_sampling_is_a_function_of_its_key(tiny):
     draw = lambda seed: tiny.generate(  # noqa: E731
         PROMPTS, temperature=2.0, rng=jax.random.key(seed), max_tokens=8, stop=""
@@ -142,9 +188,9 @@ def test_a_stop_text_ends_a_continuation(tiny):
 def test_what_can_not_be_decoded_is_said(tiny):
     with pytest.raises(ValueError, match="empty"):
         tiny.score(["Fact"], [(" ",)])
-    with pytest.raises(generate.PromptTooLong, match="decoder"):
+    with pytest.raises(decoding.PromptTooLong, match="decoder"):
         tiny.generate(["Fact " * 200], max_tokens=4)
-    with pytest.raises(generate.PromptTooLong, match="Shorten"):
+    with pytest.raises(decoding.PromptTooLong, match="Shorten"):
         tiny.score(["Fact " * 200], [("new",)])
     with pytest.raises(ValueError, match="as many rows"):
         tiny.score(["Fact"], [("new",), ("true",)])
@@ -227,7 +273,7 @@ def test_a_new_length_or_number_of_rows_seldom_compiles(tiny):
     for rows in (5, 6):
         for length in (5, 6, 7):
             tiny.generate([" ".join(words[:length])] * rows, max_tokens=9 + length, stop="")
-            sizes.append((generate._prefill._cache_size(), generate._decode._cache_size()))
+            sizes.append((decoding._prefill._cache_size(), decoding._decode._cache_size()))
     assert len(set(sizes)) == 1, sizes
 
 
@@ -297,6 +343,12 @@ def test_options_that_make_no_sense(tiny, options, message):
         tiny.generate(PROMPTS, **options)
     with pytest.raises(ValueError, match="every"):
         list(tiny.stream(PROMPTS, every=0))
+    with pytest.raises(ValueError, match="batch"):
+        tiny.generate(PROMPTS, batch=0)
+    with pytest.raises(ValueError, match="2 numbers for 3 prompts"):
+        tiny.generate(PROMPTS, max_tokens=[3, 4])
+    with pytest.raises(ValueError, match="at least 1"):
+        tiny.generate(PROMPTS, max_tokens=[3, 0, 4])
     with pytest.raises(ValueError, match="2 rows for 3 prompts"):
         tiny.generate(PROMPTS, tiny.model.condition(jnp.zeros((2, 16))))
     with pytest.raises(ValueError, match="2 rows for 3 prompts"):

@@ -37,6 +37,8 @@ FLOORS = {
     "weights": 3,
     "objective": 4,
     "sampling": 4,
+    "conditions": 4,
+    "decoding": 4,
     "generate": 4,
     "packing": 4,
     "scoring": 4,

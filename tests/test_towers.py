@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from larimar_jax import decoders, encoders, registry, weights
+from larimar_jax import decoders, encoders, generate, registry, weights
 from larimar_jax.layers import Prefix
 from larimar_jax.weights import folder
 from larimar_jax.weights.fill import fill
@@ -211,6 +211,13 @@ def test_greedy_text_is_that_of_torch(name):
         padded[b, : len(prompt)] = prompt
     got = greedy(tiny(name), jnp.asarray(padded), lengths, want.shape[1])
     np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_prompts_in_one_row_go_on_as_torch_says_of_each_alone(name):
+    prompts = [golden(name)[f"prompt_{i}"].tolist() for i in range(2)]
+    want = np.stack([golden(name)[f"greedy_{i}"] for i in range(2)])
+    np.testing.assert_array_equal(generate.continue_ids(tiny(name), prompts, want.shape[1]), want)
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -13,7 +13,7 @@ the decoder is the untouched language model.
 
 from collections.abc import Callable, Mapping, Sequence
 
-from larimar_jax.bench import metrics
+from larimar_jax.bench import controls, metrics
 from larimar_jax.model import Condition
 from larimar_jax.pretrained import Pretrained
 
@@ -25,40 +25,42 @@ def answers(
     nearest: Mapping[int, str],
     condition: Condition | None,
     *,
-    tokens: int,
+    tokens: Sequence[int],
 ) -> dict[str, list[str | None]]:
-    """Continuations of n prompts by `tokens` tokens, through line breaks, by system.
+    """Continuations of n prompts, through line breaks, by system.
 
     Args:
         facts: the right one of each prompt, as a text; None where there is none, and then "prompt" says
             None.
         nearest: {row: the nearest written fact} of the prompts that are in scope.
         condition: from the memory, one row each of `nearest`; None where that is empty.
+        tokens: the most that are decoded of each prompt.
     """
 
-    def decoded(texts, condition=None):
+    def decoded(texts, tokens, condition=None):
         # A question mark is often followed by a line break, and the answer comes after it.
         return model.generate(texts, condition, max_tokens=tokens, stop=())
 
-    def in_front(fact, row):
-        return f"{fact.rstrip('.')}. {prompts[row]}"
-
-    unique = list(dict.fromkeys(prompts))
-    base = dict(zip(unique, decoded(unique), strict=True))
-    zero = dict(zip(unique, decoded(unique, model.zero(len(unique))), strict=True))
-    right = {row: in_front(fact, row) for row, fact in enumerate(facts) if fact is not None}
-    near = {row: in_front(fact, row) for row, fact in nearest.items()}
-    texts = list(dict.fromkeys([*right.values(), *near.values()]))
-    fronted = dict(zip(texts, decoded(texts) if texts else [], strict=True))
-    through = decoded([prompts[row] for row in nearest], condition) if nearest else []
-    read = dict(zip(nearest, through, strict=True))
-    rows = list(enumerate(prompts))
+    near = [nearest.get(row) for row in range(len(prompts))]
+    sides = {
+        "base": prompts,
+        "prompt": controls.in_front(facts, prompts),
+        "lookup": controls.in_front(near, prompts),
+    }
+    said = controls.measured(decoded, sides, tokens)
+    said |= controls.measured(
+        lambda texts, most: decoded(texts, most, model.zero(len(texts))), {"zero": prompts}, tokens
+    )
+    inside = list(nearest)
+    asked, most = [prompts[row] for row in inside], [tokens[row] for row in inside]
+    read = dict(zip(inside, decoded(asked, most, condition) if inside else [], strict=True))
+    told = [text if fact is not None else None for fact, text in zip(facts, said["prompt"], strict=True)]
     return {
-        "base": [base[prompt] for prompt in prompts],
-        "zero": [zero[prompt] for prompt in prompts],
-        "prompt": [fronted[right[row]] if row in right else None for row, _ in rows],
-        "lookup": [fronted[near[row]] if row in near else base[prompt] for row, prompt in rows],
-        "larimar": [read.get(row, base[prompt]) for row, prompt in rows],
+        "base": said["base"],
+        "zero": said["zero"],
+        "prompt": told,
+        "lookup": said["lookup"],
+        "larimar": [read.get(row, base) for row, base in enumerate(said["base"])],
     }
 
 

@@ -1,23 +1,23 @@
 """Batch editing: N facts of CounterFact written at once, each asked by its own prompt (Fig. 2a).
 
 Rewrite S for every N, protocol `rome`, beside the controls: the untouched LM, z = 0, the fact in the
-prompt, and a lookup that puts the nearest written fact there where the scope detector lets it. What
-none of them holds in memory does not depend on N and is measured once. A row of the memory says where
-it does not beat the lookup.
+prompt, and a lookup that puts the nearest written fact there where the scope detector lets it. A case is
+a fact, asked of every N that it is among; what the untouched LM makes of one text, such as of the fact's
+own prompt at all N, is measured once. A row of the memory says where it does not beat the lookup.
 """
 
 import argparse
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
 
 from larimar_jax.bench import controls, given, headline, metrics, systems
+from larimar_jax.bench.editor import Recall
 from larimar_jax.bench.runner import Record
-from larimar_jax.bench.store import Encoded, Store, encoded, written
+from larimar_jax.bench.store import Store, encoded, written
 from larimar_jax.data.records import EditRecord
 from larimar_jax.pretrained import Pretrained
 
@@ -59,11 +59,9 @@ def experiment(args: argparse.Namespace) -> "Batch":
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Fact `index` asked while `facts` are in; with 0 facts, what does not depend on a memory."""
+    """Fact `case_id` in the order of the file, asked of every memory that holds it."""
 
-    case_id: str
-    facts: int
-    index: int
+    case_id: int
 
 
 def tables(summary: Mapping[str, Any]) -> list[Table | str]:
@@ -98,20 +96,23 @@ def headlines(summary: Mapping[str, Any]) -> list[headline.Headline]:
 
 def values(record: Record) -> dict[str, float]:
     """Rewrite S of a fact by system and N."""
-    names = CONTROLS | SYSTEMS
-    return {
-        names[system] + (f", N = {record['facts']}" if record["facts"] else ""): float(new < true)
-        for system, (new, true) in record["loss"].items()
-    }
+    return {label: float(new < true) for label, (new, true) in _labelled(record).items()}
 
 
 def texts(record: Record) -> list[str]:
-    """The fact, and ℓ of both answers by system."""
-    names = CONTROLS | SYSTEMS
-    return [f"N = {record['facts']}: {record['prompt']}"] + [
-        f"{names[system]}: ℓ({record['target_new']}) {new:.2f}, ℓ({record['target_true']}) {true:.2f}"
-        for system, (new, true) in record["loss"].items()
+    """The fact, and ℓ of both answers by system and N."""
+    return [record["prompt"]] + [
+        f"{label}: ℓ({record['target_new']}) {new:.2f}, ℓ({record['target_true']}) {true:.2f}"
+        for label, (new, true) in _labelled(record).items()
     ]
+
+
+def _labelled(record: Record) -> dict[str, Sequence[float]]:
+    """ℓ(new) and ℓ(true) by what has them."""
+    found = {CONTROLS[name]: pair for name, pair in record["loss"].items()}
+    for size, memory in record["memory"].items():
+        found |= {f"{SYSTEMS[name]}, N = {size}": pair for name, pair in memory["loss"].items()}
+    return found
 
 
 def draw(axes: Any, summary: Mapping[str, Any]) -> None:
@@ -143,11 +144,7 @@ class Batch:
     ):
         self.model, self.records, self.chunk = model, records, chunk
         self.sizes = sorted(set(sizes))
-        self.cases = [
-            Case(f"{size}/{index}", size, index)
-            for size in (0, *self.sizes)
-            for index in range(size or self.sizes[-1])
-        ]
+        self.cases = [Case(index) for index in range(self.sizes[-1])]
         self.settings: Mapping[str, Any] = {
             "mode": "rome",
             "data": dict(data),
@@ -157,100 +154,114 @@ class Batch:
             "slots": model.memory.slots,
             "seed": None,
         }
-        self._encoded: Encoded | None = None
-        self._store: Store | None = None
+        self._stores: dict[int, Store] = {}
 
     def run(self, cases: Sequence[Case]) -> list[Record]:
-        """ℓ(new) and ℓ(true) under every system; cases of one size in one batch."""
-        groups = itertools.groupby(cases, key=lambda case: case.facts)
-        return [record for size, some in groups for record in self._group(size, list(some))]
-
-    def _group(self, size: int, cases: list[Case]) -> list[Record]:
-        records = [self.records[case.index] for case in cases]
+        """ℓ(new) and ℓ(true) under every system, at every N."""
+        records = [self.records[case.case_id] for case in cases]
         prompts = [record.prompt for record in records]
         targets = [(record.target_new, record.target_true) for record in records]
-        if size == 0:
-            own = [written(record.prompt, record.target_new) for record in records]
-            sides = {"base": prompts, "prompt": controls.in_front(own, prompts)}
-            losses = controls.untouched(self.model.score, sides, targets)
-            losses["zero"] = self.model.score(prompts, targets, self.model.zero(len(prompts)))
-            more = [{} for _ in cases]
-        else:
+        own = [written(record.prompt, record.target_new) for record in records]
+        sides = {"base": prompts, "prompt": controls.in_front(own, prompts)}
+        read: dict[str, _Read] = {}
+        for size in self.sizes:
+            rows = [row for row, case in enumerate(cases) if case.case_id < size]
+            if not rows:
+                continue
             store = self._filled(size)
-            recall, nearest = store.recall(prompts)
+            recall, nearest = store.recall([prompts[row] for row in rows])
+            read[str(size)] = _Read(rows, recall, nearest)
+            found: list[str | None] = [None] * len(cases)
+            for row, fact, within in zip(rows, nearest, recall.in_scope, strict=True):
+                found[row] = store.texts[fact] if within else None
+            sides[str(size)] = controls.in_front(found, prompts)
+        losses = controls.measured(self.model.score, sides, targets)
+        losses["zero"] = self.model.score(prompts, targets, self.model.zero(len(prompts)))
+        memory: list[dict[str, Any]] = [{} for _ in cases]
+        for size, (rows, recall, nearest) in read.items():
+            # Out of scope the memory is the untouched LM, as the lookup is.
+            ours = losses[size].copy()
             inside = np.flatnonzero(recall.in_scope)
-            found = [
-                store.texts[key] if within else None
-                for key, within in zip(nearest, recall.in_scope, strict=True)
-            ]
-            losses = {"lookup": self.model.score(controls.in_front(found, prompts), targets)}
-            # Out of scope both are the untouched LM's.
-            losses["larimar"] = losses["lookup"].copy()
             if len(inside):
-                losses["larimar"][inside] = self.model.score(
-                    [prompts[row] for row in inside],
-                    [targets[row] for row in inside],
+                asked = [rows[place] for place in inside]
+                ours[asked] = self.model.score(
+                    [prompts[row] for row in asked],
+                    [targets[row] for row in asked],
                     recall.condition(inside),
                 )
-            more = [
-                {"scope_score": float(score), "nearest": key, "in_scope": bool(within)}
-                for score, key, within in zip(
-                    recall.scope_score, nearest, recall.in_scope, strict=True
-                )
-            ]
+            for place, row in enumerate(rows):
+                memory[row][size] = {
+                    "scope_score": float(recall.scope_score[place]),
+                    "nearest": nearest[place],
+                    "in_scope": bool(recall.in_scope[place]),
+                    "loss": {"lookup": losses[size][row].tolist(), "larimar": ours[row].tolist()},
+                }
         return [
             {
                 "case_id": case.case_id,
-                "facts": size,
-                "index": case.index,
                 "prompt": record.prompt,
                 "target_new": record.target_new,
                 "target_true": record.target_true,
-                **extra,
-                "loss": {name: [float(x) for x in found[row]] for name, found in losses.items()},
+                "loss": {name: losses[name][row].tolist() for name in CONTROLS},
+                "memory": memory[row],
             }
-            for row, (case, record, extra) in enumerate(zip(cases, records, more, strict=True))
+            for row, (case, record) in enumerate(zip(cases, records, strict=True))
         ]
 
     def _filled(self, size: int) -> Store:
-        """The store of the first `size` facts; one is kept at a time."""
-        if self._encoded is None:
-            self._encoded = encoded(self.model, _facts(self.records))
-        if self._store is None or len(self._store.facts) != size:
-            self._store = Store(self._encoded, _facts(self.records[:size]))
-        return self._store
+        """The store of the first `size` facts."""
+        if not self._stores:
+            known = encoded(self.model, _facts(self.records))
+            self._stores = {n: Store(known, _facts(self.records[:n])) for n in self.sizes}
+        return self._stores[size]
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
         """Rewrite S and M by N and system, in percent with standard errors; of the memory's S the
         difference to the lookup's, with a note; how often the nearest key was the fact's own."""
-        without = [record for record in records if record["facts"] == 0]
         result = {}
-        for size in self.sizes:
-            rows = [record for record in records if record["facts"] == size]
-            alone = [record for record in without if record["index"] < size]
-            found = {name: _measured(alone, name) for name in CONTROLS}
-            found |= {name: _measured(rows, name) for name in SYSTEMS}
-            pair = (_successes(rows, name) for name in ("larimar", systems.CONTROL))
-            found["larimar"] |= systems.versus_lookup(*pair)
-            own = metrics.estimate([float(row["nearest"] == row["index"]) for row in rows])
-            result[str(size)] = found | {"own_key_nearest": vars(own)}
+        for size in map(str, self.sizes):
+            rows = [record for record in records if size in record["memory"]]
+            pairs = {name: [row["loss"][name] for row in rows] for name in CONTROLS}
+            held = [row["memory"][size] for row in rows]
+            pairs |= {name: [row["loss"][name] for row in held] for name in SYSTEMS}
+            found = {name: _measured(pairs[name]) for name in pairs}
+            both = (_successes(pairs[name]) for name in ("larimar", systems.CONTROL))
+            found["larimar"] |= systems.versus_lookup(*both)
+            own = [
+                float(memory["nearest"] == row["case_id"])
+                for row, memory in zip(rows, held, strict=True)
+            ]
+            result[size] = found | {"own_key_nearest": vars(metrics.estimate(own))}
         return result
+
+
+class _Read(NamedTuple):
+    """Of the rows that a memory holds, what it answers, and the number of the fact that is nearest."""
+
+    rows: list[int]
+    recall: Recall
+    nearest: list[int]
 
 
 def _facts(records: Sequence[EditRecord]) -> list[tuple[str, str]]:
     return [(record.prompt, record.target_new) for record in records]
 
 
-def _measured(records: Sequence[Record], system: str) -> dict[str, Any]:
-    pairs = [np.asarray([record["loss"][system]], np.float64) for record in records]
+# ℓ(new) and ℓ(true) of each fact.
+_Pairs = Sequence[Sequence[float]]
+
+
+def _measured(pairs: _Pairs) -> dict[str, Any]:
+    magnitudes = [metrics.magnitude("edit", *_columns(pair)) for pair in pairs]
     return {
-        "S": vars(metrics.estimate(_successes(records, system))),
-        "M": vars(metrics.estimate([metrics.magnitude("edit", p[:, 0], p[:, 1]) for p in pairs])),
+        "S": vars(metrics.estimate(_successes(pairs))),
+        "M": vars(metrics.estimate(magnitudes)),
     }
 
 
-def _successes(records: Sequence[Record], system: str) -> list[float]:
-    return [
-        metrics.success("edit", *np.asarray([record["loss"][system]], np.float64).T)
-        for record in records
-    ]
+def _successes(pairs: _Pairs) -> list[float]:
+    return [metrics.success("edit", *_columns(pair)) for pair in pairs]
+
+
+def _columns(pair: Sequence[float]) -> np.ndarray:
+    return np.asarray([pair], np.float64).T

@@ -17,30 +17,33 @@ def in_front(facts: Sequence[str | None], prompts: Sequence[str]) -> list[str]:
     ]
 
 
-def untouched(
-    measure: Callable[[list[str], list[Any]], np.ndarray],
+def measured(
+    measure: Callable[[list[str], list[Any]], Sequence[Any]],
     sides: Mapping[str, Sequence[str]],
     targets: Sequence[Any],
-) -> dict[str, np.ndarray]:
-    """What the untouched language model makes of several controls, which for it are other prompts.
+) -> dict[str, Any]:
+    """What a model under one condition, such as the untouched LM, makes of several controls, which are
+    other prompts for it.
 
     A text that several of them have, such as the plain prompt where a lookup finds nothing, is measured
     once for each target, all in one call.
 
     Args:
-        measure: (prompts, their targets) → values [m, …]. sides: of each control, n prompts. targets: n,
-            a text or texts each.
+        measure: (prompts, their targets) → values, one each: an array [m, …] or a list.
+        sides: of each control, n prompts. targets: n, of any kind that a measure takes.
     Returns:
-        The values [n, …] of each control.
+        The values of each control, n in an array or a list as of `measure`.
     """
     place: dict[tuple[str, Any], int] = {}
-    asked = [target if isinstance(target, str) else tuple(target) for target in targets]
+    asked = [tuple(target) if isinstance(target, list) else target for target in targets]
     rows = {
         name: [place.setdefault(row, len(place)) for row in zip(prompts, asked, strict=True)]
         for name, prompts in sides.items()
     }
     values = measure([prompt for prompt, _ in place], [target for _, target in place])
-    return {name: values[found] for name, found in rows.items()}
+    if isinstance(values, np.ndarray):
+        return {name: values[found] for name, found in rows.items()}
+    return {name: [values[row] for row in found] for name, found in rows.items()}
 
 
 def noted(found: Mapping[str, Any], shown: str | None = None) -> str:

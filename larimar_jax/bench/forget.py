@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import scipy.linalg
 from rich.table import Table
 
 from larimar_jax.bench import controls, given, headline, metrics, systems
@@ -53,6 +54,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     systems.model_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="which facts (%(default)s)")
+    parser.add_argument("--chunk", type=int, default=5, help="cases computed together (%(default)s)")
 
 
 def experiment(args: argparse.Namespace) -> "Forget":
@@ -71,7 +73,7 @@ def experiment(args: argparse.Namespace) -> "Forget":
             "file, or fewer --facts"
         )
     sizes = (args.facts, args.forget, args.others)
-    return Forget(systems.model(args), records, *sizes, data=data, seed=args.seed)
+    return Forget(systems.model(args), records, *sizes, data=data, seed=args.seed, chunk=args.chunk)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +132,6 @@ class Forget:
 
     name = "forget"
     tables = staticmethod(tables)
-    chunk = 1
 
     def __init__(
         self,
@@ -142,8 +143,9 @@ class Forget:
         *,
         data: Mapping[str, Any],
         seed: int = 0,
+        chunk: int = 5,
     ):
-        self.model, self.records = model, records
+        self.model, self.records, self.chunk = model, records, chunk
         self.sizes = sorted(set(sizes))
         self.cases = [case for size in self.sizes for case in _cases(size, forget, others, seed)]
         self.settings: Mapping[str, Any] = {
@@ -154,68 +156,105 @@ class Forget:
             "others": others,
             "systems": list(SYSTEMS),
             "slots": model.memory.slots,
+            "chunk": chunk,
             "seed": seed,
         }
         self._encoded: Encoded | None = None
         self._store: Store | None = None
+        self._sums: tuple[int, np.ndarray, np.ndarray, np.ndarray] | None = None
 
     def run(self, cases: Sequence[Case]) -> list[Record]:
-        """What each forgotten fact and the others are recalled by, and the certificates."""
-        return [self._forget(case) for case in cases]
-
-    def _forget(self, case: Case) -> Record:
-        full = self._filled(case.facts)
-        record = self.records[case.index]
-        after = full.without([case.index])
-        replaced = after.plus([(record.prompt, UNKNOWN)])
-        asked = [record, *(self.records[index] for index in case.others)]
-        prompts, targets = [r.prompt for r in asked], [[r.target_new] for r in asked]
-        stores = {"before": full, "forgotten": after, "replaced": replaced}
+        """What each forgotten fact and the others are recalled by, and the certificates; all that is
+        asked under one condition is judged together."""
+        asked = [[case.index, *case.others] for case in cases]
+        records = [self.records[index] for row in asked for index in row]
+        prompts, targets = [r.prompt for r in records], [[r.target_new] for r in records]
+        begins = np.cumsum([0, *map(len, asked)])
+        found: dict[str, list[str | None]] = {moment: [] for moment in MOMENTS}
+        latents: dict[str, list[np.ndarray]] = {moment: [] for moment in MOMENTS}
+        certificates = []
+        for case, begin, end in zip(cases, begins, begins[1:], strict=False):
+            full = self._filled(case.facts)
+            after = full.without([case.index])
+            replaced = after.plus([(self.records[case.index].prompt, UNKNOWN)])
+            for moment, store in zip(MOMENTS, (full, after, replaced), strict=True):
+                latent, match = store.read(prompts[begin:end])
+                latents[moment].append(latent)
+                # A store that only had the forgotten fact has none that is nearest.
+                found[moment] += [store.texts[fact] if fact >= 0 else None for fact in match.key]
+            certificates.append(self._certificate(case, after))
 
         def recalled(texts, targets, condition=None):
             return self.model.judge(texts, targets, condition).accuracy[:, 0]
 
-        through, found = {}, {}
-        for moment, store in stores.items():
-            recall, nearest = store.recall(prompts)
-            condition = recall.condition(np.arange(len(asked)))
-            through[moment] = recalled(prompts, targets, condition)
-            # A store that only had the forgotten fact has none that is nearest.
-            found[moment] = [store.texts[fact] if fact >= 0 else None for fact in nearest]
-        own = [written(r.prompt, r.target_new) for r in asked]
+        own = [written(r.prompt, r.target_new) for r in records]
         sides = {"base": prompts, "prompt": controls.in_front(own, prompts)}
         sides |= {moment: controls.in_front(found[moment], prompts) for moment in MOMENTS}
-        plain = controls.untouched(recalled, sides, targets)
-        plain["zero"] = recalled(prompts, targets, self.model.zero(len(asked)))
+        plain = controls.measured(recalled, sides, targets)
+
+        def nothing(texts, targets):
+            return recalled(texts, targets, self.model.zero(len(texts)))
+
+        plain |= controls.measured(nothing, {"zero": prompts}, targets)
+        read = np.concatenate([latent for rows in latents.values() for latent in rows])
+        condition = self.model.condition(read)
+        through = recalled(prompts * len(MOMENTS), targets * len(MOMENTS), condition)
         values = {name: dict.fromkeys(MOMENTS, plain[name]) for name in CONSTANT} | {
             "lookup": {moment: plain[moment] for moment in MOMENTS},
-            MEMORY: through,
+            MEMORY: dict(zip(MOMENTS, np.split(through, len(MOMENTS)), strict=True)),
         }
+        return [
+            {
+                "case_id": case.case_id,
+                "facts": case.facts,
+                "index": case.index,
+                "prompt": prompts[begin],
+                "target_new": targets[begin][0],
+                "others": list(case.others),
+                "nearest": {moment: texts[begin] for moment, texts in found.items()},
+                "recall": {
+                    name: {moment: float(each[begin]) for moment, each in row.items()}
+                    for name, row in values.items()
+                },
+                "recall_others": {
+                    name: {moment: each[begin + 1 : end].tolist() for moment, each in row.items()}
+                    for name, row in values.items()
+                },
+                **certificate,
+            }
+            for case, begin, end, certificate in zip(
+                cases, begins, begins[1:], certificates, strict=False
+            )
+        ]
 
-        memory, prior = self.model.memory, self.model.prior
-        key = full.keys[[case.index]]
-        said, leverage = _certify(memory, prior, after.state, key)
+    def _certificate(self, case: Case, after: Store) -> Record:
+        """How far the memory is from the float64 solution that never saw the fact, and what it says of
+        that itself."""
+        key = self._filled(case.facts).keys[[case.index]]
+        said, leverage = _certify(self.model.memory, self.model.prior, after.state, key)
         return {
-            "case_id": case.case_id,
-            "facts": case.facts,
-            "index": case.index,
-            "prompt": record.prompt,
-            "target_new": record.target_new,
-            "others": list(case.others),
-            "nearest": {moment: texts[0] for moment, texts in found.items()},
-            "recall": {
-                name: {moment: float(each[0]) for moment, each in row.items()}
-                for name, row in values.items()
-            },
-            "recall_others": {
-                name: {moment: each[1:].tolist() for moment, each in row.items()}
-                for name, row in values.items()
-            },
-            "distance": _distance(self.model, after),
+            "distance": self._distance(case, after),
             "certificate": float(said),
             "leverage": float(leverage),
             "refused": int(after.state.missing),
         }
+
+    def _distance(self, case: Case, after: Store) -> float:
+        """‖M − M*‖ / ‖M*‖, M* the float64 solution of the facts that are left (Eq. 6)."""
+        memory, prior = self.model.memory, self.model.prior
+        if self._sums is None or self._sums[0] != case.facts:
+            full = self._filled(case.facts)
+            weights = np.float64(_address(memory, prior, full.keys))
+            self._sums = case.facts, weights, np.float64(full.values), weights.T @ weights
+        _, weights, values, gram = self._sums
+        before, gone = np.float64(prior.memory), weights[case.index]
+        left = np.delete(weights, case.index, axis=0)
+        shrink = float(memory.shrink(after.state.gram.total()))
+        regular = float(np.float32(memory.ridge)) + shrink
+        right = left.T @ (np.delete(values, case.index, axis=0) - left @ before) - shrink * before
+        kept = gram - np.outer(gone, gone) + regular * np.eye(memory.slots)
+        exact = before + scipy.linalg.solve(kept, right, assume_a="pos")
+        return float(np.linalg.norm(np.float64(after.state.solution) - exact) / np.linalg.norm(exact))
 
     def _filled(self, size: int) -> Store:
         """The store of the first `size` facts; one is kept at a time."""
@@ -272,18 +311,6 @@ def _cases(size: int, forget: int, others: int, seed: int) -> list[Case]:
         asked = draw.permutation(rest)[:others]
         found.append(Case(f"{size}/{index}", size, int(index), tuple(int(i) for i in asked)))
     return found
-
-
-def _distance(model: Pretrained, store: Store) -> float:
-    """‖M − M*‖ / ‖M*‖, M* the float64 solution of the facts that are in the store (Eq. 6)."""
-    memory, prior = model.memory, model.prior
-    weights = np.float64(_address(memory, prior, store.keys))
-    before = np.float64(prior.memory)
-    shrink = float(memory.shrink(store.state.gram.total()))
-    gram = weights.T @ weights + (float(np.float32(memory.ridge)) + shrink) * np.eye(memory.slots)
-    right = weights.T @ (np.float64(store.values) - weights @ before) - shrink * before
-    exact = before + np.linalg.solve(gram, right)
-    return float(np.linalg.norm(np.float64(store.state.solution) - exact) / np.linalg.norm(exact))
 
 
 @jax.jit

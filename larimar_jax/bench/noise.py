@@ -174,9 +174,9 @@ class Noise:
             "lookup": controls.in_front(let, prompts),
         }
         begun = {name: [side[row] for row in first] for name, side in sides.items()}
-        loss = controls.untouched(self.model.score, sides, pairs)
+        loss = controls.measured(self.model.score, sides, pairs)
         loss["zero"] = self.model.score(prompts, pairs, self.model.zero(len(prompts)))
-        text = controls.untouched(lambda asked, _: self._continued(asked), begun, [""] * len(cases))
+        text = controls.measured(lambda asked, _: self._continued(asked), begun, [""] * len(cases))
         text["zero"] = self._continued(edits, self.model.zero(len(edits)))
         for name, recall in read.items():
             everyone = recall.condition(np.arange(len(prompts)))
@@ -242,7 +242,7 @@ class Noise:
         said = [[texts[name][row]] for name, row in spoken]
         found: dict[str, list[float | None]] = {name: [None] * len(prompts) for name in texts}
         for (name, row), value in zip(
-            spoken, controls.untouched(self.model.score, asked, said)["all"], strict=True
+            spoken, controls.measured(self.model.score, asked, said)["all"], strict=True
         ):
             found[name][row] = float(value[0])
         return found

@@ -19,8 +19,9 @@ from jaxtyping import Array, Float, Int
 from larimar_jax.bench import metrics, systems
 from larimar_jax.bench.editor import LarimarEditor
 from larimar_jax.data.records import EditRecord
-from larimar_jax.generate import LENGTH_BUCKET, prompt_ids, steps_bucket
+from larimar_jax.generate import prompt_ids
 from larimar_jax.model import Condition
+from larimar_jax.packing import LENGTH_BUCKET, steps_bucket
 from larimar_jax.pretrained import Pretrained
 
 Losses = dict[str, dict[str, list[list[float]]]]

@@ -61,7 +61,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=int, default=40, help="decoded after the given words (%(default)s)"
     )
     systems.model_options(parser)
-    parser.add_argument("--chunk", type=int, default=32, help="texts computed together (%(default)s)")
+    parser.add_argument("--chunk", type=int, default=100, help="texts computed together (%(default)s)")
 
 
 def experiment(args: argparse.Namespace) -> "Perplexity":
@@ -165,7 +165,7 @@ class Perplexity:
         *,
         tokens: int,
         data: Mapping[str, Any],
-        chunk: int = 32,
+        chunk: int = 100,
     ):
         self.model, self.facts, self.cases, self.chunk = model, list(facts), texts, chunk
         self._tokens = tokens
@@ -197,12 +197,12 @@ class Perplexity:
             "prompt": controls.in_front(facts, prompts),
             "lookup": controls.in_front(let, prompts),
         }
-        found = controls.untouched(self.model.score, sides, rests)
+        found = controls.measured(self.model.score, sides, rests)
         zero, through = self.model.zero(len(cases)), recall.condition(np.arange(len(cases)))
         found["zero"] = self.model.score(prompts, rests, zero)
         found["open"] = self.model.score(prompts, rests, through)
         found["larimar"] = np.where(inside[:, None], found["open"], found["base"])
-        told = controls.untouched(lambda asked, _: self._decoded(asked), sides, [""] * len(cases))
+        told = controls.measured(lambda asked, _: self._decoded(asked), sides, [""] * len(cases))
         told |= {"zero": self._decoded(prompts, zero), "open": self._decoded(prompts, through)}
         told["larimar"] = np.where(inside, told["open"], told["base"])
         tokens = [len(self.model.decoder_tokenizer.following(text.rest)) for text in cases]

@@ -241,7 +241,7 @@ class Rephrase:
             "prompt": controls.in_front([written(r.prompt, r.target_new) for r in asked], prompts),
             "lookup": controls.in_front(nearest, prompts),
         }
-        found = controls.untouched(recall, sides, targets)
+        found = controls.measured(recall, sides, targets)
         found["zero"] = recall(prompts, targets, self.model.zero(len(prompts)))
         for keys, latents in read.items():
             found[keys] = recall(prompts, targets, self.model.condition(np.concatenate(latents)))

@@ -29,7 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, help="only the first N records (default: all)")
     parser.add_argument("--tokens", type=int, default=10, help="decoded after a prompt (%(default)s)")
     systems.model_options(parser)
-    parser.add_argument("--chunk", type=int, default=25, help="cases computed together (%(default)s)")
+    parser.add_argument("--chunk", type=int, default=100, help="cases computed together (%(default)s)")
 
 
 def experiment(args: argparse.Namespace) -> "Says":
@@ -107,7 +107,7 @@ class Says:
         *,
         data: Mapping[str, Any],
         tokens: int = 10,
-        chunk: int = 25,
+        chunk: int = 100,
     ):
         if tokens < 1:
             raise ValueError(f"--tokens must be at least 1, not {tokens}: so many are decoded.")

@@ -78,7 +78,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="ask only so many of the written prompts at the end, drawn by chance (default: all)",
     )
     systems.model_options(parser)
-    parser.add_argument("--chunk", type=int, default=32, help="cases computed together (%(default)s)")
+    parser.add_argument("--chunk", type=int, default=128, help="cases computed together (%(default)s)")
 
 
 def experiment(args: argparse.Namespace) -> "Stream":
@@ -126,7 +126,7 @@ def experiment(args: argparse.Namespace) -> "Stream":
     )
 
 
-# Tokens decoded beyond those of the longest answer of a chunk: line breaks before it.
+# Tokens decoded beyond those of the right answer: line breaks before it.
 _MORE = 3
 
 
@@ -235,7 +235,7 @@ class Stream:
         data: Mapping[str, Any],
         wordings: Sequence[Sequence[str]] = (),
         retained: int | None = None,
-        chunk: int = 32,
+        chunk: int = 128,
     ):
         self.model, self.records, self.edits, self.chunk = model, records, edits, chunk
         wordings = wordings or [()] * len(records)
@@ -260,6 +260,7 @@ class Stream:
             "every": every,
             "asked": asked,
             "retained": retained,
+            "tokens": f"those of the right answer and {_MORE}",
             "chunk": chunk,
             "seed": 0,
         }
@@ -303,22 +304,24 @@ class Stream:
         return [(prompt, self.records[index].target_new) for index, prompt in self.told[:edits]]
 
     def run(self, cases: Sequence[Case]) -> list[Record]:
-        """Answers and their F1; cases after as many edits in one batch."""
-        groups = itertools.groupby(cases, key=lambda case: case.edits)
-        return [record for edits, some in groups for record in self._group(edits, list(some))]
-
-    def _group(self, edits: int, cases: list[Case]) -> list[Record]:
+        """Answers and their F1, decoded together; the memory is asked as it is after a case's edits."""
         prompts, golds = [case.prompt for case in cases], [case.gold for case in cases]
-        store = self._after(edits)
-        recall, nearest = store.recall(prompts)
-        inside = np.flatnonzero(recall.in_scope)
+        inside, nearest, latents = [], {}, []
+        for edits, group in itertools.groupby(enumerate(cases), key=lambda case: case[1].edits):
+            rows, store = [row for row, _ in group], self._after(edits)
+            latent, found = store.read([prompts[row] for row in rows])
+            within = found.within(self.model.scope_threshold)
+            inside += within.tolist()
+            latents.append(latent[within])
+            let = zip(rows, found.key, within, strict=True)
+            nearest |= {row: store.texts[key] for row, key, passes in let if passes}
         said = answers.answers(
             self.model,
             prompts,
             [case.fact for case in cases],
-            {int(row): store.texts[nearest[row]] for row in inside},
-            recall.condition(inside) if len(inside) else None,
-            tokens=max(len(self.model.decoder_tokenizer.ids(f" {gold}")) for gold in golds) + _MORE,
+            nearest,
+            self.model.condition(np.concatenate(latents)) if nearest else None,
+            tokens=[len(self.model.decoder_tokenizer.ids(f" {gold}")) + _MORE for gold in golds],
         )
         records = []
         for row, (case, gold) in enumerate(zip(cases, golds, strict=True)):
@@ -327,11 +330,11 @@ class Stream:
                 {
                     "case_id": case.case_id,
                     "kind": case.kind,
-                    "edits": edits,
+                    "edits": case.edits,
                     "prompt": case.prompt,
                     "gold": gold,
                     "said": texts,
-                    "in_scope": bool(recall.in_scope[row]),
+                    "in_scope": inside[row],
                     "f1": answers.scores(metrics.token_f1, texts, gold),
                     "f1_grace": answers.scores(metrics.token_f1_grace, texts, gold),
                 }

@@ -41,8 +41,9 @@ def model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def model(args: argparse.Namespace) -> Pretrained:
-    """The model that a command line names."""
-    return load(args.model, args.overrides)
+    """The model that a command line names, or the same that is `loaded` already."""
+    loaded = getattr(args, "loaded", None)
+    return load(args.model, args.overrides) if loaded is None else loaded
 
 
 def named(model: Pretrained) -> dict[str, Any]:

@@ -120,9 +120,10 @@ class Decoder(nnx.Module):
         filled.
 
         Args:
-          tree: tokens that branch instead of following each other; then without cache and start. Where
-            it has an `owner`, rows of the prefix are those of `Tree`, and what is said of rows holds
-            for the tokens under each.
+          tree: tokens that branch instead of following each other; then without cache and start, and
+            the cache that is returned holds them as they lie in their row. Where it has an `owner`,
+            rows of the prefix are those of `Tree`, and what is said of rows holds for the tokens under
+            each.
 
         Raises:
           ValueError: more tokens than there are positions, or than the cache has room for; a dynamic
@@ -172,6 +173,8 @@ class Decoder(nnx.Module):
                 (slots, past, None if windows is None else jnp.asarray(windows)),
                 remat=self.remat,
             )
+        if tree is not None:
+            return self.norm(x), Cache(*new)
         return self.norm(x), None if cache is None else _extend(cache, *new, start)
 
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
@@ -214,7 +217,7 @@ class Decoder(nnx.Module):
         if cache is not None:
             held = cache.value.shape[3]
             if tree is not None:
-                raise ValueError("tokens that branch cannot be cached: a cache is one sequence")
+                raise ValueError("tokens that branch follow no cache: a cache is one sequence")
             if length > held:
                 raise ValueError(
                     f"{length} tokens do not fit a cache made for {held}; make it with"
