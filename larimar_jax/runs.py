@@ -240,7 +240,7 @@ def report_options(made: argparse.ArgumentParser, shared: argparse.ArgumentParse
         "later one is compared with the first, case by case, and what differs by more than chance is "
         "marked. The page needs nothing beside it."
     )
-    made.add_argument("folders", nargs="+", metavar="RUN", help="folders of finished runs")
+    made.add_argument("folders", nargs="+", metavar="RUN", help="folders of finished runs, or one that holds them")
     made.add_argument("--out", required=True, metavar="DIR", help="where the two files go")
     made.add_argument("--title", default="Larimar: results", help="(%(default)s)")
     made.add_argument(
@@ -257,7 +257,7 @@ def report(arguments: argparse.Namespace) -> int:
     from larimar_jax.bench import pages
     from larimar_jax.bench import report as reports
 
-    runs = [reports.read(folder) for folder in arguments.folders]
+    runs = [reports.read(run) for given in arguments.folders for run in reports.inside(given)]
     shown = reports.sections(runs, arguments.texts)
     for path in pages.write(shown, arguments.out, arguments.title):
         print(f"written: {path}", file=sys.stderr)

@@ -82,6 +82,9 @@ def test_runs_are_made_once_and_reported(tiny, tmp_path, monkeypatch, capsys):
     assert len(runner.read_cases(tmp_path / "out/one")) == 2
     page = (tmp_path / "out/report/report.md").read_text()
     assert page.startswith("# x: smol") and "## counterfact (one)" in page
+    # The folder of all, in which the report is too, stands for its runs.
+    assert cli.main(["report", str(tmp_path / "out"), "--out", str(tmp_path / "again")]) == 0
+    assert "## counterfact (one)" in (tmp_path / "again/report.md").read_text()
 
     def again(*_):
         raise AssertionError("a finished case is run again")

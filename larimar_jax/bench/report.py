@@ -108,6 +108,15 @@ def read(folder: str | Path) -> Run:
     return Run(folder, summary, runner.read_cases(folder), bench.benchmarks().get(summary["benchmark"]))
 
 
+def inside(folder: str | Path) -> list[Path]:
+    """The run folders that a folder holds, as `larimar reproduce` makes them, in the order of their
+    names; itself, where it holds none."""
+    folder = Path(folder)
+    if (folder / runner.SETTINGS).exists() or not folder.is_dir():
+        return [folder]
+    return sorted(each for each in folder.iterdir() if (each / runner.SETTINGS).exists()) or [folder]
+
+
 def sections(runs: Sequence[Run], texts: bool = True) -> list[Section]:
     """Where there are several, all in a line each; then every run, and after them a comparison of each
     run with the first one of its benchmark.
