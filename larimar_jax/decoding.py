@@ -27,8 +27,6 @@ from larimar_jax.weights.tokenizers import bucket
 # whole tokens by a number that is not static.
 CACHE_BUCKET = 32
 PIECE_BUCKET = 16
-# Tokens that are put into the cache together.
-ENTRIES_BUCKET = 64
 # How many rows of packing.ROW tokens the decoder reads at a time.
 ROWS = 16
 
@@ -39,11 +37,11 @@ class PromptTooLong(ValueError):
 
 @runtime_checkable
 class LanguageModel(Protocol):
-    """What is decoded: a `Larimar`, or anything else around a decoder."""
+    """What is decoded: a `Larimar`, or anything else around a `decoders.base.Decoder`."""
 
     decoder: Any
     hidden: Any
-    """(tokens, condition, cache, start, tree) → (last hidden states, cache)."""
+    """(tokens, condition, cache, start, tree) → (last hidden states, cache), as `Decoder.hidden`."""
 
 
 class _Loop(NamedTuple):
@@ -61,8 +59,8 @@ class Run:
     Args:
       given: the condition's rows, and `rows` which of them belong to the prompts; None is the untouched
         base LM.
-      max_tokens: the most that will be asked for, the first included; a row for which that is too much
-        (`check_room`) has no more to say where the positions end.
+      most: tokens of each prompt, the first included, after which it is done; they have to fit
+        (`check_room`).
       ends: tokens after which a row is done. eos: what it goes on with.
     """
 
@@ -72,15 +70,15 @@ class Run:
         prompts: Sequence[Sequence[int]],
         given: Rows | None,
         rows: Sequence[int],
-        max_tokens: int,
+        most: Sequence[int],
         sampling: Sampling,
         ends: Bool[np.ndarray, "V"],
         eos: int,
     ):
         self.tokens: list[list[int]] = [[] for _ in prompts]
-        longest = max(map(len, prompts))
-        most = model.decoder.config.max_length - 1
-        room = min(steps_bucket(longest + max_tokens, CACHE_BUCKET), most)
+        longest = max(len(prompt) + more for prompt, more in zip(prompts, most, strict=True))
+        limit = model.decoder.config.max_length - 1
+        room = min(steps_bucket(longest, CACHE_BUCKET), limit)
         self._graph, self._state = nnx.split(model)
         count = steps_bucket(len(prompts), 1)
         spare = count - len(prompts)
@@ -100,8 +98,9 @@ class Run:
         self._lengths = jax.device_put(np.asarray(lengths, np.int32))
         self._draw, self._how = sampling.traced(len(prompts), count), sampling.static()
         self._ends, self._eos = jax.device_put(ends), jnp.int32(eos)
-        idle = jax.device_put(np.arange(count) >= len(prompts))
-        inputs = (cache, states, idle, self._condition, self._draw, self._ends)
+        # Padding has nothing to say.
+        self._most = jax.device_put(np.asarray([*most, *[0] * spare], np.int32))
+        inputs = (cache, states, self._most, self._condition, self._draw, self._ends)
         self._loop = _begin(self._graph, self._state, *inputs, **self._how)
         self._take(np.asarray(self._loop.token)[:, None])
 
@@ -128,9 +127,7 @@ class Run:
             tree = Tree(jax.device_put(packed.index), jax.device_put(packed.seen), owner)
             tokens = jax.device_put(packed.tokens)
             hidden, read = _prefill(self._graph, self._state, tokens, tree, condition)
-            # A row of the decoder has whole prompts.
-            mine = [row for row, path in paths.items() if path[-1] in packed.where]
-            entries = _entries(packed, {row: paths.pop(row) for row in mine}, len(states))
+            entries = _entries(packed, paths, cache.value.shape[1])
             cache, states = _place(cache, states, hidden, read, *entries)
         return cache, states
 
@@ -143,6 +140,7 @@ class Run:
             self._state,
             self._loop,
             self._lengths,
+            self._most,
             self._condition,
             self._draw,
             self._ends,
@@ -180,22 +178,25 @@ class _Entries(NamedTuple):
     there. last: the source for each row of the cache, −1 where it stays as it is.
     """
 
-    source: Int[np.ndarray, " E"]
-    row: Int[np.ndarray, " E"]
-    place: Int[np.ndarray, " E"]
-    last: Int[np.ndarray, " B"]
+    source: Int[Array, " E"]
+    row: Int[Array, " E"]
+    place: Int[Array, " E"]
+    last: Int[Array, " B"]
 
 
 def _entries(
     packed: packing.Packed, paths: dict[int, Sequence[int]], rows: int
 ) -> _Entries:
+    """The entries of all prompts that these rows of the decoder hold, which are taken out of `paths`."""
     length = packed.tokens.shape[1]
-    found = {
-        row: [at[0] * length + at[1] for at in (packed.where[node] for node in path)]
-        for row, path in paths.items()
-    }
+    found = {}
+    for number, where in enumerate(packed.where):
+        # Whole, and from one row: what another makes of the same beginning may not be finite.
+        for row in [row for row, path in paths.items() if path[-1] in where]:
+            found[row] = [number * length + where[node] for node in paths.pop(row)]
     total = sum(map(len, found.values()))
-    source, place = np.zeros((2, steps_bucket(total, ENTRIES_BUCKET)), np.int32)
+    # More than there are tokens only where prompts share their beginnings.
+    source, place = np.zeros((2, steps_bucket(total, packed.tokens.size)), np.int32)
     row, last = np.full(len(source), rows, np.int32), np.full(rows, -1, np.int32)
     end = 0
     for number, path in found.items():
@@ -257,7 +258,7 @@ def _begin(
     state: nnx.State,
     cache: Cache,
     states: Float[Array, "B D"],
-    idle: Bool[Array, "B"],
+    most: Int[Array, "B"],
     condition: Condition | None,
     draw: Draw,
     ends: Bool[Array, "V"],
@@ -267,7 +268,7 @@ def _begin(
     model = nnx.merge(graph, state)
     step = jnp.int32(0)
     token = pick(_logits(model, states, condition, step), step, draw, **how)
-    return _Loop(step + 1, token, cache, idle | ends[token])
+    return _Loop(step + 1, token, cache, ends[token] | (most <= 1))
 
 
 @functools.partial(
@@ -281,6 +282,7 @@ def _decode(
     state: nnx.State,
     loop: _Loop,
     lengths: Int[Array, "B"],
+    most: Int[Array, "B"],
     condition: Condition | None,
     draw: Draw,
     ends: Bool[Array, "V"],
@@ -305,7 +307,8 @@ def _decode(
         token = pick(_logits(model, hidden[:, 0], condition, loop.step), loop.step, draw, **how)
         token = jnp.where(loop.done, eos, token)
         produced = produced.at[:, loop.step - first].set(token)
-        return _Loop(loop.step + 1, token, cache, loop.done | ends[token]), produced
+        done = loop.done | ends[token] | (loop.step + 1 >= most)
+        return _Loop(loop.step + 1, token, cache, done), produced
 
     produced = jnp.zeros((lengths.shape[0], capacity), jnp.int32)
     loop, produced = jax.lax.while_loop(unfinished, advance, (loop, produced))

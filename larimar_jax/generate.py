@@ -33,12 +33,13 @@ def generate(
 ) -> list[str]:
     """Continues each prompt by up to `max_tokens` tokens, many rows in one compiled loop.
 
-    The loop ends where every row has: at the end-of-text token, or at a token with a stop text in
-    it. Rows do not see each other.
+    The loop ends where every row has: at the end-of-text token, at a token with a stop text in it, or
+    with its last. Rows do not see each other.
 
     Args:
       condition: row i belongs to prompt i; None is the untouched base LM.
-      max_tokens: one for all, or one for each prompt: those that may say as much are decoded together.
+      max_tokens: one for all, or one for each prompt; of more than a batch, those that may say as much
+        are decoded together.
       temperature: 0 takes the likeliest token; above 0 draws, and then needs `rng`.
       top_k: draws among so many of the likeliest only; 0 is all.
       top_p: draws among the fewest of the likeliest that have this much probability together.
@@ -65,7 +66,7 @@ def generate(
     for first in range(0, len(order), batch):
         rows = order[first : first + batch]
         part = draw if len(rows) == len(order) else draw.of(rows)
-        run = _start(model, reader, ids, given, rows, max(most[row] for row in rows), part)
+        run = _start(model, reader, ids, given, rows, most, part)
         run.advance(max(most[row] for row in rows) - 1)
         for row, tokens in zip(rows, run.tokens, strict=True):
             said[row] = reader.text(tokens[: most[row]])[0]
@@ -101,11 +102,12 @@ def stream(
         raise ValueError(f"every is the number of tokens per piece, at least 1; got {every}")
     draw = Sampling(temperature, top_k, top_p, rng)
     reader, ids = _Reader(tokenizer, stop), _ids(tokenizer, prompts)
-    check_room(model, ids, _each(max_tokens, len(prompts)))
+    most = _each(int(max_tokens), len(prompts))
+    check_room(model, ids, most)
     if not ids:
         return
     rows = None if condition is None else Rows(condition, len(prompts))
-    run = _start(model, reader, ids, rows, range(len(ids)), max_tokens, draw)
+    run = _start(model, reader, ids, rows, range(len(ids)), most, draw)
     given = [0] * len(prompts)
     for so_far in range(1, max_tokens + every, every):  # the first token comes with the prompt
         last = so_far >= max_tokens or run.finished()
@@ -172,12 +174,12 @@ def _start(
     ids: Sequence[Sequence[int]],
     given: Rows | None,
     rows: Sequence[int],
-    max_tokens: int,
+    most: Sequence[int],
     draw: Sampling,
 ) -> Run:
     ends = reader.ends(model.decoder.config.vocab_size)
-    own = [ids[row] for row in rows]
-    return Run(model, own, given, rows, max_tokens, draw, ends, reader.tokenizer.eos)
+    own, most = [ids[row] for row in rows], [most[row] for row in rows]
+    return Run(model, own, given, rows, most, draw, ends, reader.tokenizer.eos)
 
 
 def continue_ids(
@@ -201,12 +203,13 @@ def continue_ids(
                 f"prompt {row} has token ids from {min(prompt)} to {max(prompt)}, and the decoder's"
                 f" vocabulary goes from 0 to {rows - 1}; encode it with the decoder's own tokenizer"
             )
-    check_room(model, prompts, _each(max_tokens, len(prompts)))
+    most = _each(max_tokens, len(prompts))
+    check_room(model, prompts, most)
     if not prompts:
         return np.zeros((0, max_tokens), np.int32)
     given, greedy = None if condition is None else Rows(condition, len(prompts)), Sampling()
     ends = np.zeros(rows, bool)
-    run = Run(model, prompts, given, range(len(prompts)), max_tokens, greedy, ends, 0)
+    run = Run(model, prompts, given, range(len(prompts)), most, greedy, ends, 0)
     run.advance(max_tokens - 1)
     return np.asarray(run.tokens, np.int32).reshape(len(prompts), max_tokens)
 

@@ -184,7 +184,8 @@ class Packed(NamedTuple):
 
     tokens, index: the tokens and their places in their own texts. seen: which tokens of its row a token
     attends to; padding sees itself. owner: which of its row's conditions a token is under. conditions:
-    which those are; where a row has fewer, the first is repeated. where: a node's (row, token).
+    which those are; where a row has fewer, the first is repeated. where: of each row, the token that a
+    node of it is; texts that share little may have a node in several rows.
     """
 
     tokens: Int[np.ndarray, "B T"]
@@ -192,7 +193,7 @@ class Packed(NamedTuple):
     seen: Bool[np.ndarray, "B T T"]
     owner: Int[np.ndarray, "B T"]
     conditions: Int[np.ndarray, "B S"]
-    where: dict[int, tuple[int, int]]
+    where: list[dict[int, int]]
 
 
 def pack(trie: Trie, batch: Sequence[Row]) -> Packed:
@@ -203,7 +204,7 @@ def pack(trie: Trie, batch: Sequence[Row]) -> Packed:
     seen = np.zeros((count, length, length), bool)
     seen[:, np.arange(length), np.arange(length)] = True
     conditions = np.zeros((count, CONDITIONS if several else 1), np.int32)
-    where: dict[int, tuple[int, int]] = {}
+    where: list[dict[int, int]] = []
     for number, row in enumerate(batch):
         own = sorted(row.conditions)
         conditions[number] = own[0]
@@ -211,9 +212,10 @@ def pack(trie: Trie, batch: Sequence[Row]) -> Packed:
         place: dict[int, int] = {}
         # Parents have lower ids: what they see is known before their children ask.
         for at, node in enumerate(sorted(row.nodes)):
-            place[node], where[node] = at, (number, at)
+            place[node] = at
             tokens[number, at], index[number, at] = trie.token[node], trie.depth[node]
             owner[number, at] = own.index(trie.condition[node])
             if trie.parent[node] >= 0:
                 seen[number, at] |= seen[number, place[trie.parent[node]]]
+        where.append(place)
     return Packed(tokens, index, seen, owner, conditions, where)

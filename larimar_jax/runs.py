@@ -240,7 +240,8 @@ def report_options(made: argparse.ArgumentParser, shared: argparse.ArgumentParse
         "later one is compared with the first, case by case, and what differs by more than chance is "
         "marked. The page needs nothing beside it."
     )
-    made.add_argument("folders", nargs="+", metavar="RUN", help="folders of finished runs, or one that holds them")
+    about = "folders of runs that have ended, or folders of such folders"
+    made.add_argument("folders", nargs="+", metavar="RUN", help=about)
     made.add_argument("--out", required=True, metavar="DIR", help="where the two files go")
     made.add_argument("--title", default="Larimar: results", help="(%(default)s)")
     made.add_argument(

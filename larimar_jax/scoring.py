@@ -181,9 +181,9 @@ def _hidden(
     found: dict[int, np.ndarray] = {}
 
     def keep(where, states):
-        states = np.asarray(states)
-        # Copied: a view would keep all the others.
-        found.update({n: states[at].copy() for n, at in where.items() if n in wanted})
+        for row, places in zip(np.asarray(states), where, strict=True):
+            # Copied: a view would keep all the others.
+            found.update({node: row[at].copy() for node, at in places.items() if node in wanted})
 
     ahead = _Ahead(keep)
     for rows in packing.batches(packing.rows(trie, texts), batch):

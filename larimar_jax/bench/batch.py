@@ -2,8 +2,9 @@
 
 Rewrite S for every N, protocol `rome`, beside the controls: the untouched LM, z = 0, the fact in the
 prompt, and a lookup that puts the nearest written fact there where the scope detector lets it. A case is
-a fact, asked of every N that it is among; what the untouched LM makes of one text, such as of the fact's
-own prompt at all N, is measured once. A row of the memory says where it does not beat the lookup.
+a fact, asked of every N that it is among, so that what the untouched LM makes of its text, such as of a
+lookup's that finds it at all N, is measured once. A row of the memory says where it does not beat the
+lookup.
 """
 
 import argparse

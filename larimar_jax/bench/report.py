@@ -109,12 +109,12 @@ def read(folder: str | Path) -> Run:
 
 
 def inside(folder: str | Path) -> list[Path]:
-    """The run folders that a folder holds, as `larimar reproduce` makes them, in the order of their
-    names; itself, where it holds none."""
+    """The finished runs that a folder holds, as `larimar reproduce` makes them, in the order of their
+    names; itself, where it is a run or holds none."""
     folder = Path(folder)
     if (folder / runner.SETTINGS).exists() or not folder.is_dir():
         return [folder]
-    return sorted(each for each in folder.iterdir() if (each / runner.SETTINGS).exists()) or [folder]
+    return sorted(each for each in folder.iterdir() if (each / runner.SUMMARY).exists()) or [folder]
 
 
 def sections(runs: Sequence[Run], texts: bool = True) -> list[Section]:
