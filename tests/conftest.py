@@ -1,5 +1,6 @@
 """Every test runs on eight virtual CPU devices, with strict promotion and run-time shape checks."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -8,8 +9,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join([
     os.environ.get("XLA_FLAGS", ""),
     "--xla_force_host_platform_device_count=8",
-    # Halve the time to compile, and take a fifth off it: what is compiled is too small to be split among
-    # threads. Another release, which may not know them, would refuse to start.
+    # The first halves the time to compile; what is compiled is too small to be split among threads.
+    # Another release, which may not know them, would refuse to start.
     "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     if importlib.metadata.version("jaxlib").startswith("0.10.")
     else "",
@@ -22,6 +23,8 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".cache/jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Nobody reads where in the source an operation of these programs is from.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # Tokenised corpora of the tests, apart from those of whoever runs them.
 os.environ["LARIMAR_CACHE"] = str(pathlib.Path(__file__).parents[1] / ".cache/corpora")
 
@@ -33,6 +36,8 @@ from jaxtyping import install_import_hook
 install_import_hook("larimar_jax", "beartype.beartype")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Tracing makes many objects and few cycles: by default the collector looks for them far too often.
+gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(scope="session")
