@@ -100,8 +100,8 @@ class Run:
         self._ends, self._eos = jax.device_put(ends), jnp.int32(eos)
         # Padding has nothing to say.
         self._most = jax.device_put(np.asarray([*most, *[0] * spare], np.int32))
-        inputs = (cache, states, self._most, self._condition, self._draw, self._ends)
-        self._loop = _begin(self._graph, self._state, *inputs, **self._how)
+        rest = (self._most, self._condition, self._draw, self._ends)
+        self._loop = _begin(self._graph, self._state, cache, states, *rest, **self._how)
         self._take(np.asarray(self._loop.token)[:, None])
 
     def _read(
@@ -122,11 +122,7 @@ class Run:
         texts = [packing.Text(frozenset(path), ()) for path in paths.values()]
         for batch in packing.batches(packing.rows(trie, texts), ROWS):
             packed = packing.pack(trie, batch)
-            condition = None if given is None else given.take(packed.conditions.ravel())
-            owner = None if packed.conditions.shape[1] == 1 else jax.device_put(packed.owner)
-            tree = Tree(jax.device_put(packed.index), jax.device_put(packed.seen), owner)
-            tokens = jax.device_put(packed.tokens)
-            hidden, read = _prefill(self._graph, self._state, tokens, tree, condition)
+            hidden, read = _prefill(self._graph, self._state, *inputs(packed, given))
             entries = _entries(packed, paths, cache.value.shape[1])
             cache, states = _place(cache, states, hidden, read, *entries)
         return cache, states
@@ -158,6 +154,16 @@ class Run:
     def _take(self, new: Int[np.ndarray, "B N"]) -> None:
         for row, tokens in zip(self.tokens, new, strict=False):  # rows of padding come last
             row.extend(tokens.tolist())
+
+
+def inputs(
+    packed: packing.Packed, given: Rows | None
+) -> tuple[Int[Array, "R T"], Tree, Condition | None]:
+    """What the decoder reads of packed rows: tokens, what they see, and the condition of each row."""
+    condition = None if given is None else given.take(packed.conditions.ravel())
+    owner = None if packed.conditions.shape[1] == 1 else jax.device_put(packed.owner)
+    tree = Tree(jax.device_put(packed.index), jax.device_put(packed.seen), owner)
+    return jax.device_put(packed.tokens), tree, condition
 
 
 def check_room(model: LanguageModel, ids: Sequence[Sequence[int]], most: Sequence[int]) -> None:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from larimar_jax import packing
 from larimar_jax.conditions import Rows
 from larimar_jax.decoders.base import Tree
-from larimar_jax.decoding import PromptTooLong
+from larimar_jax.decoding import PromptTooLong, inputs
 from larimar_jax.generate import prompt_ids
 from larimar_jax.model import Condition, Larimar
 from larimar_jax.packing import steps_bucket
@@ -188,10 +188,7 @@ def _hidden(
     ahead = _Ahead(keep)
     for rows in packing.batches(packing.rows(trie, texts), batch):
         packed = packing.pack(trie, rows)
-        condition = None if given is None else given.take(packed.conditions.ravel())
-        owner = None if packed.conditions.shape[1] == 1 else jax.device_put(packed.owner)
-        tree = Tree(jax.device_put(packed.index), jax.device_put(packed.seen), owner)
-        states = _decode(graph, state, jax.device_put(packed.tokens), tree, condition)
+        states = _decode(graph, state, *inputs(packed, given))
         ahead.begun(packed.where, states)
     ahead.finish()
     return found
