@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
                     bench="counterfact",
                     data="counterfact",
                     options=dict(
-                        limit=100, set=["editing.features=null", "editing.spelling=null"]
+                        limit=100, set=["editing.key_features=null", "editing.answer_code=null"]
                     ),
                 ),
                 # What is decoded after an edit
@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
                 batch_512_slots=dict(
                     bench="batch",
                     data="counterfact",
-                    options=dict(facts=[512, 1024], set="editing.features.count=128"),
+                    options=dict(facts=[512, 1024], set="editing.key_features.count=128"),
                 ),
                 # Table 4, and with the paper's 512 slots
                 forget=dict(
@@ -76,7 +76,7 @@ def get_config() -> ConfigDict:
                 forget_512_slots=dict(
                     bench="forget",
                     data="counterfact",
-                    options=dict(facts=[512, 1024], forget=25, set="editing.features.count=128"),
+                    options=dict(facts=[512, 1024], forget=25, set="editing.key_features.count=128"),
                 ),
                 # Table 5
                 attack=dict(bench="attack", data="counterfact", options=dict(facts=25)),

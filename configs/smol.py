@@ -99,8 +99,8 @@ def get_config() -> ConfigDict:
                 ridge=3e-2,
                 query_noise=0.0,
                 scope_threshold=0.68,
-                features=dict(count=640, scale=0.5, length=1.0),
-                spelling=dict(positions=12, width=256, limit=40.0),
+                key_features=dict(count=640, scale=0.5, length=1.0),
+                answer_code=dict(positions=12, width=256, limit=40.0),
             ),
         )
     )

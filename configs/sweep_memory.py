@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
                     initial="normal",
                     width=[0.5, 1.0, 2.0],
                 ),
-                grown=dict(variant="grown", ridge=ridges),
+                growing=dict(variant="growing", ridge=ridges),
                 square_root=dict(variant="square_root", ridge=ridges),
                 kanerva=dict(variant="kanerva", observation=ridges),
                 direct=dict(variant="direct", query="prior"),

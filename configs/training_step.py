@@ -107,8 +107,8 @@ def get_config() -> ConfigDict:
                 ridge=1e-2,
                 query_noise=0.0,
                 scope_threshold=0.68,
-                features=None,
-                spelling=None,
+                key_features=None,
+                answer_code=None,
             ),
         )
     )

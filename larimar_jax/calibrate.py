@@ -28,12 +28,12 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import config as configs
-from larimar_jax import pretrained, scope
+from larimar_jax import pipeline, scope
 from larimar_jax.data import counterfact, questions, vocabulary
+from larimar_jax.data.edit_records import provenance
+from larimar_jax.data.paraphrases import Wordings
 from larimar_jax.data.questions import Asked
-from larimar_jax.data.records import provenance
-from larimar_jax.data.wordings import Wordings
-from larimar_jax.train import export
+from larimar_jax.weights import model_file
 
 # Questions of other relations that a record is given.
 OTHERS = 4
@@ -131,7 +131,7 @@ def calibrate(encode: Encode, facts: Sequence[Asked], recipe: Recipe | None = No
     folds = _folds(facts, recipe.folds)
     texts: dict[str, int] = {}
     for fact in facts:
-        sentences, _ = scope.parts([*fact.paraphrases, *fact.neighbours, *fact.others])
+        sentences, _ = scope.split_sentences([*fact.paraphrases, *fact.neighbours, *fact.others])
         for text in (fact.prompt, *sentences):
             texts.setdefault(text, len(texts))
     encoded = np.asarray(encode(list(texts)), np.float32)
@@ -180,10 +180,10 @@ def model(
     recipe = Recipe() if recipe is None else recipe
     records = [r for r in counterfact.load(data) if r.paraphrases and r.neighbourhood]
     facts = questions.asked(records, Wordings(records), others=OTHERS, seed=recipe.seed)
-    loaded = pretrained.load(source)
+    loaded = pipeline.load(source)
     found = calibrate(lambda texts: loaded.encode(texts).pooled, facts, recipe)
-    path = pretrained.locate(source)
-    _, meta = export.load_exported(path)
+    path = pipeline.locate(source)
+    _, meta = model_file.load_exported(path)
     threshold = f"editing.scope_threshold={found.threshold}"
     held = {"external": found.external, "internal": found.internal}
     meta |= {
@@ -196,7 +196,7 @@ def model(
             "unseen_relations": {name: dataclasses.asdict(one) for name, one in held.items()},
         },
     }
-    export.amend(path, out, {scope.PROJECTION: found.projection}, meta)
+    model_file.amend(path, out, {scope.PROJECTION: found.projection}, meta)
     for own in vocabulary.files(path.parent):
         if not (Path(out).parent / own.name).exists():
             shutil.copyfile(own, Path(out).parent / own.name)
@@ -244,7 +244,7 @@ def _rows(facts: Sequence[Asked], look: _Lookup) -> tuple[_Rows, Int[np.ndarray,
 
         def nearest(query: str, own=own) -> Float[np.ndarray, " H"]:
             """Of the query's sentence that the detector goes by."""
-            sentences = look(scope.parts([query])[0])
+            sentences = look(scope.split_sentences([query])[0])
             return sentences[np.argmax(sentences @ own)]
 
         for n in range(max(len(fact.paraphrases), len(fact.neighbours))):
@@ -327,11 +327,11 @@ def _scores(
         asked = [(n, text) for n, fact in enumerate(facts) for text in getattr(fact, kind)]
         if not asked:
             return np.zeros(0, np.float32), np.zeros(0, np.float32)
-        texts, owners = scope.parts([text for _, text in asked])
+        texts, owners = scope.split_sentences([text for _, text in asked])
         embedded = look(texts) @ projection
         own = np.zeros((len(asked), len(facts)), bool)
         own[np.arange(len(asked)), [n for n, _ in asked]] = True
-        return tuple(scope.match(embedded, owners, written, by).score for by in (own, None))
+        return tuple(scope.nearest_key(embedded, owners, written, by).score for by in (own, None))
 
     return _Scores(*map(scores, _Scores._fields))
 
@@ -348,7 +348,7 @@ def _threshold(scores: Sequence[_Scores], recipe: Recipe) -> float:
     total = sum(weight for _, weight in kinds)
     weights = [np.full(len(found), weight / len(found) / total) for found, weight in kinds]
     wrong = np.concatenate([found for found, _ in kinds])
-    return scope.crossing(_joined(scores, "paraphrases"), wrong, np.concatenate(weights))
+    return scope.equal_error_threshold(_joined(scores, "paraphrases"), wrong, np.concatenate(weights))
 
 
 def _quality(scores: Sequence[_Scores], threshold: float) -> Quality:

@@ -171,7 +171,6 @@ def parser() -> argparse.ArgumentParser:
 
     resumes = {
         "train": "The same command goes on from the last checkpoint.",
-        "study": "The same command goes on where it was stopped.",
         "sweep": "The same command goes on where the cells end.",
         "reproduce": "The same command goes on where it was stopped.",
     }
@@ -291,9 +290,9 @@ def forget(arguments: argparse.Namespace) -> None:
 
 def show(arguments: argparse.Namespace) -> None:
     """larimar list; needs no model."""
-    from larimar_jax import facts
+    from larimar_jax import session_file
 
-    saved = facts.load(_existing(arguments.session))
+    saved = session_file.load(_existing(arguments.session))
     if arguments.history:
         for event in saved.history:
             print(event)

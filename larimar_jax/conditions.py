@@ -6,8 +6,8 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
+from larimar_jax.answer_code import TokenEvidence
 from larimar_jax.model import Condition
-from larimar_jax.spelling import Spelled
 
 
 def check_rows(condition: Condition, prompts: int) -> None:
@@ -30,8 +30,8 @@ class Rows:
         leaves, self._tree = jax.tree.flatten(condition)
         # Slots lead with their layer.
         self._leaves = [(np.asarray(leaf), 1 if leaf.ndim == 5 else 0) for leaf in leaves]
-        spelled, self._form = jax.tree.flatten(condition.spelled)
-        self._spelled = [np.asarray(leaf) for leaf in spelled]
+        evidence, self._form = jax.tree.flatten(condition.evidence)
+        self._spelled = [np.asarray(leaf) for leaf in evidence]
         found: dict[bytes, int] = {}
         self.first = [found.setdefault(self._digest(row), row) for row in range(prompts)]
 
@@ -47,6 +47,6 @@ class Rows:
             [jax.device_put(leaf.take(rows, axis)) for leaf, axis in self._leaves]
         )
 
-    def spelled(self, rows: Int[np.ndarray, " R"]) -> Spelled | None:
+    def evidence(self, rows: Int[np.ndarray, " R"]) -> TokenEvidence | None:
         """What is spelled in chosen rows: slots are large, and logits need none of them."""
         return self._form.unflatten([jax.device_put(leaf[rows]) for leaf in self._spelled])

@@ -92,48 +92,6 @@ def parse(values: Mapping[str, Any]) -> Config:
     return config
 
 
-# Settings that came after a model was saved, with what was computed before there was a choice.
-_SINCE = {
-    "model": dict(lora=None),
-    "memory": dict(variance="scalar", addressing="pinv", width=1e-3),
-    "data": dict(workers=0, held_out=None),
-    "editing": dict(query_noise=0.0, features=None, spelling=None),
-    "train": dict(
-        optimizer="adamw",
-        accumulate=1,
-        ema=0.0,
-        start_from=None,
-        products=None,
-        layout="zero3",
-        memory_layout="replicated",
-        on_bad_step="stop",
-        spike=0.0,
-        edits=0,
-        best=None,
-        stall=0.0,
-    ),
-}
-
-
-def parse_saved(values: Mapping[str, Any]) -> Config:
-    """`parse` for the config inside a saved model, which may be older than a setting or two."""
-    values = json.loads(json.dumps(values))
-    for section, since in _SINCE.items():
-        if isinstance(values.get(section), dict):
-            values[section] = {**since, **values[section]}
-    # Once another name, a switch, and a single size.
-    model, data, memory = (values.get(name) for name in ("model", "data", "memory"))
-    if isinstance(memory, dict) and "address" in memory:
-        memory["query"] = memory.pop("address")
-    if isinstance(model, dict) and model.get("lexicon", 0) is None:
-        del model["lexicon"]  # once a setting; what was saved with one is of another shape
-    if isinstance(model, dict) and isinstance(model.get("remat"), bool):
-        model["remat"] = "layers" if model["remat"] else "none"
-    if isinstance(data, dict) and isinstance(data.get("episode"), int):
-        data["episode"] = [data["episode"]]
-    return parse(values)
-
-
 def _ranges(config: Config) -> list[str]:
     """What is of the right type and still makes no sense."""
     positive = {
@@ -174,22 +132,22 @@ def _ranges(config: Config) -> list[str]:
         if config.model.lora.rank < 1:
             problems.append(f"model.lora.rank: must be above 0, got {config.model.lora.rank}")
         problems += _regex("model.lora.modules", config.model.lora.modules)
-    features, spelling = config.editing.features, config.editing.spelling
-    if features is not None:
+    key_features, answer_code = config.editing.key_features, config.editing.answer_code
+    if key_features is not None:
         problems += [
-            f"editing.features.{name}: must be above 0, got {value}"
-            for name, value in dataclasses.asdict(features).items()
+            f"editing.key_features.{name}: must be above 0, got {value}"
+            for name, value in dataclasses.asdict(key_features).items()
             if value <= 0
         ]
-    if spelling is not None:
-        if spelling.positions < 1:
-            problems.append(f"editing.spelling.positions: must be above 0, got {spelling.positions}")
-        if spelling.width < 32 or spelling.width % 32:
+    if answer_code is not None:
+        if answer_code.positions < 1:
+            problems.append(f"editing.answer_code.positions: must be above 0, got {answer_code.positions}")
+        if answer_code.width < 32 or answer_code.width % 32:
             problems.append(
-                f"editing.spelling.width: must be a multiple of 32, got {spelling.width}; 96 is usual"
+                f"editing.answer_code.width: must be a multiple of 32, got {answer_code.width}; 96 is usual"
             )
-        if spelling.limit <= 0:
-            problems.append(f"editing.spelling.limit: must be above 0, got {spelling.limit}")
+        if answer_code.limit <= 0:
+            problems.append(f"editing.answer_code.limit: must be above 0, got {answer_code.limit}")
     patterns = {"train.frozen": config.train.frozen}
     if config.train.start_from is not None:
         patterns["train.start_from.parameters"] = config.train.start_from.parameters

@@ -14,10 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from larimar_jax import config as configs
-from larimar_jax import decoders, encoders, lora, model, pretrained
+from larimar_jax import decoders, encoders, lora, model, pipeline
 from larimar_jax.data import vocabulary
-from larimar_jax.train import export
-from larimar_jax.weights import fill, folder, ibm, publish
+from larimar_jax.weights import fill, folder, ibm, model_file, publish
 from larimar_jax.weights.fill import Source, WeightsError
 from larimar_jax.weights.tokenizers import Tokenizer
 
@@ -28,7 +27,7 @@ def from_ibm(
     *,
     encoder_tokenizer: str | Path,
     decoder_tokenizer: str | Path,
-    unsaid: ibm.Unsaid | None = None,
+    assumptions: ibm.Assumptions | None = None,
     progress: bool = False,
 ) -> list[str]:
     """Converts a checkpoint of the released code into a folder that `Session` loads.
@@ -41,7 +40,7 @@ def from_ibm(
       out: the folder to make.
       encoder_tokenizer, decoder_tokenizer: folders with the base models' tokenizer.json; the
         checkpoint has none.
-      unsaid: what the checkpoint does not say, where it is not as in the released sizes.
+      assumptions: what the checkpoint does not say, where it is not as in the released sizes.
       progress: a bar on stderr.
     Returns:
       Names of what the checkpoint holds and was left, layers merged to `*`.
@@ -57,7 +56,7 @@ def from_ibm(
     with _made(Path(out)) as made:
         tokenizers = [folder.tokenizer(Path(path)) for path in (encoder_tokenizer, decoder_tokenizer)]
         source = TorchFile(file)
-        found = ibm.describe(source, source.hyper_parameters, unsaid or ibm.Unsaid())
+        found = ibm.describe(source, source.hyper_parameters, assumptions or ibm.Assumptions())
         config = configs.parse(found.config)
         added = decoders.family(config.model.decoder.family).ADDED_TOKENS
         tokenizers[1] = tokenizers[1].with_specials(added)
@@ -71,7 +70,7 @@ def from_ibm(
         hashes = {name: t.hash for name, t in zip(names, tokenizers, strict=True)}
         meta = {"config": configs.to_dict(config), "tokenizers": hashes}
         meta["converted"] = {"from": Path(file).name, "left": found.left}
-        export.save_exported(made / "model.safetensors", model.parameters(filled), meta)
+        model_file.save_exported(made / "model.safetensors", model.parameters(filled), meta)
         for name, tokenizer in zip(names, tokenizers, strict=True):
             path = made / vocabulary.OWN.format(tower=name)
             path.write_text(tokenizer.to_json(), encoding="utf-8")
@@ -93,7 +92,7 @@ def to_huggingface(source: str | Path, out: str | Path) -> None:
       WeightsError: a tower that such a folder cannot describe. Nothing is written then.
     """
     with _made(Path(out)) as made:
-        loaded = pretrained.load(source)
+        loaded = pipeline.load(source)
         lora.merge(loaded.model)  # Such a folder knows whole kernels.
         towers = (
             ("encoder", publish.encoder, encoders, loaded.encoder_tokenizer),

@@ -328,6 +328,6 @@ def _logits(
     step: Int[Array, ""],
 ) -> Float[Array, "B V"]:
     logits = model.decoder.logits(hidden)
-    if condition is None or condition.spelled is None:
+    if condition is None or condition.evidence is None:
         return logits
-    return condition.spelled.add(logits[:, None], jnp.full((len(hidden), 1), step))[:, 0]
+    return condition.evidence.add(logits[:, None], jnp.full((len(hidden), 1), step))[:, 0]

@@ -91,7 +91,7 @@ def from_ibm(arguments: argparse.Namespace) -> None:
     from larimar_jax import convert
     from larimar_jax.weights import ibm
 
-    unsaid = {
+    assumptions = {
         name: getattr(arguments, name)
         for name in ("encoder_head", "decoder_head", "rotary", "scope_threshold")
         if getattr(arguments, name) is not None
@@ -101,7 +101,7 @@ def from_ibm(arguments: argparse.Namespace) -> None:
         arguments.out,
         encoder_tokenizer=arguments.encoder_tokenizer,
         decoder_tokenizer=arguments.decoder_tokenizer,
-        unsaid=ibm.Unsaid(**unsaid),
+        assumptions=ibm.Assumptions(**assumptions),
         progress=True,
     )
     for name in left:

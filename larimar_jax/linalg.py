@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
-def _one_at_a_time(function):
+def _serial_on_cpu(function):
     """On CPU, makes the `vmap` of a LAPACK call a loop of single calls; elsewhere, leaves it be.
 
     jaxlib 0.10 spreads a batched Cholesky, QR, SVD or triangular solve over XLA's thread pool and
@@ -54,13 +54,13 @@ def _everywhere_of_many(size, batched, holds):
     return _everywhere(jnp.all(holds, axis=0)), False
 
 
-def everywhere(holds: Bool[Array, ""]) -> Bool[Array, ""]:
+def all_in_batch(holds: Bool[Array, ""]) -> Bool[Array, ""]:
     """Whether it holds; under `vmap`, whether it holds for all: what a `lax.cond` that skips work for
     a batch can ask, where a condition of each would make it do both."""
     return _everywhere(jax.lax.stop_gradient(holds))
 
 
-@_one_at_a_time
+@_serial_on_cpu
 def _thin_pinv(a, cutoff):
     q, r = jnp.linalg.qr(a)  # m enters here only
     u, s, vt = jnp.linalg.svd(r)
@@ -111,7 +111,7 @@ def pinv(a: Float[Array, "m n"], cutoff: float | None = None) -> Float[Array, "n
     return _tall_pinv(a, cutoff) if m >= n else _tall_pinv(a.T, cutoff).T
 
 
-@_one_at_a_time
+@_serial_on_cpu
 def _thin_factors(a):
     """(U [m, n], s [n], Vᵀ [n, n]) of a tall matrix."""
     q, r = jnp.linalg.qr(a)
@@ -137,7 +137,7 @@ def whitener(a: Float[Array, "K C"], floor: float | Float[Array, ""]) -> Float[A
     return scaled.T if tall else scaled
 
 
-@_one_at_a_time
+@_serial_on_cpu
 def _singular_values(a):
     return jnp.linalg.svd(jnp.linalg.qr(a, mode="r"), compute_uv=False)
 
@@ -170,12 +170,12 @@ def newton_schulz_pinv(
     return jax.lax.scan(step, start, None, length=steps)[0]
 
 
-@_one_at_a_time
+@_serial_on_cpu
 def _cholesky(matrix):
     return jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
 
 
-@_one_at_a_time
+@_serial_on_cpu
 def _whiten(factor, rows):
     # Rows, that is from the right: on CPU that takes 0.6 of the time of solving from the left.
     return jax.lax.linalg.triangular_solve(
@@ -183,7 +183,7 @@ def _whiten(factor, rows):
     )
 
 
-@_one_at_a_time
+@_serial_on_cpu
 def _unwhiten(factor, rows):
     return jax.lax.linalg.triangular_solve(factor, rows, left_side=False, lower=True)
 
@@ -203,7 +203,7 @@ def factor_solve(factor: Float[Array, "K K"], right: Float[Array, "K C"]) -> Flo
     return _unwhiten(factor, _whiten(factor, right.T)).T
 
 
-@_one_at_a_time
+@_serial_on_cpu
 def _eigh(matrix):
     return jnp.linalg.eigh(matrix)
 
@@ -298,7 +298,7 @@ def product_solve(factor: Float[Array, "K K"], right: Float[Array, "K C"]) -> Fl
     )
 
 
-@_one_at_a_time
+@_serial_on_cpu
 def _general_solve(matrix, right):
     return jnp.linalg.solve(matrix, right)
 
@@ -368,7 +368,7 @@ def ridge_solve(
     weights: Float[Array, "N K"],
     values: Float[Array, "N C"],
     ridge: float | Float[Array, ""],
-    prior: Float[Array, "K C"] | None = None,
+    prior_memory: Float[Array, "K C"] | None = None,
 ) -> Float[Array, "K C"]:
     """argmin over M of ‖Z − W M‖² + ridge·‖M − M₀‖² (§4), by Cholesky; M₀ = 0 where not given.
 
@@ -376,10 +376,10 @@ def ridge_solve(
     bit, where ridge·M₀/ridge would round it.
     """
     weights, values = weights.astype(jnp.float32), values.astype(jnp.float32)
-    errors = values if prior is None else values - dot(weights, prior)
+    errors = values if prior_memory is None else values - dot(weights, prior_memory)
     matrix = add_ridge(dot(weights.T, weights), ridge)
     change = spd_solve(matrix, cholesky(matrix), dot(weights.T, errors))
-    return change if prior is None else prior + change
+    return change if prior_memory is None else prior_memory + change
 
 
 def is_positive_definite(factor: Float[Array, "K K"]) -> Bool[Array, ""]:

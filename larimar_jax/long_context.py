@@ -4,8 +4,8 @@ A text of N facts is cut into chunks of `fan_in`, each written into a memory of 
 from all of them; their readouts are facts in turn, `fan_in` of them to a memory of the next level, which
 is read by the same query, and so on until one readout is left. A decoder is conditioned on that.
 
-    memories = write(memory, prior, keys, values, fan_in=16)
-    found = read(memory, prior, memories, queries)
+    memories = write(memory, prepared, keys, values, fan_in=16)
+    found = read(memory, prepared, memories, queries)
     found.latent, found.chunk
 
 Any variant of `memory/` serves for chunks. Further levels are memories of the same variant, so that they
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from larimar_jax.layers import pytree
-from larimar_jax.memory.contract import Memory, Prior
+from larimar_jax.memory.base import Memory, Prepared
 
 # Of states and readouts of a block, about.
 BYTES = 64 * 2**20
@@ -63,7 +63,7 @@ class Found:
 @functools.partial(jax.jit, static_argnames="fan_in")
 def write(
     memory: Memory,
-    prior: Prior,
+    prepared: Prepared,
     keys: Float[Array, "N C"],
     values: Float[Array, "N C"],
     fan_in: int = 16,
@@ -78,12 +78,12 @@ def write(
             f"fan_in is {fan_in} for {keys.shape[0]} facts: take at least 2, and at least one fact"
         )
     keys, values = (_grouped(a, fan_in) for a in (keys, values))
-    return Memories(_states(memory, prior, keys, values), keys, values)
+    return Memories(_states(memory, prepared, keys, values), keys, values)
 
 
 def change(
     memory: Memory,
-    prior: Prior,
+    prepared: Prepared,
     memories: Memories,
     at: Int[Array, ""] | int,
     key: Float[Array, "C"],
@@ -98,13 +98,13 @@ def change(
     count, size = memories.keys.shape[:2]
     if isinstance(at, int) and not 0 <= at < count * size:
         raise ValueError(f"there are {count * size} places, from 0, and {at} was asked for")
-    return _change(memory, prior, memories, jnp.asarray(at, jnp.int32), key, value)
+    return _change(memory, prepared, memories, jnp.asarray(at, jnp.int32), key, value)
 
 
 @jax.jit
 def _change(
     memory: Memory,
-    prior: Prior,
+    prepared: Prepared,
     memories: Memories,
     at: Int[Array, ""],
     key: Float[Array, "C"],
@@ -113,24 +113,24 @@ def _change(
     chunk, row = jnp.divmod(at, memories.keys.shape[1])
     keys = memories.keys.at[chunk, row].set(key.astype(jnp.float32))
     values = memories.values.at[chunk, row].set(value.astype(jnp.float32))
-    state = _state(memory, prior, keys[chunk], values[chunk])
+    state = _state(memory, prepared, keys[chunk], values[chunk])
     states = jax.tree.map(lambda all, one: all.at[chunk].set(one), memories.states, state)
     return Memories(states, keys, values)
 
 
 @functools.partial(jax.jit, static_argnames="chunks")
-def room(memory: Memory, prior: Prior, memories: Memories, chunks: int) -> Memories:
+def room(memory: Memory, prepared: Prepared, memories: Memories, chunks: int) -> Memories:
     """The same memories and `chunks` empty ones after them."""
     size, latent = memories.keys.shape[1:]
     blank = jnp.zeros((chunks, size, latent), jnp.float32)
-    more = Memories(_states(memory, prior, blank, blank), blank, blank)
+    more = Memories(_states(memory, prepared, blank, blank), blank, blank)
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), memories, more)
 
 
 @functools.partial(jax.jit, static_argnames=("fan_in", "by"))
 def read(
     memory: Memory,
-    prior: Prior,
+    prepared: Prepared,
     memories: Memories,
     queries: Float[Array, "Q C"],
     fan_in: int | None = None,
@@ -152,21 +152,21 @@ def read(
     queries = queries.astype(jnp.float32)
 
     def chunk(state) -> tuple[Array, Array]:
-        found = memory.read(prior, state, queries)
+        found = memory.read(prepared, state, queries)
         return found.latent, found.confidence
 
     latent, sure = _in_blocks(chunk, memories.states)
     best = jnp.argmax(sure, axis=0).astype(jnp.int32)
     if by == "surest":
         return Found(latent[best, jnp.arange(len(queries))], best, jnp.max(sure, axis=0), sure.T)
-    answer = functools.partial(_reduced, memory, prior, fan_in, by)
+    answer = functools.partial(_reduced, memory, prepared, fan_in, by)
     latent = jax.lax.map(lambda given: answer(*given), (queries, latent.swapaxes(0, 1), sure.T))
     return Found(latent, best, jnp.max(sure, axis=0), sure.T)
 
 
 def _reduced(
     memory: Memory,
-    prior: Prior,
+    prepared: Prepared,
     fan_in: int,
     by: By,
     query: Float[Array, "C"],
@@ -185,18 +185,18 @@ def _reduced(
             keys, values = jnp.where(there, weight * query, 0.0), weight * values
 
         def level(given, query=query) -> Array:
-            return memory.read(prior, _state(memory, prior, *given), query[None]).latent[0]
+            return memory.read(prepared, _state(memory, prepared, *given), query[None]).latent[0]
 
         latent, sure = _in_blocks(level, (keys, values)), surest
     return latent[0]
 
 
-def _state(memory: Memory, prior: Prior, keys: Float[Array, "E C"], values: Float[Array, "E C"]):
-    return memory.write(prior, memory.empty(prior), keys, values)
+def _state(memory: Memory, prepared: Prepared, keys: Float[Array, "E C"], values: Float[Array, "E C"]):
+    return memory.write(prepared, memory.empty(prepared), keys, values)
 
 
-def _states(memory: Memory, prior: Prior, keys, values):
-    return _in_blocks(lambda facts: _state(memory, prior, *facts), (keys, values))
+def _states(memory: Memory, prepared: Prepared, keys, values):
+    return _in_blocks(lambda facts: _state(memory, prepared, *facts), (keys, values))
 
 
 def _grouped(rows: Float[Array, "N *c"], size: int) -> Float[Array, "n size *c"]:

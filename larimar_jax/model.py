@@ -12,12 +12,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import decoders, encoders, lora, weights
+from larimar_jax.answer_code import TokenEvidence
 from larimar_jax.config import make_memory
 from larimar_jax.decoders.base import Tree
 from larimar_jax.layers import Cache, Prefix
-from larimar_jax.memory.contract import MemoryParams
+from larimar_jax.memory.base import MemoryParams
 from larimar_jax.settings import Config
-from larimar_jax.spelling import Spelled
 
 
 @jax.tree_util.register_dataclass
@@ -30,7 +30,7 @@ class Condition:
     """
 
     prefix: Prefix
-    spelled: Spelled | None = None
+    evidence: TokenEvidence | None = None
 
     def rows(self, index: Int[Array, " R"]) -> "Condition":
         """The condition of chosen rows, in the order of `index`."""
@@ -40,8 +40,8 @@ class Condition:
             value=self.prefix.value[:, index],
             active=self.prefix.active[index],
         )
-        spelled = None if self.spelled is None else self.spelled.rows(index)
-        return Condition(prefix=prefix, spelled=spelled)
+        evidence = None if self.evidence is None else self.evidence.rows(index)
+        return Condition(prefix=prefix, evidence=evidence)
 
 
 class PriorMemory(nnx.Module):
@@ -52,10 +52,10 @@ class PriorMemory(nnx.Module):
     """
 
     def __init__(self, params: MemoryParams):
-        if params.reference is not None:
+        if params.reference_memory is not None:
             raise ValueError("a model's memory is addressed by M₀; give M_ref to its states alone")
         by_query, by_memory = params.variance_by_query, params.variance_by_memory
-        self.prior = nnx.Param(params.prior)
+        self.prior_memory = nnx.Param(params.prior_memory)
         self.log_variance = nnx.Param(params.log_variance)
         self.variance_by_query = None if by_query is None else nnx.Param(by_query)
         self.variance_by_memory = None if by_memory is None else nnx.Param(by_memory)
@@ -63,7 +63,7 @@ class PriorMemory(nnx.Module):
     def params(self) -> MemoryParams:
         by_query, by_memory = self.variance_by_query, self.variance_by_memory
         return MemoryParams(
-            prior=self.prior[...],
+            prior_memory=self.prior_memory[...],
             log_variance=self.log_variance[...],
             variance_by_query=None if by_query is None else by_query[...],
             variance_by_memory=None if by_memory is None else by_memory[...],
@@ -123,7 +123,7 @@ class Larimar(nnx.Module):
         self,
         latent: Float[Array, "B C"],
         active: Bool[Array, " B"] | None = None,
-        spelled: Spelled | None = None,
+        evidence: TokenEvidence | None = None,
     ) -> Condition:
         """Latent → memory slots and embedding (§2), with what is spelled.
 
@@ -141,7 +141,7 @@ class Larimar(nnx.Module):
             value=value.astype(dtype),
             active=active,
         )
-        return Condition(prefix=prefix, spelled=spelled)
+        return Condition(prefix=prefix, evidence=evidence)
 
     def hidden(
         self,

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from larimar_jax import cross_entropy, layers
+from larimar_jax import layers
+from larimar_jax.losses import entropies as head_entropies
+from larimar_jax.losses import weighted
 from larimar_jax.model import Condition, Larimar
 from larimar_jax.settings import ObjectiveConfig
 
@@ -85,7 +87,7 @@ def losses(
     by_row = jnp.broadcast_to(shares[None, :, None], rows).reshape(-1)
     hidden, _ = model.hidden(tokens[:, :-1], model.condition(stacked))
     there = mask[:, 1:]
-    total, entropies = cross_entropy.weighted(
+    total, entropies = weighted(
         model.decoder.to_logits,
         hidden,
         tokens[:, 1:],
@@ -116,14 +118,14 @@ def read_back(
 
 
 def _read_back(memory, params, encodings, keys, over: Over):
-    prior = memory.prepare(params, brief=True)
+    prepared = memory.prepare(params, brief=True)
 
-    def one(prior, episode, key=None):
+    def one(prepared, episode, key=None):
         noise, weight = (None, None) if key is None else jax.random.split(key)
-        state = memory.write(prior, memory.empty(prior), episode, episode, rng=noise)
-        return memory.read(prior, state, episode, rng=weight)
+        state = memory.write(prepared, memory.empty(prepared), episode, episode, rng=noise)
+        return memory.read(prepared, state, episode, rng=weight)
 
-    return over(one)(prior, encodings) if keys is None else over(one)(prior, encodings, keys)
+    return over(one)(prepared, encodings) if keys is None else over(one)(prepared, encodings, keys)
 
 
 def untouched(
@@ -144,7 +146,7 @@ def token_losses(
     """−ln p(token t+1 | tokens ≤ t, condition) in nats, zero at padding, float32."""
     hidden, _ = model.hidden(tokens[:, :-1], condition)
     split = layers.rows_are_split()
-    found = cross_entropy.entropies(model.decoder.to_logits, hidden, tokens[:, 1:], whole=split)
+    found = head_entropies(model.decoder.to_logits, hidden, tokens[:, 1:], whole=split)
     return jnp.where(mask[:, 1:], found, 0.0)
 
 

@@ -1,10 +1,9 @@
-"""`larimar train`, `study`, `plan`, `sweep`, `report`, `reproduce`: runs, their cost, what came of them.
+"""`larimar train`, `plan`, `sweep`, `report`, `reproduce`: runs, their cost, what came of them.
 
 Everything heavy is imported inside its command, as in cli.py.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import re
@@ -65,35 +64,6 @@ def train(arguments: argparse.Namespace) -> int:
     from larimar_jax.train import loop
 
     return outcome(lambda: loop.train(parsed, arguments.run))
-
-
-def study_options(made: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
-    """The options of `larimar study`."""
-    made.description = (
-        "Trains every recipe of a config, each an ordinary run in a folder of its own, and writes a "
-        "table and a picture of their held-out losses. What is finished is not trained again."
-    )
-    _run(made)
-    made.add_argument("--out", required=True, metavar="DIR", help="the folders, the table, the picture")
-    made.add_argument("--only", nargs="+", metavar="RECIPE", help="train these alone")
-    made.set_defaults(command=study)
-
-
-def study(arguments: argparse.Namespace) -> int:
-    """larimar study"""
-    from larimar_jax import config
-    from larimar_jax.train import distributed
-    from larimar_jax.train import study as studies
-
-    told = studies.parse(config.load_dict(find(arguments.config)))
-    told = dataclasses.replace(told, shared=(*told.shared, *arguments.overrides))
-    base = config.load_dict(find(told.base))
-    chosen = studies.only(told, arguments.only or list(told.recipes))
-    done = studies.train(chosen, base, arguments.out)
-    if done:
-        for path in studies.show(told, arguments.out):
-            print(f"written: {path}", file=sys.stderr)
-    return 0 if done else distributed.RETRY
 
 
 def outcome(run: Callable[[], Any]) -> int:
@@ -300,11 +270,6 @@ COMMANDS = {
         "train a model, or go on with a run that was stopped",
         "larimar train --config=configs/tiny.py --run runs/tiny --set train.steps=200",
         train_options,
-    ),
-    "study": (
-        "train recipes that differ in a few settings, and show them side by side",
-        "larimar study --config=configs/recipes_smol.py --out runs/recipes",
-        study_options,
     ),
     "plan": (
         "say whether a run will fit its devices, and how long it will take",

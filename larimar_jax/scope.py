@@ -30,7 +30,7 @@ class Match:
         return (self.score >= threshold) & (self.key >= 0)
 
 
-def parts(queries: Sequence[str]) -> tuple[list[str], list[int]]:
+def split_sentences(queries: Sequence[str]) -> tuple[list[str], list[int]]:
     """Sentences of all queries, and the query each belongs to.
 
     A query may carry sentences that have nothing to do with what it asks; the detector takes the
@@ -47,7 +47,7 @@ def parts(queries: Sequence[str]) -> tuple[list[str], list[int]]:
     return texts, owners
 
 
-def match(
+def nearest_key(
     embeddings: Float[np.ndarray, "S H"],
     owners: Sequence[int],
     written: Float[np.ndarray, "N H"],
@@ -56,7 +56,7 @@ def match(
     """The best cosine of each query over its sentences and the written keys.
 
     Args:
-      embeddings: of the sentences from `parts`; they need not be of unit length.
+      embeddings: of the sentences from `split_sentences`; they need not be of unit length.
       owners: the query of each sentence, ascending.
       written: embeddings of the N written keys; none gives a score of −1 to every query.
       allowed: which keys a query may match; default all. (Benchmarks hold one memory per case.)
@@ -101,7 +101,7 @@ def detection(positive: Float[np.ndarray, "P"], negative: Float[np.ndarray, "N"]
     # Here and not on top: its import takes a second, and every command would wait for it.
     from scipy import stats
 
-    threshold = crossing(positive, negative)
+    threshold = equal_error_threshold(positive, negative)
     right, wrong = (positive >= threshold).sum(), (negative >= threshold).sum()
     error = (1 - right / len(positive) + wrong / len(negative)) / 2
     f1 = 2 * right / (right + wrong + len(positive)) if right else 0.0
@@ -110,7 +110,7 @@ def detection(positive: Float[np.ndarray, "P"], negative: Float[np.ndarray, "N"]
     return Detection(threshold, float(error), float(f1), float(auroc))
 
 
-def crossing(
+def equal_error_threshold(
     positive: Float[np.ndarray, "P"],
     negative: Float[np.ndarray, "N"],
     weight: Float[np.ndarray, "N"] | None = None,

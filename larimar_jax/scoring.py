@@ -12,13 +12,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import packing
+from larimar_jax.answer_code import TokenEvidence
 from larimar_jax.conditions import Rows
 from larimar_jax.decoders.base import Tree
 from larimar_jax.decoding import PromptTooLong, inputs
 from larimar_jax.generate import prompt_ids
 from larimar_jax.model import Condition, Larimar
 from larimar_jax.packing import steps_bucket
-from larimar_jax.spelling import Spelled
 from larimar_jax.weights.tokenizers import Tokenizer
 
 # How many places go through the vocabulary's product at a time.
@@ -220,17 +220,17 @@ def _entropies(
         # Padding repeats a place.
         padded = piece + [piece[0]] * (steps_bucket(len(piece), 2) - len(piece))
         told = np.asarray([(labels[p] * ways)[:ways] for p in padded], np.int32)
-        spelled = None
+        evidence = None
         if given is not None:
             owners = np.asarray([trie.condition[place.node] for place in padded])
-            spelled = given.spelled(owners)
+            evidence = given.evidence(owners)
         found = _cross_entropies(
             graph,
             state,
             jax.device_put(np.stack([hidden[place.node] for place in padded])),
             jax.device_put(np.asarray([place.depth for place in padded], np.int32)),
             jax.device_put(told),
-            spelled,
+            evidence,
         )
         ahead.begun(rows, found)
     ahead.finish()
@@ -256,12 +256,12 @@ def _cross_entropies(
     hidden: Float[Array, "K D"],
     depth: Int[Array, " K"],
     labels: Int[Array, "K R"],
-    spelled: Spelled | None,
+    evidence: TokenEvidence | None,
 ) -> tuple[Float[Array, "K R"], Bool[Array, "K R"]]:
     """−ln p of R labels at each of K places, and whether they are the likeliest there."""
     logits = nnx.merge(graph, state).decoder.logits(hidden)
-    if spelled is not None:
-        logits = spelled.add(logits[:, None], depth[:, None])[:, 0]
+    if evidence is not None:
+        logits = evidence.add(logits[:, None], depth[:, None])[:, 0]
     chosen = jnp.take_along_axis(logits, labels, axis=-1)
     losses = jax.nn.logsumexp(logits, axis=-1, keepdims=True) - chosen
     return losses, chosen >= jnp.max(logits, axis=-1, keepdims=True)

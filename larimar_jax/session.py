@@ -19,8 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from larimar_jax import facts, packing, scope
-from larimar_jax.facts import (
+from larimar_jax import packing, scope, session_file
+from larimar_jax.memory import health, rls
+from larimar_jax.memory.base import Prepared
+from larimar_jax.memory.streaming import Streaming, StreamingState
+from larimar_jax.model import Condition
+from larimar_jax.pipeline import Pipeline, load
+from larimar_jax.session_file import (
     Answer,
     EmptyFact,
     Event,
@@ -31,11 +36,6 @@ from larimar_jax.facts import (
     WrongModel,
     event,
 )
-from larimar_jax.memory import health, live
-from larimar_jax.memory.contract import Prior
-from larimar_jax.memory.streaming import Streaming, StreamingState
-from larimar_jax.model import Condition
-from larimar_jax.pretrained import Pretrained, load
 
 # Cosine of two prompts from which one is easily taken for the other.
 _NEAR = 0.95
@@ -74,9 +74,9 @@ class Session:
       model: a loaded `Pretrained`, or what `pretrained.load` takes: a name or a path.
     """
 
-    def __init__(self, model: Pretrained | str | pathlib.Path = "smol"):
-        self.model = model if isinstance(model, Pretrained) else load(model)
-        self._begin(self.model.memory.empty(self.model.prior))
+    def __init__(self, model: Pipeline | str | pathlib.Path = "smol"):
+        self.model = model if isinstance(model, Pipeline) else load(model)
+        self._begin(self.model.memory.empty(self.model.prepared))
         self._facts: dict[int, Fact] = {}
         self._keys: dict[int, _Keys] = {}
         self._events: list[Event] = []
@@ -139,8 +139,10 @@ class Session:
         fact, keys = self._facts[fact_id], self._keys[fact_id]
         now, taken = self._update(self._now, keys, -1)
         # What is certified is what will be read: M solved anew.
-        now = _refresh(self.model.memory, self.model.prior, now)
-        distance, leverage = _certify(self.model.memory, self.model.prior, now.state, keys.key[:1])
+        now = _refresh(self.model.memory, self.model.prepared, now)
+        distance, leverage = _certify(
+            self.model.memory, self.model.prepared, now.state, keys.key[:1]
+        )
         self._now = now
         del self._facts[fact_id], self._keys[fact_id]
         self._events.append(event("forget", fact, taken))
@@ -149,7 +151,7 @@ class Session:
     def health(self) -> health.Health:
         """What the memory says of itself: condition, distance to a fresh solve, load, the error to be
         expected, and whether it is full."""
-        found = _health(self.model.memory, self.model.prior, self._state)
+        found = _health(self.model.memory, self.model.prepared, self._state)
         return health.Health(*(np.asarray(value).item() for value in found))
 
     def _nearest(self, keys: "_Keys") -> tuple[int, float] | None:
@@ -205,7 +207,7 @@ class Session:
         if not all(prompt.strip() for prompt in prompts):
             raise EmptyFact("A question needs a text to continue; one of the prompts is empty.")
         begin = time.perf_counter()
-        texts, owners = scope.parts(prompts)
+        texts, owners = scope.split_sentences(prompts)
         encodings = self.model.encode(texts)
         encoded = time.perf_counter()
         ids = [fact_id for fact_id, keys in self._keys.items() for _ in keys.key]
@@ -213,13 +215,13 @@ class Session:
             [keys.embedding for keys in self._keys.values()]
             or [np.zeros((0, encodings.embedding.shape[1]), np.float32)]
         )
-        found = scope.match(encodings.embedding, owners, written)
+        found = scope.nearest_key(encodings.embedding, owners, written)
         inside = found.within(self.model.scope_threshold)
         queries = encodings.latent[found.sentence]
         # Padded, so that few numbers of queries are compiled for.
         more = packing.steps_bucket(len(queries), 1) - len(queries)
         asked = np.pad(queries, ((0, more), (0, 0)))
-        read = _read(self.model.memory, self.model.prior, self._now, asked)
+        read = _read(self.model.memory, self.model.prepared, self._now, asked)
         latent = np.asarray(read)[: len(queries)]
         milliseconds = {
             "encode": 1e3 * (encoded - begin),
@@ -244,9 +246,9 @@ class Session:
             arrays |= {
                 f"fact/{fact_id}/{f.name}": getattr(keys, f.name) for f in dataclasses.fields(keys)
             }
-        facts.save(
+        session_file.save(
             path,
-            facts.Saved(
+            session_file.Saved(
                 self.model.source,
                 self.model.fingerprint,
                 self._next_id,
@@ -257,7 +259,7 @@ class Session:
         )
 
     @classmethod
-    def load(cls, path: str | pathlib.Path, model: Pretrained | None = None) -> "Session":
+    def load(cls, path: str | pathlib.Path, model: Pipeline | None = None) -> "Session":
         """Opens a saved session; its memory is the saved one bit for bit.
 
         Args:
@@ -267,7 +269,7 @@ class Session:
         Raises:
           FileNotFoundError, DamagedSession. WrongModel: another model's encodings mean other things.
         """
-        saved = facts.load(path)
+        saved = session_file.load(path)
         session = cls(load(saved.model) if model is None else model)
         if session.model.fingerprint != saved.fingerprint:
             raise WrongModel(
@@ -278,10 +280,12 @@ class Session:
         session._restore(saved)
         return session
 
-    def _restore(self, saved: facts.Saved) -> None:
+    def _restore(self, saved: session_file.Saved) -> None:
         for fact in saved.facts:
             self._facts[fact.id] = fact
-            rows = {f.name: saved.arrays[f"fact/{fact.id}/{f.name}"] for f in dataclasses.fields(_Keys)}
+            rows = {
+                f.name: saved.arrays[f"fact/{fact.id}/{f.name}"] for f in dataclasses.fields(_Keys)
+            }
             self._keys[fact.id] = _Keys(**rows)
         self._events, self._next_id = saved.history, saved.next_id
         names = [f"memory/{name}" for name in _named(self._state)]
@@ -296,21 +300,21 @@ class Session:
     @property
     def _state(self) -> StreamingState:
         """The memory, solved anew."""
-        return _settle(self.model.memory, self.model.prior, self._now)
+        return _settle(self.model.memory, self.model.prepared, self._now)
 
     def _begin(self, state: StreamingState) -> None:
-        self._now = _begin(self.model.memory, self.model.prior, state)
+        self._now = _begin(self.model.memory, self.model.prepared, state)
 
-    def _update(self, now: live.Live, keys: _Keys, sign: int) -> tuple[live.Live, float]:
+    def _update(self, now: rls.RLSState, keys: _Keys, sign: int) -> tuple[rls.RLSState, float]:
         """The memory with a fact's rows added or taken away, and the milliseconds it took."""
-        memory, prior = self.model.memory, self.model.prior
+        memory, prepared = self.model.memory, self.model.prepared
         begin = time.perf_counter()
         for key, value in zip(keys.key, keys.value, strict=True):
             # The statistics and the solution stay where they are: what moves is a few rows.
-            recent, due, finite = _move(memory, prior, now, key, value, jnp.int32(sign))
+            recent, due, finite = _move(memory, prepared, now, key, value, jnp.int32(sign))
             now = dataclasses.replace(now, recent=recent)
             if due:
-                now = _refresh(memory, prior, now)
+                now = _refresh(memory, prepared, now)
                 finite = jnp.isfinite(now.state.solution).all()
             if not finite:
                 raise MemoryNotFinite(
@@ -327,40 +331,42 @@ class Session:
 
 
 @jax.jit
-def _begin(memory: Streaming, prior: Prior, state: StreamingState) -> live.Live:
-    return live.begin(memory, prior, state)
+def _begin(memory: Streaming, prepared: Prepared, state: StreamingState) -> rls.RLSState:
+    return rls.init(memory, prepared, state)
 
 
 @jax.jit
-def _settle(memory: Streaming, prior: Prior, now: live.Live) -> StreamingState:
-    return live.settle(memory, prior, now)
+def _settle(memory: Streaming, prepared: Prepared, now: rls.RLSState) -> StreamingState:
+    return rls.to_state(memory, prepared, now)
 
 
 @jax.jit
-def _refresh(memory: Streaming, prior: Prior, now: live.Live) -> live.Live:
-    return live.refresh(memory, prior, now)
+def _refresh(memory: Streaming, prepared: Prepared, now: rls.RLSState) -> rls.RLSState:
+    return rls.refactorize(memory, prepared, now)
 
 
 @jax.jit
 def _move(
-    memory: Streaming, prior: Prior, now: live.Live, key: Array, value: Array, sign: Array
-) -> tuple[live.Recent, Array, Array]:
+    memory: Streaming, prepared: Prepared, now: rls.RLSState, key: Array, value: Array, sign: Array
+) -> tuple[rls.Recent, Array, Array]:
     """The recent facts with one more, whether a refresh is due, and whether all of it is finite."""
-    moved, _, due = live.update(memory, prior, now, key, value, sign)
+    moved, _, due = rls.update(memory, prepared, now, key, value, sign)
     finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(moved.recent)]
     return moved.recent, due, jnp.stack(finite).all()
 
 
 @jax.jit
 def _certify(
-    memory: Streaming, prior: Prior, state: StreamingState, key: Array
+    memory: Streaming, prepared: Prepared, state: StreamingState, key: Array
 ) -> tuple[Array, Array]:
-    return health.distance(memory, prior, state), health.leverage(memory, prior, state, key)[0]
+    return health.distance(memory, prepared, state), health.leverage(memory, prepared, state, key)[
+        0
+    ]
 
 
 @jax.jit
-def _health(memory: Streaming, prior: Prior, state: StreamingState) -> health.Health:
-    return health.health(memory, prior, state)
+def _health(memory: Streaming, prepared: Prepared, state: StreamingState) -> health.Health:
+    return health.health(memory, prepared, state)
 
 
 def _cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -369,8 +375,8 @@ def _cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 @jax.jit
-def _read(memory: Streaming, prior: Prior, now: live.Live, queries: Array) -> Array:
-    return live.read(memory, prior, now, queries)
+def _read(memory: Streaming, prepared: Prepared, now: rls.RLSState, queries: Array) -> Array:
+    return rls.read(memory, prepared, now, queries)
 
 
 def _named(state: Any) -> dict[str, np.ndarray]:

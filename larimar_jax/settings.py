@@ -174,9 +174,9 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class FeaturesConfig:
+class KeyFeaturesConfig:
     """Random features of encodings beside them, for more facts than encodings have dimensions
-    (larimar_jax/latents.py). count: F; the memory has at least model.latent + F slots then. scale: s,
+    (larimar_jax/latent_layout.py). count: F; the memory has at least model.latent + F slots then. scale: s,
     their size beside an encoding of length 1. length: ℓ, over which encodings differ.
     """
 
@@ -186,8 +186,8 @@ class FeaturesConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SpellingConfig:
-    """How an answer is written token by token (larimar_jax/spelling.py).
+class AnswerCodeConfig:
+    """How an answer is written token by token (larimar_jax/answer_code.py).
 
     positions: P, tokens of an answer that are written; the language model finishes a longer one. width:
     d, numbers per token, a multiple of 32. limit: nats that a token's logit gains at most.
@@ -203,16 +203,16 @@ class EditingConfig:
     """How the trained model is edited (§4, §6); nothing of it is used in training.
 
     ridge, query_noise: λ and ρ of the streaming memory that facts are written into. scope_threshold:
-    the least cosine between a query and a written prompt that lets the memory answer. features and
-    spelling: what is written and asked beside an encoding; the paper's memory is of encodings alone,
+    the least cosine between a query and a written prompt that lets the memory answer. key_features and
+    answer_code: what is written and asked beside an encoding; the paper's memory is of encodings alone,
     None and None.
     """
 
     ridge: float
     query_noise: float
     scope_threshold: float
-    features: FeaturesConfig | None
-    spelling: SpellingConfig | None
+    key_features: KeyFeaturesConfig | None
+    answer_code: AnswerCodeConfig | None
 
 
 @dataclasses.dataclass(frozen=True)

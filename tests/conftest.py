@@ -75,7 +75,7 @@ def tiny():
     from flax import nnx
 
     from larimar_jax import config, model
-    from larimar_jax.pretrained import Pretrained
+    from larimar_jax.pipeline import Pipeline
     from larimar_jax.weights.tokenizers import Tokenizer
 
     words = (
@@ -93,8 +93,8 @@ def tiny():
         decoder=dict(family="gpt2", norm_eps=1e-5, **sizes),
     )
     values["editing"] |= dict(
-        features=dict(count=4, scale=0.5, length=1.0),
-        spelling=dict(positions=3, width=32, limit=20.0),
+        key_features=dict(count=4, scale=0.5, length=1.0),
+        answer_code=dict(positions=3, width=32, limit=20.0),
     )
     parsed = config.parse(values)
     # Compiling the initialisers takes far longer than everything that is tested with this model.
@@ -110,7 +110,7 @@ def tiny():
         return jax.numpy.asarray(draw.normal(0, 0.3, leaf.shape), leaf.dtype)
 
     larimar = nnx.merge(graph, jax.tree_util.tree_map_with_path(fill, abstract))
-    return Pretrained(
+    return Pipeline(
         parsed, larimar, tokenizer.framed(), tokenizer, source="tiny", fingerprint="tiny"
     )
 
@@ -196,5 +196,5 @@ def tiny_config():
             stall=0.0,
             seed=0,
         ),
-        editing=dict(ridge=1e-2, query_noise=0.0, scope_threshold=0.999, features=None, spelling=None),
+        editing=dict(ridge=1e-2, query_noise=0.0, scope_threshold=0.999, key_features=None, answer_code=None),
     )

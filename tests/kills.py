@@ -162,7 +162,7 @@ def state(step: int):
         return draw.normal(size=(WIDTH, WIDTH)).astype(np.float32)
 
     params = {f"decoder/{i}/kernel": array() for i in range(ARRAYS)}
-    memory = {"memory/prior": array()}
+    memory = {"memory/prior_memory": array()}
     return params, memory, (np.int32(step), {name: array() for name in params})
 
 

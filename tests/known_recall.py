@@ -6,7 +6,7 @@ The tiny model's own answers are nearly always wrong: its recall is 0, whatever 
 import numpy as np
 from test_bench import fraction
 
-from larimar_jax.pretrained import Pretrained
+from larimar_jax.pipeline import Pipeline
 from larimar_jax.scoring import Scores
 
 
@@ -23,5 +23,5 @@ def judge(self, prompts, candidates, condition=None):
 
 def install(monkeypatch, *, threshold):
     """`judge`, and a scope that lets through what is as near as `threshold`."""
-    monkeypatch.setattr(Pretrained, "judge", judge)
-    monkeypatch.setattr(Pretrained, "scope_threshold", threshold)
+    monkeypatch.setattr(Pipeline, "judge", judge)
+    monkeypatch.setattr(Pipeline, "scope_threshold", threshold)

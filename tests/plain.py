@@ -24,9 +24,9 @@ class Plain:
 
     def __init__(self, model):
         self.model = model
-        prior, memory = model.prior, model.memory
-        self.before = np.float64(prior.memory)
-        self.inverse = np.linalg.pinv(np.float64(prior.reference))
+        prepared, memory = model.prepared, model.memory
+        self.before = np.float64(prepared.memory)
+        self.inverse = np.linalg.pinv(np.float64(prepared.reference))
         self.ridge, self.noise = float(np.float32(memory.ridge)), float(memory.query_noise)
         self._encode = functools.cache(self._encode_one)
 
@@ -47,7 +47,7 @@ class Plain:
         """(cosine, sentence) of the query's sentence that is nearest to a fact's text."""
         key = self._encode(*written)[0]
         found = []
-        for sentence in scope.parts([query])[0]:
+        for sentence in scope.split_sentences([query])[0]:
             other = self._encode(sentence)[0]
             found.append((other @ key / np.linalg.norm(other) / np.linalg.norm(key), sentence))
         return max(found, key=lambda one: one[0])
@@ -67,8 +67,8 @@ class Plain:
         padded[0, : len(ids)] = ids
         logits = np.float64(_logits(self.model.graph, self.model.state, padded, condition)[0])
         rows = logits[len(begin) - 1 : len(ids) - 1]
-        if condition is not None and condition.spelled is not None:
-            tokens, gain = (np.asarray(a[0]) for a in (condition.spelled.tokens, condition.spelled.gain))
+        if condition is not None and condition.evidence is not None:
+            tokens, gain = (np.asarray(a[0]) for a in (condition.evidence.tokens, condition.evidence.logit_gain))
             for place in range(min(len(told), len(tokens))):
                 for token, more in zip(tokens[place], gain[place], strict=True):
                     rows[place, token] += more

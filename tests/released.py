@@ -11,8 +11,8 @@ from larimar_jax import convert
 from larimar_jax.weights import ibm
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "ibm"
-UNSAID = ibm.Unsaid(encoder_head=9, decoder_head=6, scope_threshold=0.9)
-JAY = ibm.Unsaid(encoder_head=9, decoder_head=8, rotary=4)
+UNSAID = ibm.Assumptions(encoder_head=9, decoder_head=6, scope_threshold=0.9)
+JAY = ibm.Assumptions(encoder_head=9, decoder_head=8, rotary=4)
 
 
 @functools.cache

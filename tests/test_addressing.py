@@ -61,21 +61,21 @@ def test_every_kind_leaves_padding_out_and_serves_a_memory(kind, given):
     variant = memory.build(
         "streaming", slots=K, latent=C, addressing=kind, width=0.5, ridge=1e-3, query_noise=0.0
     )
-    params = memory.MemoryParams(jnp.zeros((K, C)), jnp.zeros(()), reference=jnp.float32(reference))
-    prior = variant.prepare(params)
-    found = np.float64(variant.address(prior, jnp.float32(z)))
+    params = memory.MemoryParams(jnp.zeros((K, C)), jnp.zeros(()), reference_memory=jnp.float32(reference))
+    prepared = variant.prepare(params)
+    found = np.float64(variant.address(prepared, jnp.float32(z)))
     np.testing.assert_allclose(found, w, rtol=1e-5)
     values = jnp.float32(np.random.default_rng(3).standard_normal((N, C)))
-    state = variant.write(prior, variant.empty(prior), jnp.float32(z), values)
+    state = variant.write(prepared, variant.empty(prepared), jnp.float32(z), values)
     want = found.T @ np.linalg.solve(found @ found.T + 1e-3 * np.eye(N), np.float64(values))
     np.testing.assert_allclose(found @ np.float64(state.solution), found @ want, atol=1e-4)
 
     def read(reference):
-        prior = variant.prepare(params.__class__(params.prior, params.log_variance, reference))
-        state = variant.write(prior, variant.empty(prior), jnp.float32(z), values)
-        return jnp.sum(variant.read(prior, state, jnp.float32(z)).latent)
+        prepared = variant.prepare(params.__class__(params.prior_memory, params.log_variance, reference))
+        state = variant.write(prepared, variant.empty(prepared), jnp.float32(z), values)
+        return jnp.sum(variant.read(prepared, state, jnp.float32(z)).latent)
 
-    assert jnp.isfinite(jax.grad(read)(params.reference)).all()
+    assert jnp.isfinite(jax.grad(read)(params.reference_memory)).all()
 
 
 def test_a_reference_of_prompts_keeps_the_other_slots(given):

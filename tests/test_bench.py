@@ -18,7 +18,7 @@ from rich.console import Console
 from larimar_jax import bench
 from larimar_jax.bench import counterfact, editor, given, metrics, runner, systems
 from larimar_jax.data import counterfact as data
-from larimar_jax.data.records import EditRecord, MalformedRecord
+from larimar_jax.data.edit_records import EditRecord, MalformedRecord
 from larimar_jax.weights.tokenizers import TextTooLong
 
 

@@ -14,7 +14,7 @@ from larimar_jax import bench
 from larimar_jax.bench import attack, report, runner
 from larimar_jax.bench.editor import LarimarEditor, Recall
 from larimar_jax.bench.store import Store, encoded
-from larimar_jax.data.records import EditRecord
+from larimar_jax.data.edit_records import EditRecord
 
 
 def cases(count):

@@ -32,7 +32,7 @@ def test_a_store_is_the_session_with_the_same_facts(tiny):
     np.testing.assert_allclose(got, session.score(queries, targets)[rows], rtol=1e-3, atol=1e-4)
     left = full.without([1, 3])
     assert [fact for fact, _ in left.facts] == [facts[i][0] for i in (0, 2, 4)]
-    assert int(left.state.count) == 3 and int(left.state.missing) == 0
+    assert int(left.state.count) == 3 and int(left.state.refused) == 0
     again = store.Store(left._encoded, left.facts)
     np.testing.assert_allclose(left.state.solution, again.state.solution, atol=2e-3)
 

@@ -34,8 +34,8 @@ def test_records_are_those_of_a_memory_for_each_chunk(tiny, tmp_path):
                 chunk = facts[first : first + 2]
                 keys = jnp.asarray(encoded([prompt for prompt, _ in chunk]).latent)
                 values = jnp.asarray(encoded.values(chunk))
-                state = memory.write(tiny.prior, memory.empty(tiny.prior), keys, values)
-                answers.append(memory.read(tiny.prior, state, query))
+                state = memory.write(tiny.prepared, memory.empty(tiny.prepared), keys, values)
+                answers.append(memory.read(tiny.prepared, state, query))
             surest = int(np.argmax([float(a.confidence[0]) for a in answers]))
             condition = tiny.condition(answers[surest].latent)
             judged = tiny.judge([record[name]], [[record["target_new"]]], condition)

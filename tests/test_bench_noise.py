@@ -32,19 +32,19 @@ def finished(tiny, tmp_path_factory):
 def test_what_is_read_is_the_mean_plus_noise_of_that_size(tiny, finished):
     records = runner.read_cases(finished[0])
     chunk = cases(2)
-    memory, prior = tiny.dual, tiny.prior
+    memory, prepared = tiny.dual, tiny.prepared
     keys = [jax.random.fold_in(jax.random.key(0), case.case_id) for case in chunk]
     for number, (case, record) in enumerate(zip(chunk, records[:2], strict=True)):
         assert list(record["loss"]) == NAMES
         prompts = [case.prompt, *case.paraphrases]
         key, value = tiny.encode([case.prompt, record["written"]], [None, case.target_new]).latent
         fact = jnp.asarray(key[None]), jnp.asarray(value[None])
-        state = memory.write(prior, memory.empty(prior), *fact)
+        state = memory.write(prepared, memory.empty(prepared), *fact)
         asked = np.zeros((4, len(key)), np.float32)
         asked[: len(prompts)] = tiny.encode(prompts).latent
-        mean = memory.address(prior, jnp.asarray(asked))
+        mean = memory.address(prepared, jnp.asarray(asked))
         drawn = mean + 0.5 * jax.random.normal(keys[number], mean.shape)
-        matrix = memory.matrix(prior, state)
+        matrix = memory.matrix(prepared, state)
         pairs = [[case.target_new, case.target_true]] * len(prompts)
         fact_first = [f"{record['written']}. {prompt}" for prompt in prompts]
         embedded = tiny.encode(prompts).embedding

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from larimar_jax import bench
 from larimar_jax.bench import rephrase, report, runner
-from larimar_jax.data.records import EditRecord
+from larimar_jax.data.edit_records import EditRecord
 
 # Between the likenesses of these prompts.
 THRESHOLD = 0.9926
@@ -65,9 +65,9 @@ def test_recall_is_that_of_every_question_alone_in_a_memory_of_its_facts(tiny, m
         query, first = tiny.encode([asked]).latent, keys[:: case.wordings]
         for name in rephrase.KEYS:
             model = tiny if name == "own" else rephrase.keyed(tiny, name, first)
-            empty = model.memory.empty(model.prior)
-            state = model.memory.write(model.prior, empty, jnp.asarray(keys), jnp.asarray(values))
-            read = model.memory.read(model.prior, state, jnp.asarray(query)).latent
+            empty = model.memory.empty(model.prepared)
+            state = model.memory.write(model.prepared, empty, jnp.asarray(keys), jnp.asarray(values))
+            read = model.memory.read(model.prepared, state, jnp.asarray(query)).latent
             judged = tiny.judge([asked], [[target]], tiny.condition(np.asarray(read)))
             assert record["recall"][name] == pytest.approx(float(judged.accuracy[0, 0]))
             latent[name] = np.asarray(read)
@@ -102,7 +102,7 @@ def test_keys_over_known_prompts_are_what_the_equations_say(tiny):
     weights = {}
     for kind in ("gaussian", "pinv"):
         model = rephrase.keyed(tiny, kind, known)
-        weights[kind] = np.asarray(model.memory.address(model.prior, jnp.asarray(known)))
+        weights[kind] = np.asarray(model.memory.address(model.prepared, jnp.asarray(known)))
         np.testing.assert_allclose(weights[kind], np.eye(3), atol=2e-4)
         assert model.memory.slots == 3 and tiny.memory.slots != 3
         assert model.graph is tiny.graph

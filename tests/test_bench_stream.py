@@ -225,9 +225,9 @@ def test_an_answer_is_the_first_line_that_says_something():
 def test_a_streamed_memory_is_the_one_that_is_written_at_once(made):
     streamed = made._after(6)
     again = store.Store(made._encoded, streamed.facts)
-    memory, prior = made.model.memory, made.model.prior
+    memory, prepared = made.model.memory, made.model.prepared
     got, want = (
-        memory.read(prior, s.state, jnp.asarray(s.keys)).latent for s in (streamed, again)
+        memory.read(prepared, s.state, jnp.asarray(s.keys)).latent for s in (streamed, again)
     )
     np.testing.assert_allclose(got, want, atol=1e-3)
     assert int(streamed.state.count) == 6

@@ -12,7 +12,7 @@ import pytest
 from larimar_jax import config as configs
 from larimar_jax.bench import jax_step, runner, torch_step, training
 from larimar_jax.train import flops, sharding
-from larimar_jax.train.step import Stepper, initialise
+from larimar_jax.train.step import TrainStep, initialise
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_the_step_without_memory_decodes_the_encodings(config):
 def test_flops_are_those_of_the_products_in_the_traced_step(config):
     mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
     skeleton = initialise(config, mesh)[0]
-    whole = Stepper(config, skeleton, mesh).flops(3)
+    whole = TrainStep(config, skeleton, mesh).flops(3)
     made = jax_step.WithoutMemory(config, skeleton, mesh)
     without = flops.count(made.step, *made.arguments(3))
     said = training.matrix_flops(config)

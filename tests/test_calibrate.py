@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from larimar_jax import calibrate, formats, pretrained, scope
+from larimar_jax import calibrate, formats, pipeline, scope
 from larimar_jax.data import questions, vocabulary
-from larimar_jax.data.records import EditRecord
-from larimar_jax.data.wordings import Wordings
-from larimar_jax.train import export
+from larimar_jax.data.edit_records import EditRecord
+from larimar_jax.data.paraphrases import Wordings
+from larimar_jax.weights import model_file
 
 WIDTH, SUBJECTS, RELATIONS = 24, 40, 6
 FEW = calibrate.Recipe(steps=120, batch=32, rate=1e-2, folds=3)
@@ -210,7 +210,7 @@ def test_the_file_is_the_model_with_a_detector_in_it(counterfact, tmp_path, caps
     arguments = told.parse_args(line)
     formats.calibrate(arguments)
     shown = capsys.readouterr().out
-    before, after = pretrained.load("smol"), pretrained.load(out)
+    before, after = pipeline.load("smol"), pipeline.load(out)
     assert f"threshold {after.scope_threshold:.3f}" in shown
     assert after.fingerprint != before.fingerprint
     texts = ["Person 3 speaks", "The capital of France is"]
@@ -218,8 +218,8 @@ def test_the_file_is_the_model_with_a_detector_in_it(counterfact, tmp_path, caps
     np.testing.assert_array_equal(mine.latent, theirs.latent)
     np.testing.assert_array_equal(mine.pooled, theirs.pooled)
     np.testing.assert_allclose(mine.embedding, mine.pooled @ np.asarray(after.projection), atol=1e-5)
-    old, _ = export.load_exported(pretrained.locate("smol"))
-    new, meta = export.load_exported(out)
+    old, _ = model_file.load_exported(pipeline.locate("smol"))
+    new, meta = model_file.load_exported(out)
     assert new.keys() == old.keys() | {scope.PROJECTION}
     for name in old.keys() - {scope.PROJECTION}:
         np.testing.assert_array_equal(new[name], old[name])
@@ -237,8 +237,8 @@ def test_tokenizers_beside_a_model_are_those_that_it_needs(tmp_path):
 
 def test_a_detector_of_another_width_is_refused(tmp_path):
     path = tmp_path / "wrong.safetensors"
-    source = pretrained.locate("smol")
-    _, meta = export.load_exported(source)
-    export.amend(source, path, {scope.PROJECTION: jnp.eye(3)}, meta)
-    with pytest.raises(export.ExportError, match=r"scope/projection: \(3, 3\) in the file, \(384, 38"):
-        pretrained.load(path)
+    source = pipeline.locate("smol")
+    _, meta = model_file.load_exported(source)
+    model_file.amend(source, path, {scope.PROJECTION: jnp.eye(3)}, meta)
+    with pytest.raises(model_file.ExportError, match=r"scope/projection: \(3, 3\) in the file, \(384, 38"):
+        pipeline.load(path)

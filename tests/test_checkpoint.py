@@ -18,15 +18,15 @@ from jax.sharding import PartitionSpec as P
 from larimar_jax import config as configs
 from larimar_jax import model
 from larimar_jax.settings import StartConfig
-from larimar_jax.train import checkpoint, export, loop, sharding, start
+from larimar_jax.train import checkpoint, loop, model_file, sharding, start
 from larimar_jax.train.checkpoint import CheckpointError, Checkpoints
-from larimar_jax.train.step import Skeleton, Stepper
+from larimar_jax.train.step import AbstractModel, TrainStep
 
 PARAMS = {
     "decoder/up/kernel": np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32),
     "decoder/norm/scale": np.linspace(0, 1, 8, dtype=np.float32),
 }
-MEMORY = {"memory/prior": np.eye(4, 6, dtype=np.float32), "memory/log_variance": np.float32(-1.5)}
+MEMORY = {"memory/prior_memory": np.eye(4, 6, dtype=np.float32), "memory/log_variance": np.float32(-1.5)}
 
 
 def _stream():
@@ -104,7 +104,7 @@ def test_a_run_saved_on_4x2_comes_back_bit_for_bit_on_other_meshes(tmp_path):
     def on(mesh):
         settings = dict(mesh=mesh, layout="zero3", memory_layout="slots", ema=0.9)
         config = world.config(corpus, **settings)
-        stepper = Stepper(config, Skeleton(model.abstract(config)), sharding.make_mesh(mesh))
+        stepper = TrainStep(config, AbstractModel(model.abstract(config)), sharding.make_mesh(mesh))
         saved = loop._Saved(Checkpoints(tmp_path / "run", 2), stepper)
         return stepper, saved, {"config": configs.to_dict(config), "tokenizers": {}}
 
@@ -115,7 +115,7 @@ def test_a_run_saved_on_4x2_comes_back_bit_for_bit_on_other_meshes(tmp_path):
         return jax.device_put(draw.integers(0, 99, leaf.shape).astype(leaf.dtype), leaf.sharding)
 
     state = jax.tree.map(fill, stepper.abstract())._replace(step=fill(stepper.abstract().step) * 0 + 3)
-    assert not state.params["memory/prior"].sharding.is_fully_replicated
+    assert not state.params["memory/prior_memory"].sharding.is_fully_replicated
     stream = _stream()
     for _ in range(3):
         next(stream)
@@ -315,7 +315,7 @@ def test_parts_of_a_checkpoint_begin_another_run_where_its_own_were(written):
 
 
 def test_parts_that_do_not_fit_are_one_error_that_names_all(written, tmp_path):
-    mine = {**_others(), "memory/prior": jnp.zeros((5, 6))}
+    mine = {**_others(), "memory/prior_memory": jnp.zeros((5, 6))}
     del mine["decoder/norm/scale"]
     said = StartConfig(str(written), ("^decoder/", "^memory/", "^encoder/", "^heads/"))
     with pytest.raises(start.StartError) as error:
@@ -324,7 +324,7 @@ def test_parts_that_do_not_fit_are_one_error_that_names_all(written, tmp_path):
         "'^encoder/' matches no parameter",
         "'^heads/' matches no parameter",
         "decoder/norm/scale: this model has no such parameter",
-        "memory/prior: (4, 6) there, (5, 6) in this model",
+        "memory/prior_memory: (4, 6) there, (5, 6) in this model",
     ):
         assert offence in str(error.value)
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
@@ -355,8 +355,8 @@ def test_what_the_check_raises_is_no_damage(written):
 
 def test_an_export_comes_back_as_it_went(tmp_path):
     path, meta = tmp_path / "model.safetensors", {"config": {"name": "é"}, "step": 3}
-    export.save_exported(path, {**PARAMS, **MEMORY}, meta)
-    arrays, found = export.load_exported(path, {**PARAMS, **MEMORY, "frozen": np.zeros(3)})
+    model_file.save_exported(path, {**PARAMS, **MEMORY}, meta)
+    arrays, found = model_file.load_exported(path, {**PARAMS, **MEMORY, "frozen": np.zeros(3)})
     assert found == meta
     for name, array in {**PARAMS, **MEMORY}.items():
         np.testing.assert_array_equal(arrays[name], array)
@@ -367,46 +367,46 @@ def test_an_export_comes_back_as_it_went(tmp_path):
 @pytest.mark.parametrize(("dtype", "error"), [("float16", 2**-11), ("bfloat16", 2**-8)])
 def test_an_export_in_half_precision_is_half_as_large(tmp_path, dtype, error):
     big = {"a/kernel": np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)}
-    export.save_exported(tmp_path / "whole", big, {})
-    export.save_exported(tmp_path / "half", big, {}, {"kernel$": dtype})
+    model_file.save_exported(tmp_path / "whole", big, {})
+    model_file.save_exported(tmp_path / "half", big, {}, {"kernel$": dtype})
     sizes = [(tmp_path / name).stat().st_size for name in ("whole", "half")]
     assert sizes[0] - sizes[1] == 2 * 64 * 64
-    arrays, _ = export.load_exported(tmp_path / "half")
+    arrays, _ = model_file.load_exported(tmp_path / "half")
     assert arrays["a/kernel"].dtype == np.float32
     np.testing.assert_allclose(arrays["a/kernel"], big["a/kernel"], rtol=error)
     with pytest.raises(ValueError, match="no parameter matches 'bias'"):
-        export.save_exported(tmp_path / "none", big, {}, {"bias": dtype})
+        model_file.save_exported(tmp_path / "none", big, {}, {"bias": dtype})
     if dtype == "float16":
         with pytest.raises(ValueError, match="store it as bfloat16"):
             large = {"a": np.full(2, 1e6, np.float32)}
-            export.save_exported(tmp_path / "none", large, {}, {"a": dtype})
+            model_file.save_exported(tmp_path / "none", large, {}, {"a": dtype})
     assert not (tmp_path / "none").exists()
 
 
 def test_a_damaged_or_foreign_export_is_refused(tmp_path):
     path = tmp_path / "model.safetensors"
-    export.save_exported(path, PARAMS, {"a": 1})
+    model_file.save_exported(path, PARAMS, {"a": 1})
     whole = path.read_bytes()
     for broken in (whole[:-1], whole[:40], b"", b"\xff" * 100, whole + b"\0"):
         path.write_bytes(broken)
-        with pytest.raises(export.ExportError, match="damaged, half written"):
-            export.load_exported(path)
+        with pytest.raises(model_file.ExportError, match="damaged, half written"):
+            model_file.load_exported(path)
     for place in (len(whole) - 3, len(whole) - 500):
         flipped = bytearray(whole)
         flipped[place] ^= 4
         path.write_bytes(bytes(flipped))
-        with pytest.raises(export.ExportError, match="damaged"):
-            export.load_exported(path)
+        with pytest.raises(model_file.ExportError, match="damaged"):
+            model_file.load_exported(path)
     path.write_bytes(whole)
     like = {"decoder/up/kernel": jnp.zeros((8, 15))}
-    with pytest.raises(export.ExportError) as error:
-        export.load_exported(path, like)
+    with pytest.raises(model_file.ExportError) as error:
+        model_file.load_exported(path, like)
     assert "(8, 16) in the file, (8, 15) in the model" in str(error.value)
     assert "decoder/norm/scale: the model has no such parameter" in str(error.value)
     import safetensors.numpy
 
     safetensors.numpy.save_file(dict(a=np.zeros(3)), path)
-    with pytest.raises(export.ExportError, match="not an export"):
-        export.load_exported(path)
+    with pytest.raises(model_file.ExportError, match="not an export"):
+        model_file.load_exported(path)
     with pytest.raises(FileNotFoundError):
-        export.load_exported(tmp_path / "absent")
+        model_file.load_exported(tmp_path / "absent")

@@ -7,7 +7,6 @@ from conftest import tiny_config
 
 from larimar_jax import config
 from larimar_jax.bench import reproduce, sweep
-from larimar_jax.train import study
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -24,7 +23,7 @@ def test_shipped_configs_parse(path):
     values = config.load_dict(path)
     if path.stem.startswith("bench_"):
         values["data"] = dict.fromkeys(values["data"], "file")  # theirs to give, who has them
-    parse = {"sweep": sweep.parse, "bench": reproduce.parse, "recipes": study.parse}
+    parse = {"sweep": sweep.parse, "bench": reproduce.parse}
     parsed = parse.get(path.stem.partition("_")[0], config.parse)(values)
     assert parsed.name == path.stem
 
@@ -87,14 +86,3 @@ def test_a_file_that_is_missing_or_says_nothing(tmp_path):
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(config.ConfigError, match="defines no get_config"):
         config.load(tmp_path / "empty.py")
-
-
-def test_a_saved_model_may_be_older_than_a_setting():
-    values = config.to_dict(config.parse(tiny_config()))
-    older = {**values, "memory": {k: v for k, v in values["memory"].items() if k != "variance"}}
-    assert config.parse_saved(older) == config.parse(values)
-    assert "variance" not in older["memory"]
-    with pytest.raises(config.ConfigError, match="memory.variance: missing"):
-        config.parse(older)
-    with pytest.raises(config.ConfigError, match="train: missing"):
-        config.parse_saved({k: v for k, v in older.items() if k != "train"})

@@ -10,12 +10,11 @@ import released
 from flax import nnx
 from released import GOLDEN, converted, golden
 
-from larimar_jax import cli, config, convert, pretrained
+from larimar_jax import cli, config, convert, pipeline
 from larimar_jax.data import vocabulary
 from larimar_jax.memory.variance import SETTINGS
 from larimar_jax.session import Session
-from larimar_jax.train import export
-from larimar_jax.weights import ibm, torch_files, torch_pickle
+from larimar_jax.weights import ibm, model_file, torch_files, torch_pickle
 from larimar_jax.weights.fill import WeightsError
 
 numbers = range(5)
@@ -31,7 +30,7 @@ def pair(request, tmp_path_factory, bases):
     """A converted model, loaded from its folder, and what torch computes with the original."""
     out = tmp_path_factory.mktemp("models") / "made"
     converted(request.param, out, bases)
-    return request.param, pretrained.load(out), golden(request.param)
+    return request.param, pipeline.load(out), golden(request.param)
 
 
 # Against torch --------------------------------------------------------------------------------
@@ -63,11 +62,11 @@ def test_latents_and_conditioned_logits_are_torch_s(pair):
 def test_memory_and_its_variance_are_torch_s(pair):
     number, loaded, want = pair
     memory = config.make_memory(loaded.config)
-    prior = memory.prepare(loaded.model.memory.params())
+    prepared = memory.prepare(loaded.model.memory.params())
     latents = jnp.asarray(want["latents"])
-    state = memory.write(prior, memory.empty(prior), latents, latents)
-    reading = memory.read(prior, state, latents)
-    np.testing.assert_allclose(memory.matrix(prior, state), want["memory"], rtol=1e-3, atol=1e-3)
+    state = memory.write(prepared, memory.empty(prepared), latents, latents)
+    reading = memory.read(prepared, state, latents)
+    np.testing.assert_allclose(memory.matrix(prepared, state), want["memory"], rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(reading.latent, want["read"], rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(reading.log_variance, want["log_variance"], rtol=1e-3, atol=2e-3)
     assert memory.variance == SETTINGS[number] and memory.steps == 15
@@ -87,10 +86,10 @@ def test_the_folder_is_a_model_that_can_be_edited(tmp_path, bases):
         "encoder_tokenizer.json",
         "model.safetensors",
     ]
-    session = Session(pretrained.load(out))
+    session = Session(pipeline.load(out))
     session.write("the capital of France is", "Japan")
     assert session.ask("the capital of France is", max_tokens=2).fact == 1
-    arrays, meta = export.load_exported(out / "model.safetensors")
+    arrays, meta = model_file.load_exported(out / "model.safetensors")
     assert arrays["memory/log_variance"].shape == ()
     assert arrays["to_slots/kernel"].shape == (8, 2 * 12)
     assert meta["converted"] == {"from": "setting_0.ckpt", "left": left}
@@ -114,7 +113,7 @@ def test_tokenizers_are_the_base_models_and_three_more(pair):
 def test_hyper_parameters_reach_the_config(tmp_path, bases):
     for number in (0, 1, 2):  # a dict, a Namespace, an AttributeDict
         converted(number, tmp_path / str(number), bases)
-        made = pretrained.load(tmp_path / str(number)).config
+        made = pipeline.load(tmp_path / str(number)).config
         assert made.data.episode == (7,) and made.objective.kl == 0.25
         assert made.memory.hyperparameters["noise"] == 1e-5
         assert made.editing.scope_threshold == 0.9
@@ -146,7 +145,7 @@ def test_sizes_of_the_release_are_read_off_its_shapes():
         def read(self, name):
             raise AssertionError("shapes are enough")
 
-    found = ibm.describe(Shapes(), None, ibm.Unsaid())
+    found = ibm.describe(Shapes(), None, ibm.Assumptions())
     made = config.parse(found.config)
     encoder, decoder = made.model.encoder.sizes, made.model.decoder.sizes
     assert (encoder.depth, encoder.heads, encoder.mlp, encoder.max_length) == (24, 16, 4096, 512)
@@ -290,7 +289,7 @@ def test_a_head_of_its_own_is_refused(changed, tmp_path, bases):
 
 def test_head_sizes_that_do_not_divide_name_their_options(tmp_path, bases):
     with pytest.raises(WeightsError) as caught:
-        converted(4, tmp_path / "made", bases, unsaid=ibm.Unsaid(decoder_head=0, rotary=5))
+        converted(4, tmp_path / "made", bases, assumptions=ibm.Assumptions(decoder_head=0, rotary=5))
     for text in ("18 is not a multiple of heads of 64; set --encoder-head", "set --rotary, even"):
         assert text in str(caught.value)
     assert "16 is not a multiple of heads of 0; set --decoder-head-size" in str(caught.value)
@@ -315,7 +314,7 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path, bases):
 def test_own_tokenizers_are_used_or_refused(tmp_path, bases):
     out = tmp_path / "made"
     converted(0, out, bases)
-    made = pretrained.load(out).config
+    made = pipeline.load(out).config
     beside = out / "tokenizer.json"
 
     def texts():
@@ -360,7 +359,7 @@ def test_the_commands_convert_and_export(tmp_path, bases, capsys):
     shown = capsys.readouterr()
     assert "left: model.memory.memory_logvar" in shown.err
     assert f"--model {tmp_path / 'model'}" in shown.out
-    assert pretrained.load(tmp_path / "model").scope_threshold == 0.8
+    assert pipeline.load(tmp_path / "model").scope_threshold == 0.8
     assert cli.main(["export", "hf", str(tmp_path / "model"), str(tmp_path / "towers")]) == 0
     assert (tmp_path / "towers" / "decoder" / "config.json").is_file()
     assert cli.main(["export", "hf", str(tmp_path / "none"), str(tmp_path / "t")]) == 2

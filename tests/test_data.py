@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from larimar_jax.data import corpus, counterfact, episodes, pieces, zsre
-from larimar_jax.data.records import MalformedRecord
+from larimar_jax.data.edit_records import MalformedRecord
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

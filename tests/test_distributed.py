@@ -15,7 +15,7 @@ import world
 
 from larimar_jax import config as configs
 from larimar_jax import runs
-from larimar_jax.train import distributed, export, metrics
+from larimar_jax.train import distributed, metrics, model_file
 
 STEPS = 20
 
@@ -57,7 +57,7 @@ def test_two_processes_have_the_losses_of_one(values, two, tmp_path):
     assert list(one) == list(other) == list(range(1, STEPS + 1))
     assert one[STEPS] < 0.8 * one[1]
     np.testing.assert_allclose(list(other.values()), list(one.values()), rtol=1e-5)
-    mine, theirs = (export.load_exported(f / "model.safetensors")[0] for f in (run, two))
+    mine, theirs = (model_file.load_exported(f / "model.safetensors")[0] for f in (run, two))
     assert mine.keys() == theirs.keys()
     for name, array in mine.items():
         np.testing.assert_allclose(theirs[name], array, atol=3e-3, err_msg=name)

@@ -11,11 +11,11 @@ import tokenizers as hf
 from flax import nnx
 from tokenizers import decoders, models
 
-from larimar_jax import decoding, generate, packing, sampling, scoring, spelling
-from larimar_jax.settings import SpellingConfig
+from larimar_jax import answer_code, decoding, generate, packing, sampling, scoring
+from larimar_jax.settings import AnswerCodeConfig
 from larimar_jax.weights import Tokenizer
 
-SPELLING = SpellingConfig(positions=3, width=32, limit=20.0)
+SPELLING = AnswerCodeConfig(positions=3, width=32, limit=20.0)
 PROMPTS = ["Fact 1 is", "The capital of Japan is the city of", "new"]
 
 
@@ -23,12 +23,12 @@ PROMPTS = ["Fact 1 is", "The capital of Japan is the city of", "new"]
 def condition(tiny):
     latent = jax.random.normal(jax.random.key(0), (3, 16))
     # What memory reads where three answers are written: the last of another length than the rest.
-    answers = spelling.pack(SPELLING, [[5, 6, 7], [8], [9, 9]], 3)
+    answers = answer_code.pack(SPELLING, [[5, 6, 7], [8], [9, 9]], 3)
     noise = 0.02 * jax.random.normal(jax.random.key(2), (3, 96))
-    readout = spelling.spell(SPELLING, jnp.asarray(answers)) + noise
+    readout = answer_code.spell(SPELLING, jnp.asarray(answers)) + noise
     active = jnp.asarray([True, True, False])
-    spelled = spelling.read(SPELLING, readout, tiny.model.decoder.config.vocab_size, active)
-    return tiny.model.condition(latent, active, spelled)
+    evidence = answer_code.read(SPELLING, readout, tiny.model.decoder.config.vocab_size, active)
+    return tiny.model.condition(latent, active, evidence)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -42,9 +42,9 @@ def logits_after(tiny, ids, condition, step):
     # Padded to one shape, so that the loop compiles once; causality hides the padding.
     tokens = jnp.asarray([ids + [0] * (32 - len(ids))], jnp.int32)
     logits = every_logit(tiny.graph, tiny.state, tokens, condition)[0, len(ids) - 1]
-    if condition is not None and step < condition.spelled.gain.shape[1]:
-        spelled = condition.spelled
-        logits = logits.at[spelled.tokens[0, step]].add(spelled.gain[0, step])
+    if condition is not None and step < condition.evidence.logit_gain.shape[1]:
+        evidence = condition.evidence
+        logits = logits.at[evidence.tokens[0, step]].add(evidence.logit_gain[0, step])
     return logits
 
 

@@ -13,7 +13,7 @@ import world
 from larimar_jax import config as configs
 from larimar_jax.data import corpus, episodes, pieces, store
 from larimar_jax.train import guard, hlo, sharding
-from larimar_jax.train.step import Stepper, initialise
+from larimar_jax.train.step import TrainStep, initialise
 from larimar_jax.weights import Tokenizer
 
 STEPS = 20
@@ -57,7 +57,7 @@ def trained(run, batches=None, watch=lambda state: None, **train):
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
     mesh = sharding.make_mesh(config.train.mesh)
     parameters = sharding.place(parameters, skeleton.shardings(config, mesh))
-    stepper = Stepper(config, skeleton, mesh)
+    stepper = TrainStep(config, skeleton, mesh)
     frozen = stepper.freeze(parameters)
     state = stepper.begin({name: parameters[name] for name in stepper.trained})
     losses = []
@@ -101,7 +101,7 @@ def test_the_memory_algebra_needs_no_other_device(run, layout):
 
 
 def test_an_average_follows_the_parameters(run):
-    names = ("decoder/layers/up/kernel", "memory/prior")
+    names = ("decoder/layers/up/kernel", "memory/prior_memory")
     seen = []
     _, state, _ = trained(
         run, 3, ema=0.5, watch=lambda state: seen.append([np.asarray(state.params[n]) for n in names])

@@ -107,12 +107,12 @@ def test_newton_schulz_acts_on_singular_values_as_stated():
 def test_ridge_solve(shape, ridge, seed):
     w = draw(seed, *shape, min(shape), spread=3.0)
     rng = np.random.default_rng(seed)
-    z, prior = rng.standard_normal((shape[0], 4)), rng.standard_normal((shape[1], 4))
+    z, prepared = rng.standard_normal((shape[0], 4)), rng.standard_normal((shape[1], 4))
     gram = w.T @ w + ridge * np.eye(shape[1])
     args = jnp.float32(w), jnp.float32(z), jnp.float32(ridge)
     close(linalg.ridge_solve(*args), np.linalg.solve(gram, w.T @ z), 1e-4)
-    want = np.linalg.solve(gram, w.T @ z + ridge * prior)
-    close(linalg.ridge_solve(*args, jnp.float32(prior)), want, 1e-4)
+    want = np.linalg.solve(gram, w.T @ z + ridge * prepared)
+    close(linalg.ridge_solve(*args, jnp.float32(prepared)), want, 1e-4)
 
 
 def test_factor_and_condition():
@@ -163,7 +163,7 @@ def test_inverse_solve_and_its_slopes():
 
 def test_a_condition_of_many_is_one_for_all():
     def skip(x):
-        return jax.lax.cond(linalg.everywhere(x > 0), lambda: x, lambda: -x)
+        return jax.lax.cond(linalg.all_in_batch(x > 0), lambda: x, lambda: -x)
 
     some, all_of_them = jnp.float32([1.0, -2.0, 3.0]), jnp.float32([1.0, 2.0])
     np.testing.assert_array_equal(jax.vmap(skip)(some), -some)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from larimar_jax import config, lora, model
 from larimar_jax.decoders.base import Tree
-from larimar_jax.train.step import Skeleton
+from larimar_jax.train.step import AbstractModel
 
 
 def _build(modules="^decoder/layers/(attention/(query|value)|up)$", attached=True):
@@ -39,7 +39,7 @@ def _moved(larimar):
         for name, leaf in model.parameters(larimar).items()
         if lora.is_factor(name)
     }
-    return Skeleton(nnx.eval_shape(lambda: larimar)).model(dict(model.parameters(larimar)) | arrays)
+    return AbstractModel(nnx.eval_shape(lambda: larimar)).model(dict(model.parameters(larimar)) | arrays)
 
 
 def test_at_the_start_it_changes_nothing():

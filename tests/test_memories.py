@@ -24,8 +24,8 @@ def facts(seed, n):
 @functools.cache
 def built():
     variant = Streaming(K, C)
-    prior = variant.prepare(variant.init(jax.random.key(0)))
-    return variant, prior, variant.write
+    prepared = variant.prepare(variant.init(jax.random.key(0)))
+    return variant, prepared, variant.write
 
 
 def equal(one, other):
@@ -33,16 +33,16 @@ def equal(one, other):
 
 
 def test_it_comes_back_bit_for_bit_onto_any_mesh(tmp_path):
-    variant, prior, write = built()
-    state = write(prior, variant.empty(prior), *facts(0, 9))
+    variant, prepared, write = built()
+    state = write(prepared, variant.empty(prepared), *facts(0, 9))
     memories.save(tmp_path / "one", state, encoder="abc", about={"facts": 9})
-    like = jax.eval_shape(variant.empty, prior)
+    like = jax.eval_shape(variant.empty, prepared)
     found, about = memories.load(tmp_path / "one", like, encoder="abc")
     equal(found, state)
     assert about == {"facts": 9}
     mesh = jax.make_mesh((8,), ("slots",), axis_types=(jax.sharding.AxisType.Auto,))
     place = sharded.Place(mesh, "slots")
-    rows, _ = memories.load(tmp_path / "one", sharded.empty(variant, prior, place), encoder="abc")
+    rows, _ = memories.load(tmp_path / "one", sharded.empty(variant, prepared, place), encoder="abc")
     equal(rows, state)
     assert rows.solution.sharding.shard_shape((K, C)) == (K // 8, C)
     memories.save(tmp_path / "rows", rows, encoder="abc")
@@ -50,22 +50,22 @@ def test_it_comes_back_bit_for_bit_onto_any_mesh(tmp_path):
 
 
 def test_what_does_not_fit_is_named(tmp_path):
-    variant, prior, write = built()
-    memories.save(tmp_path / "one", variant.empty(prior), encoder="0123456789abcdefXYZ")
-    like = jax.eval_shape(variant.empty, prior)
+    variant, prepared, write = built()
+    memories.save(tmp_path / "one", variant.empty(prepared), encoder="0123456789abcdefXYZ")
+    like = jax.eval_shape(variant.empty, prepared)
 
     def load(path=tmp_path / "one", like=like, encoder="0123456789abcdefXYZ"):
         return memories.load(path, like, encoder=encoder)
 
     with pytest.raises(FileExistsError, match="never written over"):
-        memories.save(tmp_path / "one", variant.empty(prior), encoder="abc")
+        memories.save(tmp_path / "one", variant.empty(prepared), encoder="abc")
     with pytest.raises(FileNotFoundError, match="no memory in"):
         load(path=tmp_path / "two")
     with pytest.raises(MemoryFileError, match="of the encoder 0123456789abcdef; .* is xyz"):
         load(encoder="xyz")
     direct = memory.build("direct", slots=K, latent=C)
     with pytest.raises(MemoryFileError, match="a StreamingState .*another variant"):
-        load(like=jax.eval_shape(direct.empty, prior))
+        load(like=jax.eval_shape(direct.empty, prepared))
     small = Streaming(K, C - 2)
     other = jax.eval_shape(small.empty, small.prepare(small.init(jax.random.key(0))))
     with pytest.raises(MemoryFileError, match=r"solution: \(16, 12\) there, \(16, 10\) asked for"):
@@ -80,18 +80,18 @@ def test_what_does_not_fit_is_named(tmp_path):
 
 
 def test_merging_is_writing_both_and_subtracting_forgets():
-    variant, prior, write = built()
+    variant, prepared, write = built()
     first, second = facts(1, 7), facts(2, 5)
-    one, two = (write(prior, variant.empty(prior), *rows) for rows in (first, second))
-    both = write(prior, one, *second)
-    merged = variant.combine(prior, one, two)
+    one, two = (write(prepared, variant.empty(prepared), *rows) for rows in (first, second))
+    both = write(prepared, one, *second)
+    merged = variant.combine(prepared, one, two)
     np.testing.assert_allclose(merged.solution, both.solution, rtol=1e-5, atol=1e-6)
     assert int(merged.count) == 12
-    back = variant.combine(prior, merged, two, -1)
+    back = variant.combine(prepared, merged, two, -1)
     np.testing.assert_allclose(back.solution, one.solution, rtol=1e-4, atol=1e-5)
-    assert int(back.count) == 7 and int(back.missing) == 0
+    assert int(back.count) == 7 and int(back.refused) == 0
     # What is not in cannot be taken out.
-    other = write(prior, variant.empty(prior), *(3.0 * x for x in facts(3, 5)))
-    refused = variant.combine(prior, one, other, sign=-1)
+    other = write(prepared, variant.empty(prepared), *(3.0 * x for x in facts(3, 5)))
+    refused = variant.combine(prepared, one, other, sign=-1)
     np.testing.assert_array_equal(refused.solution, one.solution)
-    assert int(refused.missing) == 5 and int(refused.count) == 7
+    assert int(refused.refused) == 5 and int(refused.count) == 7

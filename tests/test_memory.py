@@ -22,8 +22,8 @@ def built(name):
     """A variant, its parameters, its prior, and its functions."""
     variant = memory.build(name, slots=K, latent=C)
     params = memory.MemoryParams(jnp.float32(matrix(0, K, C)), jnp.float32(-1.0))
-    prior = variant.prepare(params)
-    return variant, params, prior, variant.write, variant.read, variant.matrix
+    prepared = variant.prepare(params)
+    return variant, params, prepared, variant.write, variant.read, variant.matrix
 
 
 @pytest.fixture(params=[name for name, _ in VARIANTS])
@@ -33,11 +33,11 @@ def contract(request):
 
 def same(contract, one, other, queries, tolerance=1e-4):
     """Whether two states are one memory, as far as their variant says."""
-    variant, _, prior, _, read, matrix_of = contract
+    variant, _, prepared, _, read, matrix_of = contract
     if variant.SAME == "matrix":
-        close(matrix_of(prior, one), matrix_of(prior, other), tolerance)
+        close(matrix_of(prepared, one), matrix_of(prepared, other), tolerance)
     if variant.SAME != "nothing":
-        close(read(prior, one, queries).latent, read(prior, other, queries).latent, tolerance)
+        close(read(prepared, one, queries).latent, read(prepared, other, queries).latent, tolerance)
 
 
 def test_variants_are_found_and_errors_name_them():
@@ -50,10 +50,10 @@ def test_variants_are_found_and_errors_name_them():
 
 
 def test_reading_has_the_contract_s_shapes(contract):
-    variant, params, prior, write, read, matrix_of = contract
+    variant, params, prepared, write, read, matrix_of = contract
     keys, values = facts(1)
-    state = write(prior, variant.empty(prior), keys, values)
-    reading = read(prior, state, keys[:3])
+    state = write(prepared, variant.empty(prepared), keys, values)
+    reading = read(prepared, state, keys[:3])
     assert reading.latent.shape == (3, C)
     assert reading.weights.shape == reading.log_variance.shape == (3, K)
     assert jnp.all(reading.log_variance == params.log_variance)
@@ -62,102 +62,102 @@ def test_reading_has_the_contract_s_shapes(contract):
     # Facts overwritten by later ones are partly gone.
     known = {"matrix": slice(None), "reads": slice(None), "nothing": slice(0, 0)}[variant.SAME]
     assert jnp.all((reading.confidence[known] > 0.9) == variant.STORES)
-    assert matrix_of(prior, state).shape == (K, C)
-    assert variant.generate(prior, state, 7, jax.random.key(0)).shape == (7, C)
-    close(reading.latent, reading.weights @ matrix_of(prior, state), 1e-4)
-    initial = variant.init(jax.random.key(0)).prior
+    assert matrix_of(prepared, state).shape == (K, C)
+    assert variant.generate(prepared, state, 7, jax.random.key(0)).shape == (7, C)
+    close(reading.latent, reading.weights @ matrix_of(prepared, state), 1e-4)
+    initial = variant.init(jax.random.key(0)).prior_memory
     np.testing.assert_array_equal(initial, np.eye(K, C))
 
 
 def test_nothing_written_reads_the_prior_memory(contract):
-    variant, _, prior, write, read, matrix_of = contract
+    variant, _, prepared, write, read, matrix_of = contract
     keys, values = facts(2)
-    nothing = variant.empty(prior)
-    padding = write(prior, nothing, jnp.zeros_like(keys), jnp.zeros_like(values))
+    nothing = variant.empty(prepared)
+    padding = write(prepared, nothing, jnp.zeros_like(keys), jnp.zeros_like(values))
     for state in (nothing, padding):
-        np.testing.assert_array_equal(matrix_of(prior, state), prior.memory)
-        reading = read(prior, state, keys)
-        close(reading.latent, reading.weights @ prior.memory, 1e-6)
+        np.testing.assert_array_equal(matrix_of(prepared, state), prepared.memory)
+        reading = read(prepared, state, keys)
+        close(reading.latent, reading.weights @ prepared.memory, 1e-6)
         assert not np.any(np.asarray(reading.confidence) > 1e-6)
 
 
 def test_one_by_one_is_at_once_in_any_order(contract):
-    variant, _, prior, write, read, matrix_of = contract
+    variant, _, prepared, write, read, matrix_of = contract
     keys, values = facts(3)
-    at_once = write(prior, variant.empty(prior), keys, values)
+    at_once = write(prepared, variant.empty(prepared), keys, values)
     for order in (range(N), reversed(range(N))):
-        state = variant.empty(prior)
+        state = variant.empty(prepared)
         for i in order:
-            state = write(prior, state, keys[i : i + 1], values[i : i + 1])
+            state = write(prepared, state, keys[i : i + 1], values[i : i + 1])
         same(contract, state, at_once, keys, 1e-5)
         if order == range(N):  # Grouping alone matters to no variant.
-            close(matrix_of(prior, state), matrix_of(prior, at_once), 1e-5)
+            close(matrix_of(prepared, state), matrix_of(prepared, at_once), 1e-5)
     if variant.SAME == "nothing":
-        apart = read(prior, state, keys).latent - read(prior, at_once, keys).latent
+        apart = read(prepared, state, keys).latent - read(prepared, at_once, keys).latent
         assert jnp.linalg.norm(apart) > 1e-2
 
 
 def test_forgetting_is_never_having_seen(contract):
-    variant, _, prior, write, read, matrix_of = contract
+    variant, _, prepared, write, read, matrix_of = contract
     keys, values = facts(4)
-    state = write(prior, variant.empty(prior), keys, values)
-    state = write(prior, state, keys[1:2], values[1:2], sign=-1)
+    state = write(prepared, variant.empty(prepared), keys, values)
+    state = write(prepared, state, keys[1:2], values[1:2], sign=-1)
     rest = jnp.array([0, 2, 3])
-    never = write(prior, variant.empty(prior), keys[rest], values[rest])
+    never = write(prepared, variant.empty(prepared), keys[rest], values[rest])
     same(contract, state, never, keys)
     if variant.SAME == "nothing":
-        assert jnp.linalg.norm(matrix_of(prior, state) - matrix_of(prior, never)) > 1e-2
+        assert jnp.linalg.norm(matrix_of(prepared, state) - matrix_of(prepared, never)) > 1e-2
         return
-    assert int(state.missing) == int(not variant.STORES)
+    assert int(state.refused) == int(not variant.STORES)
     if not variant.STORES:
         return
-    gone = write(prior, state, keys[1:2], values[1:2], sign=-1)
-    assert int(gone.missing) == 1
-    np.testing.assert_allclose(matrix_of(prior, gone), matrix_of(prior, state), atol=1e-6)
-    emptied = write(prior, state, keys[rest], values[rest], sign=-1)
-    same(contract, emptied, variant.empty(prior), keys)
+    gone = write(prepared, state, keys[1:2], values[1:2], sign=-1)
+    assert int(gone.refused) == 1
+    np.testing.assert_allclose(matrix_of(prepared, gone), matrix_of(prepared, state), atol=1e-6)
+    emptied = write(prepared, state, keys[rest], values[rest], sign=-1)
+    same(contract, emptied, variant.empty(prepared), keys)
 
 
 def test_a_fact_written_twice_is_forgotten_twice(contract):
-    variant, _, prior, write, *_ = contract
+    variant, _, prepared, write, *_ = contract
     keys, values = facts(5)
     twice = jnp.array([0, 0, 1])
-    state = write(prior, variant.empty(prior), keys[twice], values[twice])
-    state = write(prior, state, keys[:1], values[:1], sign=-1)
-    once = write(prior, variant.empty(prior), keys[:2], values[:2])
+    state = write(prepared, variant.empty(prepared), keys[twice], values[twice])
+    state = write(prepared, state, keys[:1], values[:1], sign=-1)
+    once = write(prepared, variant.empty(prepared), keys[:2], values[:2])
     same(contract, state, once, keys)
 
 
 def test_signs_may_be_traced_and_differ(contract):
-    variant, _, prior, write, *_ = contract
+    variant, _, prepared, write, *_ = contract
     keys, values = facts(6)
-    start = write(prior, variant.empty(prior), keys[:2], values[:2])
+    start = write(prepared, variant.empty(prepared), keys[:2], values[:2])
     signs = jnp.array([-1, 0, 1, 1], jnp.int32)
-    mixed = variant.write(prior, start, keys, values, signs)
+    mixed = variant.write(prepared, start, keys, values, signs)
     want = write(
-        prior, variant.empty(prior), keys[jnp.array([1, 2, 3])], values[jnp.array([1, 2, 3])]
+        prepared, variant.empty(prepared), keys[jnp.array([1, 2, 3])], values[jnp.array([1, 2, 3])]
     )
     same(contract, mixed, want, keys)
-    assert int(mixed.missing) == int(not variant.STORES)
+    assert int(mixed.refused) == int(not variant.STORES)
 
 
 def test_padding_changes_nothing(contract):
-    variant, _, prior, write, read, matrix_of = contract
+    variant, _, prepared, write, read, matrix_of = contract
     keys, values = facts(7)
     padded = [jnp.concatenate([x[:2], jnp.zeros((2, C)), x[2:]]) for x in (keys, values)]
-    plain = write(prior, variant.empty(prior), keys, values)
-    state = write(prior, variant.empty(prior), *padded)
-    close(matrix_of(prior, state), matrix_of(prior, plain), 1e-5)
-    noisy = write(prior, variant.empty(prior), *padded, rng=jax.random.key(0))
-    close(matrix_of(prior, noisy), matrix_of(prior, plain), 1e-4)
+    plain = write(prepared, variant.empty(prepared), keys, values)
+    state = write(prepared, variant.empty(prepared), *padded)
+    close(matrix_of(prepared, state), matrix_of(prepared, plain), 1e-5)
+    noisy = write(prepared, variant.empty(prepared), *padded, rng=jax.random.key(0))
+    close(matrix_of(prepared, noisy), matrix_of(prepared, plain), 1e-4)
 
 
 def test_vmap_is_a_loop(contract):
-    variant, _, prior, *_ = contract
+    variant, _, prepared, *_ = contract
     episodes = jnp.stack([facts(seed)[0] for seed in (10, 20, 30)])
 
     def episode(z):
-        return variant.read(prior, variant.write(prior, variant.empty(prior), z, z), z)
+        return variant.read(prepared, variant.write(prepared, variant.empty(prepared), z, z), z)
 
     together = jax.jit(jax.vmap(episode))(episodes)
     alone = jax.jit(episode)
@@ -167,21 +167,21 @@ def test_vmap_is_a_loop(contract):
 
 
 def test_noise_is_sampled_only_with_a_key(contract):
-    variant, _, prior, write, read, matrix_of = contract
+    variant, _, prepared, write, read, matrix_of = contract
     keys, values = facts(8)
-    state = write(prior, variant.empty(prior), keys, values)
-    quiet, loud = read(prior, state, keys), read(prior, state, keys, jax.random.key(1))
-    np.testing.assert_array_equal(quiet.latent, read(prior, state, keys).latent)
+    state = write(prepared, variant.empty(prepared), keys, values)
+    quiet, loud = read(prepared, state, keys), read(prepared, state, keys, jax.random.key(1))
+    np.testing.assert_array_equal(quiet.latent, read(prepared, state, keys).latent)
     np.testing.assert_allclose(quiet.weights, loud.weights, rtol=1e-6)
     assert np.any(np.abs(quiet.latent - loud.latent) > 1e-2)
-    again = write(prior, variant.empty(prior), keys, values, rng=jax.random.key(2))
-    close(matrix_of(prior, again), matrix_of(prior, state), 1e-4)  # ξ has standard deviation 1e-6
+    again = write(prepared, variant.empty(prepared), keys, values, rng=jax.random.key(2))
+    close(matrix_of(prepared, again), matrix_of(prepared, state), 1e-4)  # ξ has standard deviation 1e-6
 
 
 def loss(variant, params, keys, values, queries):
-    prior = variant.prepare(params)
-    state = variant.write(prior, variant.empty(prior), keys, values)
-    reading = variant.read(prior, state, queries)
+    prepared = variant.prepare(params)
+    state = variant.write(prepared, variant.empty(prepared), keys, values)
+    reading = variant.read(prepared, state, queries)
     return (
         jnp.sum(jnp.sin(reading.latent))
         + jnp.sum(jnp.square(reading.weights))
@@ -239,17 +239,17 @@ def test_a_variant_s_functions_are_compiled_once_for_all_reals_and_know_a_python
 
     @memory.contract.pytree
     class Told(Streaming):
-        def write(self, prior, state, keys, values, sign=1, rng=None):
+        def write(self, prepared, state, keys, values, sign=1, rng=None):
             signs.append(sign)
-            return super().write(prior, state, keys, values, sign, rng)
+            return super().write(prepared, state, keys, values, sign, rng)
 
     keys, values = facts(13)
     for ridge in (1e-2, 1e-1):
         variant = Told(K, C, ridge=ridge)
-        prior = variant.prepare(variant.init(jax.random.key(0)))
-        state = variant.write(prior, variant.empty(prior), keys, values)
-        state = variant.write(prior, state, keys[:1], values[:1], sign=-1)
-        variant.write(prior, state, keys[:1], values[:1], jnp.int32(1))
+        prepared = variant.prepare(variant.init(jax.random.key(0)))
+        state = variant.write(prepared, variant.empty(prepared), keys, values)
+        state = variant.write(prepared, state, keys[:1], values[:1], sign=-1)
+        variant.write(prepared, state, keys[:1], values[:1], jnp.int32(1))
     assert signs[:2] == [1, -1] and isinstance(signs[2], jax.core.Tracer) and len(signs) == 3
 
 

@@ -17,9 +17,9 @@ from larimar_jax.memory.newton_schulz import NewtonSchulz
 
 @functools.partial(jax.jit, static_argnums=0)
 def write_and_read(variant, m0, keys, values, queries):
-    prior = variant.prepare(memory.MemoryParams(m0, jnp.zeros(())))
-    state = variant.write(prior, variant.empty(prior), keys, values)
-    return variant.matrix(prior, state), variant.read(prior, state, queries)
+    prepared = variant.prepare(memory.MemoryParams(m0, jnp.zeros(())))
+    state = variant.write(prepared, variant.empty(prepared), keys, values)
+    return variant.matrix(prepared, state), variant.read(prepared, state, queries)
 
 
 def algorithm_1(m0, keys, values, queries, posterior=True):
@@ -75,10 +75,10 @@ def test_direct_never_inverts_a_k_by_c_matrix(n):
     """Per episode only thin factorisations, of at most n or K rows and columns, even under vmap."""
     slots, latent = 8, 12
     variant = Direct(slots, latent)
-    prior = variant.prepare(variant.init(jax.random.key(0)))
+    prepared = variant.prepare(variant.init(jax.random.key(0)))
 
     def episode(z):
-        return variant.read(prior, variant.write(prior, variant.empty(prior), z, z), z).latent
+        return variant.read(prepared, variant.write(prepared, variant.empty(prepared), z, z), z).latent
 
     sizes = factored(jax.make_jaxpr(jax.vmap(episode))(jnp.ones((2, n, latent))).jaxpr)
     assert sizes["qr"] and sizes["svd"]

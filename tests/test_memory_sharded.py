@@ -27,45 +27,45 @@ def test_it_equals_the_memory_on_one_device(slots, latent, facts):
     # κ(A) is about 100: float32 then holds M to 1e-5.
     variant = Streaming(slots, latent, ridge=0.1, addressing="features", width=2.0)
     m0 = jnp.float32(rng.standard_normal((slots, latent)))
-    prior = variant.prepare(memory.MemoryParams(m0, jnp.zeros(())))
+    prepared = variant.prepare(memory.MemoryParams(m0, jnp.zeros(())))
     keys, values = (jnp.float32(rng.standard_normal((facts, latent))) for _ in range(2))
     place = sharded.Place(mesh(), "slots")
     write = jax.jit(functools.partial(sharded.write, variant, place=place))
-    state = write(prior, sharded.empty(variant, prior, place), keys, values)
-    one = variant.write(prior, variant.empty(prior), keys, values)
+    state = write(prepared, sharded.empty(variant, prepared, place), keys, values)
+    one = variant.write(prepared, variant.empty(prepared), keys, values)
     for part in ("gram.high", "factor", "solution"):
         found = functools.reduce(getattr, part.split("."), state)
         assert found.sharding.shard_shape(found.shape)[0] == slots // 8
     close(state.solution, one.solution, 1e-5)
-    close(sharded.read(variant, prior, state, keys, place=place), variant.read(prior, one, keys).latent,
+    close(sharded.read(variant, prepared, state, keys, place=place), variant.read(prepared, one, keys).latent,
           1e-5)
     assert int(state.count) == facts
     if slots > 64:
         return
     close(state.factor, one.factor, 1e-5)
     # Forgetting, in any order; and what was never written is refused.
-    gone = write(prior, state, keys[3:5], values[3:5], -1)
+    gone = write(prepared, state, keys[3:5], values[3:5], -1)
     rest = np.delete(np.arange(facts), [3, 4])
-    never = variant.write(prior, variant.empty(prior), keys[rest], values[rest])
+    never = variant.write(prepared, variant.empty(prepared), keys[rest], values[rest])
     close(gone.solution, never.solution, 1e-4)
-    before = write(prior, sharded.empty(variant, prior, place), keys[:2], values[:2])
-    refused = write(prior, before, 5.0 * keys[9:10], values[9:10], -1)
-    assert int(refused.missing) == 1 and int(refused.count) == 2
+    before = write(prepared, sharded.empty(variant, prepared, place), keys[:2], values[:2])
+    refused = write(prepared, before, 5.0 * keys[9:10], values[9:10], -1)
+    assert int(refused.refused) == 1 and int(refused.count) == 2
     np.testing.assert_array_equal(refused.solution, before.solution)
 
 
 def test_no_device_gathers_a_matrix_of_all_slots():
     variant = Streaming(256, 16, addressing="linear")
-    prior = variant.prepare(memory.MemoryParams(jnp.ones((256, 16)), jnp.zeros(())))
+    prepared = variant.prepare(memory.MemoryParams(jnp.ones((256, 16)), jnp.zeros(())))
     place = sharded.Place(mesh(), "slots")
     write = jax.jit(functools.partial(sharded.write, variant, place=place))
-    arguments = (prior, sharded.empty(variant, prior, place), jnp.ones((4, 16)), jnp.ones((4, 16)))
+    arguments = (prepared, sharded.empty(variant, prepared, place), jnp.ones((4, 16)), jnp.ones((4, 16)))
     text = write.lower(*arguments).compile().as_text()
     assert "f32[256,32]" in text and "f32[256,256]" not in text
 
 
 def test_devices_that_do_not_divide_the_slots_are_an_error():
     variant = Streaming(12, 8)
-    prior = variant.prepare(variant.init(jax.random.key(0)))
+    prepared = variant.prepare(variant.init(jax.random.key(0)))
     with pytest.raises(ValueError, match="12 slots do not divide over the 8 devices"):
-        sharded.empty(variant, prior, sharded.Place(mesh(), "slots"))
+        sharded.empty(variant, prepared, sharded.Place(mesh(), "slots"))

@@ -29,21 +29,21 @@ def stream(seed, strength, n=12):
     weights = keys @ np.linalg.pinv(m0)
     strength = strength * np.linalg.norm(weights, 2) ** 2
     variant = Streaming(*STREAM, ridge=jnp.float32(strength), query_noise=0.0)
-    prior = variant.prepare(memory.MemoryParams(jnp.float32(m0), jnp.zeros(())))
-    return variant, prior, m0, keys, values, weights, float(np.float32(strength))
+    prepared = variant.prepare(memory.MemoryParams(jnp.float32(m0), jnp.zeros(())))
+    return variant, prepared, m0, keys, values, weights, float(np.float32(strength))
 
 
 @check
 @given(st.floats(1e-2, 10.0), st.integers(0, 11), seeds)
 def test_streaming_is_ridge_least_squares_in_any_order(strength, split, seed):
-    variant, prior, m0, keys, values, weights, strength = stream(seed, strength)
-    write = functools.partial(variant.write, prior)
+    variant, prepared, m0, keys, values, weights, strength = stream(seed, strength)
+    write = functools.partial(variant.write, prepared)
     k, v = jnp.float32(keys), jnp.float32(values)
     plus = jnp.int32(1)
-    at_once = write(variant.empty(prior), k, v, plus)
+    at_once = write(variant.empty(prepared), k, v, plus)
     close(at_once.solution, ridge(m0, weights, values, strength), 1e-5)
     order = np.random.default_rng(seed).permutation(12)
-    state = variant.empty(prior)
+    state = variant.empty(prepared)
     for i in order:
         state = write(state, k[i : i + 1], v[i : i + 1], plus)
     close(state.solution, at_once.solution, 1e-5)
@@ -51,16 +51,16 @@ def test_streaming_is_ridge_least_squares_in_any_order(strength, split, seed):
     state = write(state, k[split : split + 1], v[split : split + 1], -plus)
     rest = np.delete(np.arange(12), split)
     close(state.solution, ridge(m0, weights[rest], values[rest], strength), 1e-4)
-    assert int(state.count) == 11 and int(state.missing) == 0
+    assert int(state.count) == 11 and int(state.refused) == 0
 
 
 @check
 @given(seeds)
 def test_streaming_forgets_at_a_small_ridge(seed):
-    variant, prior, m0, keys, values, weights, strength = stream(seed, 1e-3)
-    write = functools.partial(variant.write, prior)
+    variant, prepared, m0, keys, values, weights, strength = stream(seed, 1e-3)
+    write = functools.partial(variant.write, prepared)
     k, v = jnp.float32(keys), jnp.float32(values)
-    state = write(variant.empty(prior), k, v, jnp.int32(1))
+    state = write(variant.empty(prepared), k, v, jnp.int32(1))
     state = write(state, k[3:4], v[3:4], jnp.int32(-1))
     rest = np.delete(np.arange(12), 3)
     close(state.solution, ridge(m0, weights[rest], values[rest], strength), 1e-4)
@@ -68,21 +68,21 @@ def test_streaming_forgets_at_a_small_ridge(seed):
 
 def test_streaming_tends_to_the_pseudo_inverse():
     """§4: as λ → 0 the memory is the least-squares solution nearest to M₀."""
-    variant, prior, m0, keys, values, weights, _ = stream(3, 1e-5, n=4)
+    variant, prepared, m0, keys, values, weights, _ = stream(3, 1e-5, n=4)
     k, v = jnp.float32(keys), jnp.float32(values)
-    state = variant.write(prior, variant.empty(prior), k, v, jnp.int32(1))
+    state = variant.write(prepared, variant.empty(prepared), k, v, jnp.int32(1))
     want = m0 + np.linalg.pinv(weights) @ (values - weights @ m0)
     close(weights @ np.asarray(state.solution, np.float64), weights @ want, 1e-3)
     close(state.solution, want, 1e-2)
 
 
 def test_streaming_sweeps_ridges_in_one_vmap():
-    variant, prior, m0, keys, values, weights, _ = stream(4, 1.0)
+    variant, prepared, m0, keys, values, weights, _ = stream(4, 1.0)
     k, v = jnp.float32(keys), jnp.float32(values)
 
     def solution(strength):
         swept = Streaming(*STREAM, ridge=strength, query_noise=0.0)
-        return swept.write(prior, swept.empty(prior), k, v).solution
+        return swept.write(prepared, swept.empty(prepared), k, v).solution
 
     strengths = np.float32([0.3, 1.0, 10.0])
     for got, strength in zip(jax.jit(jax.vmap(solution))(strengths), strengths, strict=True):
@@ -90,17 +90,17 @@ def test_streaming_sweeps_ridges_in_one_vmap():
 
 
 def test_streaming_accumulates_a_long_stream_before_it_solves():
-    variant, prior, m0, keys, values, weights, strength = stream(5, 0.1)
+    variant, prepared, m0, keys, values, weights, strength = stream(5, 0.1)
     batches = (jnp.float32(keys).reshape(4, 3, 6), jnp.float32(values).reshape(4, 3, 6))
 
     def step(state, batch):
-        return variant.accumulate(prior, state, *batch), None
+        return variant.accumulate(prepared, state, *batch), None
 
     @jax.jit
     def run(state):
-        return variant.solve(prior, jax.lax.scan(step, state, batches)[0])
+        return variant.solve(prepared, jax.lax.scan(step, state, batches)[0])
 
-    state = run(variant.empty(prior))
+    state = run(variant.empty(prepared))
     close(state.solution, ridge(m0, weights, values, strength), 1e-5)
     true = np.linalg.cond(weights.T @ weights + strength * np.eye(8))
     assert 0.3 * true < float(variant.condition(state)) < 1.01 * true
@@ -108,7 +108,7 @@ def test_streaming_accumulates_a_long_stream_before_it_solves():
 
 def test_streaming_does_not_drift():
     """Two thousand writes and forgets later the memory is that of the eight facts left (§4)."""
-    variant, prior, m0, keys, values, weights, strength = stream(6, 1e-2, n=16)
+    variant, prepared, m0, keys, values, weights, strength = stream(6, 1e-2, n=16)
     k, v = jnp.float32(keys), jnp.float32(values)
     rng = np.random.default_rng(0)
     alive, changes = set(range(8)), [(i, 1) for i in range(8)]
@@ -120,11 +120,11 @@ def test_streaming_does_not_drift():
 
     def step(state, change):
         fact, sign = change
-        return variant.accumulate(prior, state, k[fact][None], v[fact][None], sign), None
+        return variant.accumulate(prepared, state, k[fact][None], v[fact][None], sign), None
 
     changes = jnp.int32(np.array(changes))
     run = jax.jit(lambda state: jax.lax.scan(step, state, (changes[:, 0], changes[:, 1]))[0])
-    state = variant.solve(prior, run(variant.empty(prior)))
+    state = variant.solve(prepared, run(variant.empty(prepared)))
     left = sorted(alive)
     close(state.solution, ridge(m0, weights[left], values[left], strength), 1e-4)
     assert int(state.count) == 8
@@ -135,8 +135,8 @@ def test_streaming_addresses_by_a_reference_of_its_own():
     variant = Streaming(K, C)
     params = memory.MemoryParams(jnp.float32(matrix(7, K, C)), jnp.zeros(()), reference)
     keys, _ = facts(13)
-    prior = variant.prepare(params)
-    weights = variant.read(prior, variant.empty(prior), keys).weights
+    prepared = variant.prepare(params)
+    weights = variant.read(prepared, variant.empty(prepared), keys).weights
     close(weights, np.asarray(keys, np.float64) @ np.linalg.pinv(np.float64(reference)), 1e-4)
 
 
@@ -171,10 +171,10 @@ def test_streaming_with_gaussian_keys_needs_no_pseudo_inverse():
         K, C, addressing="gaussian", width=jnp.float32(0.1), query_noise=0.0
     )
     params = memory.MemoryParams(jnp.float32(matrix(7, K, C)), jnp.zeros(()))
-    prior = variant.prepare(params)
-    assert prior.address.shape == (K, C)
+    prepared = variant.prepare(params)
+    assert prepared.address.shape == (K, C)
     keys, values = facts(14)
-    state = variant.write(prior, variant.empty(prior), keys, values, jnp.int32(1))
-    weights = addressing.gaussian(keys, prior.reference, 0.1)
-    m0, w, z = (np.asarray(x, np.float64) for x in (prior.memory, weights, values))
+    state = variant.write(prepared, variant.empty(prepared), keys, values, jnp.int32(1))
+    weights = addressing.gaussian(keys, prepared.reference, 0.1)
+    m0, w, z = (np.asarray(x, np.float64) for x in (prepared.memory, weights, values))
     close(state.solution, ridge(m0, w, z, 1e-2), 1e-5)

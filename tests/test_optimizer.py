@@ -40,14 +40,14 @@ TRAIN = TrainConfig(
 PARAMETERS = {
     "decoder/layers/up/kernel": jnp.ones((2, 3, 4)),
     "decoder/layers/attention_norm/scale": jnp.ones((2, 3)),
-    "memory/prior": jnp.ones((4, 4)),
+    "memory/prior_memory": jnp.ones((4, 4)),
 }
 
 
 def test_freezing_splits_by_path_and_takes_no_optimizer_state():
     trained, frozen = optimizer.partition(PARAMETERS, ["^decoder/.*kernel$"])
     assert list(frozen) == ["decoder/layers/up/kernel"]
-    assert list(trained) == ["decoder/layers/attention_norm/scale", "memory/prior"]
+    assert list(trained) == ["decoder/layers/attention_norm/scale", "memory/prior_memory"]
     state = optimizer.make(TRAIN).init(trained)
     assert not any(leaf.shape == (2, 3, 4) for leaf in jax.tree.leaves(state))
 
@@ -55,7 +55,7 @@ def test_freezing_splits_by_path_and_takes_no_optimizer_state():
 def test_patterns_that_freeze_nothing_or_everything_are_errors():
     with pytest.raises(optimizer.FreezeError, match="'encoder', 'heads'") as error:
         optimizer.partition(PARAMETERS, ["encoder", "decoder", "heads"])
-    assert "memory/prior" in str(error.value)
+    assert "memory/prior_memory" in str(error.value)
     with pytest.raises(optimizer.FreezeError, match="every parameter"):
         optimizer.partition(PARAMETERS, ["."])
 
@@ -84,4 +84,4 @@ def test_only_matrices_of_the_towers_and_projections_decay():
     updates, _ = transform.update(gradients, transform.init(PARAMETERS), PARAMETERS)
     # −rate · decay · parameter at the first step, where there is no gradient at all.
     np.testing.assert_allclose(updates["decoder/layers/up/kernel"], -0.01 * 0.5, rtol=1e-6)
-    np.testing.assert_array_equal(updates["memory/prior"], 0.0)
+    np.testing.assert_array_equal(updates["memory/prior_memory"], 0.0)

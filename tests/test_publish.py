@@ -8,7 +8,7 @@ import pytest
 import released
 from flax import nnx
 
-from larimar_jax import convert, pretrained, weights
+from larimar_jax import convert, pipeline, weights
 from larimar_jax.weights import folder, publish
 
 
@@ -41,7 +41,7 @@ def check_towers(loaded, folder):
 def test_exported_towers_come_back_bit_for_bit(number, tmp_path, bases):
     released.converted(number, tmp_path / "model", bases)
     convert.to_huggingface(tmp_path / "model", tmp_path / "towers")
-    check_towers(pretrained.load(tmp_path / "model"), tmp_path / "towers")
+    check_towers(pipeline.load(tmp_path / "model"), tmp_path / "towers")
 
 
 def test_so_do_a_sentence_encoder_and_a_trained_vocabulary(monkeypatch, tmp_path, tiny):

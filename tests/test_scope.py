@@ -9,7 +9,7 @@ from larimar_jax import scope
 
 
 def test_every_query_has_its_sentences():
-    texts, owners = scope.parts(["One thing. Another thing is", "Alone", ""])
+    texts, owners = scope.split_sentences(["One thing. Another thing is", "Alone", ""])
     assert texts == ["One thing. Another thing is", "One thing.", "Another thing is", "Alone", ""]
     assert owners == [0, 0, 0, 1, 2]
 
@@ -17,20 +17,20 @@ def test_every_query_has_its_sentences():
 def test_the_best_sentence_and_key_decide():
     written = np.asarray([[1, 0, 0], [0, 2, 0]], np.float32)
     sentences = np.asarray([[0, 0, 1], [3, 1, 0], [0, 1, 1]], np.float32)
-    found = scope.match(sentences, [0, 0, 1], written)
+    found = scope.nearest_key(sentences, [0, 0, 1], written)
     np.testing.assert_allclose(found.score, [3 / 10**0.5, 0.5**0.5], rtol=1e-6)
     assert found.key.tolist() == [0, 1] and found.sentence.tolist() == [1, 2]
     assert found.within(0.9).tolist() == [True, False]
 
 
 def test_nothing_written_nothing_in_scope():
-    found = scope.match(np.ones((2, 3), np.float32), [0, 1], np.zeros((0, 3), np.float32))
+    found = scope.nearest_key(np.ones((2, 3), np.float32), [0, 1], np.zeros((0, 3), np.float32))
     assert found.score.tolist() == [-1, -1] and not found.within(-2.0).any()
 
 
 def test_a_key_that_is_not_allowed_does_not_match():
     same = np.eye(2, dtype=np.float32)
-    found = scope.match(same, [0, 1], same, ~np.eye(2, dtype=bool))
+    found = scope.nearest_key(same, [0, 1], same, ~np.eye(2, dtype=bool))
     assert found.score.tolist() == [0, 0] and found.key.tolist() == [1, 0]
 
 
@@ -69,9 +69,9 @@ def test_a_weighted_crossing_is_that_of_negatives_as_often_as_they_weigh(positiv
     positive = np.array(positive)
     negative, counts = np.array([score / 4 for score, _ in weighted]), [n for _, n in weighted]
     often, whole = np.repeat(negative, counts), sum(counts)
-    found = scope.crossing(positive, negative, np.array(counts) / whole)
+    found = scope.equal_error_threshold(positive, negative, np.array(counts) / whole)
 
     def gap(threshold):
         return abs(np.mean(positive < threshold) - np.mean(often >= threshold))
 
-    assert gap(found) <= gap(scope.crossing(positive, often)) + 1e-9
+    assert gap(found) <= gap(scope.equal_error_threshold(positive, often)) + 1e-9

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from larimar_jax import facts, pretrained, session
-from larimar_jax.pretrained import EncodingNotFinite
+from larimar_jax import pipeline, session, session_file
+from larimar_jax.pipeline import EncodingNotFinite
 from larimar_jax.session import Session
 from larimar_jax.weights.tokenizers import TextTooLong
 
@@ -46,8 +46,8 @@ def test_forgetting_is_never_having_written(tiny, written):
     other = Session(tiny)
     for prompt, answer in FACTS[:2] + FACTS[3:]:
         other.write(prompt, answer)
-    memory, prior = tiny.memory, tiny.prior
-    one, two = (memory.matrix(prior, made._state) for made in (written, other))
+    memory, prepared = tiny.memory, tiny.prepared
+    one, two = (memory.matrix(prepared, made._state) for made in (written, other))
     np.testing.assert_allclose(one, two, rtol=0, atol=1e-4 * float(np.abs(two).max()))
 
 
@@ -58,7 +58,7 @@ def test_a_correction_replaces_the_fact(tiny):
     once.write("Fact 1 is", "true 2")
     assert [(f.id, f.answer) for f in made.list()] == [(fact.id, "true 2")]
     assert [event.kind for event in made.history()] == ["write", "forget", "write"]
-    one, two = (tiny.memory.matrix(tiny.prior, s._state) for s in (made, once))
+    one, two = (tiny.memory.matrix(tiny.prepared, s._state) for s in (made, once))
     np.testing.assert_allclose(one, two, rtol=0, atol=1e-4 * float(np.abs(two).max()))
 
 
@@ -184,14 +184,14 @@ def test_a_damaged_file_is_refused(tiny, written, tmp_path, damage):
     else:
         content = b"not a session"
     path.write_bytes(bytes(content))
-    with pytest.raises(facts.DamagedSession, match="not a whole session"):
+    with pytest.raises(session_file.DamagedSession, match="not a whole session"):
         Session.load(path, tiny)
 
 
 def test_a_session_of_another_model_is_refused(tiny, written, tmp_path):
     path = tmp_path / "session.safetensors"
     written.save(path)
-    other = pretrained.Pretrained(
+    other = pipeline.Pipeline(
         tiny.config,
         tiny.model,
         tiny.encoder_tokenizer,
@@ -215,11 +215,11 @@ def test_a_file_that_is_there_survives_a_save_that_fails(written, tmp_path, monk
 
 def test_a_model_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither a shipped name"):
-        pretrained.load("nothing-of-that-name")
+        pipeline.load("nothing-of-that-name")
     path = tmp_path / "model.safetensors"
     path.write_bytes(json.dumps({}).encode())
     with pytest.raises(ValueError, match="damaged"):
-        pretrained.load(path)
+        pipeline.load(path)
 
 
 def test_a_forget_is_certified_and_near_duplicates_are_named(tiny):

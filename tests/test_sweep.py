@@ -131,8 +131,8 @@ def test_a_reference_of_prompts_known_beforehand():
     assert found["by_prompts"]["error"] < 1e-5 < found["by_prior"]["error"]
     params = memory.build("direct", slots=3, latent=2).init(jax.random.key(0))
     prompts = jnp.arange(8.0).reshape(4, 2)
-    known = sweep._known(params, prompts, jnp.array([True, True, False, False])).reference
-    np.testing.assert_array_equal(known, [*prompts[:2], params.prior[2]])
+    known = sweep._known(params, prompts, jnp.array([True, True, False, False])).reference_memory
+    np.testing.assert_array_equal(known, [*prompts[:2], params.prior_memory[2]])
     with pytest.raises(sweep.SweepError, match="variants.a.reference: must be one of prior, prompts"):
         sweep.parse(changed(variants=dict(a=dict(variant="none", reference="x"))))
     with pytest.raises(sweep.SweepError, match="latent is 0"):

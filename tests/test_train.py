@@ -18,7 +18,6 @@ import world
 from larimar_jax import config as configs
 from larimar_jax.settings import StartConfig
 from larimar_jax.train import (
-    export,
     folder,
     guard,
     loop,
@@ -27,7 +26,7 @@ from larimar_jax.train import (
     sharding,
     start,
 )
-from larimar_jax.train.step import Stepper, initialise
+from larimar_jax.train.step import TrainStep, initialise
 
 ROOT = Path(__file__).parents[1]
 STEPS = world.STEPS
@@ -84,13 +83,13 @@ def test_the_loss_falls_and_everything_is_written_down(tiny, whole):
 
 def test_the_export_holds_the_model_that_was_trained(tiny, whole):
     skeleton, parameters = initialise(tiny, sharding.make_mesh((1, 1, 1)))
-    arrays, meta = export.load_exported(whole[0] / "model.safetensors", skeleton.parameters)
+    arrays, meta = model_file.load_exported(whole[0] / "model.safetensors", skeleton.parameters)
     assert configs.parse(meta["config"]).model == tiny.model and meta["step"] == STEPS
     # Towers made from scratch have no other source, so that their frozen parameters are in it too.
     assert set(arrays) == set(skeleton.parameters)
     frozen = "encoder/position/embedding"
     np.testing.assert_array_equal(arrays[frozen], parameters[frozen])
-    assert (arrays["memory/prior"] != np.asarray(parameters["memory/prior"])).any()
+    assert (arrays["memory/prior_memory"] != np.asarray(parameters["memory/prior_memory"])).any()
 
 
 _KILLED = """
@@ -155,7 +154,7 @@ def _same_run(one: Path, other: Path) -> None:
     """Every loss of every step, and every trained number at the end, to the last bit."""
     assert _losses(one) == _losses(other)
     assert len(_losses(one)) == STEPS
-    first, second = (export.load_exported(f / "model.safetensors")[0] for f in (one, other))
+    first, second = (model_file.load_exported(f / "model.safetensors")[0] for f in (one, other))
     for name in second:
         np.testing.assert_array_equal(first[name], second[name])
 
@@ -194,8 +193,8 @@ def test_parameters_come_from_another_run(tiny, whole, place):
     _, parameters = initialise(_train(tiny, mesh=(1, 4, 2)), mesh)
     said = StartConfig(str(whole[0] / place), ("^memory/", "up/kernel$"))
     found = start.replace(parameters, said)
-    arrays, _ = export.load_exported(whole[0] / "model.safetensors")
-    taken = {"memory/prior", "memory/log_variance"}
+    arrays, _ = model_file.load_exported(whole[0] / "model.safetensors")
+    taken = {"memory/prior_memory", "memory/log_variance"}
     taken |= {f"{tower}/layers/up/kernel" for tower in ("encoder", "decoder")}
     for name, leaf in found.items():
         want = arrays[name] if name in taken else parameters[name]
@@ -203,11 +202,11 @@ def test_parameters_come_from_another_run(tiny, whole, place):
         assert leaf.sharding == parameters[name].sharding
     with pytest.raises(start.StartError, match="'nowhere' matches no parameter there"):
         start.replace(parameters, dataclasses.replace(said, parameters=("nowhere",)))
-    other = {n: a[..., :1] if n == "memory/prior" else a for n, a in parameters.items()}
+    other = {n: a[..., :1] if n == "memory/prior_memory" else a for n, a in parameters.items()}
     other.pop("decoder/layers/up/kernel")
     with pytest.raises(start.StartError) as error:
         start.replace(other, said)
-    assert "memory/prior: (8, 16) there, (8, 1) in this model" in str(error.value)
+    assert "memory/prior_memory: (8, 16) there, (8, 1) in this model" in str(error.value)
     assert "decoder/layers/up/kernel: this model has no such parameter" in str(error.value)
 
 
@@ -231,7 +230,7 @@ def test_frozen_parameters_of_another_run_are_there_when_a_run_goes_on(tiny, who
     runs = (tmp_path / "straight", tmp_path / "stopped")
     assert _losses(runs[0]) == _losses(runs[1])
     first, second, source = (
-        export.load_exported(f / "model.safetensors")[0] for f in (*runs, whole[0])
+        model_file.load_exported(f / "model.safetensors")[0] for f in (*runs, whole[0])
     )
     decoder = [name for name in source if name.startswith("decoder/")]
     assert decoder
@@ -257,7 +256,7 @@ def _batch(config: configs.Config) -> dict[str, np.ndarray]:
 def _two_steps(config: configs.Config, mesh_shape):
     mesh = sharding.make_mesh(mesh_shape)
     skeleton, parameters = initialise(config, mesh)
-    stepper = Stepper(config, skeleton, mesh)
+    stepper = TrainStep(config, skeleton, mesh)
     frozen = stepper.freeze(parameters)
     state = stepper.begin({name: parameters[name] for name in stepper.trained})
     batch, losses = sharding.place_batch(_batch(config), mesh), []
@@ -290,10 +289,10 @@ def test_a_source_that_went_on_is_not_taken_for_what_it_was(tiny, whole, tmp_pat
     said = StartConfig(str(source), ("^decoder/",))
     changes = dict(start_from=said, frozen=("^decoder/",), checkpoint_every=2)
     assert loop.train(_train(tiny, **changes, steps=24), tmp_path / "run", progress=False).finished
-    arrays, meta = export.load_exported(source / "model.safetensors")
+    arrays, meta = model_file.load_exported(source / "model.safetensors")
     arrays["decoder/norm/scale"] = arrays["decoder/norm/scale"] * 1.5
     (source / "model.safetensors").unlink()
-    export.save_exported(source / "model.safetensors", arrays, meta)
+    model_file.save_exported(source / "model.safetensors", arrays, meta)
     with pytest.raises(folder.OtherRun, match="begun with other frozen parameters"):
         loop.train(_train(tiny, **changes, steps=24), tmp_path / "run", progress=False)
 
@@ -336,7 +335,7 @@ def test_a_step_that_is_skipped_does_not_move_the_learning_rate(tiny):
     config = _train(tiny, on_bad_step="skip", spike=1.0, warmup_steps=4)
     mesh = sharding.make_mesh((1, 1, 1))
     skeleton, parameters = initialise(config, mesh)
-    stepper = Stepper(config, skeleton, mesh)
+    stepper = TrainStep(config, skeleton, mesh)
     frozen = stepper.freeze(parameters)
     state = stepper.begin({name: parameters[name] for name in stepper.trained})
     batch, rates = sharding.place_batch(_batch(config), mesh), []

@@ -13,7 +13,7 @@ from larimar_jax.train import sharding, step
 K, C, N, Q = 5, 7, 3, 4
 VARIANTS = sorted(memory.variants())
 # One of each way to read: by the posterior, by M_ref, from a list, in slots that grow.
-KINDS = ["direct", "streaming", "nearest", "grown"]
+KINDS = ["direct", "streaming", "nearest", "growing"]
 LINEAR = ("query", "memory", "both")
 
 
@@ -34,9 +34,9 @@ def drawn(variant, setting):
 
 
 def written(built, params, seed=2):
-    prior = built.prepare(params)
+    prepared = built.prepare(params)
     keys = facts(seed)
-    return prior, built.write(prior, built.empty(prior), keys, keys)
+    return prepared, built.write(prepared, built.empty(prepared), keys, keys)
 
 
 def formula(setting, params, queries, m):
@@ -54,17 +54,17 @@ def formula(setting, params, queries, m):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_reading_s_log_variance_is_the_formula(variant, setting):
     built, params = drawn(variant, setting)
-    prior, state = written(built, params)
+    prepared, state = written(built, params)
     queries = facts(3, Q)
-    for at in (state, built.empty(prior)):
-        want = formula(setting, params, queries, built.matrix(prior, at))
-        reading = built.read(prior, at, queries)
+    for at in (state, built.empty(prepared)):
+        want = formula(setting, params, queries, built.matrix(prepared, at))
+        reading = built.read(prepared, at, queries)
         assert reading.log_variance.shape == (Q, K)
         np.testing.assert_allclose(reading.log_variance, want, rtol=1e-5, atol=1e-5)
     # Each setting depends on what it says, and on nothing else.
-    other = built.read(prior, state, facts(4, Q)).log_variance
+    other = built.read(prepared, state, facts(4, Q)).log_variance
     reread = built.read(*written(built, params, seed=5), queries).log_variance
-    here = built.read(prior, state, queries).log_variance
+    here = built.read(prepared, state, queries).log_variance
     assert bool(jnp.allclose(here, other, atol=1e-3)) is (setting not in ("query", "both"))
     changes = setting in ("memory", "both") and built.STORES
     assert bool(jnp.allclose(here, reread, atol=1e-3)) is not changes
@@ -79,8 +79,8 @@ def test_at_the_start_it_is_what_the_config_says(setting):
     assert params.log_variance.shape == (() if setting == "scalar" else (K,))
     assert (params.variance_by_query is not None) is (setting in ("query", "both"))
     assert (params.variance_by_memory is not None) is (setting in ("memory", "both"))
-    prior, state = written(built, params)
-    np.testing.assert_array_equal(built.read(prior, state, facts(3)).log_variance, -2.5)
+    prepared, state = written(built, params)
+    np.testing.assert_array_equal(built.read(prepared, state, facts(3)).log_variance, -2.5)
 
 
 @pytest.mark.parametrize("setting", LINEAR)
@@ -89,16 +89,16 @@ def test_zero_maps_leave_one_number_per_slot(setting):
     linear = memory.build("direct", slots=K, latent=C, variance=setting)
     zero = variance.init(setting, K, C, 0.0)
     more = memory.MemoryParams(
-        params.prior,
+        params.prior_memory,
         params.log_variance,
         variance_by_query=zero[1],
         variance_by_memory=zero[2],
     )
     rng, queries = jax.random.key(3), facts(4, Q)
-    prior, state = written(built, params)
+    prepared, state = written(built, params)
     # Op by op: as two programs they might add in another order.
     with jax.disable_jit():
-        want = built.read(prior, state, queries, rng)
+        want = built.read(prepared, state, queries, rng)
         got = linear.read(linear.prepare(more), state, queries, rng)
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
@@ -107,13 +107,13 @@ def test_zero_maps_leave_one_number_per_slot(setting):
 @pytest.mark.parametrize("variant", KINDS)
 def test_samples_have_the_variance_that_the_reading_names(variant, setting):
     built, params = drawn(variant, setting)
-    prior, state = written(built, params)
+    prepared, state = written(built, params)
     queries = facts(3, Q)
     keys = jax.random.split(jax.random.key(0), 4000)
-    quiet = built.read(prior, state, queries)
-    latents = jax.vmap(lambda key: built.read(prior, state, queries, key).latent)(keys)
+    quiet = built.read(prepared, state, queries)
+    latents = jax.vmap(lambda key: built.read(prepared, state, queries, key).latent)(keys)
     # Z = W M with independent W: Var z_c = Σ_k σ²_k M²_kc.
-    want = jnp.exp(quiet.log_variance) @ jnp.square(built.matrix(prior, state))
+    want = jnp.exp(quiet.log_variance) @ jnp.square(built.matrix(prepared, state))
     np.testing.assert_allclose(latents.var(axis=0), want, rtol=0.15)
     deviation = jnp.sqrt(want / len(keys))
     assert jnp.all(jnp.abs(latents.mean(axis=0) - quiet.latent) < 5 * deviation)
@@ -129,9 +129,9 @@ def test_gradients_reach_every_part_and_are_those_of_differences(variant, settin
     @jax.jit
     @jax.value_and_grad
     def loss(params):
-        prior = built.prepare(params)
-        state = built.write(prior, built.empty(prior), keys, keys)
-        reading = built.read(prior, state, queries, rng)
+        prepared = built.prepare(params)
+        state = built.write(prepared, built.empty(prepared), keys, keys)
+        reading = built.read(prepared, state, queries, rng)
         kl = objective.addressing_kl(jnp.zeros_like(reading.weights), reading.log_variance, 0.0)
         return jnp.sum(jnp.sin(reading.latent)) + jnp.sum(kl)
 
@@ -159,11 +159,11 @@ def test_gradients_reach_every_part_and_are_those_of_differences(variant, settin
 @pytest.mark.parametrize("setting", variance.SETTINGS)
 def test_vmap_over_memories_is_a_loop(setting):
     built, params = drawn("direct", setting)
-    prior = built.prepare(params)
+    prepared = built.prepare(params)
     episodes = jnp.stack([facts(seed) for seed in (10, 20, 30)])
 
     def episode(z):
-        return built.read(prior, built.write(prior, built.empty(prior), z, z), z).log_variance
+        return built.read(prepared, built.write(prepared, built.empty(prepared), z, z), z).log_variance
 
     together = jax.jit(jax.vmap(episode))(episodes)
     for got, z in zip(together, episodes, strict=True):
@@ -190,7 +190,7 @@ def test_a_model_learns_it_under_the_rules_that_there_are(setting, cpu_devices):
     values = tiny_config()
     values["memory"]["variance"] = setting
     parsed = config.parse(values)
-    skeleton = step.Skeleton(model.abstract(parsed))
+    skeleton = step.AbstractModel(model.abstract(parsed))
     slots, latent = values["memory"]["slots"], values["model"]["latent"]
     want = {
         "scalar": {"memory/log_variance": ()},

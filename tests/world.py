@@ -99,7 +99,7 @@ def config(corpus: Path, **train) -> Config:
             stall=0.0,
             seed=0,
         ),
-        editing=dict(ridge=1e-2, query_noise=0.0, scope_threshold=0.65, features=None, spelling=None),
+        editing=dict(ridge=1e-2, query_noise=0.0, scope_threshold=0.65, key_features=None, answer_code=None),
     )
     values["train"] |= train
     return configs.load(values)

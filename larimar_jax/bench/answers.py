@@ -15,11 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from larimar_jax.bench import controls, metrics
 from larimar_jax.model import Condition
-from larimar_jax.pretrained import Pretrained
+from larimar_jax.pipeline import Pipeline
 
 
 def answers(
-    model: Pretrained,
+    model: Pipeline,
     prompts: Sequence[str],
     facts: Sequence[str | None],
     nearest: Mapping[int, str],

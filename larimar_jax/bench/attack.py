@@ -22,9 +22,9 @@ from larimar_jax.bench.editor import LarimarEditor
 from larimar_jax.bench.forget import UNKNOWN
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Store, encoded, written
-from larimar_jax.data.records import EditRecord
-from larimar_jax.data.wordings import Wordings
-from larimar_jax.pretrained import Pretrained
+from larimar_jax.data.edit_records import EditRecord
+from larimar_jax.data.paraphrases import Wordings
+from larimar_jax.pipeline import Pipeline
 
 SYSTEMS = {
     "base": "base LM",
@@ -75,7 +75,7 @@ def experiment(args: argparse.Namespace) -> "Attack":
 Attacked = tuple[EditRecord, tuple[str, ...]]
 
 
-def known(model: Pretrained, records: Sequence[Attacked], count: int) -> list[Attacked]:
+def known(model: Pipeline, records: Sequence[Attacked], count: int) -> list[Attacked]:
     """The first `count` records whose right answer the base LM gives, greedily and whole.
 
     Raises:
@@ -165,7 +165,7 @@ class Attack:
 
     def __init__(
         self,
-        model: Pretrained,
+        model: Pipeline,
         cases: Sequence[Attacked],
         *,
         samples: int,

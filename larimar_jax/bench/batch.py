@@ -19,8 +19,8 @@ from larimar_jax.bench import controls, given, headline, metrics, systems
 from larimar_jax.bench.editor import Recall
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Store, encoded, written
-from larimar_jax.data.records import EditRecord
-from larimar_jax.pretrained import Pretrained
+from larimar_jax.data.edit_records import EditRecord
+from larimar_jax.pipeline import Pipeline
 
 CONTROLS = {"base": "base LM", "zero": "z = 0", "prompt": "fact in the prompt"}
 SYSTEMS = {"lookup": "nearest neighbour", "larimar": "Larimar with scope"}
@@ -136,7 +136,7 @@ class Batch:
 
     def __init__(
         self,
-        model: Pretrained,
+        model: Pipeline,
         records: Sequence[EditRecord],
         sizes: Sequence[int],
         *,

@@ -19,7 +19,7 @@ from rich.table import Table
 from larimar_jax.bench import given, headline, metrics, systems
 from larimar_jax.bench.editor import Editor
 from larimar_jax.bench.runner import Record
-from larimar_jax.data.records import EditRecord
+from larimar_jax.data.edit_records import EditRecord
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

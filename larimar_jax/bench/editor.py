@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from larimar_jax import scope
-from larimar_jax.memory.contract import Memory, Prior
+from larimar_jax.memory.base import Memory, Prepared
 from larimar_jax.model import Condition
-from larimar_jax.pretrained import Pretrained, load
+from larimar_jax.pipeline import Pipeline, load
 from larimar_jax.sampling import one_each
 from larimar_jax.weights.tokenizers import bucket
 
@@ -90,8 +90,8 @@ class LarimarEditor:
         model: what is edited: by its shipped name, by its path, or loaded.
     """
 
-    def __init__(self, model: Pretrained | str):
-        self.model = model if isinstance(model, Pretrained) else load(model)
+    def __init__(self, model: Pipeline | str):
+        self.model = model if isinstance(model, Pipeline) else load(model)
         self.settings = {
             "model": self.model.source,
             "fingerprint": self.model.fingerprint,
@@ -129,7 +129,7 @@ class LarimarEditor:
         owner, line = np.asarray(owner, np.int32), np.asarray(line, np.int32)
         texts = [self.written(prompt, answer) for _, _, prompt, answer in rows_of]
         flat = [query for row in queries for query in row]
-        sentences, owners = scope.parts(flat)
+        sentences, owners = scope.split_sentences(flat)
         unique = list(dict.fromkeys([*prompts, *sentences]))
         place = {text: number for number, text in enumerate(unique)}
         encodings = self.model.encode([*unique, *texts], [None] * len(unique) + [*answers])
@@ -141,7 +141,7 @@ class LarimarEditor:
         fact, slot = np.asarray(where, np.int32).reshape(-1, 2).T
         own = fact[:, None] == owner
         written = encodings.embedding[len(unique) :] if told else encodings.embedding[rows(prompts)]
-        found = scope.match(encodings.embedding[rows(sentences)], owners, written, own)
+        found = scope.nearest_key(encodings.embedding[rows(sentences)], owners, written, own)
         best = [sentences[number] for number in found.sentence]
 
         latents = encodings.latent
@@ -154,7 +154,7 @@ class LarimarEditor:
         asked = np.zeros((count, width, latents.shape[1]), np.float32)
         asked[fact, slot] = latents[rows(best)]
         rng = None if rng is None else one_each(rng, len(facts), count)
-        read = np.asarray(_recall(self.model.dual, self.model.prior, keys, values, asked, rng))
+        read = np.asarray(_recall(self.model.dual, self.model.prepared, keys, values, asked, rng))
         read = read[fact, slot]
         return Recall(
             scope_score=found.score,
@@ -208,7 +208,7 @@ class LarimarEditor:
 @jax.jit
 def _recall(
     memory: Memory,
-    prior: Prior,
+    prepared: Prepared,
     keys: Float[Array, "N W C"],
     values: Float[Array, "N W C"],
     queries: Float[Array, "N Q C"],
@@ -217,7 +217,7 @@ def _recall(
     """The readouts of N memories of one fact each, in W wordings; each draws with a key of its own."""
 
     def one(key, value, asked, rng):
-        state = memory.write(prior, memory.empty(prior), key, value)
-        return memory.read(prior, state, asked, rng).latent
+        state = memory.write(prepared, memory.empty(prepared), key, value)
+        return memory.read(prepared, state, asked, rng).latent
 
     return jax.vmap(one)(keys, values, queries, rng)

@@ -26,9 +26,9 @@ from rich.table import Table
 from larimar_jax.bench import controls, given, headline, metrics, systems
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Encoded, Store, encoded, written
-from larimar_jax.data.records import EditRecord
+from larimar_jax.data.edit_records import EditRecord
 from larimar_jax.memory import health
-from larimar_jax.pretrained import Pretrained
+from larimar_jax.pipeline import Pipeline
 
 UNKNOWN = "unknown"
 # What is recalled, in this order.
@@ -135,7 +135,7 @@ class Forget:
 
     def __init__(
         self,
-        model: Pretrained,
+        model: Pipeline,
         records: Sequence[EditRecord],
         sizes: Sequence[int],
         forget: int,
@@ -231,23 +231,23 @@ class Forget:
         """How far the memory is from the float64 solution that never saw the fact, and what it says of
         that itself."""
         key = self._filled(case.facts).keys[[case.index]]
-        said, leverage = _certify(self.model.memory, self.model.prior, after.state, key)
+        said, leverage = _certify(self.model.memory, self.model.prepared, after.state, key)
         return {
             "distance": self._distance(case, after),
             "certificate": float(said),
             "leverage": float(leverage),
-            "refused": int(after.state.missing),
+            "refused": int(after.state.refused),
         }
 
     def _distance(self, case: Case, after: Store) -> float:
         """‖M − M*‖ / ‖M*‖, M* the float64 solution of the facts that are left (Eq. 6)."""
-        memory, prior = self.model.memory, self.model.prior
+        memory, prepared = self.model.memory, self.model.prepared
         if self._sums is None or self._sums[0] != case.facts:
             full = self._filled(case.facts)
-            weights = np.float64(_address(memory, prior, full.keys))
+            weights = np.float64(_address(memory, prepared, full.keys))
             self._sums = case.facts, weights, np.float64(full.values), weights.T @ weights
         _, weights, values, gram = self._sums
-        before, gone = np.float64(prior.memory), weights[case.index]
+        before, gone = np.float64(prepared.memory), weights[case.index]
         left = np.delete(weights, case.index, axis=0)
         shrink = float(memory.shrink(after.state.gram.total()))
         regular = float(np.float32(memory.ridge)) + shrink
@@ -314,10 +314,10 @@ def _cases(size: int, forget: int, others: int, seed: int) -> list[Case]:
 
 
 @jax.jit
-def _address(memory, prior, keys):
-    return memory.address(prior, keys)
+def _address(memory, prepared, keys):
+    return memory.address(prepared, keys)
 
 
 @jax.jit
-def _certify(memory, prior, state, key):
-    return health.distance(memory, prior, state), health.leverage(memory, prior, state, key)[0]
+def _certify(memory, prepared, state, key):
+    return health.distance(memory, prepared, state), health.leverage(memory, prepared, state, key)[0]

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from larimar_jax.data.records import EditRecord, provenance
-from larimar_jax.data.wordings import Wordings
+from larimar_jax.data.edit_records import EditRecord, provenance
+from larimar_jax.data.paraphrases import Wordings
 
 COUNTERFACT = "CounterFact's JSON file, either schema, or multi-CounterFact's"
 

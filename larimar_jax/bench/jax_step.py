@@ -14,10 +14,10 @@ import numpy as np
 from larimar_jax import config as configs
 from larimar_jax import decoders, encoders, objective, weights
 from larimar_jax.data import episodes, store
-from larimar_jax.memory.contract import Reading
+from larimar_jax.memory.base import Reading
 from larimar_jax.settings import Config, TowerConfig
 from larimar_jax.train import sharding
-from larimar_jax.train.step import Stepper, initialise
+from larimar_jax.train.step import TrainStep, initialise
 
 # Size of the numbers that the second factors of low-rank changes are given.
 _CHANGE = 0.01
@@ -90,19 +90,19 @@ class _NoMemory:
     def prepare(self, params: Any, *, brief: bool) -> Any:
         return params
 
-    def empty(self, prior: Any) -> None:
+    def empty(self, prepared: Any) -> None:
         return None
 
-    def write(self, prior: Any, state: None, keys: Any, values: Any, rng: Any = None) -> None:
+    def write(self, prepared: Any, state: None, keys: Any, values: Any, rng: Any = None) -> None:
         return None
 
-    def read(self, prior: Any, state: None, queries: jax.Array, rng: Any = None) -> Reading:
+    def read(self, prepared: Any, state: None, queries: jax.Array, rng: Any = None) -> Reading:
         weights = jnp.resize(queries, (queries.shape[0], self._slots))
-        variance = jnp.broadcast_to(prior.log_variance, weights.shape)
+        variance = jnp.broadcast_to(prepared.log_variance, weights.shape)
         return Reading(queries, weights, variance, jnp.ones(queries.shape[0], jnp.float32))
 
 
-class WithoutMemory(Stepper):
+class WithoutMemory(TrainStep):
     """A step in which latents reach the decoder without passing the memory."""
 
     def __init__(self, config: Config, skeleton: Any, mesh: jax.sharding.Mesh):
@@ -121,7 +121,7 @@ class Ours:
         self._config, self._mesh = config, sharding.make_mesh(config.train.mesh, jax.devices()[:1])
         self._skeleton, parameters = initialise(config, self._mesh)
         parameters |= _changes(parameters, config.data.seed)
-        self._stepper = Stepper(config, self._skeleton, self._mesh)
+        self._stepper = TrainStep(config, self._skeleton, self._mesh)
         self._without = WithoutMemory(config, self._skeleton, self._mesh)
         self._frozen = self._stepper.freeze(parameters)
         self._state = self._stepper.begin({n: parameters[n] for n in self._stepper.trained})
@@ -176,7 +176,7 @@ class Ours:
         """Write and read of the batch's episodes, and the gradients of both."""
         jax.block_until_ready(self._memory_pass(self._state.params, self._encodings))
 
-    def _run(self, stepper: Stepper, batch: Mapping[str, jax.Array]) -> None:
+    def _run(self, stepper: TrainStep, batch: Mapping[str, jax.Array]) -> None:
         self._state, metrics = stepper.step(self._state, self._frozen, batch)
         jax.block_until_ready((self._state, metrics))
 

@@ -22,9 +22,9 @@ from larimar_jax import long_context
 from larimar_jax.bench import given, headline, metrics, systems
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Encoded, written
+from larimar_jax.data.edit_records import EditRecord
 from larimar_jax.data.pieces import sentences
-from larimar_jax.data.records import EditRecord
-from larimar_jax.pretrained import Pretrained
+from larimar_jax.pipeline import Pipeline
 
 SYSTEMS = {
     "base": "base LM",
@@ -161,7 +161,7 @@ class LongContext:
 
     def __init__(
         self,
-        model: Pretrained,
+        model: Pipeline,
         records: Sequence[EditRecord],
         sizes: Sequence[int],
         how: Mapping[str, Any],
@@ -203,7 +203,7 @@ class LongContext:
         latents = encoded([*prompts, *others])
         by = self.how["by"]
         reading = long_context.read(
-            self.model.dual, self.model.prior, memories, latents.latent, by=by
+            self.model.dual, self.model.prepared, memories, latents.latent, by=by
         )
         count = len(cases)
         facts = [written(r.prompt, r.target_new) for r in self.records[:size]]
@@ -261,7 +261,7 @@ class LongContext:
             keys = self._encoded([prompt for prompt, _ in facts]).latent
             values = self._encoded.values(facts)
             made = long_context.write(
-                self.model.dual, self.model.prior, keys, values, self.how["fan_in"]
+                self.model.dual, self.model.prepared, keys, values, self.how["fan_in"]
             )
             self._held = (size, made)
         return self._held[1], self._encoded

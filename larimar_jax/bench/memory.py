@@ -29,8 +29,8 @@ from rich.table import Table
 from larimar_jax import memory
 from larimar_jax.bench.runner import Record
 from larimar_jax.linalg import dot
-from larimar_jax.memory import live
-from larimar_jax.memory.contract import MemoryParams
+from larimar_jax.memory import rls
+from larimar_jax.memory.base import MemoryParams
 
 # What a ratio compares: (name, the plain side, our side).
 RATIOS = (
@@ -130,7 +130,7 @@ class MemorySpeed:
             name: statistics.median(record["seconds"][name] for record in records)
             for name in records[0]["seconds"]
         }
-        seconds["stream"] /= live.RECENT
+        seconds["stream"] /= rls.RECENT
         ratios = {name: seconds[plain] / seconds[ours] for name, plain, ours in RATIOS}
         rate = self.settings["scan"] / seconds["scan"]
         return {"seconds": seconds, "ratios": ratios, "facts_per_second": rate}
@@ -163,32 +163,32 @@ def sides(slots: int, latent: int, facts: int, scan: int, tenants: int) -> dict[
     # Near the identity, and not it: a pseudo-inverse of the identity could be known beforehand.
     near = np.eye(slots, latent) + 0.01 * draw.standard_normal((slots, latent))
     params = MemoryParams(jnp.asarray(near, jnp.float32), jnp.zeros(()))
-    prior = streaming.prepare(params)
+    prepared = streaming.prepare(params)
     keys, values = unit(facts), unit(facts)
     return {
-        **_streams(streaming, build("direct", query="prior"), prior, keys, values, unit),
-        **_scan(streaming, prior, unit(scan), unit(scan)),
+        **_streams(streaming, build("direct", query="prior"), prepared, keys, values, unit),
+        **_scan(streaming, prepared, unit(scan), unit(scan)),
         **_episodes(build, params, unit),
-        **_tenants(build("dual"), prior, unit(tenants, 1), unit(tenants, 1), unit(tenants, 1)),
+        **_tenants(build("dual"), prepared, unit(tenants, 1), unit(tenants, 1), unit(tenants, 1)),
     }
 
 
-def _streams(streaming, direct, prior, keys, values, unit) -> dict[str, Callable]:
+def _streams(streaming, direct, prepared, keys, values, unit) -> dict[str, Callable]:
     @jax.jit
     def again(keys, values):
-        return streaming.write(prior, streaming.empty(prior), keys, values).solution
+        return streaming.write(prepared, streaming.empty(prepared), keys, values).solution
 
     @jax.jit
     def inverse(keys, values):
-        return direct.matrix(prior, direct.write(prior, direct.empty(prior), keys, values))
+        return direct.matrix(prepared, direct.write(prepared, direct.empty(prepared), keys, values))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def stream(now, keys, values):
-        return live.stream(streaming, prior, now, keys, values)[0]
+        return rls.stream(streaming, prepared, now, keys, values)[0]
 
-    written = jax.jit(streaming.write)(prior, streaming.empty(prior), keys, values)
-    now = [jax.jit(functools.partial(live.begin, streaming))(prior, written)]
-    new = (unit(live.RECENT), unit(live.RECENT))
+    written = jax.jit(streaming.write)(prepared, streaming.empty(prepared), keys, values)
+    now = [jax.jit(functools.partial(rls.init, streaming))(prepared, written)]
+    new = (unit(rls.RECENT), unit(rls.RECENT))
 
     def advance():
         now[0] = stream(now[0], *new)
@@ -201,22 +201,22 @@ def _streams(streaming, direct, prior, keys, values, unit) -> dict[str, Callable
     }
 
 
-def _scan(streaming, prior, keys, values) -> dict[str, Callable]:
+def _scan(streaming, prepared, keys, values) -> dict[str, Callable]:
     @jax.jit
     def scan(keys, values):
-        start = live.begin(streaming, prior, streaming.empty(prior))
-        return live.stream(streaming, prior, start, keys, values)[0].recent
+        start = rls.init(streaming, prepared, streaming.empty(prepared))
+        return rls.stream(streaming, prepared, start, keys, values)[0].recent
 
     return {"scan": lambda: scan(keys, values)}
 
 
 def _episodes(build, params, unit) -> dict[str, Callable]:
     def read_back(variant, m0, episodes):
-        prior = variant.prepare(MemoryParams(m0, params.log_variance), brief=True)
+        prepared = variant.prepare(MemoryParams(m0, params.log_variance), brief=True)
 
         def one(facts):
-            state = variant.write(prior, variant.empty(prior), facts, facts)
-            return variant.read(prior, state, facts).latent
+            state = variant.write(prepared, variant.empty(prepared), facts, facts)
+            return variant.read(prepared, state, facts).latent
 
         return jax.vmap(one)(episodes)
 
@@ -234,8 +234,8 @@ def _episodes(build, params, unit) -> dict[str, Callable]:
         for count in (1, 4):
             # Of norm 10, as the released code's latents: Newton–Schulz cannot invert much less (§3).
             episodes = 10.0 * unit(count, EPISODE)
-            found[f"{name} x{count}"] = functools.partial(read, params.prior, episodes)
-            found[f"{name} gradient x{count}"] = functools.partial(backward, params.prior, episodes)
+            found[f"{name} x{count}"] = functools.partial(read, params.prior_memory, episodes)
+            found[f"{name} gradient x{count}"] = functools.partial(backward, params.prior_memory, episodes)
     return found
 
 
@@ -253,16 +253,16 @@ def released(
     return dot(dot(episodes, pinv(posterior)), posterior)
 
 
-def _tenants(variant, prior, keys, values, queries) -> dict[str, Callable]:
+def _tenants(variant, prepared, keys, values, queries) -> dict[str, Callable]:
     """Each tenant has a memory of its own: a fact is written into it, a query read from it, and the
     answer fetched; side by side under `vmap`, or a tenant after the other: by programs made for it, or
     by the memory's own functions."""
 
-    def write(prior, keys, values):
-        return variant.write(prior, variant.empty(prior), keys, values)
+    def write(prepared, keys, values):
+        return variant.write(prepared, variant.empty(prepared), keys, values)
 
-    def read(prior, state, queries):
-        return variant.read(prior, state, queries).latent
+    def read(prepared, state, queries):
+        return variant.read(prepared, state, queries).latent
 
     single_write, single_read = jax.jit(write), jax.jit(read)
     many_write, many_read = (
@@ -271,10 +271,10 @@ def _tenants(variant, prior, keys, values, queries) -> dict[str, Callable]:
     )
 
     def one(key, value, query, write=single_write, read=single_read):
-        return np.asarray(read(prior, write(prior, key, value), query))
+        return np.asarray(read(prepared, write(prepared, key, value), query))
 
     def all_of_them():
-        return np.asarray(many_read(prior, many_write(prior, keys, values), queries))
+        return np.asarray(many_read(prepared, many_write(prepared, keys, values), queries))
 
     each = list(zip(keys, values, queries, strict=True))
     return {

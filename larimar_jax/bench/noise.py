@@ -23,8 +23,8 @@ from larimar_jax.bench import controls, draws, given, metrics, systems
 from larimar_jax.bench.editor import LarimarEditor
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import written
-from larimar_jax.data.records import EditRecord
-from larimar_jax.pretrained import Pretrained
+from larimar_jax.data.edit_records import EditRecord
+from larimar_jax.pipeline import Pipeline
 
 CONTROLS = {name: systems.SYSTEMS[name] for name in ("base", "zero", "prompt", "lookup")}
 KINDS = ("edit", "paraphrase")
@@ -122,7 +122,7 @@ class Noise:
 
     def __init__(
         self,
-        model: Pretrained,
+        model: Pipeline,
         cases: Sequence[EditRecord],
         sigmas: Sequence[float],
         *,
@@ -219,13 +219,13 @@ class Noise:
         """The model with this σ_W."""
         if not sigma:
             return LarimarEditor(self.model)
-        prior = dataclasses.replace(
-            self.model.prior,
-            log_variance=jnp.full_like(self.model.prior.log_variance, 2 * math.log(sigma)),
+        prepared = dataclasses.replace(
+            self.model.prepared,
+            log_variance=jnp.full_like(self.model.prepared.log_variance, 2 * math.log(sigma)),
             variance_by_query=None,
             variance_by_memory=None,
         )
-        return LarimarEditor(self.model.with_memory(self.model.memory, prior))
+        return LarimarEditor(self.model.with_memory(self.model.memory, prepared))
 
     def _surprise(
         self, prompts: Sequence[str], texts: Mapping[str, Sequence[str]]

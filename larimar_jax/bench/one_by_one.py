@@ -18,17 +18,17 @@ from jaxtyping import Array, Float, Int
 
 from larimar_jax.bench import metrics, systems
 from larimar_jax.bench.editor import LarimarEditor
-from larimar_jax.data.records import EditRecord
+from larimar_jax.data.edit_records import EditRecord
 from larimar_jax.generate import prompt_ids
 from larimar_jax.model import Condition
 from larimar_jax.packing import LENGTH_BUCKET, steps_bucket
-from larimar_jax.pretrained import Pretrained
+from larimar_jax.pipeline import Pipeline
 
 Losses = dict[str, dict[str, list[list[float]]]]
 
 
 def counterfact(
-    model: Pretrained, records: Sequence[EditRecord]
+    model: Pipeline, records: Sequence[EditRecord]
 ) -> tuple[list[Losses], dict[str, float]]:
     """ℓ(new) and ℓ(true) of every prompt, {system: {kind: [pair]}} of each record, mode `rome`; and the
     seconds of each system's calls of the decoder."""
@@ -62,7 +62,7 @@ def counterfact(
 
 
 def loss(
-    model: Pretrained, prompt: str, target: str, condition: Condition | None = None
+    model: Pipeline, prompt: str, target: str, condition: Condition | None = None
 ) -> float:
     """ℓ(p, t) in nats per token, by one call of the decoder."""
     tokenizer = model.decoder_tokenizer
@@ -92,7 +92,7 @@ def _losses(
     model = nnx.merge(graph, state)
     hidden, _ = model.hidden(tokens, condition)
     logits = model.decoder.logits(jnp.take_along_axis(hidden, at[..., None], axis=1))
-    if condition is not None and condition.spelled is not None:
-        logits = condition.spelled.add(logits, at - at[:, :1])
+    if condition is not None and condition.evidence is not None:
+        logits = condition.evidence.add(logits, at - at[:, :1])
     chosen = jnp.take_along_axis(logits, told[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen

@@ -29,7 +29,7 @@ from larimar_jax.bench import controls, fluency, given, metrics, systems
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Encoded, Store, encoded
 from larimar_jax.data import corpus
-from larimar_jax.pretrained import Pretrained
+from larimar_jax.pipeline import Pipeline
 
 SYSTEMS = {
     "base": "base LM",
@@ -159,7 +159,7 @@ class Perplexity:
 
     def __init__(
         self,
-        model: Pretrained,
+        model: Pipeline,
         facts: Sequence[tuple[str, str]],
         texts: Sequence[Text],
         *,

@@ -22,10 +22,10 @@ from rich.table import Table
 from larimar_jax.bench import controls, given, headline, metrics, systems
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Encoded, Store, encoded, written
-from larimar_jax.data.records import EditRecord
-from larimar_jax.memory.contract import MemoryParams
+from larimar_jax.data.edit_records import EditRecord
+from larimar_jax.memory.base import MemoryParams
 from larimar_jax.memory.streaming import Streaming
-from larimar_jax.pretrained import Pretrained
+from larimar_jax.pipeline import Pipeline
 
 KEYS = {"own": "keys of the model", "pinv": "pseudo-inverse", "gaussian": "Gaussian"}
 SYSTEMS = {
@@ -167,7 +167,7 @@ class Rephrase:
 
     def __init__(
         self,
-        model: Pretrained,
+        model: Pipeline,
         records: Sequence[EditRecord],
         wordings: Sequence[Sequence[str]],
         *,
@@ -297,7 +297,7 @@ class Rephrase:
         return result
 
 
-def keyed(model: Pretrained, addressing: Any, known: np.ndarray) -> Pretrained:
+def keyed(model: Pipeline, addressing: Any, known: np.ndarray) -> Pipeline:
     """The model with an empty memory whose slots are known prompts, addressed by Eqs. 7–8 ("gaussian")
     or by their pseudo-inverse ("pinv").
 
@@ -315,5 +315,5 @@ def keyed(model: Pretrained, addressing: Any, known: np.ndarray) -> Pretrained:
         width=WIDTH,
     )
     zero = jnp.zeros((slots, latent), jnp.float32)
-    params = MemoryParams(zero, jnp.zeros((), jnp.float32), reference=jnp.asarray(known))
+    params = MemoryParams(zero, jnp.zeros((), jnp.float32), reference_memory=jnp.asarray(known))
     return model.with_memory(memory, memory.prepare(params))

@@ -20,9 +20,9 @@ from larimar_jax.bench import given, metrics, systems
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Encoded
 from larimar_jax.data import questions
-from larimar_jax.data.records import EditRecord
-from larimar_jax.data.wordings import Wordings
-from larimar_jax.pretrained import Pretrained
+from larimar_jax.data.edit_records import EditRecord
+from larimar_jax.data.paraphrases import Wordings
+from larimar_jax.pipeline import Pipeline
 
 # Of the questions that are put to a record's subject.
 SEED = 0
@@ -100,7 +100,7 @@ class Scope:
 
     def __init__(
         self,
-        model: Pretrained,
+        model: Pipeline,
         records: Sequence[EditRecord],
         others: Sequence[Sequence[str]] | None = None,
         *,
@@ -126,7 +126,7 @@ class Scope:
         prompts = [case.prompt for case in self.cases]
         if self._encoded is None:
             queries = [q for asked in self._queries.values() for kind in KINDS for q in asked[kind]]
-            self._encoded = Encoded(self.model, [*prompts, *scope.parts(queries)[0]])
+            self._encoded = Encoded(self.model, [*prompts, *scope.split_sentences(queries)[0]])
         place = {case.case_id: number for number, case in enumerate(self.cases)}
         written = self._encoded(prompts)
         records = []
@@ -134,15 +134,15 @@ class Scope:
             record: Record = {"case_id": case.case_id, "prompt": case.prompt}
             own = place[case.case_id]
             for kind, asked in self._queries[case.case_id].items():
-                sentences, owners = scope.parts(asked)
+                sentences, owners = scope.split_sentences(asked)
                 embedded = self._encoded(sentences)
                 record[kind] = {"queries": list(asked)}
                 for detector in self.detectors:
                     # What the model's own detector compares, last, is its embedding in any case.
                     by = "embedding" if detector == self.detectors[-1] else "pooled"
                     query, keys = getattr(embedded, by), getattr(written, by)
-                    alone = scope.match(query, owners, keys[own : own + 1])
-                    among = scope.match(query, owners, keys)
+                    alone = scope.nearest_key(query, owners, keys[own : own + 1])
+                    among = scope.nearest_key(query, owners, keys)
                     record[kind][detector] = {
                         "pairwise": alone.score.tolist(),
                         "store": among.score.tolist(),

@@ -28,8 +28,8 @@ from rich.table import Table
 from larimar_jax.bench import counterfact, given, one_by_one, systems
 from larimar_jax.bench.editor import LarimarEditor
 from larimar_jax.bench.runner import Record
-from larimar_jax.data.records import EditRecord
-from larimar_jax.pretrained import Pretrained
+from larimar_jax.data.edit_records import EditRecord
+from larimar_jax.pipeline import Pipeline
 from larimar_jax.session import Session
 
 PAPER = (
@@ -108,7 +108,7 @@ class Speed:
 
     def __init__(
         self,
-        model: Pretrained,
+        model: Pipeline,
         records: Sequence[EditRecord],
         scored: int,
         repeats: int,

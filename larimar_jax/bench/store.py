@@ -12,9 +12,9 @@ from jaxtyping import Array, Float
 
 from larimar_jax import scope
 from larimar_jax.bench.editor import Recall
-from larimar_jax.memory.contract import Prior
+from larimar_jax.memory.base import Prepared
 from larimar_jax.memory.streaming import Streaming
-from larimar_jax.pretrained import Encodings, Pretrained
+from larimar_jax.pipeline import Encodings, Pipeline
 from larimar_jax.weights.tokenizers import bucket
 
 # Facts and queries are padded to a multiple of these or a power of two, so that few shapes compile.
@@ -26,7 +26,7 @@ class Encoded:
     all in one call, so that a run that is taken up has the very numbers of one that was not cut off."""
 
     def __init__(
-        self, model: Pretrained, texts: Iterable[str], facts: Iterable[tuple[str, str]] = ()
+        self, model: Pipeline, texts: Iterable[str], facts: Iterable[tuple[str, str]] = ()
     ):
         self.model = model
         unique, told = list(dict.fromkeys(texts)), list(dict.fromkeys(facts))
@@ -50,11 +50,11 @@ def written(prompt: str, answer: str) -> str:
 
 
 def encoded(
-    model: Pretrained, facts: Sequence[tuple[str, str]], queries: Sequence[str] = ()
+    model: Pipeline, facts: Sequence[tuple[str, str]], queries: Sequence[str] = ()
 ) -> Encoded:
     """Whatever stores of these facts need, asked by their own prompts or by other queries."""
     prompts = [prompt for prompt, _ in facts]
-    asked, _ = scope.parts([*prompts, *queries])
+    asked, _ = scope.split_sentences([*prompts, *queries])
     return Encoded(model, [*prompts, *asked], facts)
 
 
@@ -74,13 +74,13 @@ class Store:
         encoded: Encoded,
         facts: Sequence[tuple[str, str]],
         state: Any = None,
-        model: Pretrained | None = None,
+        model: Pipeline | None = None,
     ):
         self._encoded, self.model = encoded, encoded.model if model is None else model
         self._hold(facts)
         self.state = state
         if state is None:
-            self.state = self.model.memory.empty(self.model.prior)
+            self.state = self.model.memory.empty(self.model.prepared)
             self._change(range(len(self.facts)), +1)
 
     def plus(self, facts: Sequence[tuple[str, str]]) -> "Store":
@@ -112,8 +112,8 @@ class Store:
         rows = list(chosen)
         more = ((0, bucket(len(rows), _FACTS) - len(rows)), (0, 0))
         keys, values = np.pad(self.keys[rows], more), np.pad(self.values[rows], more)
-        memory, prior = self.model.memory, self.model.prior
-        self.state = _write(memory, prior, self.state, keys, values, np.int32(sign))
+        memory, prepared = self.model.memory, self.model.prepared
+        self.state = _write(memory, prepared, self.state, keys, values, np.int32(sign))
 
     def recall(self, queries: Sequence[str]) -> tuple[Recall, list[int]]:
         """What it answers to each query, and the number of the fact that is nearest to it; −1 where the
@@ -128,30 +128,30 @@ class Store:
 
     def read(self, queries: Sequence[str]) -> tuple[Float[np.ndarray, "Q C"], scope.Match]:
         """The readouts of queries, each by its sentence that is nearest to a fact."""
-        sentences, owners = scope.parts(queries)
+        sentences, owners = scope.split_sentences(queries)
         encodings = self._encoded(sentences)
-        found = scope.match(encodings.embedding, owners, self._embedding)
+        found = scope.nearest_key(encodings.embedding, owners, self._embedding)
         asked = encodings.latent[found.sentence]
         rows = bucket(len(asked), _QUERIES)
         padded = np.pad(asked, ((0, rows - len(asked)), (0, 0)))
-        read = _read(self.model.memory, self.model.prior, self.state, padded)
+        read = _read(self.model.memory, self.model.prepared, self.state, padded)
         return np.asarray(read)[: len(asked)], found
 
 
 @jax.jit
 def _write(
     memory: Streaming,
-    prior: Prior,
+    prepared: Prepared,
     state: Any,
     keys: Float[Array, "N C"],
     values: Float[Array, "N C"],
     sign: Any,
 ) -> Any:
-    return memory.write(prior, state, keys, values, sign)
+    return memory.write(prepared, state, keys, values, sign)
 
 
 @jax.jit
 def _read(
-    memory: Streaming, prior: Prior, state: Any, queries: Float[Array, "Q C"]
+    memory: Streaming, prepared: Prepared, state: Any, queries: Float[Array, "Q C"]
 ) -> Float[Array, "Q C"]:
-    return memory.read(prior, state, queries).latent
+    return memory.read(prepared, state, queries).latent

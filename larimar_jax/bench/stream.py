@@ -27,9 +27,9 @@ from rich.table import Table
 from larimar_jax.bench import answers, given, headline, metrics, systems
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Encoded, Store, encoded, written
-from larimar_jax.data.records import EditRecord
-from larimar_jax.memory import live
-from larimar_jax.pretrained import Pretrained
+from larimar_jax.data.edit_records import EditRecord
+from larimar_jax.memory import rls
+from larimar_jax.pipeline import Pipeline
 
 SYSTEMS = {
     "base": "base LM",
@@ -226,7 +226,7 @@ class Stream:
 
     def __init__(
         self,
-        model: Pretrained,
+        model: Pipeline,
         records: Sequence[EditRecord],
         edits: int,
         every: int,
@@ -265,7 +265,7 @@ class Stream:
             "seed": 0,
         }
         self._encoded: Encoded | None = None
-        self._now: tuple[int, live.Live] | None = None
+        self._now: tuple[int, rls.RLSState] | None = None
 
     def _curve(self, asked: int) -> list[Case]:
         """At every point, `asked` of the facts so far that have a rephrasing which no edit writes:
@@ -343,20 +343,20 @@ class Stream:
 
     def _after(self, edits: int) -> Store:
         """The store after so many edits, streamed one by one."""
-        memory, prior = self.model.memory, self.model.prior
+        memory, prepared = self.model.memory, self.model.prepared
         facts = self._facts(self.edits)
         if self._encoded is None:
             self._encoded = encoded(self.model, facts, [case.prompt for case in self.cases])
         if self._now is None or self._now[0] > edits:
-            self._now = 0, _begin(memory, prior, memory.empty(prior))
+            self._now = 0, _begin(memory, prepared, memory.empty(prepared))
         # From point to point, so that a run that is taken up streams the very same blocks.
         for point in self.points:
             done, now = self._now
             if done < point <= edits:
                 keys = self._encoded([prompt for prompt, _ in facts[done:point]]).latent
                 values = self._encoded.values(facts[done:point])
-                self._now = point, _stream(memory, prior, now, keys, values)
-        return Store(self._encoded, facts[:edits], _settle(memory, prior, self._now[1]))
+                self._now = point, _stream(memory, prepared, now, keys, values)
+        return Store(self._encoded, facts[:edits], _settle(memory, prepared, self._now[1]))
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
         """Mean F1 in percent with standard errors by kind and system at the end, the memory's paired
@@ -384,18 +384,18 @@ class Stream:
 
 
 @jax.jit
-def _begin(memory, prior, state):
-    return live.begin(memory, prior, state)
+def _begin(memory, prepared, state):
+    return rls.init(memory, prepared, state)
 
 
 @jax.jit
-def _stream(memory, prior, now, keys, values):
-    return live.stream(memory, prior, now, keys, values)[0]
+def _stream(memory, prepared, now, keys, values):
+    return rls.stream(memory, prepared, now, keys, values)[0]
 
 
 @jax.jit
-def _settle(memory, prior, now):
-    return live.settle(memory, prior, now)
+def _settle(memory, prepared, now):
+    return rls.to_state(memory, prepared, now)
 
 
 def _values(records: Sequence[Record], kind: str, system: str, measure: str) -> list[float]:

@@ -259,9 +259,9 @@ class Sweep:
         rows = cell.facts * (1 + cell.rephrasings)
 
         def written():
-            prior = variant.prepare(variant.init(jax.random.key(0)))
+            prepared = variant.prepare(variant.init(jax.random.key(0)))
             facts = jnp.zeros((rows, latent), jnp.float32)
-            return variant.write(prior, variant.empty(prior), facts, facts)
+            return variant.write(prepared, variant.empty(prepared), facts, facts)
 
         leaves = jax.tree.leaves(jax.eval_shape(written))
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
@@ -298,12 +298,12 @@ class Sweep:
         params, there = variant.init(draws[1]), jnp.arange(size) < count
         if dict(cell.fixed).get("reference") == "prompts":
             params = _known(params, facts.keys[:: 1 + rephrasings], there)
-        prior = variant.prepare(params)
+        prepared = variant.prepare(params)
         rows = jnp.repeat(there, 1 + rephrasings)[:, None]
         keys, values = (jnp.where(rows, a, 0.0) for a in (facts.keys, facts.values))
-        state = variant.write(prior, variant.empty(prior), keys, values)
+        state = variant.write(prepared, variant.empty(prepared), keys, values)
         asked = jnp.concatenate([facts.keys[:: 1 + rephrasings], facts.queries])
-        latent = variant.read(prior, state, asked).latent.reshape(2, size, -1)
+        latent = variant.read(prepared, state, asked).latent.reshape(2, size, -1)
         written, held_out = (_recall(side, facts.targets, there) for side in latent)
         finite = jnp.isfinite(latent).all(axis=(0, 2)) | ~there
         return {
@@ -360,10 +360,10 @@ class Sweep:
 
 def _known(params: memory.MemoryParams, prompts, there) -> memory.MemoryParams:
     """The parameters with the prompts that are there as M_ref."""
-    slots = params.prior.shape[0]
+    slots = params.prior_memory.shape[0]
     most = min(slots, len(prompts))
-    rows = jnp.where(there[:most, None], prompts[:most], params.prior[:most])
-    return dataclasses.replace(params, reference=from_prompts(rows, slots, params.prior))
+    rows = jnp.where(there[:most, None], prompts[:most], params.prior_memory[:most])
+    return dataclasses.replace(params, reference_memory=from_prompts(rows, slots, params.prior_memory))
 
 
 def _recall(latent, targets, there):

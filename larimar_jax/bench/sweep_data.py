@@ -40,12 +40,12 @@ def encode(path: str | Path, encoder: str = "smol") -> Encodings:
         FileNotFoundError, data.records.MalformedRecord: of the file.
         ValueError: no record has a rephrasing.
     """
-    from larimar_jax import pretrained
+    from larimar_jax import pipeline
 
     records = [record for record in zsre.load(path) if record.paraphrases]
     if not records:
         raise ValueError(f"{path} has no record with a rephrasing; a sweep needs some")
-    model = pretrained.load(encoder)
+    model = pipeline.load(encoder)
     texts = [[r.prompt for r in records], [f"{r.prompt} {r.target_new}" for r in records]]
     texts.append([r.paraphrases[0] for r in records])
     size = model.config.model.latent  # the encodings, without what is spelled beside them

@@ -18,7 +18,7 @@ import numpy as np
 from larimar_jax import options
 from larimar_jax.bench import metrics
 from larimar_jax.bench.editor import Editor
-from larimar_jax.pretrained import Pretrained, load
+from larimar_jax.pipeline import Pipeline, load
 
 SYSTEMS = {
     "base": "base LM",
@@ -40,13 +40,13 @@ def model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def model(args: argparse.Namespace) -> Pretrained:
+def model(args: argparse.Namespace) -> Pipeline:
     """The model that a command line names, or the same that is `loaded` already."""
     loaded = getattr(args, "loaded", None)
     return load(args.model, args.overrides) if loaded is None else loaded
 
 
-def named(model: Pretrained) -> dict[str, Any]:
+def named(model: Pipeline) -> dict[str, Any]:
     """What decides a model's numbers, for a run's settings."""
     return {
         "name": model.source,

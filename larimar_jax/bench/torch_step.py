@@ -109,7 +109,7 @@ class _Larimar:
             parameter(m.kernel, turned=True)
             for m in (model.to_latent, model.to_slots, model.to_embedding)
         )
-        self.prior = parameter(model.memory.prior)
+        self.prior_memory = parameter(model.memory.prior_memory)
         self.log_variance = parameter(model.memory.log_variance)
         self.trained = _trained(
             towers.parameters
@@ -117,7 +117,7 @@ class _Larimar:
                 "to_latent/kernel": [self.to_latent],
                 "to_slots/kernel": [self.to_slots],
                 "to_embedding/kernel": [self.to_embedding],
-                "memory/prior": [self.prior],
+                "memory/prior_memory": [self.prior_memory],
                 "memory/log_variance": [self.log_variance],
             },
             config.train.frozen,
@@ -200,7 +200,7 @@ class _Larimar:
         """Z M₀† by the normal equations: factorising K x K or C x C costs less than an SVD of M₀."""
         import torch
 
-        prior = self.prior
+        prior = self.prior_memory
         wide = prior.shape[0] <= prior.shape[1]
         gram = prior @ prior.T if wide else prior.T @ prior
         factor = torch.linalg.cholesky(gram)

@@ -15,7 +15,7 @@ from larimar_jax import decoders, encoders, lora
 from larimar_jax import model as models
 from larimar_jax.model import Larimar
 from larimar_jax.settings import Config, TowerConfig
-from larimar_jax.train.step import Skeleton
+from larimar_jax.train.step import AbstractModel
 from larimar_jax.weights import fill
 
 # torch is no dependency of the project: it is imported where it is used, and its types have no name.
@@ -47,7 +47,7 @@ def make(config: Config, model: Larimar) -> Towers:
     factors = {name: array for name, array in arrays.items() if lora.is_factor(name)}
     # The same numbers without factors, of which Hugging Face's files know nothing.
     lean = dataclasses.replace(config, model=dataclasses.replace(config.model, lora=None))
-    plain = Skeleton(models.abstract(lean)).model(
+    plain = AbstractModel(models.abstract(lean)).model(
         {name: array for name, array in arrays.items() if name not in factors}
     )
     towers, known = config.model, {}

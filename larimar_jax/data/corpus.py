@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from larimar_jax.data.records import Field
+from larimar_jax.data.edit_records import Field
 from larimar_jax.weights import packages
 
 # Of 100 documents, these many are held out of training: enough for a stable perplexity on 10,000.

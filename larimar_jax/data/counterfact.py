@@ -6,8 +6,8 @@ thousands can be written at once) is the original schema.
 
 from pathlib import Path
 
-from larimar_jax.data import records
-from larimar_jax.data.records import EditRecord, Field, MalformedRecord
+from larimar_jax.data import edit_records
+from larimar_jax.data.edit_records import EditRecord, Field, MalformedRecord
 
 __all__ = ["EditRecord", "MalformedRecord", "load"]
 
@@ -34,7 +34,7 @@ def load(
             field.
         FileNotFoundError: nothing is at `source`.
     """
-    return records.load(source, _parse, limit, skipped)
+    return edit_records.load(source, _parse, limit, skipped)
 
 
 def _parse(field: Field, index: int) -> EditRecord:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from larimar_jax.data.records import EditRecord
-from larimar_jax.data.wordings import Wordings
+from larimar_jax.data.edit_records import EditRecord
+from larimar_jax.data.paraphrases import Wordings
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
-from larimar_jax.data import records
-from larimar_jax.data.records import EditRecord, Field, MalformedRecord
+from larimar_jax.data import edit_records
+from larimar_jax.data.edit_records import EditRecord, Field, MalformedRecord
 
 __all__ = ["EditRecord", "MalformedRecord", "load"]
 
@@ -48,7 +48,7 @@ def load(
             return _mend(field, index, target or "answer")
         return _knowedit(field, index, target or "alternative")
 
-    return records.load(source, parse, limit, skipped)
+    return edit_records.load(source, parse, limit, skipped)
 
 
 def _mend(field: Field, index: int, target: Target) -> EditRecord:

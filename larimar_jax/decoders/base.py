@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from larimar_jax import cross_entropy, layers, rotary
+from larimar_jax import layers, losses, rotary
 from larimar_jax.layers import Cache, Context, Prefix
 
 
@@ -179,16 +179,16 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Next-token logits, float32. Gather the rows that are needed first: V is large."""
-        return cross_entropy.logits(self.to_logits, hidden)
+        return losses.logits(self.to_logits, hidden)
 
     @property
-    def to_logits(self) -> cross_entropy.Head:
+    def to_logits(self) -> losses.Head:
         """What makes logits of hidden states."""
         head = getattr(self, "head", None)
         if head is None:
-            return cross_entropy.Head(self.embeddings, None, True, self.dtype)
+            return losses.Head(self.embeddings, None, True, self.dtype)
         bias = None if head.bias is None else head.bias[...]
-        return cross_entropy.Head(head.kernel[...], bias, False, self.dtype)
+        return losses.Head(head.kernel[...], bias, False, self.dtype)
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A cache for `length` tokens in all, prompt and continuation.

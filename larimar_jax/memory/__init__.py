@@ -3,9 +3,9 @@
 import importlib
 import pkgutil
 
-from larimar_jax.memory.contract import Memory, MemoryParams, Prior, Reading
+from larimar_jax.memory.base import Memory, MemoryParams, Prepared, Reading
 
-__all__ = ["Memory", "MemoryParams", "Prior", "Reading", "UnknownVariant", "build", "variants"]
+__all__ = ["Memory", "MemoryParams", "Prepared", "Reading", "UnknownVariant", "build", "variants"]
 
 
 class UnknownVariant(ValueError):

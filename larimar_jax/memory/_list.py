@@ -6,19 +6,19 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from larimar_jax.linalg import dot
 from larimar_jax.memory._rows import MATCH
-from larimar_jax.memory.contract import Memory, Prior, Reading, Sign, observe, pytree, sample
+from larimar_jax.memory.base import Memory, Prepared, Reading, Sign, observe, pytree, sample
 
 
 @pytree
 class ListState:
-    """K rows, those in use by `used`. count: facts in. missing: forgets that found nothing. overflow:
+    """K rows, those in use by `used`. count: facts in. refused: forgets that found nothing. overflow:
     facts that found no row, and are not in the memory."""
 
     keys: Float[Array, "K C"]
     values: Float[Array, "K C"]
     used: Bool[Array, "K"]
     count: Int[Array, ""]
-    missing: Int[Array, ""]
+    refused: Int[Array, ""]
     overflow: Int[Array, ""]
 
 
@@ -49,19 +49,17 @@ class Listed(Memory):
 
     SAME = "reads"
 
-    def weigh(
-        self, similarity: Float[Array, "Q K"], used: Bool[Array, "K"]
-    ) -> Float[Array, "Q K"]:
+    def weigh(self, similarity: Float[Array, "Q K"], used: Bool[Array, "K"]) -> Float[Array, "Q K"]:
         """Weights of the rows by cosine; at least one row is in use."""
         raise NotImplementedError(f"{type(self).__name__} does not weigh its rows")
 
-    def empty(self, prior: Prior) -> ListState:
+    def empty(self, prepared: Prepared) -> ListState:
         """No facts; a read is that of M₀."""
         return empty(self.slots, self.latent)
 
     def write(
         self,
-        prior: Prior,
+        prepared: Prepared,
         state: ListState,
         keys: Float[Array, "N C"],
         values: Float[Array, "N C"],
@@ -76,7 +74,7 @@ class Listed(Memory):
 
     def read(
         self,
-        prior: Prior,
+        prepared: Prepared,
         state: ListState,
         queries: Float[Array, "Q C"],
         rng: PRNGKeyArray | None = None,
@@ -86,15 +84,15 @@ class Listed(Memory):
         similarity = cosines(queries, state.keys)
         similarity = jnp.where(state.used[None, :], similarity, -2.0)
         found = self.weigh(similarity, state.used)
-        mean = jnp.where(some, found, self.address(prior, queries))
-        log_variance = self.log_variance(prior, state, queries)
-        latent = dot(sample(mean, log_variance, rng), self.matrix(prior, state))
+        mean = jnp.where(some, found, self.address(prepared, queries))
+        log_variance = self.log_variance(prepared, state, queries)
+        latent = dot(sample(mean, log_variance, rng), self.matrix(prepared, state))
         confidence = jnp.where(some, jnp.clip(jnp.max(similarity, axis=1), 0.0, 1.0), 0.0)
         return Reading(latent, mean, log_variance, confidence)
 
-    def matrix(self, prior: Prior, state: ListState) -> Float[Array, "K C"]:
+    def matrix(self, prepared: Prepared, state: ListState) -> Float[Array, "K C"]:
         """The values in their rows; M₀ where nothing is written."""
-        return jnp.where(jnp.any(state.used), state.values, prior.memory)
+        return jnp.where(jnp.any(state.used), state.values, prepared.memory)
 
 
 def _one(state: ListState, key, value, sign) -> ListState:
@@ -112,6 +110,6 @@ def _one(state: ListState, key, value, sign) -> ListState:
         jnp.where(at[:, None], jnp.where(comes, value, 0.0), state.values),
         jnp.where(at, comes, state.used),
         state.count + jnp.where(there, sign, 0),
-        state.missing + ((sign < 0) & ~there).astype(jnp.int32),
+        state.refused + ((sign < 0) & ~there).astype(jnp.int32),
         state.overflow + (comes & ~there).astype(jnp.int32),
     )

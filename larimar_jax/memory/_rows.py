@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from larimar_jax.memory.contract import Memory, Prior, Sign, State, observe, pytree
+from larimar_jax.memory.base import Memory, Prepared, Sign, State, observe, pytree
 
 # How far a recomputed fact may lie from the written one, relative to it, to be the one to forget:
 # encoding a text in another batch shape moves it by 1e-6, a paraphrase by 1e-1.
@@ -15,7 +15,7 @@ MATCH = 1e-3
 class Rows(Memory):
     """A memory that is solved from all its facts; says what it makes of them.
 
-    A later write adds its facts to those in the state (`weights` [N, K], `values` [N, C], `missing`):
+    A later write adds its facts to those in the state (`weights` [N, K], `values` [N, C], `refused`):
     the memory is that of all of them, and arrays grow with every write (each number of facts compiles
     once). Forgetting zeroes the matching fact's row and leaves the shape; a fact written with noise can
     not be found again.
@@ -23,23 +23,23 @@ class Rows(Memory):
 
     def solve(
         self,
-        prior: Prior,
+        prepared: Prepared,
         weights: Float[Array, "N K"],
         values: Float[Array, "N C"],
-        missing: Int[Array, ""],
+        refused: Int[Array, ""],
     ) -> State:
         """The state of these facts; rows of zeros are none."""
         raise NotImplementedError(f"{type(self).__name__} does not solve for its rows")
 
-    def empty(self, prior: Prior) -> State:
+    def empty(self, prepared: Prepared) -> State:
         """No facts: the memory is M₀."""
         weights = jnp.zeros((0, self.slots), jnp.float32)
         values = jnp.zeros((0, self.latent), jnp.float32)
-        return self.solve(prior, weights, values, jnp.zeros((), jnp.int32))
+        return self.solve(prepared, weights, values, jnp.zeros((), jnp.int32))
 
     def write(
         self,
-        prior: Prior,
+        prepared: Prepared,
         state: State,
         keys: Float[Array, "N C"],
         values: Float[Array, "N C"],
@@ -49,25 +49,25 @@ class Rows(Memory):
         """Solves for all facts so far. In a batch of mixed signs the forgets go first, and act on what
         was there before the batch."""
         keys, values = observe(keys, values, self.noise, rng)
-        weights = self.address(prior, keys)
-        old_weights, old_values, missing = state.weights, state.values, state.missing
+        weights = self.address(prepared, keys)
+        old_weights, old_values, refused = state.weights, state.values, state.refused
         if not (isinstance(sign, int) and sign > 0):
             signs = jnp.broadcast_to(jnp.asarray(sign, jnp.int32), keys.shape[:1])
             keep, lost = _forget(old_weights, old_values, weights, values, signs < 0)
             old_weights, old_values = (
                 jnp.where(keep[:, None], facts, 0.0) for facts in (old_weights, old_values)
             )
-            missing = missing + lost
+            refused = refused + lost
             if isinstance(sign, int):
-                return self.solve(prior, old_weights, old_values, missing)
+                return self.solve(prepared, old_weights, old_values, refused)
             weights, values = (
                 jnp.where(signs[:, None] > 0, facts, 0.0) for facts in (weights, values)
             )
         return self.solve(
-            prior,
+            prepared,
             jnp.concatenate([old_weights, weights]),
             jnp.concatenate([old_values, values]),
-            missing,
+            refused,
         )
 
 

@@ -3,7 +3,7 @@
 Storage does not know how weights are made, and addressing does not know what is stored: every memory
 takes every kind by name. M_ref is M₀ where the parameters name no other: trained, drawn at random
 (`initial="normal"`), or the encodings of prompts that are known beforehand (`from_prompts`). The
-variant `grown` makes its own as facts arrive.
+variant `growing` makes its own as facts arrive.
 
 A kind is a pair of functions in `KINDS`, where a new one is added.
 """

@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from larimar_jax.linalg import dot, everywhere, pinv
+from larimar_jax.linalg import all_in_batch, dot, pinv
 from larimar_jax.memory._rows import Rows
-from larimar_jax.memory.contract import Prior, Reading, pytree, sample, share, static
+from larimar_jax.memory.base import Prepared, Reading, pytree, sample, share, static
 
 # How far apart Π and Π_Z may be, by their largest number, to be the same: 10 times what rounding does.
 _SAME = 1e-5
@@ -44,7 +44,7 @@ class DirectState:
     outer: Float[Array, "C n"] | None
     inner: Float[Array, "n K"] | None
     written: Bool[Array, ""]
-    missing: Int[Array, ""]
+    refused: Int[Array, ""]
 
 
 @pytree
@@ -59,41 +59,41 @@ class Direct(Rows):
 
     def solve(
         self,
-        prior: Prior,
+        prepared: Prepared,
         weights: Float[Array, "N K"],
         values: Float[Array, "N C"],
-        missing: Int[Array, ""],
+        refused: Int[Array, ""],
     ) -> DirectState:
         """Algorithm 1's write."""
         inverse, outer, inner = self._factors(weights, values)
-        return DirectState(weights, values, inverse, outer, inner, jnp.any(weights != 0), missing)
+        return DirectState(weights, values, inverse, outer, inner, jnp.any(weights != 0), refused)
 
     def read(
         self,
-        prior: Prior,
+        prepared: Prepared,
         state: DirectState,
         queries: Float[Array, "Q C"],
         rng: PRNGKeyArray | None = None,
     ) -> Reading:
         """Algorithm 1's read; from a memory without facts, that of M₀."""
         queries = queries.astype(jnp.float32)
-        asked = self.address(prior, queries)
+        asked = self.address(prepared, queries)
         mean = asked
         if state.outer is not None:
             found = dot(queries, state.outer)
             found = found if state.inner is None else dot(found, state.inner)
             # Addressed anew: where only the latent is asked for, `asked` is never computed.
             mean = jax.lax.cond(
-                everywhere(state.written),
+                all_in_batch(state.written),
                 lambda: found,
-                lambda: jnp.where(state.written, found, self.address(prior, queries)),
+                lambda: jnp.where(state.written, found, self.address(prepared, queries)),
             )
-        log_variance = self.log_variance(prior, state, queries)
+        log_variance = self.log_variance(prepared, state, queries)
         weights = sample(mean, log_variance, rng)
         latent = jnp.where(
             state.written,
             dot(dot(weights, state.inverse), state.values),
-            dot(weights, prior.memory),
+            dot(weights, prepared.memory),
         )
         explained = dot(dot(asked, state.inverse), state.weights)
         return Reading(
@@ -103,9 +103,9 @@ class Direct(Rows):
             share(jnp.sum(jnp.square(explained), axis=1), jnp.sum(jnp.square(asked), axis=1)),
         )
 
-    def matrix(self, prior: Prior, state: DirectState) -> Float[Array, "K C"]:
+    def matrix(self, prepared: Prepared, state: DirectState) -> Float[Array, "K C"]:
         """M = W₀† Z, the least-squares memory of least norm; M₀ where no fact is left."""
-        return jnp.where(state.written, dot(state.inverse, state.values), prior.memory)
+        return jnp.where(state.written, dot(state.inverse, state.values), prepared.memory)
 
     def _factors(self, weights: Float[Array, "N K"], values: Float[Array, "N C"]):
         """W₀†, and the two factors of M† (see the head of this file)."""
@@ -118,7 +118,7 @@ class Direct(Rows):
         fitted, told = dot(weights, inverse), dot(values, back)  # Π, Π_Z
         ordinary = jnp.all(jnp.abs(fitted - told) <= _SAME)
         outer, inner = jax.lax.cond(
-            everywhere(ordinary),
+            all_in_batch(ordinary),
             lambda: (back, weights),
             lambda: (pinv(dot(fitted, values)), pinv(dot(inverse, told))),
         )

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from larimar_jax.linalg import add_ridge, dot, inverse_factor, inverse_solve
 from larimar_jax.memory._rows import Rows
-from larimar_jax.memory.contract import Prior, Reading, Real, pytree, sample, share
+from larimar_jax.memory.base import Prepared, Reading, Real, pytree, sample, share
 from larimar_jax.memory.streaming import level
 
 
@@ -28,14 +28,14 @@ from larimar_jax.memory.streaming import level
 class DualState:
     """The facts of one memory, forgotten and padded ones as zero rows, and what a read needs of them.
 
-    whiten: L⁻¹ for the Cholesky factor L of S. shrink: μ. missing: forgets that found nothing.
+    whiten: L⁻¹ for the Cholesky factor L of S. shrink: μ. refused: forgets that found nothing.
     """
 
     weights: Float[Array, "N K"]
     values: Float[Array, "N C"]
     whiten: Float[Array, "N N"]
     shrink: Float[Array, ""]
-    missing: Int[Array, ""]
+    refused: Int[Array, ""]
 
 
 @pytree
@@ -50,41 +50,41 @@ class Dual(Rows):
 
     def solve(
         self,
-        prior: Prior,
+        prepared: Prepared,
         weights: Float[Array, "N K"],
         values: Float[Array, "N C"],
-        missing: Int[Array, ""],
+        refused: Int[Array, ""],
     ) -> DualState:
         """S of all facts, ready to be solved with."""
         gram = dot(weights, weights.T)
         # tr(WWᵀ) and not the sum of all squares of W: that would be another pass over N x K numbers.
         shrink = jnp.square(self.query_noise) * level(jnp.trace(gram), self.slots)
         matrix = add_ridge(gram, self.ridge + shrink)
-        return DualState(weights, values, inverse_factor(matrix), shrink, missing)
+        return DualState(weights, values, inverse_factor(matrix), shrink, refused)
 
     def read(
         self,
-        prior: Prior,
+        prepared: Prepared,
         state: DualState,
         queries: Float[Array, "Q C"],
         rng: PRNGKeyArray | None = None,
     ) -> Reading:
         """Z_read = W M with W addressed by M_ref. Confidence: 1 − ‖w − aW‖² / ‖w‖²."""
-        mean = self.address(prior, queries)
-        log_variance = self.log_variance(prior, state, queries)
+        mean = self.address(prepared, queries)
+        log_variance = self.log_variance(prepared, state, queries)
         weights = sample(mean, log_variance, rng)
         shares, left = self._shared(state, weights)
-        latent = dot(shares, state.values) + self._kept(state.shrink) * dot(left, prior.memory)
+        latent = dot(shares, state.values) + self._kept(state.shrink) * dot(left, prepared.memory)
         if rng is not None:
             left = self._shared(state, mean)[1]
         squared, apart = (jnp.sum(jnp.square(rows), axis=1) for rows in (mean, left))
         return Reading(latent, mean, log_variance, share(squared - apart, squared))
 
-    def matrix(self, prior: Prior, state: DualState) -> Float[Array, "K C"]:
+    def matrix(self, prepared: Prepared, state: DualState) -> Float[Array, "K C"]:
         """The posterior memory M."""
         kept = self._kept(state.shrink)
-        wanted = state.values - kept * dot(state.weights, prior.memory)
-        return kept * prior.memory + dot(state.weights.T, self._solve(state, wanted))
+        wanted = state.values - kept * dot(state.weights, prepared.memory)
+        return kept * prepared.memory + dot(state.weights.T, self._solve(state, wanted))
 
     def _shared(self, state: DualState, weights: Float[Array, "Q K"]):
         """a [Q, N] of each query's weights w, and w − aW [Q, K]."""

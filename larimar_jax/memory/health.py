@@ -19,7 +19,7 @@ from larimar_jax.linalg import (
     lower_inverse,
     spd_quadratic,
 )
-from larimar_jax.memory.contract import Prior, compiled, share
+from larimar_jax.memory.base import Prepared, compiled, share
 from larimar_jax.memory.streaming import Streaming, StreamingState
 
 # Random vectors of an estimate: its standard error is a fifth.
@@ -47,7 +47,7 @@ class Health(NamedTuple):
 class Certainty(NamedTuple):
     """How sure a read is, each [Q]. leverage: h = w A⁻¹ wᵀ, small where many facts speak and large where
     none does. variance: of each number of the readout, s²(1 + h), for M − M₀ ~ N(0, s²/λ) and the s²
-    that makes what is written likeliest, J / NC (evidence.py). distance: ‖w − w G A⁻¹‖ / ‖w‖, to the
+    that makes what is written likeliest, J / NC. distance: ‖w − w G A⁻¹‖ / ‖w‖, to the
     span of the written keys, from near 0 for a written key to 1 for a query that no fact is about."""
 
     leverage: Float[Array, "Q"]
@@ -68,21 +68,21 @@ class Certificate(NamedTuple):
 
 
 @compiled
-def health(memory: Streaming, prior: Prior, state: StreamingState) -> Health:
+def health(memory: Streaming, prepared: Prepared, state: StreamingState) -> Health:
     """The state's health, in the time of a few reads and one triangular inverse."""
     gram = state.gram.total()
     shrink = memory.shrink(gram)
     ridge = memory.ridge + shrink
     inverse = lower_inverse(state.factor)
     taken = memory.slots - ridge * jnp.sum(jnp.square(inverse))
-    left = jnp.maximum(memory.unexplained(prior, state), 0.0)
+    left = jnp.maximum(memory.unexplained(prepared, state), 0.0)
     spread = shrink * jnp.sum(jnp.square(state.solution))
     wanted = state.energy.total()[0, 0]
     error = jnp.sqrt(share((left + spread)[None], wanted[None]))[0]
     return Health(
         state.count,
         condition(state.factor),
-        distance(memory, prior, state),
+        distance(memory, prepared, state),
         taken / memory.slots,
         error,
         error > FULL,
@@ -91,15 +91,15 @@ def health(memory: Streaming, prior: Prior, state: StreamingState) -> Health:
 
 @compiled
 def certainty(
-    memory: Streaming, prior: Prior, state: StreamingState, queries: Float[Array, "Q C"]
+    memory: Streaming, prepared: Prepared, state: StreamingState, queries: Float[Array, "Q C"]
 ) -> Certainty:
     """How sure the readouts of these queries are."""
-    weights = memory.address(prior, queries)
+    weights = memory.address(prepared, queries)
     gram = state.gram.total()
     ridge = memory.ridge + memory.shrink(gram)
     leverage = spd_quadratic(add_ridge(gram, ridge), state.factor, weights)
     facts = jnp.maximum(state.count, 1).astype(jnp.float32)
-    noise = jnp.maximum(memory.objective(prior, state), 0.0) / (facts * memory.latent)
+    noise = jnp.maximum(memory.objective(prepared, state), 0.0) / (facts * memory.latent)
     return Certainty(
         leverage,
         noise * (1.0 + leverage),
@@ -108,7 +108,7 @@ def certainty(
 
 
 @compiled
-def distance(memory: Streaming, prior: Prior, state: StreamingState) -> Float[Array, ""]:
+def distance(memory: Streaming, prepared: Prepared, state: StreamingState) -> Float[Array, ""]:
     """‖M − M*‖ / ‖M*‖, estimated: M* is the exact solution of the statistics, whose factor the state
     holds (as after `write` and `solve`; `accumulate` leaves an old one).
 
@@ -116,10 +116,10 @@ def distance(memory: Streaming, prior: Prior, state: StreamingState) -> Float[Ar
     """
     probes = jax.random.normal(jax.random.key(0), (memory.latent, _PROBES), jnp.float32)
     shrink = memory.shrink(state.gram.total())
-    moved = dot(state.solution - prior.memory, probes)
+    moved = dot(state.solution - prepared.memory, probes)
     # The two halves of the sums apart: their total would be rounded to what is to be measured.
     right = dot(state.cross.high, probes) + dot(state.cross.low, probes)
-    right = right - shrink * dot(prior.memory, probes)
+    right = right - shrink * dot(prepared.memory, probes)
     left = dot(state.gram.high, moved) + dot(state.gram.low, moved)
     residual = right - left - (memory.ridge + shrink) * moved
     missed = factor_solve(state.factor, residual)
@@ -129,26 +129,26 @@ def distance(memory: Streaming, prior: Prior, state: StreamingState) -> Float[Ar
 @compiled
 def forget(
     memory: Streaming,
-    prior: Prior,
+    prepared: Prepared,
     state: StreamingState,
     keys: Float[Array, "N C"],
     values: Float[Array, "N C"],
 ) -> tuple[StreamingState, Certificate]:
     """Takes facts out (`write` with α = −1), and certifies it. The leverage is that of the first key."""
-    after = memory.write(prior, state, keys, values, -1)
+    after = memory.write(prepared, state, keys, values, -1)
     return after, Certificate(
-        distance(memory, prior, after),
-        leverage(memory, prior, after, keys[:1])[0],
-        after.missing > state.missing,
+        distance(memory, prepared, after),
+        leverage(memory, prepared, after, keys[:1])[0],
+        after.refused > state.refused,
     )
 
 
 @compiled
 def leverage(
-    memory: Streaming, prior: Prior, state: StreamingState, keys: Float[Array, "N C"]
+    memory: Streaming, prepared: Prepared, state: StreamingState, keys: Float[Array, "N C"]
 ) -> Float[Array, "N"]:
     """The share of each key's weights that the facts in the memory explain."""
-    return _claimed(memory, state, memory.address(prior, keys))
+    return _claimed(memory, state, memory.address(prepared, keys))
 
 
 def _claimed(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from larimar_jax.memory._list import Listed
-from larimar_jax.memory.contract import Real, pytree
+from larimar_jax.memory.base import Real, pytree
 
 
 @pytree
@@ -20,9 +20,7 @@ class Hopfield(Listed):
 
     beta: Real = dataclasses.field(default=32.0, kw_only=True)
 
-    def weigh(
-        self, similarity: Float[Array, "Q K"], used: Bool[Array, "K"]
-    ) -> Float[Array, "Q K"]:
+    def weigh(self, similarity: Float[Array, "Q K"], used: Bool[Array, "K"]) -> Float[Array, "Q K"]:
         """The softmax."""
         scores = jnp.where(used[None, :], self.beta * similarity, -jnp.inf)
         # Where no row is in use nothing is weighed, and the weights are never looked at.

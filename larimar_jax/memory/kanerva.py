@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from larimar_jax.linalg import dot, eigh, general_solve
-from larimar_jax.memory.contract import (
+from larimar_jax.memory.base import (
     Memory,
-    Prior,
+    Prepared,
     Reading,
     Real,
     Sign,
@@ -37,12 +37,12 @@ _LEFT = 1e-6
 
 @pytree
 class KanervaState:
-    """mean: R. covariance: U, symmetric. count: facts in. missing: forgets refused."""
+    """mean: R. covariance: U, symmetric. count: facts in. refused: forgets refused."""
 
     mean: Float[Array, "K C"]
     covariance: Float[Array, "K K"]
     count: Int[Array, ""]
-    missing: Int[Array, ""]
+    refused: Int[Array, ""]
 
 
 @pytree
@@ -61,14 +61,14 @@ class Kanerva(Memory):
     observation: Real = dataclasses.field(default=0.1, kw_only=True)
     update: Literal["sequential", "block"] = static(default="sequential", kw_only=True)
 
-    def empty(self, prior: Prior) -> KanervaState:
+    def empty(self, prepared: Prepared) -> KanervaState:
         """The prior: mean M₀, covariance I."""
         zero = jnp.zeros((), jnp.int32)
-        return KanervaState(prior.memory, jnp.eye(self.slots, dtype=jnp.float32), zero, zero)
+        return KanervaState(prepared.memory, jnp.eye(self.slots, dtype=jnp.float32), zero, zero)
 
     def write(
         self,
-        prior: Prior,
+        prepared: Prepared,
         state: KanervaState,
         keys: Float[Array, "N C"],
         values: Float[Array, "N C"],
@@ -77,7 +77,7 @@ class Kanerva(Memory):
     ) -> KanervaState:
         """Kalman's update for N facts, their noise variance a·sign."""
         keys, values = observe(keys, values, self.noise, rng)
-        weights = self.address(prior, keys)
+        weights = self.address(prepared, keys)
         signs = jnp.broadcast_to(jnp.asarray(sign, jnp.int32), keys.shape[:1])
         signs = jnp.where(jnp.any(weights != 0, axis=1), signs, 0)
         facts = (weights, values, signs.astype(jnp.float32))
@@ -97,7 +97,7 @@ class Kanerva(Memory):
             # Both factors alike, so that it stays symmetric.
             state.covariance - used / total * spread[:, None] * spread[None, :],
             state.count + jnp.where(refused, 0.0, alpha).astype(jnp.int32),
-            state.missing + refused.astype(jnp.int32),
+            state.refused + refused.astype(jnp.int32),
         )
 
     def _block(self, state: KanervaState, w, z, alpha) -> KanervaState:
@@ -114,31 +114,33 @@ class Kanerva(Memory):
         sound = jnp.all(jnp.isfinite(mean)) & (negative == jnp.sum(alpha < 0))
         symmetric = 0.5 * (covariance + covariance.T)
         count = state.count + jnp.sum(alpha).astype(jnp.int32)
-        written = KanervaState(mean, symmetric, count, state.missing)
-        gone = state.missing + jnp.sum(alpha < 0).astype(jnp.int32)
-        kept = dataclasses.replace(state, missing=gone)
+        written = KanervaState(mean, symmetric, count, state.refused)
+        gone = state.refused + jnp.sum(alpha < 0).astype(jnp.int32)
+        kept = dataclasses.replace(state, refused=gone)
         return jax.tree.map(lambda new, old: jnp.where(sound, new, old), written, kept)
 
     def read(
         self,
-        prior: Prior,
+        prepared: Prepared,
         state: KanervaState,
         queries: Float[Array, "Q C"],
         rng: PRNGKeyArray | None = None,
     ) -> Reading:
         """Z_read = W R. Confidence: 1 − ‖w U‖² / ‖w‖²; U = I where nothing is written."""
-        mean = self.address(prior, queries)
-        log_variance = self.log_variance(prior, state, queries)
+        mean = self.address(prepared, queries)
+        log_variance = self.log_variance(prepared, state, queries)
         latent = dot(sample(mean, log_variance, rng), state.mean)
         squared = jnp.sum(jnp.square(mean), axis=1)
         left = jnp.sum(jnp.square(dot(mean, state.covariance)), axis=1)
         return Reading(latent, mean, log_variance, share(squared - left, squared))
 
-    def posterior_variance(self, prior: Prior, state: KanervaState, queries: Float[Array, "Q C"]):
+    def posterior_variance(
+        self, prepared: Prepared, state: KanervaState, queries: Float[Array, "Q C"]
+    ):
         """The posterior variance w U wᵀ + a of each number of a readout, [Q]."""
-        w = self.address(prior, queries)
+        w = self.address(prepared, queries)
         return jnp.sum(dot(w, state.covariance) * w, axis=1) + self.observation
 
-    def matrix(self, prior: Prior, state: KanervaState) -> Float[Array, "K C"]:
+    def matrix(self, prepared: Prepared, state: KanervaState) -> Float[Array, "K C"]:
         """The posterior mean R."""
         return state.mean

@@ -8,7 +8,7 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from larimar_jax.linalg import dot, newton_schulz_pinv
-from larimar_jax.memory.contract import pytree, static
+from larimar_jax.memory.base import pytree, static
 from larimar_jax.memory.direct import Direct
 
 

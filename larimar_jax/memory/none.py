@@ -4,15 +4,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from larimar_jax.linalg import dot
-from larimar_jax.memory.contract import Memory, Prior, Reading, Sign, pytree, sample
+from larimar_jax.memory.base import Memory, Prepared, Reading, Sign, pytree, sample
 
 
 @pytree
 class NothingState:
-    """missing: forgets, none of which found anything. count: always 0."""
+    """refused: forgets, none of which found anything. count: always 0."""
 
     count: Int[Array, ""]
-    missing: Int[Array, ""]
+    refused: Int[Array, ""]
 
 
 @pytree
@@ -21,13 +21,13 @@ class Nothing(Memory):
 
     STORES = False
 
-    def empty(self, prior: Prior) -> NothingState:
+    def empty(self, prepared: Prepared) -> NothingState:
         """Nothing."""
         return NothingState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
     def write(
         self,
-        prior: Prior,
+        prepared: Prepared,
         state: NothingState,
         keys: Float[Array, "N C"],
         values: Float[Array, "N C"],
@@ -37,21 +37,21 @@ class Nothing(Memory):
         """Counts the forgets."""
         signs = jnp.broadcast_to(jnp.asarray(sign, jnp.int32), keys.shape[:1])
         gone = jnp.sum((signs < 0) & jnp.any(keys != 0, axis=1)).astype(jnp.int32)
-        return NothingState(state.count, state.missing + gone)
+        return NothingState(state.count, state.refused + gone)
 
     def read(
         self,
-        prior: Prior,
+        prepared: Prepared,
         state: NothingState,
         queries: Float[Array, "Q C"],
         rng: PRNGKeyArray | None = None,
     ) -> Reading:
         """W M₀, with no confidence."""
-        mean = self.address(prior, queries)
-        log_variance = self.log_variance(prior, state, queries)
-        latent = dot(sample(mean, log_variance, rng), prior.memory)
+        mean = self.address(prepared, queries)
+        log_variance = self.log_variance(prepared, state, queries)
+        latent = dot(sample(mean, log_variance, rng), prepared.memory)
         return Reading(latent, mean, log_variance, jnp.zeros(queries.shape[0], jnp.float32))
 
-    def matrix(self, prior: Prior, state: NothingState) -> Float[Array, "K C"]:
+    def matrix(self, prepared: Prepared, state: NothingState) -> Float[Array, "K C"]:
         """M₀."""
-        return prior.memory
+        return prepared.memory

@@ -8,9 +8,9 @@ blocks below it are solved against it, and what they leave is taken from the res
 K/p x K/p block once per step, so that all together send K² numbers, once.
 
     place = sharded.Place(mesh, "slots")
-    state = sharded.empty(memory, prior, place)
-    state = sharded.write(memory, prior, state, keys, values, place=place)
-    latent = sharded.read(memory, prior, state, queries, place=place)
+    state = sharded.empty(memory, prepared, place)
+    state = sharded.write(memory, prepared, state, keys, values, place=place)
+    latent = sharded.read(memory, prepared, state, queries, place=place)
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from larimar_jax.compensated import Sum, rank_update
 from larimar_jax.linalg import cholesky, dot, solve_lower
-from larimar_jax.memory.contract import Prior, Sign
+from larimar_jax.memory.base import Prepared, Sign
 from larimar_jax.memory.streaming import Streaming, StreamingState
-from larimar_jax.sums import Sum, rank_update
 
 
 class Place(NamedTuple):
@@ -41,7 +41,7 @@ class Place(NamedTuple):
         return self.mesh.shape[self.axis]
 
 
-def empty(memory: Streaming, prior: Prior, place: Place) -> StreamingState:
+def empty(memory: Streaming, prepared: Prepared, place: Place) -> StreamingState:
     """Nothing written; each device makes its own rows.
 
     Raises:
@@ -52,16 +52,16 @@ def empty(memory: Streaming, prior: Prior, place: Place) -> StreamingState:
             f"{memory.slots} slots do not divide over the {place.ways} devices of the mesh's "
             f"{place.axis!r}; take a multiple of {place.ways}"
         )
-    shapes = jax.eval_shape(memory.empty, prior)
+    shapes = jax.eval_shape(memory.empty, prepared)
     specs = [_specs(place)[f.name] for f in dataclasses.fields(shapes)]
     where = [NamedSharding(place.mesh, spec) for spec in jax.tree.leaves(specs, is_leaf=_is_spec)]
     where = jax.tree.unflatten(jax.tree.structure(shapes), where)
-    return jax.jit(memory.empty, out_shardings=where)(prior)
+    return jax.jit(memory.empty, out_shardings=where)(prepared)
 
 
 def write(
     memory: Streaming,
-    prior: Prior,
+    prepared: Prepared,
     state: StreamingState,
     keys: Float[Array, "N C"],
     values: Float[Array, "N C"],
@@ -95,20 +95,20 @@ def write(
             "count": state["count"] + jnp.sum(signs).astype(jnp.int32),
         }
         number = jnp.sum(jnp.abs(signs)).astype(jnp.int32)
-        kept = state | {"missing": state["missing"] + number}
+        kept = state | {"refused": state["refused"] + number}
         return jax.tree.map(lambda new, old: jnp.where(sound, new, old), written, kept)
 
     signs = jnp.broadcast_to(jnp.asarray(sign, jnp.int32), keys.shape[:1])
-    weights, values = memory.address(prior, keys), values.astype(jnp.float32)
+    weights, values = memory.address(prepared, keys), values.astype(jnp.float32)
     given = (_specs(place), P(place.axis), P(), P(), P())
     mapped = _mapped(local, place, given, _specs(place))
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    return StreamingState(**mapped(fields, prior.memory, weights, values, signs))
+    return StreamingState(**mapped(fields, prepared.memory, weights, values, signs))
 
 
 def read(
     memory: Streaming,
-    prior: Prior,
+    prepared: Prepared,
     state: StreamingState,
     queries: Float[Array, "Q C"],
     *,
@@ -120,7 +120,7 @@ def read(
         return jax.lax.psum(dot(_rows(weights.T, place).T, solution), place.axis)
 
     mapped = _mapped(local, place, (P(place.axis), P()), P())
-    return mapped(state.solution, memory.address(prior, queries))
+    return mapped(state.solution, memory.address(prepared, queries))
 
 
 def _specs(place: Place) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def _specs(place: Place) -> dict[str, Any]:
         "factor": rows,
         "solution": rows,
         "count": whole,
-        "missing": whole,
+        "refused": whole,
     }
 
 
@@ -143,9 +143,7 @@ def _is_spec(node: Any) -> bool:
 
 def _mapped(local: Callable, place: Place, given: Any, made: Any) -> Callable:
     # What is the same on all devices is not proven to be: a refused write chooses by a sum over them.
-    return jax.shard_map(
-        local, mesh=place.mesh, in_specs=given, out_specs=made, check_vma=False
-    )
+    return jax.shard_map(local, mesh=place.mesh, in_specs=given, out_specs=made, check_vma=False)
 
 
 def _rows(whole: Float[Array, "K n"], place: Place) -> Float[Array, "k n"]:

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from larimar_jax.linalg import dot, factor_update, product_solve
-from larimar_jax.memory.contract import (
+from larimar_jax.memory.base import (
     Memory,
-    Prior,
+    Prepared,
     Reading,
     Real,
     Sign,
@@ -27,12 +27,12 @@ from larimar_jax.memory.contract import (
 
 @pytree
 class SquareRootState:
-    """factor: L, lower. cross: B = Σ α Wᵀ(Z − W M₀). count: facts in. missing: forgets refused."""
+    """factor: L, lower. cross: B = Σ α Wᵀ(Z − W M₀). count: facts in. refused: forgets refused."""
 
     factor: Float[Array, "K K"]
     cross: Float[Array, "K C"]
     count: Int[Array, ""]
-    missing: Int[Array, ""]
+    refused: Int[Array, ""]
 
 
 @pytree
@@ -48,7 +48,7 @@ class SquareRoot(Memory):
 
     ridge: Real = dataclasses.field(default=0.1, kw_only=True)
 
-    def empty(self, prior: Prior) -> SquareRootState:
+    def empty(self, prepared: Prepared) -> SquareRootState:
         """Nothing written: A = λI, M = M₀."""
         zero = jnp.zeros((), jnp.int32)
         diagonal = jnp.sqrt(jnp.asarray(self.ridge, jnp.float32))
@@ -61,7 +61,7 @@ class SquareRoot(Memory):
 
     def write(
         self,
-        prior: Prior,
+        prepared: Prepared,
         state: SquareRootState,
         keys: Float[Array, "N C"],
         values: Float[Array, "N C"],
@@ -70,7 +70,7 @@ class SquareRoot(Memory):
     ) -> SquareRootState:
         """A rotation of L for each fact."""
         keys, values = observe(keys, values, self.noise, rng)
-        weights = self.address(prior, keys)
+        weights = self.address(prepared, keys)
         signs = jnp.broadcast_to(jnp.asarray(sign, jnp.int32), keys.shape[:1])
         signs = jnp.where(jnp.any(weights != 0, axis=1), signs, 0).astype(jnp.float32)
 
@@ -82,33 +82,33 @@ class SquareRoot(Memory):
                 factor,
                 state.cross + used * w[:, None] * error[None, :],
                 state.count + used.astype(jnp.int32),
-                state.missing + (~sound).astype(jnp.int32),
+                state.refused + (~sound).astype(jnp.int32),
             ), None
 
-        facts = (weights, values - dot(weights, prior.memory), signs)
+        facts = (weights, values - dot(weights, prepared.memory), signs)
         return jax.lax.scan(one, state, facts)[0]
 
     def read(
         self,
-        prior: Prior,
+        prepared: Prepared,
         state: SquareRootState,
         queries: Float[Array, "Q C"],
         rng: PRNGKeyArray | None = None,
     ) -> Reading:
         """Z_read = W M. Confidence as in `streaming`: 1 − ‖λ w A⁻¹‖² / ‖w‖²."""
-        mean = self.address(prior, queries)
-        log_variance = self.log_variance(prior, state, queries)
+        mean = self.address(prepared, queries)
+        log_variance = self.log_variance(prepared, state, queries)
         weights = sample(mean, log_variance, rng)
         solved = product_solve(state.factor, weights.T).T
         left = self.ridge * (solved if rng is None else product_solve(state.factor, mean.T).T)
         squared = jnp.sum(jnp.square(mean), axis=1)
         return Reading(
-            dot(weights, prior.memory) + dot(solved, state.cross),
+            dot(weights, prepared.memory) + dot(solved, state.cross),
             mean,
             log_variance,
             share(squared - jnp.sum(jnp.square(left), axis=1), squared),
         )
 
-    def matrix(self, prior: Prior, state: SquareRootState) -> Float[Array, "K C"]:
+    def matrix(self, prepared: Prepared, state: SquareRootState) -> Float[Array, "K C"]:
         """The posterior memory M."""
-        return prior.memory + product_solve(state.factor, state.cross)
+        return prepared.memory + product_solve(state.factor, state.cross)

@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from larimar_jax.compensated import Sum, rank_update, zero_sum
 from larimar_jax.linalg import (
     add_ridge,
     cholesky,
@@ -44,9 +45,9 @@ from larimar_jax.linalg import (
     is_positive_definite,
     spd_solve,
 )
-from larimar_jax.memory.contract import (
+from larimar_jax.memory.base import (
     Memory,
-    Prior,
+    Prepared,
     Reading,
     Real,
     Sign,
@@ -56,7 +57,6 @@ from larimar_jax.memory.contract import (
     sample,
     share,
 )
-from larimar_jax.sums import Sum, rank_update, zero_sum
 
 # See `Streaming._slack`.
 _SLACK = 1e-3
@@ -75,7 +75,7 @@ class StreamingState:
     """Sufficient statistics of one memory (λ and μ not included), and the solution they imply.
 
     gram: Σ α WᵀW [K, K]. cross: Σ α Wᵀ(Z − W M₀) [K, C]. energy: Σ α ‖Z − W M₀‖² [1, 1]. factor:
-    Cholesky of A. solution: M. count: facts in. missing: facts refused.
+    Cholesky of A. solution: M. count: facts in. refused: facts refused.
     """
 
     gram: Sum
@@ -84,7 +84,7 @@ class StreamingState:
     factor: Float[Array, "K K"]
     solution: Float[Array, "K C"]
     count: Int[Array, ""]
-    missing: Int[Array, ""]
+    refused: Int[Array, ""]
 
 
 @pytree
@@ -94,7 +94,7 @@ class Streaming(Memory):
     ridge: λ, in units of a squared norm of addressing weights ‖w‖². query_noise: ρ, how far queries are
     expected to lie from keys, relative to them; 0 is for keys that come back as they were written.
 
-    A forget is refused, and counted in `missing`, where the statistics show that its fact cannot have
+    A forget is refused, and counted in `refused`, where the statistics show that its fact cannot have
     been in (`possible`): a key outside the span of the written ones, or a written key with another
     value that no other fact explains. Where other facts span its key, a fact that was never written
     can not be told from a written one: statistics keep no list. A batch is refused as a whole.
@@ -103,7 +103,7 @@ class Streaming(Memory):
     ridge: Real = dataclasses.field(default=1e-2, kw_only=True)
     query_noise: Real = dataclasses.field(default=0.5, kw_only=True)
 
-    def empty(self, prior: Prior) -> StreamingState:
+    def empty(self, prepared: Prepared) -> StreamingState:
         """Nothing written: A = λI, M = M₀."""
         zero = jnp.zeros((), jnp.int32)
         diagonal = jnp.sqrt(jnp.asarray(self.ridge, jnp.float32))
@@ -112,14 +112,14 @@ class Streaming(Memory):
             cross=zero_sum(self.slots, self.latent),
             energy=zero_sum(1, 1),
             factor=diagonal * jnp.eye(self.slots, dtype=jnp.float32),
-            solution=prior.memory,
+            solution=prepared.memory,
             count=zero,
-            missing=zero,
+            refused=zero,
         )
 
     def write(
         self,
-        prior: Prior,
+        prepared: Prepared,
         state: StreamingState,
         keys: Float[Array, "N C"],
         values: Float[Array, "N C"],
@@ -127,20 +127,20 @@ class Streaming(Memory):
         rng: PRNGKeyArray | None = None,
     ) -> StreamingState:
         """Eqs. 3–4 for N facts and one factorisation: `accumulate`, then `solve`."""
-        facts = self._facts(prior, keys, values, sign, rng)
-        updated = self.solve(prior, _added(state, *facts))
+        facts = self._facts(prepared, keys, values, sign, rng)
+        updated = self.solve(prepared, _added(state, *facts))
         if isinstance(sign, int) and sign >= 0:
             sound = is_positive_definite(updated.factor)
         else:
-            sound = self.possible(prior, state, updated, *facts)
+            sound = self.possible(prepared, state, updated, *facts)
         number = jnp.sum(jnp.abs(facts[2])).astype(jnp.int32)
-        refused = dataclasses.replace(state, missing=state.missing + number)
+        refused = dataclasses.replace(state, refused=state.refused + number)
         return jax.tree.map(lambda new, old: jnp.where(sound, new, old), updated, refused)
 
     @compiled
     def accumulate(
         self,
-        prior: Prior,
+        prepared: Prepared,
         state: StreamingState,
         keys: Float[Array, "N C"],
         values: Float[Array, "N C"],
@@ -149,19 +149,19 @@ class Streaming(Memory):
     ) -> StreamingState:
         """Eq. 3 alone: adds the facts to the statistics and leaves `factor` and `solution` stale,
         so that a long stream (a `lax.scan` over batches) pays for one factorisation at its end."""
-        return _added(state, *self._facts(prior, keys, values, sign, rng))
+        return _added(state, *self._facts(prepared, keys, values, sign, rng))
 
-    def _facts(self, prior: Prior, keys, values, sign: Sign, rng: PRNGKeyArray | None):
+    def _facts(self, prepared: Prepared, keys, values, sign: Sign, rng: PRNGKeyArray | None):
         """w [N, K], z − wM₀ [N, C] and α [N] of facts, α = 0 for padding."""
         keys, values = observe(keys, values, self.noise, rng)
-        weights = self.address(prior, keys)
+        weights = self.address(prepared, keys)
         signs = jnp.broadcast_to(jnp.asarray(sign, jnp.float32), keys.shape[:1])
         signs = jnp.where(jnp.any(weights != 0, axis=1), signs, 0.0)
-        return weights, values - dot(weights, prior.memory), signs
+        return weights, values - dot(weights, prepared.memory), signs
 
     def possible(
         self,
-        prior: Prior,
+        prepared: Prepared,
         before: StreamingState,
         after: StreamingState,
         weights: Float[Array, "N K"],
@@ -183,7 +183,7 @@ class Streaming(Memory):
         return is_positive_definite(after.factor) & (
             jnp.all(signs >= 0)
             | (
-                (self.objective(prior, after) >= -slack * energy)
+                (self.objective(prepared, after) >= -slack * energy)
                 & jnp.all((signs >= 0) | (held >= least))
             )
         )
@@ -195,22 +195,22 @@ class Streaming(Memory):
         size = jnp.max(jnp.sum(jnp.abs(gram), axis=1)) / (self.ridge + self.shrink(gram))
         return _SLACK + 4.0 * jnp.finfo(jnp.float32).eps * size
 
-    def unexplained(self, prior: Prior, state: StreamingState) -> Float[Array, ""]:
+    def unexplained(self, prepared: Prepared, state: StreamingState) -> Float[Array, ""]:
         """Σ α ‖Z − WM‖² = E − 2⟨Δ, B⟩ + ⟨Δ, GΔ⟩ with Δ = M − M₀; to rounding at least 0."""
-        change = state.solution - prior.memory
+        change = state.solution - prepared.memory
         cross, gram = state.cross.total(), state.gram.total()
         found = state.energy.total()[0, 0] - 2.0 * jnp.sum(change * cross)
         return found + jnp.sum(change * dot(gram, change))
 
-    def objective(self, prior: Prior, state: StreamingState) -> Float[Array, ""]:
+    def objective(self, prepared: Prepared, state: StreamingState) -> Float[Array, ""]:
         """J = Σ α ‖Z − WM‖² + λ‖M − M₀‖² + μ‖M‖² at its minimum; to rounding at least 0.
 
         Of M as it is, and not as E − ⟨B, A⁻¹B⟩: there terms cancel to what rounding left of them.
         """
         shrink = self.shrink(state.gram.total())
-        moved = jnp.sum(jnp.square(state.solution - prior.memory))
+        moved = jnp.sum(jnp.square(state.solution - prepared.memory))
         whole = jnp.sum(jnp.square(state.solution))
-        return self.unexplained(prior, state) + self.ridge * moved + shrink * whole
+        return self.unexplained(prepared, state) + self.ridge * moved + shrink * whole
 
     def shrink(self, gram: Float[Array, "K K"]) -> Float[Array, ""]:
         """μ of Σ α WᵀW; a constant to differentiation."""
@@ -220,24 +220,24 @@ class Streaming(Memory):
         """μ of the trace of Σ α WᵀW."""
         return jnp.square(self.query_noise) * level(trace, self.slots)
 
-    def solve(self, prior: Prior, state: StreamingState) -> StreamingState:
+    def solve(self, prepared: Prepared, state: StreamingState) -> StreamingState:
         """M and the factor of A from the statistics; NaN where A is not positive definite."""
         gram = state.gram.total()
         shrink = self.shrink(gram)
         matrix = add_ridge(gram, self.ridge + shrink)
         factor = cholesky(matrix)
-        change = spd_solve(matrix, factor, state.cross.total() - shrink * prior.memory)
-        return dataclasses.replace(state, factor=factor, solution=prior.memory + change)
+        change = spd_solve(matrix, factor, state.cross.total() - shrink * prepared.memory)
+        return dataclasses.replace(state, factor=factor, solution=prepared.memory + change)
 
     @compiled
     def combine(
-        self, prior: Prior, state: StreamingState, other: StreamingState, sign: int = 1
+        self, prepared: Prepared, state: StreamingState, other: StreamingState, sign: int = 1
     ) -> StreamingState:
         """The memory of the facts of both (sign +1), or of those of `state` without those of `other`
         (−1): statistics are sums. Both have to be of this prior.
 
         Where facts cannot have the statistics of a difference (A is indefinite, or J negative),
-        `other` held what `state` does not: the result is `state`, and `missing` counts the facts of
+        `other` held what `state` does not: the result is `state`, and `refused` counts the facts of
         `other`.
         """
         alpha = jnp.float32(sign)
@@ -247,22 +247,22 @@ class Streaming(Memory):
 
         sums = {n: total(getattr(state, n), getattr(other, n)) for n in ("gram", "cross", "energy")}
         count = state.count + jnp.int32(sign) * other.count
-        solved = self.solve(prior, dataclasses.replace(state, **sums, count=count))
+        solved = self.solve(prepared, dataclasses.replace(state, **sums, count=count))
         least = -self._slack(solved) * state.energy.total()[0, 0]
-        sound = is_positive_definite(solved.factor) & (self.objective(prior, solved) >= least)
-        refused = dataclasses.replace(state, missing=state.missing + other.count)
+        sound = is_positive_definite(solved.factor) & (self.objective(prepared, solved) >= least)
+        refused = dataclasses.replace(state, refused=state.refused + other.count)
         return jax.tree.map(lambda new, old: jnp.where(sound, new, old), solved, refused)
 
     def read(
         self,
-        prior: Prior,
+        prepared: Prepared,
         state: StreamingState,
         queries: Float[Array, "Q C"],
         rng: PRNGKeyArray | None = None,
     ) -> Reading:
         """Z_read = W M with W addressed by M_ref. Confidence: 1 − ‖w − w G A⁻¹‖² / ‖w‖², G = Σ α WᵀW."""
-        mean = self.address(prior, queries)
-        log_variance = self.log_variance(prior, state, queries)
+        mean = self.address(prepared, queries)
+        log_variance = self.log_variance(prepared, state, queries)
         latent = dot(sample(mean, log_variance, rng), state.solution)
         squared = jnp.sum(jnp.square(mean), axis=1)
         # w − w G A⁻¹ = (λ + μ) w A⁻¹ is what no fact has claimed of the weights.
@@ -277,7 +277,7 @@ class Streaming(Memory):
             share(squared - unclaimed, squared),
         )
 
-    def matrix(self, prior: Prior, state: StreamingState) -> Float[Array, "K C"]:
+    def matrix(self, prepared: Prepared, state: StreamingState) -> Float[Array, "K C"]:
         """The posterior memory M."""
         return state.solution
 

@@ -95,15 +95,15 @@ def score(
       the same prompt; edit_success_base: that of the base LM.
     """
     memory = Streaming(
-        *model.memory.prior[...].shape, ridge=editing.ridge, query_noise=editing.query_noise
+        *model.memory.prior_memory[...].shape, ridge=editing.ridge, query_noise=editing.query_noise
     )
-    prior = memory.prepare(model.memory.params())
+    prepared = memory.prepare(model.memory.params())
     keys = model.encode(edits["prompt_tokens"], edits["prompt_mask"])
     values = model.encode(edits["text_tokens"], edits["text_mask"])
 
     def one(key, value):
-        state = memory.write(prior, memory.empty(prior), key[None], value[None])
-        return memory.read(prior, state, key[None]).latent[0]
+        state = memory.write(prepared, memory.empty(prepared), key[None], value[None])
+        return memory.read(prepared, state, key[None]).latent[0]
 
     written = model.condition(jax.vmap(one)(keys, values))
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from larimar_jax.settings import Config
-from larimar_jax.train import export
+from larimar_jax.weights import model_file
 
 # What an export holds in bfloat16: half the size for the largest map, whose products are summed over
 # hundreds of terms.
@@ -37,7 +37,7 @@ def finish(
     if jax.process_index() != 0:
         multihost_utils.sync_global_devices("a trained model is written")
         return
-    export.save_exported(path, kept, meta, _HALVED)
+    model_file.save_exported(path, kept, meta, _HALVED)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("a trained model is written")
 

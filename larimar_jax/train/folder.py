@@ -56,7 +56,7 @@ def same_run(theirs: Mapping[str, Any], mine: Mapping[str, Any], where: Path) ->
         OtherRun: as `claim`.
     """
     # An older folder's config may lack what was since made a setting.
-    theirs = _flat(configs.to_dict(configs.parse_saved(theirs)))
+    theirs = _flat(configs.to_dict(configs.parse(theirs)))
     mine = _flat(mine)
     keys = sorted(set(theirs) | set(mine))
     differ = [k for k in keys if theirs.get(k) != mine.get(k) and k not in _FREE]

@@ -12,7 +12,7 @@ from larimar_jax.data.episodes import TooFewPieces
 from larimar_jax.data.store import Store
 from larimar_jax.settings import Config
 from larimar_jax.train import edits, sharding
-from larimar_jax.train.step import Stepper
+from larimar_jax.train.step import TrainStep
 
 # Held-out batches of an evaluation: enough to halve the noise of one, cheap enough to be frequent.
 _BATCHES = 4
@@ -64,7 +64,7 @@ class HeldOut:
             self._edits = sharding.place(chosen.arrays(), {n: whole for n in chosen.arrays()})
 
     def evaluate(
-        self, stepper: Stepper, params: Mapping[str, Any], frozen: Mapping[str, Any]
+        self, stepper: TrainStep, params: Mapping[str, Any], frozen: Mapping[str, Any]
     ) -> dict[str, float]:
         """The mean of each term over the batches in nats per token, the memory's condition number,
         and what `edits.score` says."""

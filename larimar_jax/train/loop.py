@@ -37,7 +37,7 @@ from larimar_jax.train.checksums import array_checksums
 from larimar_jax.train.finish import finish
 from larimar_jax.train.held_out import HeldOut
 from larimar_jax.train.metrics import MetricsLog
-from larimar_jax.train.step import Skeleton, Stepper, TrainState, initialise
+from larimar_jax.train.step import AbstractModel, TrainState, TrainStep, initialise
 
 # Seconds that compiling, an evaluation or a save may take beyond `train.stall`.
 _SLOW = 3600.0
@@ -77,8 +77,8 @@ def _train(config: Config, run_dir: Path, dog: distributed.Watchdog, progress: b
     folder.claim(run_dir, config)
     mesh = sharding.make_mesh(config.train.mesh)
     # Before the corpus is tokenised: what does not fit is said while little was done.
-    abstract = Skeleton(model.abstract(config))
-    Stepper(config, abstract, mesh)
+    abstract = AbstractModel(model.abstract(config))
+    TrainStep(config, abstract, mesh)
     # A corpus takes its time, and whoever waits for its pieces gives up by itself.
     dog.beat(math.inf)
     source = corpus.open_corpus(config.data.corpus)
@@ -94,7 +94,7 @@ def _train(config: Config, run_dir: Path, dog: distributed.Watchdog, progress: b
     )
     dog.beat(_SLOW)
     skeleton, parameters = initialise(config, mesh)
-    stepper = Stepper(config, skeleton, mesh)
+    stepper = TrainStep(config, skeleton, mesh)
     kept = (config.train.keep, config.train.best)
     saved = _Saved(checkpoint.Checkpoints(run_dir / "checkpoints", *kept), stepper)
     if config.train.start_from is not None:
@@ -163,7 +163,7 @@ def _stored(config: Config, source: corpus.Corpus, tokenizers, held_out: bool, p
 class _Saved:
     """The run's checkpoints, in terms of its state: M₀ and log σ_W² are an item of their own."""
 
-    def __init__(self, checkpoints: checkpoint.Checkpoints, stepper: Stepper):
+    def __init__(self, checkpoints: checkpoint.Checkpoints, stepper: TrainStep):
         self.checkpoints, self._stepper = checkpoints, stepper
 
     @staticmethod

@@ -63,7 +63,7 @@ def load(path: str | Path, like: Any, *, encoder: str) -> tuple[Any, dict[str, A
 
     Args:
       like: a state of the same variant and sizes, of arrays or of ShapeDtypeStructs with a sharding:
-        `jax.eval_shape(memory.empty, prior)` for a memory whose state does not grow with its facts, or
+        `jax.eval_shape(memory.empty, prepared)` for a memory whose state does not grow with its facts, or
         `sharded.empty(…)` for one in rows over devices.
       encoder: as it was said to `save`.
     Raises:

@@ -71,7 +71,7 @@ def rules(model: Any, memory_layout: str = "replicated") -> list[Rule]:
     """
     slots = P("fsdp") if memory_layout == "slots" else P()
     own: list[Rule] = [
-        (r"^memory/(prior|variance_by_memory)$", slots, False),
+        (r"^memory/(prior_memory|variance_by_memory)$", slots, False),
         (r"^memory/", P(), False),
         # Not over tensor as well: XLA's partitioner (jaxlib 0.10) then computes a wrong gradient through
         # the slots' heads where a device has one episode. tests/test_layouts.py would see it.

@@ -8,7 +8,7 @@ import jax
 
 from larimar_jax import scope
 from larimar_jax.settings import StartConfig
-from larimar_jax.train import checkpoint, export
+from larimar_jax.train import checkpoint, model_file
 
 
 class StartError(ValueError):
@@ -28,7 +28,7 @@ def replace(parameters: Mapping[str, jax.Array], said: StartConfig) -> dict[str,
     path = Path(said.path)
     exported = path / "model.safetensors" if path.is_dir() else path
     if exported.is_file():
-        found, _ = export.load_exported(exported)
+        found, _ = model_file.load_exported(exported)
         found.pop(scope.PROJECTION, None)  # fitted to the encodings of the model that it is in
         shapes = {name: array.shape for name, array in found.items()}
     else:

@@ -39,7 +39,7 @@ class TrainState(NamedTuple):
     loss: Any
 
 
-class Skeleton:
+class AbstractModel:
     """A model without its numbers: turns parameters by '/'-joined path back into a model.
 
     Attributes:
@@ -77,7 +77,7 @@ def _table(abstract: nnx.Module, config: Config) -> list[sharding.Rule]:
     return sharding.rules(abstract, config.train.memory_layout)
 
 
-def initialise(config: Config, mesh: Mesh) -> tuple[Skeleton, dict[str, Array]]:
+def initialise(config: Config, mesh: Mesh) -> tuple[AbstractModel, dict[str, Array]]:
     """The model's parameters, each where its sharding rule puts it.
 
     Without pretrained towers they are made on the devices that will hold them, so that no host ever
@@ -88,7 +88,7 @@ def initialise(config: Config, mesh: Mesh) -> tuple[Skeleton, dict[str, Array]]:
         FileNotFoundError: a tower's `source` is not installed.
     """
     key = jax.random.key(config.train.seed)
-    skeleton = Skeleton(model.abstract(config))
+    skeleton = AbstractModel(model.abstract(config))
     where = skeleton.shardings(config, mesh)
     towers = (config.model.encoder, config.model.decoder)
     if any(tower.source is not None for tower in towers):
@@ -98,7 +98,7 @@ def initialise(config: Config, mesh: Mesh) -> tuple[Skeleton, dict[str, Array]]:
     return skeleton, make()
 
 
-class Stepper:
+class TrainStep:
     """The compiled functions of a run, and where their arguments live.
 
     Args:
@@ -113,7 +113,7 @@ class Stepper:
         ValueError: a part of the batch (train.accumulate) does not divide over the mesh.
     """
 
-    def __init__(self, config: Config, skeleton: Skeleton, mesh: Mesh):
+    def __init__(self, config: Config, skeleton: AbstractModel, mesh: Mesh):
         self._config, self._skeleton, self._mesh = config, skeleton, mesh
         self._memory = make_memory(config)
         self._flops: dict[int, int] = {}
@@ -193,7 +193,7 @@ class Stepper:
             if config.model.remat != "none":
                 lean = dataclasses.replace(config.model, remat="none")
                 config = dataclasses.replace(config, model=lean)
-                stepper = Stepper(config, Skeleton(model.abstract(config)), self._mesh)
+                stepper = TrainStep(config, AbstractModel(model.abstract(config)), self._mesh)
             self._flops[episode] = flops.count(stepper.traced, *stepper.arguments(episode))
         return self._flops[episode]
 
@@ -307,7 +307,7 @@ class Stepper:
         larimar = self._skeleton.model({**params, **frozen})
         with layers.placed_by(sharding.placement(self._mesh)):
             base = objective.untouched(larimar, batch, objective.counts(batch, weights))
-        condition = linalg.matrix_condition(larimar.memory.prior[...])
+        condition = linalg.matrix_condition(larimar.memory.prior_memory[...])
         return {**terms, "base": base, "memory_condition": condition}
 
     def _edits(

@@ -31,7 +31,7 @@ SCOPE_THRESHOLD = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
-class Unsaid:
+class Assumptions:
     """What a checkpoint does not say. Head sizes are widths of one attention head, None the released
     sizes' own; rotary, for a GPT-J, is how many numbers of a head positions rotate."""
 
@@ -52,7 +52,7 @@ class Description:
     left: list[str]
 
 
-def describe(source: Source, hyper: Mapping[str, Any] | None, unsaid: Unsaid) -> Description:
+def describe(source: Source, hyper: Mapping[str, Any] | None, assumptions: Assumptions) -> Description:
     """Which model the checkpoint is of.
 
     Args:
@@ -68,8 +68,8 @@ def describe(source: Source, hyper: Mapping[str, Any] | None, unsaid: Unsaid) ->
     family = "gptj" if any(".mlp.fc_in." in name for name in sizes.shapes) else "gpt2"
     keys = _keys(family)
     slots, latent = sizes.of(_MEMORY + "memory_mean", 2)
-    encoder = _encoder(sizes, unsaid)
-    decoder = _decoder(sizes, family, unsaid)
+    encoder = _encoder(sizes, assumptions)
+    decoder = _decoder(sizes, family, assumptions)
     if sizes.problems:
         raise WeightsError(
             f"{source.path} is no whole checkpoint of the authors' (§9), or its head sizes are not "
@@ -131,9 +131,9 @@ def describe(source: Source, hyper: Mapping[str, Any] | None, unsaid: Unsaid) ->
         editing=dict(
             ridge=1e-2,
             query_noise=0.0,
-            scope_threshold=unsaid.scope_threshold,
-            features=None,
-            spelling=None,
+            scope_threshold=assumptions.scope_threshold,
+            key_features=None,
+            answer_code=None,
         ),
     )
     view = View(source, _parts(sizes.shapes, slots, latent, setting))
@@ -262,7 +262,7 @@ def _keys(family: str) -> Keys:
         (_LATENT, "to_latent.kernel", "transpose"),
         (_BLOCKS + "linear.weight", "to_slots.kernel", "transpose"),
         (_BLOCKS + "linear_emb.weight", "to_embedding.kernel", "transpose"),
-        (_MEMORY + "memory_mean", "memory.prior", "copy"),
+        (_MEMORY + "memory_mean", "memory.prior_memory", "copy"),
         (_VARIANCE + "[.bias]", "memory.log_variance", "copy"),
         (_VARIANCE + ".weight/query", "memory.variance_by_query", "transpose"),
         (_VARIANCE + ".weight/memory", "memory.variance_by_memory", "copy"),
@@ -271,14 +271,14 @@ def _keys(family: str) -> Keys:
     )
 
 
-def _encoder(sizes: _Sizes, unsaid: Unsaid) -> dict[str, Any]:
+def _encoder(sizes: _Sizes, assumptions: Assumptions) -> dict[str, Any]:
     words, width = sizes.of(_ENCODER + "embeddings.word_embeddings.weight", 2)
     return dict(
         family="bert",
         vocab_size=words,
         width=width,
         depth=sizes.depth(_ENCODER + "encoder.layer."),
-        heads=sizes.heads(width, unsaid.encoder_head, "bert", "--encoder-head-size"),
+        heads=sizes.heads(width, assumptions.encoder_head, "bert", "--encoder-head-size"),
         mlp=sizes.of(_ENCODER + "encoder.layer.0.intermediate.dense.weight", 2)[0],
         max_length=sizes.of(_ENCODER + "embeddings.position_embeddings.weight", 2)[0],
         type_vocab=sizes.of(_ENCODER + "embeddings.token_type_embeddings.weight", 2)[0],
@@ -288,14 +288,14 @@ def _encoder(sizes: _Sizes, unsaid: Unsaid) -> dict[str, Any]:
     )
 
 
-def _decoder(sizes: _Sizes, family: str, unsaid: Unsaid) -> dict[str, Any]:
+def _decoder(sizes: _Sizes, family: str, assumptions: Assumptions) -> dict[str, Any]:
     words, width = sizes.of(_BLOCKS + "wte.weight", 2)
     found = dict(
         family=family,
         vocab_size=words,
         width=width,
         depth=sizes.depth(_BLOCKS + "h."),
-        heads=sizes.heads(width, unsaid.decoder_head, family, "--decoder-head-size"),
+        heads=sizes.heads(width, assumptions.decoder_head, family, "--decoder-head-size"),
         norm_eps=1e-5,
     )
     if family == "gpt2":
@@ -303,11 +303,11 @@ def _decoder(sizes: _Sizes, family: str, unsaid: Unsaid) -> dict[str, Any]:
         found["max_length"] = sizes.of(_BLOCKS + "wpe.weight", 2)[0]
     else:
         found["mlp"] = sizes.of(_BLOCKS + "h.0.mlp.fc_in.weight", 2)[0]
-        found["rotary"] = unsaid.rotary
+        found["rotary"] = assumptions.rotary
         head = width // found["heads"]
-        if width and (unsaid.rotary % 2 or not 0 < unsaid.rotary <= head):
+        if width and (assumptions.rotary % 2 or not 0 < assumptions.rotary <= head):
             sizes.problems.append(
-                f"{unsaid.rotary} rotated numbers of a head of {head}; set --rotary, even"
+                f"{assumptions.rotary} rotated numbers of a head of {head}; set --rotary, even"
             )
         # Rotary positions leave no table: the causal mask, where it was saved, says how many.
         found["max_length"] = sizes.shapes.get(_BLOCKS + "h.0.attn.bias", (2048,))[-1]

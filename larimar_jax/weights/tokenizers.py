@@ -247,8 +247,8 @@ class Tokenizer:
     def _bytes(self) -> tuple[int, ...]:
         """The ids of the 256 bytes that SentencePiece spells unknown characters with, or none."""
         ids = tuple(self.backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
-        spelled = None not in ids and self.backend.decode([ids[b] for b in "é".encode()]) == "é"
-        return ids if spelled else ()
+        evidence = None not in ids and self.backend.decode([ids[b] for b in "é".encode()]) == "é"
+        return ids if evidence else ()
 
     @functools.cached_property
     def _byte_of(self) -> dict[int, int]:

@@ -23,7 +23,7 @@ from larimar_jax.bench import counterfact, zsre  # noqa: E402
 from larimar_jax.bench.editor import LarimarEditor  # noqa: E402
 from larimar_jax.data import counterfact as counterfact_data  # noqa: E402
 from larimar_jax.data import zsre as zsre_data  # noqa: E402
-from larimar_jax.pretrained import load  # noqa: E402
+from larimar_jax.pipeline import load  # noqa: E402
 
 TOLERANCE = 1e-5
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from larimar_jax import memory
-from larimar_jax.memory import health, live
+from larimar_jax.memory import health, rls
 from larimar_jax.memory.streaming import Streaming
 
 SLOTS, LATENT, POOL, IN = 512, 768, 1024, 256
@@ -58,27 +58,27 @@ def run(ridge, noise, steps):
     keys, values = np.float64(keys32), np.float64(values32)
     variant = Streaming(SLOTS, LATENT, ridge=ridge, query_noise=noise)
     m0 = np.eye(SLOTS, LATENT)
-    prior = variant.prepare(memory.MemoryParams(jnp.float32(m0), jnp.zeros(())))
+    prepared = variant.prepare(memory.MemoryParams(jnp.float32(m0), jnp.zeros(())))
 
     # Arguments all: as constants they would be folded, which takes longer than a stream.
     @functools.partial(jax.jit, donate_argnums=0)
-    def stream(now, prior, keys, values, chosen, signs):
-        return live.stream(variant, prior, now, keys[chosen], values[chosen], signs)
+    def stream(now, prepared, keys, values, chosen, signs):
+        return rls.stream(variant, prepared, now, keys[chosen], values[chosen], signs)
 
     @jax.jit
-    def certify(now, prior):
-        state = live.settle(variant, prior, now)
-        return health.distance(variant, prior, dataclasses.replace(state, solution=now.solution))
+    def certify(now, prepared):
+        state = rls.to_state(variant, prepared, now)
+        return health.distance(variant, prepared, dataclasses.replace(state, solution=now.solution))
 
     @jax.jit
-    def begin(prior, keys, values):
-        state = variant.write(prior, variant.empty(prior), keys, values)
-        return live.begin(variant, prior, state)
+    def begin(prepared, keys, values):
+        state = variant.write(prepared, variant.empty(prepared), keys, values)
+        return rls.init(variant, prepared, state)
 
-    now = begin(prior, keys32[:IN], values32[:IN])
+    now = begin(prepared, keys32[:IN], values32[:IN])
     facts, refreshed, begun = Facts(), 0, time.perf_counter()
     for step in range(BLOCK, steps + 1, BLOCK):
-        now, done = stream(now, prior, keys32, values32, *facts.swaps(BLOCK))
+        now, done = stream(now, prepared, keys32, values32, *facts.swaps(BLOCK))
         refreshed += int(done.refreshed.sum())
         if step % EVERY:
             continue
@@ -102,9 +102,9 @@ def run(ridge, noise, steps):
             "read": apart(w),
             "read_noisy": apart(noisy),
             "memory": apart(np.eye(SLOTS)),
-            "certificate": float(certify(now, prior)),
+            "certificate": float(certify(now, prepared)),
             "count": int(now.count),
-            "refused": int(now.state.missing),
+            "refused": int(now.state.refused),
             "condition": float(now.condition),
             "refreshed": refreshed,
             "seconds": seconds,

@@ -13,9 +13,9 @@ import dataclasses
 
 import numpy as np
 
-from larimar_jax import spelling
+from larimar_jax import answer_code
 from larimar_jax.data import counterfact
-from larimar_jax.pretrained import load
+from larimar_jax.pipeline import load
 
 _LEAD, _ROWS = 8.0, 250
 
@@ -26,9 +26,9 @@ def leads(model, config, shares, codes, right):
     for start in range(0, len(shares), _ROWS):
         rows = shares[start : start + _ROWS]
         readout = np.asarray(rows @ codes, np.float32)
-        told = spelling.read(config, readout, model.model.decoder.config.vocab_size,
+        told = answer_code.read(config, readout, model.model.decoder.config.vocab_size,
                              np.ones(len(rows), bool))
-        tokens, gain = (np.asarray(array)[:, 0] for array in (told.tokens, told.gain))
+        tokens, gain = (np.asarray(array)[:, 0] for array in (told.tokens, told.logit_gain))
         mine = tokens == right[start : start + _ROWS, None]
         gained = np.where(mine, gain, 0.0).max(axis=1)
         found.append(gained - np.where(mine, 0.0, gain).max(axis=1))
@@ -47,7 +47,7 @@ def main() -> None:
     cases = counterfact.load(told.data)[: told.facts]
     keys, queries = (
         np.concatenate([
-            np.asarray(model.memory.address(model.prior, model.encode(texts[i : i + _ROWS]).latent))
+            np.asarray(model.memory.address(model.prepared, model.encode(texts[i : i + _ROWS]).latent))
             for i in range(0, len(texts), _ROWS)
         ]).astype(np.float64)
         for texts in ([c.prompt for c in cases], [c.paraphrases[0] for c in cases])
@@ -61,9 +61,9 @@ def main() -> None:
               (("prompts", keys), ("paraphrases", queries))}
     print(f"{len(cases)} facts in {keys.shape[1]} slots")
     for width in told.widths:
-        config = dataclasses.replace(model.config.editing.spelling, width=width, limit=1e4)
-        packed = spelling.pack(config, answers, model.decoder_tokenizer.eos)
-        codes = np.asarray(spelling.spell(config, packed), np.float64)
+        config = dataclasses.replace(model.config.editing.answer_code, width=width, limit=1e4)
+        packed = answer_code.pack(config, answers, model.decoder_tokenizer.eos)
+        codes = np.asarray(answer_code.spell(config, packed), np.float64)
         line = []
         for name, each in shares.items():
             lead = leads(model, config, each, codes, right)

@@ -8,8 +8,8 @@ memory; each is one compiled program for its shapes, wherever it is called from 
     memory = Streaming(slots=512, latent=768)
     params = memory.init(key)                        # M₀ and log σ_W²: learned
     prior = memory.prepare(params)                   # + M_ref†: once per batch of episodes
-    state = memory.write(prior, memory.empty(prior), keys, values)
-    reading = memory.read(prior, state, queries)
+    state = memory.write(prepared, memory.empty(prepared), keys, values)
+    reading = memory.read(prepared, state, queries)
 
 `keys`, `values` and `queries` are encodings; addressing turns keys and queries into weights inside.
 In Algorithm 1 (§3) keys and values are the same encodings; for edits (§4) the key is the encoding
@@ -95,15 +95,15 @@ class MemoryParams:
     variance_by_memory are its A and B, None where log σ_W² does not depend on query or memory.
     """
 
-    prior: Float[Array, "K C"]
+    prior_memory: Float[Array, "K C"]
     log_variance: Float[Array, "*K"]
-    reference: Float[Array, "K C"] | None = None
+    reference_memory: Float[Array, "K C"] | None = None
     variance_by_query: Float[Array, "C K"] | None = None
     variance_by_memory: Float[Array, "K C K"] | None = None
 
 
 @pytree
-class Prior:
+class Prepared:
     """Parameters and what every episode of a batch shares: M_ref, and what addressing makes of it."""
 
     memory: Float[Array, "K C"]
@@ -202,18 +202,18 @@ class Memory(abc.ABC):
     def init(self, key: PRNGKeyArray) -> MemoryParams:
         """M₀ [K, C] and what log σ_W² is made of."""
         if self.initial == "identity":
-            prior = jnp.eye(self.slots, self.latent, dtype=jnp.float32)
+            prior_memory = jnp.eye(self.slots, self.latent, dtype=jnp.float32)
         else:
-            prior = jax.random.normal(key, (self.slots, self.latent), jnp.float32)
+            prior_memory = jax.random.normal(key, (self.slots, self.latent), jnp.float32)
         constant, by_query, by_memory = variance.init(
             self.variance, self.slots, self.latent, self.initial_log_variance
         )
         return MemoryParams(
-            prior, constant, variance_by_query=by_query, variance_by_memory=by_memory
+            prior_memory, constant, variance_by_query=by_query, variance_by_memory=by_memory
         )
 
     @functools.partial(jax.jit, static_argnames="brief")
-    def prepare(self, params: MemoryParams, *, brief: bool = False) -> Prior:
+    def prepare(self, params: MemoryParams, *, brief: bool = False) -> Prepared:
         """What depends on the parameters alone, so that a batch of episodes shares it.
 
         Args:
@@ -221,10 +221,14 @@ class Memory(abc.ABC):
             many. The weights are the same, to rounding.
         """
         self._check(params)
-        memory = params.prior.astype(jnp.float32)
-        reference = memory if params.reference is None else params.reference.astype(jnp.float32)
+        memory = params.prior_memory.astype(jnp.float32)
+        reference = (
+            memory
+            if params.reference_memory is None
+            else params.reference_memory.astype(jnp.float32)
+        )
         parts = (params.log_variance, params.variance_by_query, params.variance_by_memory)
-        return Prior(
+        return Prepared(
             memory,
             *(None if part is None else part.astype(jnp.float32) for part in parts),
             reference,
@@ -237,15 +241,15 @@ class Memory(abc.ABC):
         return (brief and kind.brief or kind.prepare)(reference, self.width)
 
     @compiled
-    def address(self, prior: Prior, encodings: Float[Array, "N C"]) -> Float[Array, "N K"]:
+    def address(self, prepared: Prepared, encodings: Float[Array, "N C"]) -> Float[Array, "N K"]:
         """W of N encodings, float32: by M_ref, so that a key can be computed again to forget it."""
-        return addressing.KINDS[self.addressing].weigh(prior.address, encodings, self.width)
+        return addressing.KINDS[self.addressing].weigh(prepared.address, encodings, self.width)
 
     def _check(self, params: MemoryParams) -> None:
         k, c = self.slots, self.latent
-        if params.prior.shape != (k, c):
+        if params.prior_memory.shape != (k, c):
             raise ValueError(
-                f"the prior memory has shape {params.prior.shape}, this memory expects {(k, c)} "
+                f"the prior memory has shape {params.prior_memory.shape}, this memory expects {(k, c)} "
                 "(slots, latent). Parameters of another model? Build the memory with the sizes of "
                 "its file."
             )
@@ -264,13 +268,13 @@ class Memory(abc.ABC):
                 )
 
     @abc.abstractmethod
-    def empty(self, prior: Prior) -> State:
+    def empty(self, prepared: Prepared) -> State:
         """The state before anything is written; its memory is M₀."""
 
     @abc.abstractmethod
     def write(
         self,
-        prior: Prior,
+        prepared: Prepared,
         state: State,
         keys: Float[Array, "N C"],
         values: Float[Array, "N C"],
@@ -280,14 +284,14 @@ class Memory(abc.ABC):
         """Writes N facts (sign +1), forgets them (−1), or leaves them out (0).
 
         A batch at once, one by one, or in any other order gives the same memory; a fact written
-        twice must be forgotten twice. `state.missing` counts the forgets that found nothing to
+        twice must be forgotten twice. `state.refused` counts the forgets that found nothing to
         forget (each variant says how far it can tell) and left the memory as it was.
         """
 
     @abc.abstractmethod
     def read(
         self,
-        prior: Prior,
+        prepared: Prepared,
         state: State,
         queries: Float[Array, "Q C"],
         rng: PRNGKeyArray | None = None,
@@ -295,26 +299,26 @@ class Memory(abc.ABC):
         """Reads Q queries; with a random key W ~ N(W̄, σ_W² I), else deterministic."""
 
     @abc.abstractmethod
-    def matrix(self, prior: Prior, state: State) -> Float[Array, "K C"]:
+    def matrix(self, prepared: Prepared, state: State) -> Float[Array, "K C"]:
         """The posterior memory M."""
 
     def log_variance(
-        self, prior: Prior, state: State, queries: Float[Array, "Q C"]
+        self, prepared: Prepared, state: State, queries: Float[Array, "Q C"]
     ) -> Float[Array, "Q K"]:
         """log σ_W² of Q reads (§3), float32; see memory/variance.py."""
-        memory = None if prior.variance_by_memory is None else self.matrix(prior, state)
+        memory = None if prepared.variance_by_memory is None else self.matrix(prepared, state)
         return variance.log_variance(
-            prior.log_variance,
-            prior.variance_by_query,
-            prior.variance_by_memory,
+            prepared.log_variance,
+            prepared.variance_by_query,
+            prepared.variance_by_memory,
             queries.astype(jnp.float32),
             memory,
             self.slots,
         )
 
     def generate(
-        self, prior: Prior, state: State, n: int, rng: PRNGKeyArray
+        self, prepared: Prepared, state: State, n: int, rng: PRNGKeyArray
     ) -> Float[Array, "n C"]:
         """Z = W M with W ~ N(0, I) (Algorithm 1)."""
         weights = jax.random.normal(rng, (n, self.slots), jnp.float32)
-        return dot(weights, self.matrix(prior, state))
+        return dot(weights, self.matrix(prepared, state))

@@ -14,8 +14,8 @@ from test_bench import KnownEditor, cases
 from larimar_jax.bench import counterfact, given
 from larimar_jax.bench.editor import LarimarEditor
 from larimar_jax.data import counterfact as data
-from larimar_jax.data.records import EditRecord
-from larimar_jax.data.wordings import Wordings
+from larimar_jax.data.edit_records import EditRecord
+from larimar_jax.data.paraphrases import Wordings
 from larimar_jax.session import Session
 
 

@@ -15,17 +15,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from larimar_jax import answer_code, generate, latent_layout, packing, scope, scoring
 from larimar_jax import config as configs
-from larimar_jax import generate, latents, packing, scope, scoring, spelling
 from larimar_jax.data import vocabulary
-from larimar_jax.memory.contract import Prior
+from larimar_jax.memory.base import Prepared
 from larimar_jax.memory.dual import Dual
 from larimar_jax.memory.streaming import Streaming
 from larimar_jax.model import Condition, Larimar, abstract, load_towers, parameters
-from larimar_jax.settings import Config, FeaturesConfig
-from larimar_jax.train import export
-from larimar_jax.train.step import Skeleton
-from larimar_jax.weights import PACKAGED
+from larimar_jax.settings import Config, KeyFeaturesConfig
+from larimar_jax.train.step import AbstractModel
+from larimar_jax.weights import PACKAGED, model_file
 from larimar_jax.weights import locate as locate_tower
 from larimar_jax.weights.tokenizers import TextTooLong, Tokenizer, bucket
 
@@ -56,7 +55,7 @@ class Encodings:
         return Encodings(self.embedding[rows], self.latent[rows], self.pooled[rows])
 
 
-class Pretrained:
+class Pipeline:
     """A model with its tokenizers, the streaming memory it is edited through, and its fingerprint.
 
     Every method takes texts or arrays and goes through one compiled function per bucket of shapes.
@@ -78,15 +77,15 @@ class Pretrained:
         self.encoder_tokenizer, self.decoder_tokenizer = encoder_tokenizer, decoder_tokenizer
         self.source, self.fingerprint = source, fingerprint
         self.projection = None if projection is None else jax.device_put(projection)
-        editing, self.parts = config.editing, latents.parts(config)
-        params = latents.widen(model.memory.params(), self.parts)
+        editing, self.layout = config.editing, latent_layout.layout(config)
+        params = latent_layout.extend_prior(model.memory.params(), self.layout)
         self.memory = Streaming(
-            slots=len(params.prior),
-            latent=self.parts.size,
+            slots=len(params.prior_memory),
+            latent=self.layout.size,
             ridge=editing.ridge,
             query_noise=editing.query_noise,
         )
-        self.prior: Prior = jax.jit(self.memory.prepare)(params)
+        self.prepared: Prepared = jax.jit(self.memory.prepare)(params)
         self.graph, self.state = nnx.split(model)
 
     @property
@@ -104,7 +103,7 @@ class Pretrained:
     def scope_threshold(self) -> float:
         return self.config.editing.scope_threshold
 
-    def with_memory(self, memory: Streaming, prior: Prior) -> "Pretrained":
+    def with_memory(self, memory: Streaming, prepared: Prepared) -> "Pretrained":
         """The same towers with another memory, which holds as many numbers a text.
 
         Raises:
@@ -116,7 +115,7 @@ class Pretrained:
                 f"{self.memory.latent} (encoding, features and spelling): give it that `latent`"
             )
         made = copy.copy(self)
-        made.memory, made.prior = memory, prior
+        made.memory, made.prepared = memory, prepared
         return made
 
     def encode(
@@ -155,7 +154,12 @@ class Pretrained:
             made = [
                 np.asarray(part)[: len(rows)]
                 for part in _encode(
-                    self.graph, self.state, self.projection, ids, mask, self.config.editing.features
+                    self.graph,
+                    self.state,
+                    self.projection,
+                    ids,
+                    mask,
+                    self.config.editing.key_features,
                 )
             ]
             if outputs is None:
@@ -164,7 +168,7 @@ class Pretrained:
                 output[rows] = part
         if outputs is None:
             width = self.model.encoder.config.width
-            sizes = (width, self.parts.encoding + self.parts.features, width)
+            sizes = (width, self.layout.encoding + self.layout.key_features, width)
             outputs = [np.zeros((0, size), np.float32) for size in sizes]
         embedding, latent, pooled = outputs
         finite = np.isfinite(embedding).all(axis=1) & np.isfinite(latent).all(axis=1)
@@ -174,7 +178,7 @@ class Pretrained:
                 "was written or read. The encoder's weights are damaged, or its compute dtype "
                 "overflows: load the model anew, or set model.dtype to float32."
             )
-        if self.config.editing.spelling is not None:
+        if self.config.editing.answer_code is not None:
             answers = [None] * len(texts) if answers is None else answers
             if len(answers) != len(texts):
                 raise ValueError(f"{len(texts)} texts need as many answers; got {len(answers)}")
@@ -182,15 +186,15 @@ class Pretrained:
         return Encodings(embedding, latent, pooled)
 
     def _spell(self, answers: Sequence[str | None]) -> Float[np.ndarray, "n S"]:
-        config, following = self.config.editing.spelling, self.decoder_tokenizer.following
+        config, following = self.config.editing.answer_code, self.decoder_tokenizer.following
         tokens = [None if answer is None else following(answer.strip()) for answer in answers]
-        packed = spelling.pack(config, tokens, self.decoder_tokenizer.eos)
-        written = np.zeros((len(packed), spelling.size(config)), np.float32)
-        rows = np.flatnonzero((packed != spelling.NOTHING).any(axis=1))
+        packed = answer_code.pack(config, tokens, self.decoder_tokenizer.eos)
+        written = np.zeros((len(packed), answer_code.size(config)), np.float32)
+        rows = np.flatnonzero((packed != answer_code.NOTHING).any(axis=1))
         if len(rows):
             # Padded, so that few numbers of answers are compiled for.
             padded = np.resize(packed[rows], (bucket(len(rows), 8), config.positions))
-            written[rows] = np.asarray(spelling.spell(config, padded))[: len(rows)]
+            written[rows] = np.asarray(answer_code.spell(config, padded))[: len(rows)]
         return written
 
     def condition(
@@ -206,7 +210,7 @@ class Pretrained:
         rows, more = len(readout), packing.steps_bucket(len(readout), 1) - len(readout)
         readout = np.pad(np.asarray(readout, np.float32), ((0, more), (0, 0)))
         active = np.pad(np.ones(rows, bool) if active is None else np.asarray(active), (0, more))
-        how = dict(sizes=self.parts, spelled_as=self.config.editing.spelling)
+        how = dict(sizes=self.layout, answer_code=self.config.editing.answer_code)
         return _condition(self.graph, self.state, readout, active, **how)
 
     def zero(self, rows: int) -> Condition:
@@ -277,7 +281,7 @@ def locate(source: str | pathlib.Path) -> pathlib.Path:
     return path
 
 
-def load(source: str | pathlib.Path = "smol", overrides: Sequence[str] = ()) -> Pretrained:
+def load(source: str | pathlib.Path = "smol", overrides: Sequence[str] = ()) -> Pipeline:
     """Loads a shipped checkpoint by name, or an export or a finished run by path.
 
     Args:
@@ -289,10 +293,12 @@ def load(source: str | pathlib.Path = "smol", overrides: Sequence[str] = ()) -> 
       ExportError: the file is damaged, half written, or does not fit its own config.
     """
     path = locate(source)
-    arrays, meta = export.load_exported(path)
+    arrays, meta = model_file.load_exported(path)
     if "config" not in meta:
-        raise export.ExportError(f"{path} holds a session and not a model; give it to --session.")
-    config = configs.parse_saved(meta["config"])
+        raise model_file.ExportError(
+            f"{path} holds a session and not a model; give it to --session."
+        )
+    config = configs.parse(meta["config"])
     if others := [told for told in overrides if not told.startswith("editing.")]:
         raise configs.ConfigError(
             f"{others[0]!r} is no setting of `editing`: what else is in a checkpoint was trained so."
@@ -321,7 +327,7 @@ def load(source: str | pathlib.Path = "smol", overrides: Sequence[str] = ()) -> 
                 if path_of.is_file():
                     with path_of.open("rb") as file:  # as large as the tower: not read whole
                         digest.update(hashlib.file_digest(file, "sha256").digest())
-    return Pretrained(
+    return Pipeline(
         config,
         model,
         encoder_tokenizer,
@@ -336,7 +342,7 @@ def load(source: str | pathlib.Path = "smol", overrides: Sequence[str] = ()) -> 
 def _check_projection(path: pathlib.Path, projection: np.ndarray | None, width: int) -> None:
     """Raises ExportError where the scope detector's map is there and not of the encoder's width."""
     if projection is not None and projection.shape != (width, width):
-        raise export.ExportError(
+        raise model_file.ExportError(
             f"{path} does not fit its own config:\n  {scope.PROJECTION}: {projection.shape} in the "
             f"file, {(width, width)} of the encoder. Run `larimar calibrate` on it again."
         )
@@ -351,7 +357,7 @@ def _filled(
       ExportError: file and model do not have the same parameters.
     """
     # Every parameter is in a file, and drawing them first would be for nothing.
-    skeleton = Skeleton(abstract(config, towers))
+    skeleton = AbstractModel(abstract(config, towers))
     _check_whole(path, skeleton.parameters, arrays, tuple(f"{name}/" for name in towers))
     known = {
         f"{name}/{place}": array
@@ -373,7 +379,9 @@ def _check_whole(
         if array.shape != shapes.get(name)
     ]
     if problems:
-        raise export.ExportError(f"{path} does not fit its own config:\n  " + "\n  ".join(problems))
+        raise model_file.ExportError(
+            f"{path} does not fit its own config:\n  " + "\n  ".join(problems)
+        )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
@@ -383,7 +391,7 @@ def _encode(
     projection: Float[Array, "H H"] | None,
     tokens: Int[Array, "n S"],
     mask: Bool[Array, "n S"],
-    features: FeaturesConfig | None,
+    features: KeyFeaturesConfig | None,
 ) -> tuple[Float[Array, "n H"], Float[Array, "n C"], Float[Array, "n H"]]:
     model = nnx.merge(graph, state)
     pooled = model.embed(tokens, mask)
@@ -391,18 +399,22 @@ def _encode(
     if projection is not None:
         embedding = jnp.matmul(pooled, projection, precision="highest")
     latent = model.to_latent(pooled)
-    return embedding, jnp.concatenate([latent, latents.features(features, latent)], axis=1), pooled
+    return (
+        embedding,
+        jnp.concatenate([latent, latent_layout.features(features, latent)], axis=1),
+        pooled,
+    )
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("sizes", "spelled_as"))
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("sizes", "answer_code"))
 def _condition(
-    graph: nnx.GraphDef, state: nnx.State, readout, active, *, sizes, spelled_as
+    graph: nnx.GraphDef, state: nnx.State, readout, active, *, sizes, answer_code
 ) -> Condition:
-    model, spelled = nnx.merge(graph, state), None
-    if spelled_as is not None:
-        written = readout[:, sizes.size - sizes.spelling :]
-        spelled = spelling.read(spelled_as, written, model.decoder.config.vocab_size, active)
-    return model.condition(readout[:, : sizes.encoding], active, spelled)
+    model, evidence = nnx.merge(graph, state), None
+    if answer_code is not None:
+        written = readout[:, sizes.size - sizes.answer_code :]
+        evidence = answer_code.read(answer_code, written, model.decoder.config.vocab_size, active)
+    return model.condition(readout[:, : sizes.encoding], active, evidence)
 
 
 def _no_corpus(path: pathlib.Path) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from larimar_jax.train import export
+from larimar_jax.weights import model_file
 
 
 class EmptyFact(ValueError):
@@ -115,7 +115,7 @@ def save(path: str | Path, saved: Saved) -> None:
     arrays = told.pop("arrays")
     told["facts"] = [dataclasses.asdict(fact) for fact in saved.facts]
     told["history"] = [dataclasses.asdict(done) for done in saved.history]
-    export.save_exported(path, arrays, {"kind": "session", **told})
+    model_file.save_exported(path, arrays, {"kind": "session", **told})
 
 
 def load(path: str | Path) -> Saved:
@@ -125,8 +125,8 @@ def load(path: str | Path) -> Saved:
         FileNotFoundError, DamagedSession.
     """
     try:
-        arrays, meta = export.load_exported(path)
-    except export.ExportError as error:
+        arrays, meta = model_file.load_exported(path)
+    except model_file.ExportError as error:
         raise DamagedSession(f"{path} is not a whole session. {error}") from error
     if meta.pop("kind", None) != "session":
         raise DamagedSession(f"{path} holds a model and not a session. Give it to --model instead.")

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from larimar_jax.data.records import EditRecord
+from larimar_jax.data.edit_records import EditRecord
 
 _SUBJECT = "{}"
 

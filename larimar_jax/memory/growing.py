@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from larimar_jax.linalg import dot
-from larimar_jax.memory.contract import Memory, Prior, Reading, Real, Sign, pytree, sample
+from larimar_jax.memory.base import Memory, Prepared, Reading, Real, Sign, pytree, sample
 from larimar_jax.memory.streaming import Streaming, StreamingState
 
 
 @pytree
-class GrownState:
+class GrowingState:
     """inner: the streaming memory's state in these slots. basis: orthonormal rows, zero where a slot is
     free. grown: slots in use. crowded: facts whose own direction found no slot any more."""
 
@@ -34,13 +34,13 @@ class GrownState:
         return self.inner.count
 
     @property
-    def missing(self) -> Int[Array, ""]:
+    def refused(self) -> Int[Array, ""]:
         """Forgets refused."""
-        return self.inner.missing
+        return self.inner.refused
 
 
 @pytree
-class Grown(Memory):
+class Growing(Memory):
     """`streaming`, addressed by the span of what was written.
 
     A slot reads what M₀ reads of its direction, until facts say otherwise: M₀ and M_ref, with
@@ -55,21 +55,21 @@ class Grown(Memory):
     query_noise: Real = dataclasses.field(default=0.5, kw_only=True)
     novelty: Real = dataclasses.field(default=1e-3, kw_only=True)
 
-    def empty(self, prior: Prior) -> GrownState:
+    def empty(self, prepared: Prepared) -> GrowingState:
         """No slots yet."""
         zero = jnp.zeros((), jnp.int32)
         basis = jnp.zeros((self.slots, self.latent), jnp.float32)
-        return GrownState(self._inner().empty(self._prior(prior, basis)), basis, zero, zero)
+        return GrowingState(self._inner().empty(self._prior(prepared, basis)), basis, zero, zero)
 
     def write(
         self,
-        prior: Prior,
-        state: GrownState,
+        prepared: Prepared,
+        state: GrowingState,
         keys: Float[Array, "N C"],
         values: Float[Array, "N C"],
         sign: Sign = 1,
         rng: PRNGKeyArray | None = None,
-    ) -> GrownState:
+    ) -> GrowingState:
         """Grows slots for the keys that come, then writes as `streaming`."""
         signs = jnp.broadcast_to(jnp.asarray(sign, jnp.int32), keys.shape[:1])
         if isinstance(sign, int) and sign >= 0:
@@ -83,37 +83,39 @@ class Grown(Memory):
             strange, asked = jnp.sum(never).astype(jnp.int32), jnp.where(never, 0, signs)
             keys = jnp.where(never[:, None], 0.0, keys)
         basis, grown, crowded = self._grow(state, jnp.where(signs[:, None] > 0, keys, 0.0))
-        inner = self._inner().write(self._prior(prior, basis), state.inner, keys, values, asked, rng)
-        inner = dataclasses.replace(inner, missing=inner.missing + strange)
-        return GrownState(inner, basis, grown, crowded)
+        inner = self._inner().write(
+            self._prior(prepared, basis), state.inner, keys, values, asked, rng
+        )
+        inner = dataclasses.replace(inner, refused=inner.refused + strange)
+        return GrowingState(inner, basis, grown, crowded)
 
     def read(
         self,
-        prior: Prior,
-        state: GrownState,
+        prepared: Prepared,
+        state: GrowingState,
         queries: Float[Array, "Q C"],
         rng: PRNGKeyArray | None = None,
     ) -> Reading:
         """As `streaming` in the slots so far, and what lies outside of them as a slot would read that
         nothing was written to; where there are no slots yet, the weights are those of M_ref."""
-        inner, mine = self._inner(), self._prior(prior, state.basis)
+        inner, mine = self._inner(), self._prior(prepared, state.basis)
         found = inner.read(mine, state.inner, queries, rng)
         outside = queries - dot(inner.address(mine, queries), state.basis)
         kept = self.ridge / (self.ridge + inner.shrink(state.inner.gram.total()))
-        log_variance = self.log_variance(prior, state, queries)
-        bare = self.address(prior, queries)
+        log_variance = self.log_variance(prepared, state, queries)
+        bare = self.address(prepared, queries)
         some = state.grown > 0
-        latent = found.latent + kept * dot(self.address(prior, outside), prior.memory)
+        latent = found.latent + kept * dot(self.address(prepared, outside), prepared.memory)
         return Reading(
-            jnp.where(some, latent, dot(sample(bare, log_variance, rng), prior.memory)),
+            jnp.where(some, latent, dot(sample(bare, log_variance, rng), prepared.memory)),
             jnp.where(some, found.weights, bare),
             log_variance,
             found.confidence,
         )
 
-    def matrix(self, prior: Prior, state: GrownState) -> Float[Array, "K C"]:
+    def matrix(self, prepared: Prepared, state: GrowingState) -> Float[Array, "K C"]:
         """The posterior memory M, a row a slot; M₀ where there is none yet."""
-        return jnp.where(state.grown > 0, state.inner.solution, prior.memory)
+        return jnp.where(state.grown > 0, state.inner.solution, prepared.memory)
 
     def _inner(self) -> Streaming:
         return Streaming(
@@ -125,12 +127,12 @@ class Grown(Memory):
             addressing="linear",
         )
 
-    def _prior(self, prior: Prior, basis: Float[Array, "K C"]) -> Prior:
+    def _prior(self, prepared: Prepared, basis: Float[Array, "K C"]) -> Prepared:
         # Orthonormal rows are their own pseudo-inverse, turned.
-        memory = dot(self.address(prior, basis), prior.memory)
-        return dataclasses.replace(prior, memory=memory, reference=basis, address=basis.T)
+        memory = dot(self.address(prepared, basis), prepared.memory)
+        return dataclasses.replace(prepared, memory=memory, reference=basis, address=basis.T)
 
-    def _grow(self, state: GrownState, keys: Float[Array, "N C"]):
+    def _grow(self, state: GrowingState, keys: Float[Array, "N C"]):
         def one(carried, key):
             basis, grown, crowded = carried
             left = key - dot(dot(basis, key), basis)

@@ -31,7 +31,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax.linalg import dot
-from larimar_jax.settings import SpellingConfig
+from larimar_jax.settings import AnswerCodeConfig
 
 # A place that holds no token.
 NOTHING = -1
@@ -43,45 +43,45 @@ _ROWS = 8
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Spelled:
+class TokenEvidence:
     """What B readouts spell at P places: the likeliest tokens and what their logits gain, in nats."""
 
     tokens: Int[Array, "B P k"]
-    gain: Float[Array, "B P k"]
+    logit_gain: Float[Array, "B P k"]
 
     def rows(self, index: Int[Array, " R"]) -> "Spelled":
         """Chosen rows, in the order of `index`."""
-        return Spelled(self.tokens[index], self.gain[index])
+        return TokenEvidence(self.tokens[index], self.logit_gain[index])
 
     def add(
         self, logits: Float[Array, "B n V"], depth: Int[Array, "B n"]
     ) -> Float[Array, "B n V"]:
         """The logits of tokens at these places of the answer (0 is its first), with what they gain."""
-        place = jnp.minimum(depth, self.gain.shape[1] - 1)[..., None]
-        tokens, gain = (jnp.take_along_axis(a, place, axis=1) for a in (self.tokens, self.gain))
-        gain = jnp.where(depth[..., None] < self.gain.shape[1], gain, 0.0)
+        place = jnp.minimum(depth, self.logit_gain.shape[1] - 1)[..., None]
+        tokens, logit_gain = (jnp.take_along_axis(a, place, axis=1) for a in (self.tokens, self.logit_gain))
+        logit_gain = jnp.where(depth[..., None] < self.logit_gain.shape[1], logit_gain, 0.0)
         rows = jnp.arange(logits.shape[0])[:, None, None]
-        return logits.at[rows, jnp.arange(logits.shape[1])[:, None], tokens].add(gain)
+        return logits.at[rows, jnp.arange(logits.shape[1])[:, None], tokens].add(logit_gain)
 
 
-def size(config: SpellingConfig | None) -> int:
+def size(config: AnswerCodeConfig | None) -> int:
     """How many numbers a value has more than its encoding: P·d."""
     return 0 if config is None else config.positions * config.width
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def spell(config: SpellingConfig, tokens: Int[Array, "n P"]) -> Float[Array, "n S"]:
+def spell(config: AnswerCodeConfig, tokens: Int[Array, "n P"]) -> Float[Array, "n S"]:
     """What is written of n answers as `pack` makes them; S = P·d."""
     codes = jnp.where((tokens == NOTHING)[..., None], 0.0, _codes(tokens, config.width))
     return codes.reshape(len(tokens), -1)
 
 
 def read(
-    config: SpellingConfig,
+    config: AnswerCodeConfig,
     readout: Float[Array, "B S"],
     vocab_size: int,
     active: Bool[Array, " B"],
-) -> Spelled:
+) -> TokenEvidence:
     """What is spelled by what was read; rows that are not active, or read nothing, gain exactly 0."""
     codes = _codes(jnp.arange(vocab_size), config.width)
     chance = math.log(vocab_size)
@@ -90,12 +90,12 @@ def read(
         norm = jnp.linalg.norm(row, axis=-1, keepdims=True)
         cosine = jnp.maximum(dot(row / jnp.where(norm > _SILENT, norm, 1.0), codes.T), 0.0)
         best, token = jax.lax.top_k(cosine, min(KEPT, vocab_size))
-        gain = jax.nn.softplus(_evidence(best, config.width) - chance)
-        return token, jnp.where(norm > _SILENT, jnp.minimum(gain, config.limit), 0.0)
+        logit_gain = jax.nn.softplus(_evidence(best, config.width) - chance)
+        return token, jnp.where(norm > _SILENT, jnp.minimum(logit_gain, config.limit), 0.0)
 
     rows = readout.reshape(len(readout), config.positions, config.width)
-    tokens, gain = jax.lax.map(one, rows, batch_size=_ROWS)
-    return Spelled(tokens, jnp.where(active[:, None, None], gain, 0.0))
+    tokens, logit_gain = jax.lax.map(one, rows, batch_size=_ROWS)
+    return TokenEvidence(tokens, jnp.where(active[:, None, None], logit_gain, 0.0))
 
 
 # A readout shorter than this beside codes of length 1 is rounding.
@@ -122,7 +122,7 @@ def _codes(tokens: Int[Array, "*n"], width: int) -> Float[Array, "*n d"]:
 
 
 def pack(
-    config: SpellingConfig, answers: Sequence[Sequence[int] | None], eos: int
+    config: AnswerCodeConfig, answers: Sequence[Sequence[int] | None], eos: int
 ) -> Int[np.ndarray, "n P"]:
     """The tokens of n answers at P places: `eos` after the last one, if a place is left, and NOTHING
     after that. None, which a query has, is nothing at all."""

@@ -19,34 +19,34 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from larimar_jax import spelling
+from larimar_jax import answer_code
 from larimar_jax.memory import addressing
-from larimar_jax.memory.contract import MemoryParams
-from larimar_jax.settings import Config, FeaturesConfig
+from larimar_jax.memory.base import MemoryParams
+from larimar_jax.settings import Config, KeyFeaturesConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
+class LatentLayout:
     """How many numbers each part has: C, F and S."""
 
     encoding: int
-    features: int
-    spelling: int
+    key_features: int
+    answer_code: int
 
     @property
     def size(self) -> int:
-        return self.encoding + self.features + self.spelling
+        return self.encoding + self.key_features + self.answer_code
 
 
-def parts(config: Config) -> Parts:
+def layout(config: Config) -> LatentLayout:
     """Those of a model as it is edited."""
-    told = config.editing.features
+    told = config.editing.key_features
     features = 0 if told is None else told.count
-    return Parts(config.model.latent, features, spelling.size(config.editing.spelling))
+    return LatentLayout(config.model.latent, features, answer_code.size(config.editing.answer_code))
 
 
 def features(
-    config: FeaturesConfig | None, encodings: Float[Array, "n C"]
+    config: KeyFeaturesConfig | None, encodings: Float[Array, "n C"]
 ) -> Float[Array, "n F"]:
     """s·φ of encodings; F is 0 without a config. Saved memories depend on them: they never change."""
     if config is None:
@@ -57,7 +57,7 @@ def features(
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def widen(params: MemoryParams, sizes: Parts) -> MemoryParams:
+def extend_prior(params: MemoryParams, sizes: LatentLayout) -> MemoryParams:
     """A model's memory for all parts: the last F slots of M₀ stand for the features, one each, and M₀
     has no spelling. M_ref is M₀.
 
@@ -71,19 +71,19 @@ def widen(params: MemoryParams, sizes: Parts) -> MemoryParams:
         more = sizes.size - sizes.encoding
         return jnp.pad(part, [(0, more * (at == axis)) for at in range(part.ndim)])
 
-    prior = pad(params.prior, 1)
-    more = max(0, sizes.encoding + sizes.features - len(prior)) if sizes.features else 0
+    prior_memory = pad(params.prior_memory, 1)
+    more = max(0, sizes.encoding + sizes.key_features - len(prior_memory)) if sizes.key_features else 0
     if more and (params.log_variance.ndim or params.variance_by_query is not None):
         raise ValueError(
-            f"the memory's σ_W was learned for {len(prior)} slots, and editing.features needs "
-            f"{len(prior) + more}. Set editing.features.count to {sizes.features - more} at the most."
+            f"the memory's σ_W was learned for {len(prior_memory)} slots, and editing.key_features needs "
+            f"{len(prior_memory) + more}. Set editing.key_features.count to {sizes.key_features - more} at the most."
         )
-    prior = jnp.pad(prior, ((0, more), (0, 0)))
-    place = jnp.arange(sizes.features)
-    prior = prior.at[len(prior) - sizes.features + place, sizes.encoding + place].set(1.0)
+    prior_memory = jnp.pad(prior_memory, ((0, more), (0, 0)))
+    place = jnp.arange(sizes.key_features)
+    prior_memory = prior_memory.at[len(prior_memory) - sizes.key_features + place, sizes.encoding + place].set(1.0)
     return dataclasses.replace(
         params,
-        prior=prior,
+        prior_memory=prior_memory,
         variance_by_query=pad(params.variance_by_query, 0),
         variance_by_memory=pad(params.variance_by_memory, 1),
     )

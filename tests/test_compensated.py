@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from larimar_jax.sums import rank_update, zero_sum
+from larimar_jax.compensated import rank_update, zero_sum
 
 SLOTS, LATENT = 24, 40
 update = jax.jit(rank_update)

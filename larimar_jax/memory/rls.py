@@ -12,10 +12,10 @@ and M is solved anew from them before it matters: after `RECENT` facts, where 1 
 is forgotten that nothing else supports: the difference cancels), where μ changes its level, where A is
 so ill-conditioned that no gain can be trusted, or where a forget may be of what was never written.
 
-    now = live.begin(memory, prior, state)
-    now, steps = live.stream(memory, prior, now, keys, values, signs)       # T facts, one by one
-    latent = live.read(memory, prior, now, queries)
-    state = live.settle(memory, prior, now)
+    now = rls.init(memory, prepared, state)
+    now, steps = rls.stream(memory, prepared, now, keys, values, signs)       # T facts, one by one
+    latent = rls.read(memory, prepared, now, queries)
+    state = rls.to_state(memory, prepared, now)
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from larimar_jax.compensated import Sum, rank_update
 from larimar_jax.linalg import (
     add_ridge,
     cholesky,
@@ -33,9 +34,8 @@ from larimar_jax.linalg import (
     factor_solve,
     lower_inverse,
 )
-from larimar_jax.memory.contract import Prior, Sign, compiled, pytree
+from larimar_jax.memory.base import Prepared, Sign, compiled, pytree
 from larimar_jax.memory.streaming import Streaming, StreamingState
-from larimar_jax.sums import Sum, rank_update
 
 # Facts between two factorisations at the most.
 RECENT = 128
@@ -70,7 +70,7 @@ class Recent(NamedTuple):
 
 
 @pytree
-class Live:
+class RLSState:
     """A streaming memory whose M is up to date.
 
     state: its statistics, M and factor as of the last refresh. inverse: L⁻¹ of that factor. shrink: μ
@@ -109,7 +109,7 @@ class Step(NamedTuple):
 
 
 @compiled
-def begin(memory: Streaming, prior: Prior, state: StreamingState) -> Live:
+def init(memory: Streaming, prepared: Prepared, state: StreamingState) -> RLSState:
     """Makes a state live."""
     zero, k, c = jnp.zeros((), jnp.float32), memory.slots, memory.latent
 
@@ -117,40 +117,49 @@ def begin(memory: Streaming, prior: Prior, state: StreamingState) -> Live:
         return jnp.zeros((RECENT, *width), jnp.float32)
 
     nothing = Recent(
-        rows(k), rows(c), rows(), rows(k), rows(), rows(c), jnp.zeros((), jnp.int32), zero, zero, zero
+        rows(k),
+        rows(c),
+        rows(),
+        rows(k),
+        rows(),
+        rows(c),
+        jnp.zeros((), jnp.int32),
+        zero,
+        zero,
+        zero,
     )
-    return refresh(memory, prior, Live(state, jnp.zeros((k, k), jnp.float32), zero, zero, zero, nothing))
+    return refactorize(
+        memory, prepared, RLSState(state, jnp.zeros((k, k), jnp.float32), zero, zero, zero, nothing)
+    )
 
 
 @compiled
-def settle(memory: Streaming, prior: Prior, live: Live) -> StreamingState:
+def to_state(memory: Streaming, prepared: Prepared, live: RLSState) -> StreamingState:
     """The state as `Streaming.write` would have left it: with M and its factor solved anew."""
-    return memory.solve(prior, _summed(live))
+    return memory.solve(prepared, _summed(live))
 
 
 @compiled
 def read(
-    memory: Streaming, prior: Prior, live: Live, queries: Float[Array, "Q C"]
+    memory: Streaming, prepared: Prepared, live: RLSState, queries: Float[Array, "Q C"]
 ) -> Float[Array, "Q C"]:
     """Z_read = W M, as the memory is now."""
-    weights = memory.address(prior, queries)
+    weights = memory.address(prepared, queries)
     moved = dot(dot(weights, live.recent.gains.T) * live.recent.scales, live.recent.errors)
     return dot(weights, live.state.solution) + moved
 
 
 @compiled
-def refresh(memory: Streaming, prior: Prior, live: Live) -> Live:
+def refactorize(memory: Streaming, prepared: Prepared, live: RLSState) -> RLSState:
     """M solved anew from the statistics; NaN where A is indefinite."""
     state = _summed(live)
-    return _renewed(live, prior, state, *_factored(memory, state.gram))
+    return _renewed(live, prepared, state, *_factored(memory, state.gram))
 
 
-def _summed(live: Live) -> StreamingState:
+def _summed(live: RLSState) -> StreamingState:
     """The statistics with the recent facts; solution and factor are those of before."""
     state, recent = live.state, live.recent
-    gram, cross = rank_update(
-        (state.gram, state.cross), recent.weights, recent.news, recent.signs
-    )
+    gram, cross = rank_update((state.gram, state.cross), recent.weights, recent.news, recent.signs)
     added = jnp.sum(recent.signs * jnp.sum(jnp.square(recent.news), axis=1))
     energy = state.energy.plus(added[None, None])
     return dataclasses.replace(state, gram=gram, cross=cross, energy=energy, count=live.count)
@@ -164,16 +173,18 @@ def _factored(memory: Streaming, gram: Sum):
     return cholesky(add_ridge(total, memory.ridge + shrink)), shrink, trace
 
 
-def _renewed(live: Live, prior: Prior, state: StreamingState, factor, shrink, trace) -> Live:
+def _renewed(
+    live: RLSState, prepared: Prepared, state: StreamingState, factor, shrink, trace
+) -> RLSState:
     inverse = lower_inverse(factor)
-    right = state.cross.total() - shrink * prior.memory
+    right = state.cross.total() - shrink * prepared.memory
     change = factor_solve(factor, right)
     # J without a product of K x K and K x C. Its terms may cancel, which `slack` in `_moved` allows for.
-    objective = state.energy.total()[0, 0] + shrink * jnp.sum(jnp.square(prior.memory))
+    objective = state.energy.total()[0, 0] + shrink * jnp.sum(jnp.square(prepared.memory))
     objective = objective - jnp.sum(change * right)
-    state = dataclasses.replace(state, factor=factor, solution=prior.memory + change)
+    state = dataclasses.replace(state, factor=factor, solution=prepared.memory + change)
     cleared = jax.tree.map(jnp.zeros_like, live.recent)
-    return Live(
+    return RLSState(
         state,
         inverse,
         shrink,
@@ -186,39 +197,39 @@ def _renewed(live: Live, prior: Prior, state: StreamingState, factor, shrink, tr
 @compiled
 def update(
     memory: Streaming,
-    prior: Prior,
-    live: Live,
+    prepared: Prepared,
+    live: RLSState,
     key: Float[Array, "C"],
     value: Float[Array, "C"],
     sign: Sign = 1,
-) -> tuple[Live, Step, Bool[Array, ""]]:
+) -> tuple[RLSState, Step, Bool[Array, ""]]:
     """One fact in or out, without ever solving anew: for many memories under one `vmap`.
 
     Returns:
-      The memory; what the fact did; and whether it is due: `refresh` it before the next fact, and
+      The memory; what the fact did; and whether it is due: `refactorize` it before the next fact, and
       before it is read. (Its statistics are right in any case.)
     """
-    weights = memory.address(prior, key[None])
-    fact = _fact(live, prior, weights, value[None], sign)
+    weights = memory.address(prepared, key[None])
+    fact = _fact(live, prepared, weights, value[None], sign)
     recent, step, due = _moved(memory, live, live.recent, *(row[0] for row in fact))
     return dataclasses.replace(live, recent=recent), step, due
 
 
-def _fact(live: Live, prior: Prior, weights, values, sign):
+def _fact(live: RLSState, prepared: Prepared, weights, values, sign):
     """What `_moved` needs of facts, for many of them at once: w, z − wM₀, z − wM and w A⁻¹ with the M
     and A of the last refresh, and α, 0 for padding."""
     values = values.astype(jnp.float32)
     signs = jnp.broadcast_to(jnp.asarray(sign, jnp.float32), weights.shape[:1])
     return (
         weights,
-        values - dot(weights, prior.memory),
+        values - dot(weights, prepared.memory),
         values - dot(weights, live.state.solution),
         dot(dot(weights, live.inverse.T), live.inverse),
         jnp.where(jnp.any(weights != 0, axis=1), signs, 0.0),
     )
 
 
-def _moved(memory: Streaming, live: Live, recent: Recent, w, new, error, gain, alpha):
+def _moved(memory: Streaming, live: RLSState, recent: Recent, w, new, error, gain, alpha):
     """One fact more: (the recent facts, what it did, whether a refresh is due)."""
     shares = recent.scales * dot(recent.gains, w)
     gain = gain - dot(shares, recent.gains)
@@ -234,7 +245,9 @@ def _moved(memory: Streaming, live: Live, recent: Recent, w, new, error, gain, a
     ridge = memory.ridge + live.shrink
     held = leverage / support - ridge * jnp.sum(jnp.square(gain / support))
     slack = SLACK + 4.0 * jnp.finfo(jnp.float32).eps * live.condition
-    doubt = (objective < -slack * live.state.energy.total()[0, 0]) | (held < -slack * squared / ridge)
+    doubt = (objective < -slack * live.state.energy.total()[0, 0]) | (
+        held < -slack * squared / ridge
+    )
     moved = jnp.abs(scale) * jnp.sqrt(jnp.sum(jnp.square(gain)) * missed)
     share = moved / jnp.maximum(live.size, jnp.finfo(jnp.float32).tiny)
     added = CANCELLED * live.condition * share / jnp.maximum(support, 1e-6) + ROUNDING
@@ -262,21 +275,21 @@ def _moved(memory: Streaming, live: Live, recent: Recent, w, new, error, gain, a
 @compiled
 def stream(
     memory: Streaming,
-    prior: Prior,
-    live: Live,
+    prepared: Prepared,
+    live: RLSState,
     keys: Float[Array, "T C"],
     values: Float[Array, "T C"],
     sign: Sign = 1,
-) -> tuple[Live, Step]:
+) -> tuple[RLSState, Step]:
     """T facts one by one, in or out (`sign` ±1 each, or for all; 0 and zero rows are left out).
 
     M is right after each of them, to `DRIFT` or what a fresh solve would be. A forget of what cannot
-    have been in changes nothing and counts in `missing`, as in `Streaming.write`. Not for
+    have been in changes nothing and counts in `refused`, as in `Streaming.write`. Not for
     differentiation: M counts as a constant.
     """
     total = keys.shape[0]
     window = min(total, RECENT)
-    weights = memory.address(prior, jax.lax.stop_gradient(keys))
+    weights = memory.address(prepared, jax.lax.stop_gradient(keys))
     signs = jnp.broadcast_to(jnp.asarray(sign, jnp.float32), (total,))
     # As many rows more as a window that begins at the last fact needs.
     given = tuple(
@@ -289,7 +302,7 @@ def stream(
         of them at once."""
         live, steps, start = carry
         rows = (jax.lax.dynamic_slice_in_dim(x, start, window) for x in given)
-        facts = _fact(live, prior, *rows)
+        facts = _fact(live, prepared, *rows)
         end = jnp.minimum(start + window, total)
 
         def fact(carry):
@@ -306,11 +319,12 @@ def stream(
         # A loop of one turn or none: a condition would copy what it leaves as it is.
         live, refused, _ = jax.lax.while_loop(
             lambda carry: carry[2],
-            lambda carry: (*_checked(memory, prior, carry[0]), jnp.zeros((), bool)),
+            lambda carry: (*_checked(memory, prepared, carry[0]), jnp.zeros((), bool)),
             (dataclasses.replace(live, recent=recent), jnp.zeros((), bool), due),
         )
         steps = steps._replace(
-            refreshed=steps.refreshed.at[at - 1].set(due), refused=steps.refused.at[at - 1].set(refused)
+            refreshed=steps.refreshed.at[at - 1].set(due),
+            refused=steps.refused.at[at - 1].set(refused),
         )
         return live, steps, at
 
@@ -320,24 +334,26 @@ def stream(
     return live, steps
 
 
-def _checked(memory: Streaming, prior: Prior, live: Live) -> tuple[Live, Bool[Array, ""]]:
-    """`refresh`, and whether the last fact was a forget of what cannot have been in: then without it."""
+def _checked(
+    memory: Streaming, prepared: Prepared, live: RLSState
+) -> tuple[RLSState, Bool[Array, ""]]:
+    """`refactorize`, and whether the last fact was a forget of what cannot have been in: then without it."""
     recent = live.recent
     last = jnp.minimum(recent.number, RECENT) - 1
     sign = recent.signs[last]
     fewer = recent._replace(signs=recent.signs.at[last].set(0.0))
     without = dataclasses.replace(live, recent=fewer)
-    found = refresh(memory, prior, live)
+    found = refactorize(memory, prepared, live)
     before = _summed(without)
     fact = (recent.weights[last][None], recent.news[last][None], sign[None])
     refused = jax.lax.cond(
         sign < 0,
-        lambda: ~memory.possible(prior, before, found.state, *fact),
+        lambda: ~memory.possible(prepared, before, found.state, *fact),
         lambda: jnp.zeros((), bool),
     )
 
     def kept():
-        state = dataclasses.replace(before, missing=before.missing + 1)
-        return _renewed(without, prior, state, *_factored(memory, state.gram))
+        state = dataclasses.replace(before, refused=before.refused + 1)
+        return _renewed(without, prepared, state, *_factored(memory, state.gram))
 
     return jax.lax.cond(refused, kept, lambda: found), refused

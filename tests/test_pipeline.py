@@ -5,21 +5,21 @@ import types
 import numpy as np
 import pytest
 
-from larimar_jax import pretrained, weights
+from larimar_jax import pipeline, weights
 from larimar_jax.config import ConfigError
 from larimar_jax.session import Session
-from larimar_jax.train import export
+from larimar_jax.weights import model_file
 
 
 @pytest.fixture(scope="module")
 def smol():
-    return pretrained.load("smol")
+    return pipeline.load("smol")
 
 
 def test_each_tokenizer_is_read_once(monkeypatch):
     read, load = [], weights.load_tokenizer
     monkeypatch.setattr(weights, "load_tokenizer", lambda source: read.append(source) or load(source))
-    pretrained.load("smol")
+    pipeline.load("smol")
     assert len(read) == len(set(read)) == 2
 
 
@@ -39,23 +39,23 @@ def test_a_fact_goes_in_and_out(smol):
 
 
 def test_the_file_holds_what_was_trained_and_is_small(smol):
-    path = pretrained.locate("smol")
+    path = pipeline.locate("smol")
     assert path.stat().st_size <= 40e6
-    arrays, meta = export.load_exported(path)
+    arrays, meta = model_file.load_exported(path)
     assert not any(name.startswith(("encoder/", "decoder/")) for name in arrays)
-    assert arrays["memory/prior"].shape == (512, 384)
+    assert arrays["memory/prior_memory"].shape == (512, 384)
     assert meta["evaluation"]["reconstruction"] < meta["evaluation"]["language"] - 0.5
     assert len(smol.fingerprint) == 64 and smol.source == "smol"
 
 
 def test_a_file_that_lacks_a_parameter_is_refused(smol, tmp_path):
-    arrays, meta = export.load_exported(pretrained.locate("smol"))
+    arrays, meta = model_file.load_exported(pipeline.locate("smol"))
     del arrays["to_slots/kernel"]
     arrays["to_embedding/kernel"] = arrays["to_embedding/kernel"][:, :5]
     path = tmp_path / "model.safetensors"
-    export.save_exported(path, arrays, meta)
-    with pytest.raises(export.ExportError) as error:
-        pretrained.load(path)
+    model_file.save_exported(path, arrays, meta)
+    with pytest.raises(model_file.ExportError) as error:
+        pipeline.load(path)
     assert "to_slots/kernel: missing" in str(error.value)
     assert "to_embedding/kernel: (384, 5) in the file" in str(error.value)
 
@@ -63,8 +63,8 @@ def test_a_file_that_lacks_a_parameter_is_refused(smol, tmp_path):
 def test_a_session_is_no_model(smol, tmp_path):
     path = tmp_path / "session.safetensors"
     Session(smol).save(path)
-    with pytest.raises(export.ExportError, match="holds a session and not a model"):
-        pretrained.load(path)
+    with pytest.raises(model_file.ExportError, match="holds a session and not a model"):
+        pipeline.load(path)
 
 
 def test_a_text_may_fill_all_positions_of_an_encoder(tiny, monkeypatch):
@@ -79,7 +79,7 @@ def test_a_text_may_fill_all_positions_of_an_encoder(tiny, monkeypatch):
     config = types.SimpleNamespace(max_length=30)
     stub = types.SimpleNamespace(
         model=types.SimpleNamespace(encoder=types.SimpleNamespace(config=config)),
-        config=types.SimpleNamespace(editing=types.SimpleNamespace(features=None, spelling=None)),
+        config=types.SimpleNamespace(editing=types.SimpleNamespace(key_features=None, answer_code=None)),
         encoder_tokenizer=tiny.encoder_tokenizer,
         graph=None,
         state=None,
@@ -87,15 +87,15 @@ def test_a_text_may_fill_all_positions_of_an_encoder(tiny, monkeypatch):
     )
     full = "0" * 28  # with bos and eos
     assert int(tiny.encoder_tokenizer.encode([full]).mask.sum()) == 30
-    assert pretrained.Pretrained.encode(stub, [full, "0"]).embedding.shape == (2, 3)
+    assert pipeline.Pipeline.encode(stub, [full, "0"]).embedding.shape == (2, 3)
     assert widths == [30]
 
 
 def test_how_a_model_is_edited_can_be_set_anew_and_nothing_else(smol):
-    other = pretrained.load("smol", ["editing.features.count=128", "editing.ridge=0.5"])
+    other = pipeline.load("smol", ["editing.key_features.count=128", "editing.ridge=0.5"])
     assert other.memory.slots == 512 < smol.memory.slots and other.memory.ridge == 0.5
     assert other.fingerprint != smol.fingerprint
     with pytest.raises(ConfigError, match="'model.latent=3' is no setting of `editing`"):
-        pretrained.load("smol", ["model.latent=3"])
+        pipeline.load("smol", ["model.latent=3"])
     with pytest.raises(ConfigError, match="editing.ridge: must be above 0"):
-        pretrained.load("smol", ["editing.ridge=0"])
+        pipeline.load("smol", ["editing.ridge=0"])
