@@ -210,7 +210,7 @@ class Pipeline:
         rows, more = len(readout), packing.steps_bucket(len(readout), 1) - len(readout)
         readout = np.pad(np.asarray(readout, np.float32), ((0, more), (0, 0)))
         active = np.pad(np.ones(rows, bool) if active is None else np.asarray(active), (0, more))
-        how = dict(sizes=self.layout, answer_code=self.config.editing.answer_code)
+        how = dict(sizes=self.layout, code=self.config.editing.answer_code)
         return _condition(self.graph, self.state, readout, active, **how)
 
     def zero(self, rows: int) -> Condition:
@@ -406,14 +406,14 @@ def _encode(
     )
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("sizes", "answer_code"))
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("sizes", "code"))
 def _condition(
-    graph: nnx.GraphDef, state: nnx.State, readout, active, *, sizes, answer_code
+    graph: nnx.GraphDef, state: nnx.State, readout, active, *, sizes, code
 ) -> Condition:
     model, evidence = nnx.merge(graph, state), None
-    if answer_code is not None:
+    if code is not None:
         written = readout[:, sizes.size - sizes.answer_code :]
-        evidence = answer_code.read(answer_code, written, model.decoder.config.vocab_size, active)
+        evidence = answer_code.read(code, written, model.decoder.config.vocab_size, active)
     return model.condition(readout[:, : sizes.encoding], active, evidence)
 
 
