@@ -171,11 +171,11 @@ def model(
     """Writes the model at `source` with a scope detector that is trained on CounterFact's records.
 
     Args:
-        source: as `pretrained.load`; a detector that it has is replaced.
+        source: as `pipeline.load`; a detector that it has is replaced.
         out: the file to write; tokenizers of the model's own are put beside it.
         data: as `counterfact.load`. Records without paraphrase or neighbour are left out.
     Raises:
-        ValueError: as `calibrate`. What `pretrained.load` and `counterfact.load` raise.
+        ValueError: as `calibrate`. What `pipeline.load` and `counterfact.load` raise.
     """
     recipe = Recipe() if recipe is None else recipe
     records = [r for r in counterfact.load(data) if r.paraphrases and r.neighbourhood]

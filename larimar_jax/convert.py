@@ -84,11 +84,11 @@ def to_huggingface(source: str | Path, out: str | Path) -> None:
     Low-rank changes are merged: the decoder is the one that a memory conditions, not the base LM.
 
     Args:
-      source: a shipped name, an export, or a run's folder, as in `pretrained.load`.
+      source: a shipped name, an export, or a run's folder, as in `pipeline.load`.
       out: the folder to make.
     Raises:
       FileExistsError: `out` is there already.
-      FileNotFoundError, ExportError: as `pretrained.load`.
+      FileNotFoundError, ExportError: as `pipeline.load`.
       WeightsError: a tower that such a folder cannot describe. Nothing is written then.
     """
     with _made(Path(out)) as made:

@@ -137,7 +137,7 @@ def run(
     """Writes `EDITS`, asks before and after, forgets one, prints and draws what happened.
 
     Args:
-      model: what `pretrained.load` takes.
+      model: what `pipeline.load` takes.
       picture: where the picture goes; None for none.
     """
     console = console or Console()

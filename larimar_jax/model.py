@@ -26,7 +26,7 @@ class Condition:
     """All that a read hands to the decoder, one row per sequence.
 
     prefix: memory slots and embedding made from the latent (§2). spelled: the tokens of the answer
-    (spelling.py), where the memory keeps them.
+    (answer_code.py), where the memory keeps them.
     """
 
     prefix: Prefix

@@ -42,7 +42,7 @@ class Encodings:
     """n texts: `embedding` for the scope detector (§6), `latent` for the memory (§2); float32. `pooled`
     is the encoder's output, of which `embedding` is the projection where the model has one.
 
-    C is the size of all `latents.parts`: behind a text's encoding stand its features and the spelling of
+    C is the size of all `latent_layout.layout`: behind a text's encoding stand its features and the spelling of
     its answer, zeros where it has none.
     """
 

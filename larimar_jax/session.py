@@ -71,7 +71,7 @@ class Session:
     """A model, one streaming memory, and the facts that are in it.
 
     Args:
-      model: a loaded `Pretrained`, or what `pretrained.load` takes: a name or a path.
+      model: a loaded `Pipeline`, or what `pipeline.load` takes: a name or a path.
     """
 
     def __init__(self, model: Pipeline | str | pathlib.Path = "smol"):

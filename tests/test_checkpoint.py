@@ -18,9 +18,10 @@ from jax.sharding import PartitionSpec as P
 from larimar_jax import config as configs
 from larimar_jax import model
 from larimar_jax.settings import StartConfig
-from larimar_jax.train import checkpoint, loop, model_file, sharding, start
+from larimar_jax.train import checkpoint, loop, sharding, start
 from larimar_jax.train.checkpoint import CheckpointError, Checkpoints
 from larimar_jax.train.step import AbstractModel, TrainStep
+from larimar_jax.weights import model_file
 
 PARAMS = {
     "decoder/up/kernel": np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32),

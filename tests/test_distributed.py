@@ -15,7 +15,8 @@ import world
 
 from larimar_jax import config as configs
 from larimar_jax import runs
-from larimar_jax.train import distributed, metrics, model_file
+from larimar_jax.train import distributed, metrics
+from larimar_jax.weights import model_file
 
 STEPS = 20
 

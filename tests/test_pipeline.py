@@ -75,7 +75,7 @@ def test_a_text_may_fill_all_positions_of_an_encoder(tiny, monkeypatch):
         widths.append(ids.shape[1])
         return tuple(np.ones((len(ids), size), np.float32) for size in (3, 2, 3))
 
-    monkeypatch.setattr(pretrained, "_encode", encode)
+    monkeypatch.setattr(pipeline, "_encode", encode)
     config = types.SimpleNamespace(max_length=30)
     stub = types.SimpleNamespace(
         model=types.SimpleNamespace(encoder=types.SimpleNamespace(config=config)),

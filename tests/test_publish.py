@@ -45,7 +45,7 @@ def test_exported_towers_come_back_bit_for_bit(number, tmp_path, bases):
 
 
 def test_so_do_a_sentence_encoder_and_a_trained_vocabulary(monkeypatch, tmp_path, tiny):
-    monkeypatch.setattr(pretrained, "load", lambda source: tiny)
+    monkeypatch.setattr(pipeline, "load", lambda source: tiny)
     convert.to_huggingface("tiny", tmp_path / "towers")
     check_towers(tiny, tmp_path / "towers")
     said = json.loads((tmp_path / "towers" / "encoder" / "modules.json").read_text())
@@ -68,7 +68,7 @@ def test_large_models_are_cut_into_parts(tmp_path):
 
 
 def test_a_failing_export_leaves_nothing(monkeypatch, tmp_path, tiny):
-    monkeypatch.setattr(pretrained, "load", lambda source: tiny)
+    monkeypatch.setattr(pipeline, "load", lambda source: tiny)
     monkeypatch.setattr(publish, "decoder", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         convert.to_huggingface("tiny", tmp_path / "towers")

@@ -16,7 +16,7 @@ key's plus noise of covariance σ²I, the expected error of N reads is Σ ‖Z �
 
 follows from the statistics. Without it (ρ = 0) the error of such reads peaks where N ≈ K (§3). The
 trace is taken to the nearest power of two: the minimum is flat, and μ then stays from one fact to the
-next, so that facts can be streamed (live.py).
+next, so that facts can be streamed (rls.py).
 
 Why not Eq. 4's recursion on M, nor Sherman–Morrison on A⁻¹: their errors feed back and diverge for
 small λ after some thousand updates. Sums do not; M and the Cholesky factor here are only a cache of

@@ -8,7 +8,8 @@ import jax
 
 from larimar_jax import scope
 from larimar_jax.settings import StartConfig
-from larimar_jax.train import checkpoint, model_file
+from larimar_jax.train import checkpoint
+from larimar_jax.weights import model_file
 
 
 class StartError(ValueError):
