@@ -14,7 +14,7 @@ from typing import Any
 _PUBLIC = {
     "Config": "config",
     "Larimar": "model",
-    "Pretrained": "pretrained",
+    "Pipeline": "pretrained",
     "Session": "session",
     "load": "pretrained",
 }

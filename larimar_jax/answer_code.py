@@ -49,7 +49,7 @@ class TokenEvidence:
     tokens: Int[Array, "B P k"]
     logit_gain: Float[Array, "B P k"]
 
-    def rows(self, index: Int[Array, " R"]) -> "Spelled":
+    def rows(self, index: Int[Array, " R"]) -> "TokenEvidence":
         """Chosen rows, in the order of `index`."""
         return TokenEvidence(self.tokens[index], self.logit_gain[index])
 

@@ -103,7 +103,7 @@ class Pipeline:
     def scope_threshold(self) -> float:
         return self.config.editing.scope_threshold
 
-    def with_memory(self, memory: Streaming, prepared: Prepared) -> "Pretrained":
+    def with_memory(self, memory: Streaming, prepared: Prepared) -> "Pipeline":
         """The same towers with another memory, which holds as many numbers a text.
 
         Raises:

@@ -33,8 +33,8 @@ def _plain(head, hidden, targets):
 @pytest.fixture
 def small_parts(monkeypatch):
     # 37 positions as 8 + 8 + 8 + 8 + 5.
-    monkeypatch.setattr(cross_entropy, "POSITIONS", 8)
-    monkeypatch.setattr(cross_entropy, "TOKENS", 1)
+    monkeypatch.setattr(losses, "POSITIONS", 8)
+    monkeypatch.setattr(losses, "TOKENS", 1)
 
 
 @pytest.mark.usefixtures("small_parts")

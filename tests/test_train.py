@@ -27,6 +27,7 @@ from larimar_jax.train import (
     start,
 )
 from larimar_jax.train.step import TrainStep, initialise
+from larimar_jax.weights import model_file
 
 ROOT = Path(__file__).parents[1]
 STEPS = world.STEPS
