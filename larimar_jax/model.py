@@ -215,7 +215,9 @@ def _towers(config: Config) -> dict[str, tuple[Any, types.ModuleType, Callable[.
     }
 
 
-def abstract(config: Config, loaded: Mapping[str, nnx.Module] = types.MappingProxyType({})) -> Larimar:
+def abstract(
+    config: Config, loaded: Mapping[str, nnx.Module] = types.MappingProxyType({})
+) -> Larimar:
     """The model that `build` makes, of shapes alone; of sources no tensor is read.
 
     Args:
@@ -283,3 +285,40 @@ def parameters(model: nnx.Module) -> Mapping[str, Array]:
     return {
         "/".join(str(part) for part in path): leaf[...] for path, leaf in nnx.to_flat_state(state)
     }
+
+
+class AbstractModel:
+    """A model without its numbers, which turns parameters by '/'-joined path back into a model.
+
+    Args:
+      module: the model as `abstract` makes it.
+
+    Attributes:
+      parameters: ShapeDtypeStructs by path.
+      max_tokens: how many tokens the decoder takes beside a memory slot.
+
+    Raises:
+      TypeError: the model holds variables that are no parameters.
+    """
+
+    def __init__(self, module: nnx.Module):
+        self.module = module
+        self.max_tokens: int = module.decoder.config.max_length - 1
+        self._graph, params, rest = nnx.split(module, nnx.Param, ...)
+        if jax.tree.leaves(rest):
+            raise TypeError(
+                "the model holds variables that are no parameters, which training would lose: "
+                + ", ".join("/".join(map(str, path)) for path, _ in nnx.to_flat_state(rest))
+            )
+        self._flat = list(nnx.to_flat_state(params))
+        self.parameters: dict[str, jax.ShapeDtypeStruct] = {
+            "/".join(map(str, path)): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            for path, leaf in self._flat
+        }
+
+    def model(self, values: Mapping[str, Array]) -> Larimar:
+        """Return the model with these parameters (all of them)."""
+        state = nnx.from_flat_state(
+            (path, leaf.replace(values["/".join(map(str, path))])) for path, leaf in self._flat
+        )
+        return nnx.merge(self._graph, state)

@@ -21,9 +21,8 @@ from larimar_jax.data import vocabulary
 from larimar_jax.memory.base import Prepared
 from larimar_jax.memory.dual import Dual
 from larimar_jax.memory.streaming import Streaming
-from larimar_jax.model import Condition, Larimar, abstract, load_towers, parameters
+from larimar_jax.model import AbstractModel, Condition, Larimar, abstract, load_towers, parameters
 from larimar_jax.settings import Config, KeyFeaturesConfig
-from larimar_jax.train.step import AbstractModel
 from larimar_jax.weights import PACKAGED, model_file
 from larimar_jax.weights import locate as locate_tower
 from larimar_jax.weights.tokenizers import TextTooLong, Tokenizer, bucket
@@ -407,9 +406,7 @@ def _encode(
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("sizes", "code"))
-def _condition(
-    graph: nnx.GraphDef, state: nnx.State, readout, active, *, sizes, code
-) -> Condition:
+def _condition(graph: nnx.GraphDef, state: nnx.State, readout, active, *, sizes, code) -> Condition:
     model, evidence = nnx.merge(graph, state), None
     if code is not None:
         written = readout[:, sizes.size - sizes.answer_code :]

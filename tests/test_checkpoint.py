@@ -20,14 +20,17 @@ from larimar_jax import model
 from larimar_jax.settings import StartConfig
 from larimar_jax.train import checkpoint, loop, sharding, start
 from larimar_jax.train.checkpoint import CheckpointError, Checkpoints
-from larimar_jax.train.step import AbstractModel, TrainStep
+from larimar_jax.train.step import TrainStep
 from larimar_jax.weights import model_file
 
 PARAMS = {
     "decoder/up/kernel": np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32),
     "decoder/norm/scale": np.linspace(0, 1, 8, dtype=np.float32),
 }
-MEMORY = {"memory/prior_memory": np.eye(4, 6, dtype=np.float32), "memory/log_variance": np.float32(-1.5)}
+MEMORY = {
+    "memory/prior_memory": np.eye(4, 6, dtype=np.float32),
+    "memory/log_variance": np.float32(-1.5),
+}
 
 
 def _stream():
@@ -105,7 +108,9 @@ def test_a_run_saved_on_4x2_comes_back_bit_for_bit_on_other_meshes(tmp_path):
     def on(mesh):
         settings = dict(mesh=mesh, layout="zero3", memory_layout="slots", ema=0.9)
         config = world.config(corpus, **settings)
-        stepper = TrainStep(config, AbstractModel(model.abstract(config)), sharding.make_mesh(mesh))
+        stepper = TrainStep(
+            config, model.AbstractModel(model.abstract(config)), sharding.make_mesh(mesh)
+        )
         saved = loop._Saved(Checkpoints(tmp_path / "run", 2), stepper)
         return stepper, saved, {"config": configs.to_dict(config), "tokenizers": {}}
 
@@ -115,7 +120,9 @@ def test_a_run_saved_on_4x2_comes_back_bit_for_bit_on_other_meshes(tmp_path):
     def fill(leaf):
         return jax.device_put(draw.integers(0, 99, leaf.shape).astype(leaf.dtype), leaf.sharding)
 
-    state = jax.tree.map(fill, stepper.abstract())._replace(step=fill(stepper.abstract().step) * 0 + 3)
+    state = jax.tree.map(fill, stepper.abstract())._replace(
+        step=fill(stepper.abstract().step) * 0 + 3
+    )
     assert not state.params["memory/prior_memory"].sharding.is_fully_replicated
     stream = _stream()
     for _ in range(3):

@@ -11,7 +11,6 @@ from flax import nnx
 
 from larimar_jax import config, lora, model
 from larimar_jax.decoders.base import Tree
-from larimar_jax.train.step import AbstractModel
 
 
 def _build(modules="^decoder/layers/(attention/(query|value)|up)$", attached=True):
@@ -39,7 +38,9 @@ def _moved(larimar):
         for name, leaf in model.parameters(larimar).items()
         if lora.is_factor(name)
     }
-    return AbstractModel(nnx.eval_shape(lambda: larimar)).model(dict(model.parameters(larimar)) | arrays)
+    return model.AbstractModel(nnx.eval_shape(lambda: larimar)).model(
+        dict(model.parameters(larimar)) | arrays
+    )
 
 
 def test_at_the_start_it_changes_nothing():
@@ -82,7 +83,9 @@ def test_the_factors_are_of_the_chosen_maps_and_the_maps_count_as_changed():
     more = names - set(model.parameters(_build(attached=False)))
     maps = ("attention/query", "attention/value", "up")
     assert more == {f"decoder/layers/{m}/{f}" for m in maps for f in lora.FACTORS}
-    assert lora.changed(names) == {f"decoder/layers/{m}/{p}" for m in maps for p in ("kernel", "bias")}
+    assert lora.changed(names) == {
+        f"decoder/layers/{m}/{p}" for m in maps for p in ("kernel", "bias")
+    }
 
 
 def test_merged_it_says_the_same_and_is_the_plain_model():
@@ -103,8 +106,15 @@ def test_a_regex_that_finds_no_map_names_those_there_are():
 def test_an_untied_head_is_no_map_that_could_change():
     values = tiny_config()
     values["model"]["decoder"] = dict(
-        family="gptj", vocab_size=64, width=32, depth=1, heads=2, mlp=64, rotary=8,
-        max_length=32, norm_eps=1e-5,
+        family="gptj",
+        vocab_size=64,
+        width=32,
+        depth=1,
+        heads=2,
+        mlp=64,
+        rotary=8,
+        max_length=32,
+        norm_eps=1e-5,
     )
     values["model"]["lora"] = dict(rank=3, scale=0.5, modules="^decoder/head$")
     with pytest.raises(ValueError, match="found in no linear map") as error:

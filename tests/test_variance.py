@@ -190,7 +190,7 @@ def test_a_model_learns_it_under_the_rules_that_there_are(setting, cpu_devices):
     values = tiny_config()
     values["memory"]["variance"] = setting
     parsed = config.parse(values)
-    skeleton = step.AbstractModel(model.abstract(parsed))
+    skeleton = model.AbstractModel(model.abstract(parsed))
     slots, latent = values["memory"]["slots"], values["model"]["latent"]
     want = {
         "scalar": {"memory/log_variance": ()},
@@ -205,4 +205,4 @@ def test_a_model_learns_it_under_the_rules_that_there_are(setting, cpu_devices):
     found = {n: leaf.shape for n, leaf in skeleton.parameters.items() if "variance" in n}
     assert found == want[setting]
     mesh = sharding.make_mesh((2, 2, 2), cpu_devices)
-    assert skeleton.shardings(parsed, mesh).keys() == skeleton.parameters.keys()
+    assert step.shardings(skeleton, parsed, mesh).keys() == skeleton.parameters.keys()

@@ -15,7 +15,6 @@ from larimar_jax import decoders, encoders, lora
 from larimar_jax import model as models
 from larimar_jax.model import Larimar
 from larimar_jax.settings import Config, TowerConfig
-from larimar_jax.train.step import AbstractModel
 from larimar_jax.weights import fill
 
 # torch is no dependency of the project: it is imported where it is used, and its types have no name.
@@ -47,7 +46,7 @@ def make(config: Config, model: Larimar) -> Towers:
     factors = {name: array for name, array in arrays.items() if lora.is_factor(name)}
     # The same numbers without factors, of which Hugging Face's files know nothing.
     lean = dataclasses.replace(config, model=dataclasses.replace(config.model, lora=None))
-    plain = AbstractModel(models.abstract(lean)).model(
+    plain = models.AbstractModel(models.abstract(lean)).model(
         {name: array for name, array in arrays.items() if name not in factors}
     )
     towers, known = config.model, {}
@@ -154,9 +153,7 @@ def _change(
         stacks = [np.asarray(factors[name]) for name in names]
         for layer, kernel in enumerate(known[f"{owner}/kernel"]):
             # (outputs, inputs), as torch keeps and multiplies them.
-            pair = [
-                torch.nn.Parameter(torch.from_numpy(stack[layer].T.copy())) for stack in stacks
-            ]
+            pair = [torch.nn.Parameter(torch.from_numpy(stack[layer].T.copy())) for stack in stacks]
             linear[id(kernel)].register_forward_hook(_changed(*pair, scale))
             for name, factor in zip(names, pair, strict=True):
                 made.setdefault(name, []).append(factor)

@@ -37,7 +37,7 @@ from larimar_jax.train.checksums import array_checksums
 from larimar_jax.train.finish import finish
 from larimar_jax.train.held_out import HeldOut
 from larimar_jax.train.metrics import MetricsLog
-from larimar_jax.train.step import AbstractModel, TrainState, TrainStep, initialise
+from larimar_jax.train.step import TrainState, TrainStep, initialise
 
 # Seconds that compiling, an evaluation or a save may take beyond `train.stall`.
 _SLOW = 3600.0
@@ -77,7 +77,7 @@ def _train(config: Config, run_dir: Path, dog: distributed.Watchdog, progress: b
     folder.claim(run_dir, config)
     mesh = sharding.make_mesh(config.train.mesh)
     # Before the corpus is tokenised: what does not fit is said while little was done.
-    abstract = AbstractModel(model.abstract(config))
+    abstract = model.AbstractModel(model.abstract(config))
     TrainStep(config, abstract, mesh)
     # A corpus takes its time, and whoever waits for its pieces gives up by itself.
     dog.beat(math.inf)
@@ -117,7 +117,7 @@ def _train(config: Config, run_dir: Path, dog: distributed.Watchdog, progress: b
         report.say(f"going on from the checkpoint of step {int(state.step):,}")
     dog.beat(_SLOW)
     with _Run(config, run_dir, mesh, stepper, saved, meta, dog, progress) as run:
-        judged = HeldOut(config, mesh, held_out, tokenizers, skeleton.room)
+        judged = HeldOut(config, mesh, held_out, tokenizers, skeleton.max_tokens)
         state, evaluation, finished = run.steps(state, frozen, stream, judged)
     step = int(state.step)
     if finished:

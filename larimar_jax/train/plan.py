@@ -15,7 +15,7 @@ from larimar_jax import model
 from larimar_jax.layers import Remat
 from larimar_jax.settings import Config
 from larimar_jax.train import flops, hlo, sharding
-from larimar_jax.train.step import AbstractModel, TrainStep
+from larimar_jax.train.step import TrainStep
 
 # Of a device's memory, what a step may take: the rest is the driver's, the communication library's,
 # and lost between buffers.
@@ -78,7 +78,7 @@ def plan(config: Config) -> Plan:
         FileNotFoundError: a tower's sizes are neither in the config nor found by its source.
     """
     mesh = sharding.make_mesh(config.train.mesh)
-    skeleton = AbstractModel(model.abstract(config))
+    skeleton = model.AbstractModel(model.abstract(config))
     stepper = TrainStep(config, skeleton, mesh)
     arguments = stepper.arguments(max(config.data.episode))
     compiled = stepper.step.lower(*arguments).compile(_UNRUN)

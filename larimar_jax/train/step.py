@@ -1,19 +1,18 @@
 """One step: the model as a flat dict of parameters, its state, and what jit compiles."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from larimar_jax import layers, linalg, model, objective, products
 from larimar_jax.config import make_memory
+from larimar_jax.model import AbstractModel
 from larimar_jax.settings import Config
 from larimar_jax.train import edits, flops, optimizer, sharding
 
@@ -39,42 +38,10 @@ class TrainState(NamedTuple):
     loss: Any
 
 
-class AbstractModel:
-    """A model without its numbers: turns parameters by '/'-joined path back into a model.
-
-    Attributes:
-        parameters: ShapeDtypeStructs by path. room: tokens that the decoder takes beside a slot.
-    """
-
-    def __init__(self, abstract: nnx.Module):
-        self.room: int = abstract.decoder.config.max_length - 1
-        self._table = functools.partial(_table, abstract)
-        self._graph, params, rest = nnx.split(abstract, nnx.Param, ...)
-        if jax.tree.leaves(rest):
-            raise TypeError(
-                "the model holds variables that are no parameters, which training would lose: "
-                + ", ".join("/".join(map(str, path)) for path, _ in nnx.to_flat_state(rest))
-            )
-        self._flat = list(nnx.to_flat_state(params))
-        self.parameters: dict[str, jax.ShapeDtypeStruct] = {
-            "/".join(map(str, path)): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-            for path, leaf in self._flat
-        }
-
-    def shardings(self, config: Config, mesh: Mesh) -> dict[str, NamedSharding]:
-        """Where each parameter is split, before `train.layout` has its say."""
-        return sharding.shardings(mesh, self.parameters, self._table(config))
-
-    def model(self, parameters: Mapping[str, Array]) -> model.Larimar:
-        """The model with these parameters (all of them)."""
-        state = nnx.from_flat_state(
-            (path, leaf.replace(parameters["/".join(map(str, path))])) for path, leaf in self._flat
-        )
-        return nnx.merge(self._graph, state)
-
-
-def _table(abstract: nnx.Module, config: Config) -> list[sharding.Rule]:
-    return sharding.rules(abstract, config.train.memory_layout)
+def shardings(abstract: AbstractModel, config: Config, mesh: Mesh) -> dict[str, NamedSharding]:
+    """Return where each parameter is split, before `train.layout` has its say."""
+    rules = sharding.rules(abstract.module, config.train.memory_layout)
+    return sharding.shardings(mesh, abstract.parameters, rules)
 
 
 def initialise(config: Config, mesh: Mesh) -> tuple[AbstractModel, dict[str, Array]]:
@@ -89,7 +56,7 @@ def initialise(config: Config, mesh: Mesh) -> tuple[AbstractModel, dict[str, Arr
     """
     key = jax.random.key(config.train.seed)
     skeleton = AbstractModel(model.abstract(config))
-    where = skeleton.shardings(config, mesh)
+    where = shardings(skeleton, config, mesh)
     towers = (config.model.encoder, config.model.decoder)
     if any(tower.source is not None for tower in towers):
         built = model.build(config, key, lambda name, _: where[name])
@@ -121,7 +88,7 @@ class TrainStep:
         self._rate = optimizer.learning_rate(config.train)
         self._over = sharding.per_episode(mesh)
         _check_parts(config, mesh)
-        where = skeleton.shardings(config, mesh)
+        where = shardings(skeleton, config, mesh)
         split, self._frozen = optimizer.partition(where, config.train.frozen)
         self.trained, self.frozen = list(split), list(self._frozen)
         whole = sharding.replicated(mesh)
@@ -180,7 +147,10 @@ class TrainStep:
         data = self._config.data
         batch = {
             f"{tower}_{kind}": jax.ShapeDtypeStruct((data.batch, episode, length), dtype)
-            for tower, length in (("encoder", data.encoder_tokens), ("decoder", data.decoder_tokens))
+            for tower, length in (
+                ("encoder", data.encoder_tokens),
+                ("decoder", data.decoder_tokens),
+            )
             for kind, dtype in (("tokens", jnp.int32), ("mask", jnp.bool_))
         }
         frozen = {name: self._skeleton.parameters[name] for name in self.frozen}
@@ -279,8 +249,9 @@ class TrainStep:
             found = (found[0], self._reduced(found[1]))
             return jax.tree.map(jnp.add, total, found), None
 
-        shapes = jax.eval_shape(graded, params, *jax.tree.map(lambda a: a[: a.shape[0] // parts],
-                                                              (batch, keys)))
+        shapes = jax.eval_shape(
+            graded, params, *jax.tree.map(lambda a: a[: a.shape[0] // parts], (batch, keys))
+        )
         zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
         zero = (zero[0], self._reduced(zero[1]))
         return jax.lax.scan(add, zero, jax.tree.map(part, (batch, keys)))[0]
