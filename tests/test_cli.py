@@ -8,7 +8,7 @@ import pytest
 from larimar_jax import cli, runs
 
 COMMANDS = (
-    "demo", "edit", "ask", "forget", "list", "train", "bench", "bench counterfact", "bench generation",
+    "demo", "edit", "ask", "forget", "list", "train", "bench", "bench counterfact", "bench memory",
     "convert", "convert ibm", "export", "export hf",
 )
 

@@ -1,18 +1,12 @@
-"""Wall clock of an edit (Table 1), and of the benchmark against scoring one prompt at a time.
+"""Wall clock of an edit (Table 1), and of the benchmark.
 
     write, forget, ask   what a session's user waits for, each with the encoder; `base` is the same
                          question to the untouched language model
-    batched, one by one  CounterFact's cases under every system, as `larimar bench counterfact` does
-                         them, and by a plain loop of one call of the decoder for each system, prompt and
-                         candidate (one_by_one.py)
-
-The loop measures each of the six systems by itself. Four would do: a prompt in scope is decoded as with
-the fact in front, or as without scope, and one out of scope as by the base LM. The summary has the ratio
-to the calls of four, too.
+    batched              CounterFact's cases under every system, as `larimar bench counterfact` has it
 
 All are run in turns within one process, after a first run of each, which compiles: what it takes longer
-than the median of those that follow is told apart. What a side has compiled, those below it need not:
-the loop uses the encoder's and the memory's programs of `batched`.
+than the median of those that follow is told apart. `python -m tests.comparisons scoring` times a loop of
+one call of the decoder for each system, prompt and candidate beside it.
 """
 
 import argparse
@@ -25,7 +19,7 @@ from typing import Any
 import jax
 from rich.table import Table
 
-from larimar_jax.bench import counterfact, given, one_by_one, systems
+from larimar_jax.bench import counterfact, given, systems
 from larimar_jax.bench.editor import LarimarEditor
 from larimar_jax.bench.runner import Record
 from larimar_jax.data.edit_records import EditRecord
@@ -44,8 +38,6 @@ SESSION = {
 }
 # Facts that are in the session beside the one that is timed.
 _BESIDE = 64
-# Systems whose numbers are those of others, by the scope decision.
-_DERIVED = ("lookup", "larimar")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,17 +78,9 @@ def tables(summary: Mapping[str, Any]) -> list[Table | str]:
     for name, label in SESSION.items():
         waited.add_row(label, f"{1e3 * results['seconds'][name]:.1f}", f"{compiling[name]:.1f}")
     scored = Table("CounterFact, every system", "cases/s", "compiling, s")
-    labels = {"batched": "batched", "single": "one prompt and candidate at a time"}
-    for name, label in labels.items():
-        rate = results["cases_per_second"][name]
-        scored.add_row(label, f"{rate:.2f}", f"{compiling[name]:.1f}")
-    scored.add_row("ratio", f"{results['ratio']:.1f}", "")
-    return [
-        waited,
-        scored,
-        f"ℓ of the two differ by {results['apart']:.1e} nats at the most; to a loop that calls the "
-        f"decoder for four of the six systems the ratio is {results['ratio_four_systems']:.1f}",
-    ]
+    rate = results["cases_per_second"]
+    scored.add_row("batched", f"{rate:.2f}", f"{compiling['batched']:.1f}")
+    return [waited, scored]
 
 
 class Speed:
@@ -122,7 +106,7 @@ class Speed:
             "model": systems.named(model),
             "scored": scored,
             "repeats": repeats,
-            "timed": [*SESSION, "batched", "single", "compiling"],
+            "timed": [*SESSION, "batched", "compiling"],
             "seed": None,
         }
         self._sides: dict[str, Callable[[], Any]] | None = None
@@ -135,18 +119,11 @@ class Speed:
             jax.clear_caches()
             self._sides = {**self._session(), **self._scoring()}
             # The first write is already done, of the facts beside.
-            self._first = _timed(self._sides)[0] | self._first
+            self._first = _timed(self._sides) | self._first
         records = []
         for case in cases:
-            seconds, said = _timed(self._sides)
-            losses, by_system = said["single"]
-            seconds["single_four_systems"] = seconds["single"] - sum(by_system[n] for n in _DERIVED)
-            apart = max(
-                abs(one - other)
-                for mine, theirs in zip(said["batched"], losses, strict=True)
-                for one, other in zip(_flat(mine["loss"]), _flat(theirs), strict=True)
-            )
-            found = {"seconds": seconds, "first_seconds": self._first, "apart": apart}
+            seconds = _timed(self._sides)
+            found = {"seconds": seconds, "first_seconds": self._first}
             records.append({"case_id": case.case_id, **found})
         return records
 
@@ -173,13 +150,10 @@ class Speed:
     def _scoring(self) -> dict[str, Callable[[], Any]]:
         chosen = self.records[: self.scored]
         made = counterfact.CounterFact(LarimarEditor(self.model), chosen, data={})
-        return {
-            "batched": lambda: made.run(chosen),
-            "single": lambda: one_by_one.counterfact(self.model, chosen),
-        }
+        return {"batched": lambda: made.run(chosen)}
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Medians, cases per second both ways, and their ratio; `compiling` is in seconds."""
+        """Medians, and cases per second; `compiling` is in seconds."""
         seconds = {
             name: statistics.median(record["seconds"][name] for record in records)
             for name in records[0]["seconds"]
@@ -188,28 +162,15 @@ class Speed:
         return {
             "seconds": seconds,
             "compiling": {name: max(0.0, first[name] - seconds[name]) for name in first},
-            "cases_per_second": {n: self.scored / seconds[n] for n in ("batched", "single")},
-            "ratio": seconds["single"] / seconds["batched"],
-            "ratio_four_systems": seconds["single_four_systems"] / seconds["batched"],
-            "apart": max(record["apart"] for record in records),
+            "cases_per_second": self.scored / seconds["batched"],
         }
 
 
-def _timed(sides: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, float], dict[str, Any]]:
-    """Seconds of each side, and what it gave."""
-    seconds, found = {}, {}
+def _timed(sides: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """Seconds of each side."""
+    seconds = {}
     for name, side in sides.items():
         begin = time.perf_counter()
-        found[name] = side()
+        side()
         seconds[name] = time.perf_counter() - begin
-    return seconds, found
-
-
-def _flat(losses: one_by_one.Losses) -> list[float]:
-    return [
-        value
-        for kinds in losses.values()
-        for pairs in kinds.values()
-        for pair in pairs
-        for value in pair
-    ]
+    return seconds

@@ -1,4 +1,4 @@
-"""The training step of `bench/training.py` in torch: Hugging Face towers, the memory of §3.
+"""The training step in torch: Hugging Face towers, the memory of §3.
 
 Its best reasonable form without a compiler: scaled-dot-product attention, one decoder pass over all
 routes, autocast where ours rounds its products, no gradient of what is frozen, a fused AdamW, every
@@ -11,77 +11,59 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from larimar_jax import objective
-from larimar_jax.bench import torch_towers
-from larimar_jax.bench.torch_towers import Tensor
 from larimar_jax.model import Larimar
 from larimar_jax.settings import Config
 from larimar_jax.train import optimizer
 
+from . import towers
+from .towers import Tensor
 
-class Theirs:
-    """The step in torch, of the same weights as `model`; see `training.comparable` for which.
 
-    Raises:
-        ValueError: a pattern of train.frozen freezes a part of what Hugging Face keeps in one tensor.
-    """
+class TorchStep:
+    """The step in torch, of the same weights as `model`; raises as `TorchLarimar`."""
 
     def __init__(self, config: Config, model: Larimar):
         import torch
 
         torch.set_num_threads(os.cpu_count() or 1)
         self._config = config
-        self._larimar = _Larimar(config, model)
+        self.larimar = TorchLarimar(config, model)
         # By identity: a tensor that fuses several of ours is stepped once.
-        rows: dict[bool, dict[int, Tensor]] = {True: {}, False: {}}
-        for name, tensors in self._larimar.trained.items():
-            rows[optimizer.decayed(name)] |= {id(tensor): tensor for tensor in tensors}
-        self._trained = [tensor for found in rows.values() for tensor in found.values()]
-        train, goal = config.train, config.objective
-        groups = [
-            dict(params=list(found.values()), weight_decay=train.weight_decay if decayed else 0.0)
-            for decayed, found in rows.items()
-            if found
-        ]
-        self._optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, fused=True)
-        self._rate = jax.jit(optimizer.learning_rate(train))
-        self._beta = jax.jit(
-            lambda done: objective.beta_schedule(done, train.steps, goal.kl, goal.kl_cycles)
+        tensors = {id(t): t for layers in self.larimar.trained.values() for t in layers}
+        self._trained = list(tensors.values())
+        train = config.train
+        # One rate and one decay for all: neither changes what a step costs.
+        self._optimizer = torch.optim.AdamW(
+            self._trained, lr=train.learning_rate, weight_decay=train.weight_decay, fused=True
         )
-        self._done = 0
+        self._rounded = False
 
     def losses(self, batch: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Loss, its terms and the gradients' norm on a batch, without noise or rounding, β at its peak.
-
-        Of the weights before the first step, which leaves frozen ones rounded.
-        """
+        """Return loss, terms and the gradients' norm on a batch, without noise or rounding, β at its
+        peak. Call it before the first step, which leaves frozen weights rounded."""
         beta = self._config.objective.kl
-        loss, terms = self._larimar.loss(_tensors(batch), beta, noisy=False, rounded=False)
+        loss, terms = self.larimar.loss(_tensors(batch), beta, noisy=False, rounded=False)
         loss.backward()
         squares = sum(float(tensor.grad.square().sum()) for tensor in self._trained)
         self._optimizer.zero_grad(set_to_none=True)
-        found = {"loss": loss, **terms}
-        return {n: float(v.detach()) for n, v in found.items()} | {"gradient_norm": squares**0.5}
+        values = {name: float(value.detach()) for name, value in {"loss": loss, **terms}.items()}
+        return values | {"gradient_norm": squares**0.5}
 
     def step(self, batch: Mapping[str, np.ndarray]) -> None:
-        """One optimiser step."""
+        """Take one optimiser step."""
         import torch
 
-        if not self._done:
-            self._larimar.round()
-        done = np.int32(self._done)
-        for group in self._optimizer.param_groups:
-            group["lr"] = float(self._rate(done))
-        beta = float(self._beta(done))
-        loss, _ = self._larimar.loss(_tensors(batch), beta, noisy=True, rounded=True)
+        if not self._rounded:
+            self.larimar.round()
+            self._rounded = True
+        beta = self._config.objective.kl
+        loss, _ = self.larimar.loss(_tensors(batch), beta, noisy=True, rounded=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._trained, self._config.train.clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self._done += 1
 
 
 def _tensors(batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
@@ -91,41 +73,41 @@ def _tensors(batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     return {n: t if t.dtype == torch.bool else t.long() for n, t in tensors.items()}
 
 
-class _Larimar:
-    """§2 and §3 around two towers."""
+class TorchLarimar:
+    """§2 and §3 around two towers. trained: what a step changes, by the paths of ours.
+
+    Raises:
+        ValueError: a pattern of train.frozen freezes a part of what Hugging Face keeps in one tensor.
+    """
 
     def __init__(self, config: Config, model: Larimar):
         import torch
 
-        towers = torch_towers.make(config, model)
-        self.encoder, self.decoder = towers.encoder, towers.decoder
+        self.encoder, self.decoder, parameters = towers.build(config, model)
 
-        def parameter(variable, turned: bool = False) -> Tensor:
+        def parameter(variable, transposed: bool = False) -> Tensor:
             array = np.array(variable[...])
-            return torch.nn.Parameter(torch.from_numpy(array.T.copy() if turned else array))
+            return torch.nn.Parameter(torch.from_numpy(array.T.copy() if transposed else array))
 
         # (outputs, inputs), as torch keeps and multiplies them.
         self.to_latent, self.to_slots, self.to_embedding = (
-            parameter(m.kernel, turned=True)
-            for m in (model.to_latent, model.to_slots, model.to_embedding)
+            parameter(linear.kernel, transposed=True)
+            for linear in (model.to_latent, model.to_slots, model.to_embedding)
         )
         self.prior_memory = parameter(model.memory.prior_memory)
         self.log_variance = parameter(model.memory.log_variance)
-        self.trained = _trained(
-            towers.parameters
-            | {
-                "to_latent/kernel": [self.to_latent],
-                "to_slots/kernel": [self.to_slots],
-                "to_embedding/kernel": [self.to_embedding],
-                "memory/prior_memory": [self.prior_memory],
-                "memory/log_variance": [self.log_variance],
-            },
-            config.train.frozen,
-        )
+        parameters |= {
+            "to_latent/kernel": [self.to_latent],
+            "to_slots/kernel": [self.to_slots],
+            "to_embedding/kernel": [self.to_embedding],
+            "memory/prior_memory": [self.prior_memory],
+            "memory/log_variance": [self.log_variance],
+        }
+        self.trained = _trained(parameters, config.train.frozen)
         # transformers 5.17 renamed it.
-        named = inspect.signature(self.decoder.forward).parameters
-        self._past = "cache" if "cache" in named else "past_key_values"
-        self._pool = config.model.encoder.sizes
+        names = inspect.signature(self.decoder.forward).parameters
+        self._past = "cache" if "cache" in names else "past_key_values"
+        self._pool = model.encoder.config
         self._slot_shape = model.slot_shape
         self._noise = config.memory.hyperparameters["noise"]
         self._goal = config.objective
@@ -134,19 +116,21 @@ class _Larimar:
     def loss(
         self, batch: Mapping[str, Tensor], beta: float, *, noisy: bool, rounded: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. 1 as `objective.losses` has it, with the same terms by name.
+        """Return Eq. 1 as `objective.losses` has it, and its terms by the same names.
 
-        beta: weight of the KL term. noisy: with observation and addressing noise. rounded: products of
-        the towers as `train.products` says, by autocast.
+        Args:
+            beta: weight of the KL term.
+            noisy: with observation and addressing noise.
+            rounded: products of the towers as `train.products` says, by autocast.
         """
         import torch
         from torch.nn import functional
 
         goal, low = self._goal, self._products if rounded else None
         facts = batch["encoder_tokens"].shape[:2]
-        seen = (batch[name].flatten(0, 1) for name in ("encoder_tokens", "encoder_mask"))
+        texts = (batch[name].flatten(0, 1) for name in ("encoder_tokens", "encoder_mask"))
         with torch.autocast("cpu", dtype=low or torch.bfloat16, enabled=low is not None):
-            pooled = self._pooled(*seen)
+            pooled = self._pooled(*texts)
         encodings = functional.linear(pooled.float(), self.to_latent).unflatten(0, facts)
         read, mean = self._read_back(encodings, noisy)
         latents = {
@@ -167,37 +151,37 @@ class _Larimar:
         return sum(weighted) + beta * terms["kl"], terms
 
     def round(self) -> None:
-        """Where products are rounded, rounds frozen kernels for good; autocast would in every step."""
+        """Round frozen kernels for good where products are rounded; autocast would in every step."""
         if self._products is not None:
             for tower in (self.encoder, self.decoder):
-                torch_towers.round_frozen(tower, self._products)
+                towers.round_frozen(tower, self._products)
 
     def _pooled(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """One vector per text, as `encoders.bert` pools them."""
+        """Return one vector per text, as `encoders.bert` pools them."""
         from torch.nn import functional
 
-        found = self.encoder(input_ids=tokens, attention_mask=mask)
-        pooled = found.pooler_output
+        output = self.encoder(input_ids=tokens, attention_mask=mask)
+        pooled = output.pooler_output
         if self._pool.pooling == "mean":
-            pooled = torch_towers.mean_pooled(found.last_hidden_state, mask)
+            pooled = towers.mean_pooled(output.last_hidden_state, mask)
         return functional.normalize(pooled, dim=-1) if self._pool.normalize else pooled
 
     def _read_back(self, episodes: Tensor, noisy: bool) -> tuple[Tensor, Tensor]:
-        """Episodes [B, E, C] written and read by their own encodings: latents, mean weights."""
+        """Return latents and mean weights of episodes [B, E, C] written and read by themselves."""
         import torch
 
-        seen = episodes
+        written = episodes
         if noisy:
-            seen = episodes + self._noise * torch.randn_like(episodes)
-        keys = self._addressed(seen)  # [B, E, K]
-        mean = (episodes @ torch.linalg.pinv(seen)) @ keys
+            written = episodes + self._noise * torch.randn_like(episodes)
+        keys = self._addressed(written)  # [B, E, K]
+        mean = (episodes @ torch.linalg.pinv(written)) @ keys
         weights = mean
         if noisy:
             weights = mean + (0.5 * self.log_variance).exp() * torch.randn_like(mean)
-        return (weights @ torch.linalg.pinv(keys)) @ seen, mean
+        return (weights @ torch.linalg.pinv(keys)) @ written, mean
 
     def _addressed(self, encodings: Tensor) -> Tensor:
-        """Z M₀† by the normal equations: factorising K x K or C x C costs less than an SVD of M₀."""
+        """Return Z M₀† by the normal equations: factorising K x K or C x C costs less than an SVD."""
         import torch
 
         prior = self.prior_memory
@@ -212,13 +196,14 @@ class _Larimar:
     def _entropies(
         self, batch: Mapping[str, Tensor], latent: Tensor, routes: int, low: Any
     ) -> tuple[Tensor, Tensor]:
-        """Cross-entropies [R B E, T − 1] of every route, zero at padding, and their mask."""
+        """Return cross-entropies [R B E, T − 1] of every route, zero at padding, and their mask."""
         import torch
         import transformers
         from torch.nn import functional
 
         tokens, mask = (
-            batch[name].flatten(0, 1).repeat(routes, 1) for name in ("decoder_tokens", "decoder_mask")
+            batch[name].flatten(0, 1).repeat(routes, 1)
+            for name in ("decoder_tokens", "decoder_mask")
         )
         slots = functional.linear(latent, self.to_slots).to(low or torch.float32)
         # [layers, rows, key and value, heads, slots, d]: as they are, unturned at position 0.
@@ -243,16 +228,16 @@ class _Larimar:
         return torch.where(mask, entropy.view(mask.shape), 0.0), mask
 
 
-def _trained(parameters: torch_towers.Parameters, frozen: Sequence[str]) -> torch_towers.Parameters:
-    """Those that are trained; the others are told to need no gradient.
+def _trained(parameters: towers.Parameters, frozen: Sequence[str]) -> towers.Parameters:
+    """Return those that are trained; the others need no gradient from now on.
 
     Raises:
         ValueError: a pattern freezes a part of what Hugging Face keeps in one tensor.
     """
     trained, held = optimizer.partition(parameters, frozen)
-    kept = {id(tensor) for tensors in trained.values() for tensor in tensors}
+    shared = {id(tensor) for tensors in trained.values() for tensor in tensors}
     for name, tensors in held.items():
-        if any(id(tensor) in kept for tensor in tensors):
+        if any(id(tensor) in shared for tensor in tensors):
             raise ValueError(
                 f"train.frozen freezes {name}, which Hugging Face's tower keeps in one tensor with "
                 "parameters that are trained. Freeze all of them, or none."

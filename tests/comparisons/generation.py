@@ -1,0 +1,78 @@
+"""Greedy decoding by batch size, beside transformers' `generate` on the same weights.
+
+Both sides decode the same random prompts to the same number of tokens, in float32.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from larimar_jax import generate, weights
+
+from . import Disagreement, timing, towers
+
+# Batch size, and how many times Hugging Face's speed the documentation promises for it.
+BATCHES = {1: 1.3, 32: 1.1}
+# Least share of equal tokens. Both are greedy in float32, and a tie may fall either way.
+SAME = 0.95
+
+
+def compare(
+    decoder: str,
+    repeats: int,
+    batches: Sequence[int] = (*BATCHES,),
+    prompt: int = 16,
+    tokens: int = 64,
+) -> list[timing.Ratio]:
+    """Return a ratio for each batch size.
+
+    Raises:
+        Disagreement: less than `SAME` of the tokens are equal.
+    """
+    model, _ = weights.load_decoder(decoder)
+    theirs = HuggingFace(model)
+    return [_ratio(model, theirs, rows, prompt, tokens, repeats) for rows in batches]
+
+
+def _ratio(model, theirs, rows: int, prompt: int, tokens: int, repeats: int) -> timing.Ratio:
+    vocabulary = model.decoder.config.vocab_size
+    draw = np.random.default_rng(rows)
+    # Special tokens come first.
+    ids = draw.integers(vocabulary // 50, vocabulary, (rows, prompt))
+    sides = {
+        "here": lambda: generate.continue_ids(model, ids.tolist(), tokens),
+        "beside": lambda: theirs.decode(ids, tokens),
+    }
+    same = float(np.mean(sides["here"]() == sides["beside"]()))
+    if same < SAME:
+        raise Disagreement(
+            f"only {same:.1%} of the tokens of {rows} rows are those of Hugging Face; look for a"
+            " version of transformers that computes differently"
+        )
+    times = timing.interleave(sides, repeats)
+    name = f"generation, {rows} rows of {tokens} tokens"
+    agreement = f"{same:.1%} of tokens equal"
+    return timing.Ratio(name, times["beside"], times["here"], BATCHES.get(rows), agreement)
+
+
+class HuggingFace:
+    """transformers' `generate` over the numbers of our decoder."""
+
+    def __init__(self, model):
+        self._model = towers.from_ours(model.decoder).eval()
+        self._model.generation_config.eos_token_id = None  # both sides go on to the last token
+
+    def decode(self, ids: np.ndarray, tokens: int) -> np.ndarray:
+        """Return greedy tokens [rows, tokens]; nothing stops them."""
+        import torch
+
+        prompts = torch.from_numpy(ids)
+        with torch.no_grad():
+            texts = self._model.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                max_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        return texts[:, ids.shape[1] :].numpy()
