@@ -30,8 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from larimar_jax.config import AnswerCodeConfig
 from larimar_jax.linalg import dot
-from larimar_jax.settings import AnswerCodeConfig
 
 # A place that holds no token.
 NOTHING = -1

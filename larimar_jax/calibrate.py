@@ -187,7 +187,7 @@ def model(
     threshold = f"editing.scope_threshold={found.threshold}"
     held = {"external": found.external, "internal": found.internal}
     meta |= {
-        "config": configs.override(configs.to_dict(loaded.config), [threshold]),
+        "config": configs.to_dict(configs.load(configs.to_dict(loaded.config), [threshold])),
         "scope": {
             "recipe": dataclasses.asdict(recipe),
             "share": found.share,

@@ -322,9 +322,9 @@ def _existing(name: str) -> Path:
 
 
 def _loading() -> None:
-    from larimar_jax import programs
+    from larimar_jax import config
 
-    programs.keep()
+    config.cache_programs()
     if sys.stderr.isatty():
         print("loading the model …", file=sys.stderr)
 

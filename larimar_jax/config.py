@@ -1,226 +1,349 @@
-"""`ml_collections` config → typed, frozen component configs, strictly.
+"""Settings as frozen dataclasses: what each means, its one default, and how files and `--set` give it.
 
-A config file defines `get_config()` and returns an `ml_collections.ConfigDict` with the sections of
-`Config` below. Every key must be there: a default that lives in code is a setting nobody sees.
+A config file defines `get_config()`, which returns an `ml_collections.ConfigDict` with sections as in
+`Config` below, and states what differs from the defaults. An unknown key or a wrong value is an error;
+one error names all of them. `to_dict` is the resolved config, which every run and model file records.
 """
 
 import dataclasses
-import importlib.util
-import json
-import pathlib
-import re
-import typing
-from collections.abc import Mapping
-from typing import Any
+import hashlib
+import os
+import platform
+import runpy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import jax
 import ml_collections
 
-from larimar_jax import decoders, encoders, strict
-from larimar_jax import memory as memory_variants
-from larimar_jax.settings import Config, MemoryConfig, TowerConfig
+from larimar_jax import decoders, encoders, registry
+from larimar_jax import memory as memories
+from larimar_jax.layers import Remat
+from larimar_jax.registry import ConfigError, Count, Fraction, Natural, NonNegative, Positive, Regex
+
+# Bytes of compiled programs on disk, and seconds to compile from which one is kept there.
+PROGRAMS_BYTES, PROGRAMS_SECONDS = 256 << 20, 0.1
 
 
-class ConfigError(ValueError):
-    """A config that names unknown keys, lacks keys, or holds values of the wrong type."""
+def _lanes(value: int) -> str:
+    return f"must be a multiple of 32, got {value}; 96 is usual" if value % 32 or value < 1 else ""
 
 
-def load(source: str | pathlib.Path | ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
-    """Reads a config file (or takes a ConfigDict) and returns it typed.
+def _sizes(value: tuple) -> str:
+    return "" if value else "needs at least one size"
+
+
+@dataclasses.dataclass(frozen=True)
+class TowerConfig:
+    """An encoder or decoder: `source` names pretrained weights, `family` and `sizes` an architecture.
+
+    A config file writes `dict(source="minilm")`, or `dict(family="bert", width=128, …)`, which is then
+    initialised, or both: loaded weights must be of these sizes, and a run can be planned without them.
+    """
+
+    source: str | None = None
+    family: str | None = None
+    sizes: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank changes of frozen kernels: x W + scale · (x A) B, with A [in, rank], B [rank, out]."""
+
+    rank: Count
+    modules: Regex  # paths of linear maps, such as "^decoder/layers/attention/(query|value)$"
+    scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Where encoder, memory and decoder meet (§2)."""
+
+    encoder: TowerConfig
+    decoder: TowerConfig
+    latent: Count = 768  # C, the size of an encoding in the memory
+    slots_per_layer: Count = 1  # P, past key/value positions that a latent fills in each layer
+    tied_slots: bool = (
+        True  # key and value of such a position are the same vector (the paper's way)
+    )
+    lora: LoraConfig | None = None  # the decoder's changes act only where a memory conditions it
+    # Compute dtype of the towers; parameters and memory algebra are float32.
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    # What the backward pass recomputes: "dots" all but matrix products, "layers" all of a layer.
+    remat: Remat = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+    """A memory variant by its file's name, with its hyperparameters except the latent size.
+
+    Their defaults are in larimar_jax/memory/. `addressing` is a kind's name, or a section with its
+    numbers: `dict(kind="gaussian", width=1e-3)`.
+    """
+
+    variant: str
+    hyperparameters: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """Weights of the four terms of Eq. 1 (§5), and the schedule of β."""
+
+    reconstruction: float = 1.0
+    autoencoding: float = 1.0
+    kl: float = 0.5  # the largest β
+    kl_cycles: int = 10  # cycles of β over the run; 0 for a constant β
+    free_bits: float = 0.0  # lower bound of the KL divergence per element, in nats
+    language: float = 1.0
+    count_padding: bool = False  # average cross-entropies over padding too, as the released code
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """From a corpus to episodes."""
+
+    corpus: str = "wikipedia-summaries"
+    held_out: str | None = None  # corpus whose held-out documents judge a run; None for `corpus`
+    unit: Literal["sentence", "chunk"] = "chunk"  # a chunk fills the token lengths
+    episode: Annotated[tuple[Count, ...], _sizes] = (8,)  # sizes E, one a batch; each compiles
+    batch: Count = 8  # B, episodes of all processes together
+    encoder_tokens: Count = 64
+    decoder_tokens: Count = 64
+    vocabulary: Natural = 0  # byte-pair entries, trained for towers without a tokenizer; else 0
+    workers: Natural = 0  # reading processes per host; 0 for threads, until tokens come too slowly
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class StartConfig:
+    """Parameters that a run begins with, out of another run or an exported model."""
+
+    path: str  # folder of a run, or an exported file
+    parameters: tuple[Regex, ...]  # which, by their paths, such as "^memory/"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    steps: Count
+    optimizer: Literal["adamw", "adam", "adafactor"] = "adamw"  # its moments are float32
+    learning_rate: Positive = 5e-5
+    warmup_steps: int = 0
+    decay: Literal["cosine", "linear", "constant"] = "cosine"  # of the rate, after the warm-up
+    weight_decay: NonNegative = 0.0  # of AdamW and Adafactor
+    clip_norm: NonNegative = 1.0  # largest global norm of a gradient; 0 for no limit
+    accumulate: Count = 1  # parts of a batch that are computed in turn, for less memory
+    ema: Fraction = 0.0  # decay of the average that is evaluated; 0 for none
+    frozen: tuple[Regex, ...] = ()  # paths of parameters that are not trained
+    start_from: StartConfig | None = None
+    # What factors of the towers' products in a step are rounded to; None for model.dtype.
+    products: Literal["float32", "bfloat16"] | None = None
+    mesh: tuple[int, int, int] = (1, 1, 1)  # devices along data, fsdp, tensor; a -1 takes the rest
+    # What fsdp splits: the optimiser's state ("zero2"), or parameters too ("zero3").
+    layout: Literal["zero2", "zero3"] = "zero3"
+    # M₀ between steps: whole on each device, or its slots split over fsdp.
+    memory_layout: Literal["replicated", "slots"] = "replicated"
+    # After a step that is not finite, or spikes. It never changes the state.
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    spike: NonNegative = 0.0  # nats of a loss above the running mean that are too many; 0: no check
+    log_every: Count = 10
+    evaluate_every: Count = 200
+    edits: Natural = 0  # held-out texts that an evaluation edits in
+    checkpoint_every: Count = 200
+    keep: Count = 3  # newest checkpoints that stay on disk
+    # Term of an evaluation whose best checkpoint stays too.
+    best: Literal["reconstruction", "autoencoding", "language"] | None = None
+    stall: NonNegative = 0.0  # seconds without a step after which a process ends; 0 for never
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyFeaturesConfig:
+    """Random features beside encodings in keys, for more facts than dimensions (latent_layout.py)."""
+
+    count: Count  # F; the memory then has at least model.latent + F slots
+    scale: Positive = 0.5  # their size beside an encoding of length 1
+    length: Positive = 1.0  # ℓ, over which encodings differ
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerCodeConfig:
+    """How an answer is written token by token (answer_code.py)."""
+
+    positions: Count = 12  # P tokens are written; the language model continues a longer answer
+    width: Annotated[int, _lanes] = 256  # d, numbers per token
+    limit: Positive = 40.0  # the most that a token's logit gains, in nats
+
+
+@dataclasses.dataclass(frozen=True)
+class EditingConfig:
+    """How the trained model is edited (§4, §6); training uses none of it.
+
+    Without key_features and answer_code, keys and values are encodings alone, as in the paper.
+    """
+
+    ridge: Positive = 1e-2  # λ of the streaming memory that facts are written into
+    query_noise: float = 0.0  # ρ of that memory
+    scope_threshold: float = 0.68  # least cosine of a query and a written prompt in scope
+    key_features: KeyFeaturesConfig | None = None
+    answer_code: AnswerCodeConfig | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All settings of a run."""
+
+    name: str
+    model: ModelConfig
+    memory: MemoryConfig
+    train: TrainConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    data: DataConfig = DataConfig()
+    editing: EditingConfig = EditingConfig()
+
+
+Source = str | Path | ml_collections.ConfigDict | Mapping[str, Any]
+
+
+def load(source: Source, overrides: Sequence[str] = ()) -> Config:
+    """Return the config of a file, a ConfigDict or a mapping, with overrides.
 
     Raises:
-      ConfigError: naming at once every unknown key, missing key and value of a wrong type.
+      ConfigError: as `registry.override` and `parse`, or there is no such file.
     """
-    return parse(load_dict(source))
+    return parse(registry.override(load_dict(source), overrides))
 
 
-def load_dict(
-    source: str | pathlib.Path | ml_collections.ConfigDict | Mapping[str, Any],
-) -> dict[str, Any]:
-    """The nested plain dict behind a config file, a ConfigDict, or a mapping."""
+def load_dict(source: Source) -> dict[str, Any]:
+    """Return the nested dict behind a config file, a ConfigDict, or a mapping.
+
+    A path is looked up here, then in the clone that the package is installed from.
+    """
     if isinstance(source, ml_collections.ConfigDict):
         return source.to_dict()
     if isinstance(source, Mapping):
         return dict(source)
-    path = pathlib.Path(source)
+    beside = Path(__file__).resolve().parents[1] / source
+    path = beside if beside.is_file() and not Path(source).is_file() else Path(source)
     if not path.is_file():
         raise ConfigError(
             f"There is no config file at {path}. Give the path of a Python file that defines "
             "get_config(), such as configs/tiny.py."
         )
-    spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
+    names = runpy.run_path(str(path))
+    if "get_config" not in names:
         raise ConfigError(
             f"{path} defines no get_config(). A config file returns its ConfigDict from it."
         )
-    return module.get_config().to_dict()
-
-
-def override(values: Mapping[str, Any], assignments: typing.Sequence[str]) -> dict[str, Any]:
-    """Applies `section.key=value` assignments (value as JSON, else a string) to a nested dict.
-
-    Raises:
-      ConfigError: where the key does not exist; an override never creates one.
-    """
-    changed = json.loads(json.dumps(values))
-    for assignment in assignments:
-        path, separator, text = assignment.partition("=")
-        *parents, leaf = path.split(".")
-        section = changed
-        for parent in parents:
-            section = section.get(parent) if isinstance(section, dict) else None
-        if not separator or not isinstance(section, dict) or leaf not in section:
-            raise ConfigError(
-                f"The override {assignment!r} names no setting of this config. Write it as "
-                "section.key=value, for example train.steps=100."
-            )
-        try:
-            section[leaf] = json.loads(text)
-        except json.JSONDecodeError:
-            section[leaf] = text
-    return changed
+    return names["get_config"]().to_dict()
 
 
 def parse(values: Mapping[str, Any]) -> Config:
-    """Nested dict → `Config`. Raises ConfigError with every offence at once."""
-    problems: list[str] = []
-    config = strict.build(Config, values, "", problems, _SPECIAL)
-    problems += [] if problems else _ranges(config)
-    if problems:
-        raise ConfigError("The config does not fit:\n  " + "\n  ".join(problems))
+    """Return the typed config of a nested dict.
+
+    Raises:
+      ConfigError: naming every unknown key, missing key and wrong value.
+    """
+    config = registry.from_dict(Config, values, _READERS)
+    problems, parts, goal = [], config.train.accumulate, config.objective
+    if config.data.batch % parts:
+        batch = config.data.batch
+        problems.append(f"train.accumulate: {parts} does not divide data.batch ({batch})")
+    if not (goal.reconstruction or goal.autoencoding or goal.language):
+        problems.append("objective: all three cross-entropies have weight 0; nothing is learned")
+    registry.refuse(problems)
     return config
 
 
-def _ranges(config: Config) -> list[str]:
-    """What is of the right type and still makes no sense."""
-    positive = {
-        "model.latent": config.model.latent,
-        "model.slots_per_layer": config.model.slots_per_layer,
-        "data.episode": min(config.data.episode, default=0),
-        "data.batch": config.data.batch,
-        "train.steps": config.train.steps,
-        "train.learning_rate": config.train.learning_rate,
-        "train.accumulate": config.train.accumulate,
-        "train.log_every": config.train.log_every,
-        "train.evaluate_every": config.train.evaluate_every,
-        "train.checkpoint_every": config.train.checkpoint_every,
-        "train.keep": config.train.keep,
-        "editing.ridge": config.editing.ridge,
-    }
-    problems = [
-        f"{name}: must be above 0, got {value}" for name, value in positive.items() if value <= 0
-    ]
-    least = {
-        "data.workers": config.data.workers,
-        "train.weight_decay": config.train.weight_decay,
-        "train.clip_norm": config.train.clip_norm,
-        "train.ema": config.train.ema,
-        "train.spike": config.train.spike,
-        "train.edits": config.train.edits,
-        "train.stall": config.train.stall,
-    }
-    problems += [
-        f"{name}: must not be below 0, got {value}" for name, value in least.items() if value < 0
-    ]
-    if config.train.ema >= 1:
-        problems.append(f"train.ema: must be below 1, got {config.train.ema}; 0.999 is usual")
-    batch, parts = config.data.batch, config.train.accumulate
-    if parts > 0 and batch % parts:
-        problems.append(f"train.accumulate: {parts} does not divide data.batch ({batch})")
-    if config.model.lora is not None:
-        if config.model.lora.rank < 1:
-            problems.append(f"model.lora.rank: must be above 0, got {config.model.lora.rank}")
-        problems += _regex("model.lora.modules", config.model.lora.modules)
-    key_features, answer_code = config.editing.key_features, config.editing.answer_code
-    if key_features is not None:
-        problems += [
-            f"editing.key_features.{name}: must be above 0, got {value}"
-            for name, value in dataclasses.asdict(key_features).items()
-            if value <= 0
-        ]
-    if answer_code is not None:
-        if answer_code.positions < 1:
-            problems.append(f"editing.answer_code.positions: must be above 0, got {answer_code.positions}")
-        if answer_code.width < 32 or answer_code.width % 32:
-            problems.append(
-                f"editing.answer_code.width: must be a multiple of 32, got {answer_code.width}; 96 is usual"
-            )
-        if answer_code.limit <= 0:
-            problems.append(f"editing.answer_code.limit: must be above 0, got {answer_code.limit}")
-    patterns = {"train.frozen": config.train.frozen}
-    if config.train.start_from is not None:
-        patterns["train.start_from.parameters"] = config.train.start_from.parameters
-    for name, regexes in patterns.items():
-        problems += [problem for regex in regexes for problem in _regex(name, regex)]
-    weights = config.objective
-    if not (weights.reconstruction or weights.autoencoding or weights.language):
-        problems.append(
-            "objective: all three cross-entropies have weight 0; nothing is to be learned"
-        )
-    return problems
+def to_dict(value: Any) -> Any:
+    """Return a resolved config, or a part of it, as what `parse` accepts: JSON with every default."""
+    if isinstance(value, TowerConfig):
+        names = {"source": value.source, "family": value.family}
+        sizes = to_dict(value.sizes) or {}
+        return {key: name for key, name in names.items() if name is not None} | sizes
+    if isinstance(value, MemoryConfig):
+        return {"variant": value.variant, **to_dict(value.hyperparameters)}
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: to_dict(item) for key, item in value.items()}
+    return [to_dict(item) for item in value] if isinstance(value, tuple | list) else value
 
 
-def _regex(name: str, pattern: str) -> list[str]:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        return [f"{name}: {pattern!r} is no regular expression ({error})"]
-    return []
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """The nested dict that `parse` accepts; what checkpoints record."""
-    values = dataclasses.asdict(config)
-    for name in ("encoder", "decoder"):
-        tower = getattr(config.model, name)
-        values["model"][name] = {
-            **({} if tower.source is None else {"source": tower.source}),
-            **({} if tower.family is None else {"family": tower.family}),
-            **({} if tower.sizes is None else dataclasses.asdict(tower.sizes)),
-        }
-    values["memory"] = {"variant": config.memory.variant, **config.memory.hyperparameters}
-    return json.loads(json.dumps(values))
-
-
-def make_memory(config: Config):
-    """The memory variant that the config names, built with its hyperparameters."""
-    variant = memory_variants.variants()[config.memory.variant]
+def make_memory(config: Config) -> memories.Memory:
+    """Return the memory variant that the config names, with its hyperparameters."""
+    variant = memories.variants()[config.memory.variant]
     return variant(latent=config.model.latent, **config.memory.hyperparameters)
 
 
-def _tower(value: Any, path: str, problems: list[str]) -> TowerConfig | None:
+def _read_tower(value: Any, path: str, problems: list[str]) -> TowerConfig | None:
     if not isinstance(value, Mapping) or not {"source", "family"} & set(value):
         problems.append(
             f"{path}: write dict(source=NAME), dict(family=NAME, …sizes), or both, not {value!r}"
         )
         return None
-    source = value.get("source")
+    settings = dict(value)
+    source = settings.pop("source", None)
     if "source" in value and not isinstance(source, str):
         problems.append(f"{path}.source: expected str, got {source!r}")
-    if "family" not in value:
-        problems += [f"{path}.{key}: unknown key beside source" for key in value if key != "source"]
-        return TowerConfig(source=source, family=None, sizes=None)
+    if "family" not in settings:
+        problems += [f"{path}.{key}: unknown key beside source" for key in settings]
+        return TowerConfig(source)
     families = (encoders if path.endswith("encoder") else decoders).families()
-    if value["family"] not in families:
-        problems.append(
-            f"{path}.family: no {value['family']!r}; known: {', '.join(sorted(families))}"
-        )
+    named = registry.named(settings, "family", families, path, problems)
+    if named is None:
         return None
-    sizes = {key: size for key, size in value.items() if key not in ("source", "family")}
-    built = strict.section(families[value["family"]].CONFIG, sizes, path, problems, {})
-    return TowerConfig(source=source, family=value["family"], sizes=built)
+    name, sizes = named
+    sizes = registry.read(families[name].CONFIG, sizes, path, problems, {})
+    return TowerConfig(source, name, sizes)
 
 
-def _memory(value: Any, path: str, problems: list[str]) -> MemoryConfig | None:
-    known = memory_variants.variants()
-    if not isinstance(value, Mapping) or value.get("variant") not in known:
-        problems.append(f"{path}.variant: must be one of {', '.join(sorted(known))}")
+def _read_memory(value: Any, path: str, problems: list[str]) -> MemoryConfig | None:
+    variants = memories.variants()
+    named = registry.named(value, "variant", variants, path, problems)
+    if named is None:
         return None
-    variant = known[value["variant"]]
-    given = {key: setting for key, setting in value.items() if key != "variant"}
-    built = strict.section(variant, given, path, problems, {}, given=("latent",))
-    return MemoryConfig(variant=value["variant"], hyperparameters=built)
+    name, rest = named
+    rest = registry.fields(variants[name], rest, path, problems, _READERS, without=("latent",))
+    return MemoryConfig(name, rest)
 
 
-_SPECIAL = {TowerConfig: _tower, MemoryConfig: _memory}
+_READERS = {TowerConfig: _read_tower, MemoryConfig: _read_memory}
+
+
+def cache_folder() -> Path:
+    """Return $LARIMAR_CACHE, or ~/.cache/larimar: for corpora and programs."""
+    return Path(os.environ.get("LARIMAR_CACHE") or Path.home() / ".cache" / "larimar")
+
+
+def cache_programs() -> Path | None:
+    """Keep compiled programs on disk for later processes; return the folder.
+
+    None, and nothing changes, where JAX has one (JAX_COMPILATION_CACHE_DIR) or none can be written.
+    """
+    folder = cache_folder() / "programs" / _processor()
+    if jax.config.jax_compilation_cache_dir:
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # A home that is read-only, or absent: every process compiles.
+        return None
+    if not os.access(folder, os.W_OK):
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # Least recently used programs are removed first. A limit also brings JAX's lock between processes.
+    jax.config.update("jax_compilation_cache_max_size", PROGRAMS_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", PROGRAMS_SECONDS)
+    return folder
+
+
+def _processor() -> str:
+    """Return a name of this kind of CPU: its programs run on no other, and JAX's keys ignore that."""
+    names = [platform.machine(), platform.processor()]
+    if (described := Path("/proc/cpuinfo")).is_file():
+        lines = described.read_text(encoding="utf-8", errors="replace").splitlines()
+        kinds = ("model name", "flags", "Features", "CPU part")
+        names += sorted({line for line in lines if line.startswith(kinds)})
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]

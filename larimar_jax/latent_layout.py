@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from larimar_jax import answer_code
+from larimar_jax.config import Config, KeyFeaturesConfig
 from larimar_jax.memory import addressing
 from larimar_jax.memory.base import MemoryParams
-from larimar_jax.settings import Config, KeyFeaturesConfig
 
 
 @dataclasses.dataclass(frozen=True)

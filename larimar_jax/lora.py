@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from larimar_jax import layers, products
-from larimar_jax.settings import LoraConfig
+from larimar_jax.config import LoraConfig
 
 # Names of the factors; a parameter path that ends in one of them is always trained.
 FACTORS = ("lora_in", "lora_out")

@@ -13,11 +13,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import decoders, encoders, lora, weights
 from larimar_jax.answer_code import TokenEvidence
-from larimar_jax.config import make_memory
+from larimar_jax.config import Config, make_memory
 from larimar_jax.decoders.base import Tree
 from larimar_jax.layers import Cache, Prefix
 from larimar_jax.memory.base import MemoryParams
-from larimar_jax.settings import Config
 
 
 @jax.tree_util.register_dataclass

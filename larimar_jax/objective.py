@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from larimar_jax import layers
+from larimar_jax.config import ObjectiveConfig
 from larimar_jax.losses import entropies as head_entropies
 from larimar_jax.losses import weighted
 from larimar_jax.model import Condition, Larimar
-from larimar_jax.settings import ObjectiveConfig
 
 # Maps f(shared, an episode's arrays…) over episodes; a mesh maps it device by device.
 Over = Callable[[Callable], Callable]

@@ -17,12 +17,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import answer_code, generate, latent_layout, packing, scope, scoring
 from larimar_jax import config as configs
+from larimar_jax.config import Config, KeyFeaturesConfig
 from larimar_jax.data import vocabulary
 from larimar_jax.memory.base import Prepared
 from larimar_jax.memory.dual import Dual
 from larimar_jax.memory.streaming import Streaming
 from larimar_jax.model import AbstractModel, Condition, Larimar, abstract, load_towers, parameters
-from larimar_jax.settings import Config, KeyFeaturesConfig
 from larimar_jax.weights import PACKAGED, model_file
 from larimar_jax.weights import locate as locate_tower
 from larimar_jax.weights.tokenizers import TextTooLong, Tokenizer, bucket
@@ -303,7 +303,7 @@ def load(source: str | pathlib.Path = "smol", overrides: Sequence[str] = ()) -> 
             f"{others[0]!r} is no setting of `editing`: what else is in a checkpoint was trained so."
         )
     if overrides:
-        config = configs.parse(configs.override(configs.to_dict(config), overrides))
+        config = configs.load(configs.to_dict(config), overrides)
     projection = arrays.pop(scope.PROJECTION, None)
     towers = load_towers(config)
     model = _filled(path, config, {name: tower for name, (tower, _) in towers.items()}, arrays)

@@ -55,8 +55,7 @@ def train(arguments: argparse.Namespace) -> int:
     place = (arguments.coordinator, arguments.processes, arguments.process)
     where = distributed.place(*place, os.environ)
     # Before the others are met, who would wait for one that has no config.
-    values = config.override(config.load_dict(find(arguments.config)), arguments.overrides)
-    parsed = config.parse(values)
+    parsed = config.load(arguments.config, arguments.overrides)
     distributed.initialise(where)
     if where is None:
         # While there are no steps to finish: of what is done before them, nothing has to be saved.
@@ -150,7 +149,7 @@ def plan(arguments: argparse.Namespace) -> int:
     from larimar_jax.train import plan as plans
 
     memory = plans.parse(arguments.memory)
-    config = plans.load(find(arguments.config), arguments.overrides, arguments.devices)
+    config = plans.load(arguments.config, arguments.overrides, arguments.devices)
     print("compiling the step", file=sys.stderr)
     found = plans.plan(config)
     if arguments.json:
@@ -191,11 +190,11 @@ def sweep_options(made: argparse.ArgumentParser, shared: argparse.ArgumentParser
 
 def sweep(arguments: argparse.Namespace) -> int:
     """larimar sweep"""
-    from larimar_jax import config
+    from larimar_jax import config, registry
     from larimar_jax.bench import pictures, runner
     from larimar_jax.bench import sweep as sweeps
 
-    values = config.override(config.load_dict(find(arguments.config)), arguments.overrides)
+    values = registry.override(config.load_dict(arguments.config), arguments.overrides)
     runner.run(sweeps.Sweep(sweeps.parse(values)), arguments.out)
     for path in pictures.draw(runner.read_cases(arguments.out), arguments.out):
         print(f"drawn: {path}", file=sys.stderr)
@@ -248,20 +247,13 @@ def reproduce_options(made: argparse.ArgumentParser, shared: argparse.ArgumentPa
 
 def reproduce(arguments: argparse.Namespace) -> int:
     """larimar reproduce"""
-    from larimar_jax import config
+    from larimar_jax import config, registry
     from larimar_jax.bench import reproduce as reproduces
 
-    values = config.override(config.load_dict(find(arguments.config)), arguments.overrides)
+    values = registry.override(config.load_dict(arguments.config), arguments.overrides)
     for path in reproduces.run(reproduces.parse(values), arguments.out):
         print(f"written: {path}", file=sys.stderr)
     return 0
-
-
-def find(name: str) -> Path:
-    """A config by its path from here, or from the clone that the package is installed from."""
-    path = Path(name)
-    beside = PACKAGE.parent / path
-    return beside if not path.exists() and beside.exists() else path
 
 
 # name: (what it does, an example, its options), for cli.py.

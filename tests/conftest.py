@@ -6,27 +6,31 @@ import os
 import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = " ".join([
-    os.environ.get("XLA_FLAGS", ""),
-    "--xla_force_host_platform_device_count=8",
-    # The first halves the time to compile; what is compiled is too small to be split among threads.
-    # Another release, which may not know them, would refuse to start.
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    if importlib.metadata.version("jaxlib").startswith("0.10.")
-    else "",
-]).strip()
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        # The first halves the time to compile; what is compiled is too small to be split among threads.
+        # Another release, which may not know them, would refuse to start.
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+        if importlib.metadata.version("jaxlib").startswith("0.10.")
+        else "",
+    ]
+)
+# Tokenised corpora of the tests, apart from those of a user.
+os.environ["LARIMAR_CACHE"] = str(pathlib.Path(__file__).parents[1] / ".cache/corpora")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as in cli.py
 # Programs as small as these take seconds to optimise and milliseconds to run, and the same ones recur
 # in the workers, in subprocesses and in the next run: optimise less, and compile once.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".cache/jax"))
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".cache/jax")
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-# Nobody reads where in the source an operation of these programs is from.
+# Places in the source would make equal programs differ.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
-# Tokenised corpora of the tests, apart from those of whoever runs them.
-os.environ["LARIMAR_CACHE"] = str(pathlib.Path(__file__).parents[1] / ".cache/corpora")
 
 import jax
 import pytest
@@ -66,7 +70,7 @@ def smollm2():
 
 @pytest.fixture(scope="session")
 def tiny():
-    """A `Pretrained` over tiny random towers and 24 memory slots.
+    """A `Pipeline` over tiny random towers and 24 memory slots.
 
     Random encodings are all alike, so its scope lets through what is all but the written prompt.
     """
@@ -78,20 +82,12 @@ def tiny():
     from larimar_jax.pipeline import Pipeline
     from larimar_jax.weights.tokenizers import Tokenizer
 
-    words = (
-        "Fact Neighbour Says says of fact is new true the capital France Japan city 0 1 2 3 4 5 6 7"
-    )
-    tokenizer = Tokenizer.train([words] * 3, 420)
-    sizes = dict(
-        vocab_size=tokenizer.vocab_size, width=16, depth=2, heads=2, mlp=32, max_length=128
-    )
+    words = "Fact Neighbour Says says of fact is new true the capital France Japan city"
+    tokenizer = Tokenizer.train([f"{words} 0 1 2 3 4 5 6 7"] * 3, 420)
+    sizes = dict(vocab_size=tokenizer.vocab_size, depth=2, max_length=128)
     values = tiny_config()
-    values["model"] |= dict(
-        encoder=dict(
-            family="bert", type_vocab=1, norm_eps=1e-12, pooling="mean", normalize=True, **sizes
-        ),
-        decoder=dict(family="gpt2", norm_eps=1e-5, **sizes),
-    )
+    values["model"]["encoder"] |= dict(normalize=True, **sizes)
+    values["model"]["decoder"] |= sizes
     values["editing"] |= dict(
         key_features=dict(count=4, scale=0.5, length=1.0),
         answer_code=dict(positions=3, width=32, limit=20.0),
@@ -116,85 +112,22 @@ def tiny():
 
 
 def tiny_config():
-    """A config as a nested dict, to be changed by tests."""
-    sizes = dict(vocab_size=300, width=16, depth=1, heads=2, mlp=32, max_length=64)
+    """Return a config as a nested dict, which tests change."""
+    tower = dict(vocab_size=300, width=16, depth=1, heads=2, mlp=32, max_length=64)
+    tokens = dict(encoder_tokens=16, decoder_tokens=16)
+    every = dict(log_every=1, evaluate_every=100, checkpoint_every=100)
     return dict(
         name="test",
         model=dict(
-            encoder=dict(
-                family="bert",
-                type_vocab=1,
-                norm_eps=1e-12,
-                pooling="mean",
-                normalize=False,
-                **sizes,
-            ),
-            decoder=dict(family="gpt2", norm_eps=1e-5, **sizes),
+            encoder=dict(family="bert", type_vocab=1, pooling="mean", **tower),
+            decoder=dict(family="gpt2", **tower),
             latent=16,
             slots_per_layer=2,
             tied_slots=False,
-            lora=None,
-            dtype="float32",
-            remat="none",
         ),
-        memory=dict(
-            variant="direct",
-            slots=24,
-            initial="normal",
-            noise=1e-6,
-            initial_log_variance=0.0,
-            variance="scalar",
-            query="posterior",
-            addressing="pinv",
-            width=1e-3,
-        ),
-        objective=dict(
-            reconstruction=1.0,
-            autoencoding=1.0,
-            kl=0.5,
-            kl_cycles=2,
-            free_bits=0.0,
-            language=1.0,
-            count_padding=False,
-        ),
-        data=dict(
-            corpus="wikipedia-summaries",
-            held_out=None,
-            unit="sentence",
-            episode=(3,),
-            batch=2,
-            encoder_tokens=16,
-            decoder_tokens=16,
-            vocabulary=300,
-            workers=0,
-            seed=0,
-        ),
-        train=dict(
-            steps=4,
-            optimizer="adamw",
-            learning_rate=1e-3,
-            warmup_steps=1,
-            decay="cosine",
-            weight_decay=0.0,
-            clip_norm=1.0,
-            accumulate=1,
-            ema=0.0,
-            frozen=[],
-            start_from=None,
-            products=None,
-            mesh=[1, 1, 1],
-            layout="zero3",
-            memory_layout="replicated",
-            on_bad_step="stop",
-            spike=0.0,
-            log_every=1,
-            evaluate_every=100,
-            edits=0,
-            checkpoint_every=100,
-            keep=2,
-            best=None,
-            stall=0.0,
-            seed=0,
-        ),
-        editing=dict(ridge=1e-2, query_noise=0.0, scope_threshold=0.999, key_features=None, answer_code=None),
+        memory=dict(variant="direct", slots=24, initial="normal"),
+        objective=dict(kl_cycles=2),
+        data=dict(unit="sentence", episode=(3,), batch=2, vocabulary=300, **tokens),
+        train=dict(steps=4, learning_rate=1e-3, warmup_steps=1, keep=2, **every),
+        editing=dict(scope_threshold=0.999),
     )

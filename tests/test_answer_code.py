@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from larimar_jax import Session, answer_code, config
-from larimar_jax.settings import AnswerCodeConfig
+from larimar_jax.config import AnswerCodeConfig
 
 CONFIG = AnswerCodeConfig(positions=4, width=64, limit=1000.0)
 VOCAB, EOS = 400, 399

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from larimar_jax import config as configs
 from larimar_jax import model
-from larimar_jax.settings import StartConfig
+from larimar_jax.config import StartConfig
 from larimar_jax.train import checkpoint, loop, sharding, start
 from larimar_jax.train.checkpoint import CheckpointError, Checkpoints
 from larimar_jax.train.step import TrainStep

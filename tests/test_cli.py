@@ -111,9 +111,3 @@ def test_stopping_by_hand_says_how_to_go_on(monkeypatch, capsys):
     monkeypatch.setattr(runs, "train", stopped)
     assert cli.main(["train", "--config", "a", "--run", "b"]) == 130
     assert "goes on from the last checkpoint" in capsys.readouterr().err
-
-
-def test_a_config_is_found_from_any_folder(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    assert runs.find("tests/conftest.py").exists()
-    assert runs.find("configs/none.py") == cli.Path("configs/none.py")

@@ -1,88 +1,215 @@
-"""Configs are strict: every offence is named, all at once."""
+"""Settings: one default each, refused with everything that is wrong at once, and the cache folder."""
 
+import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 from conftest import tiny_config
 
-from larimar_jax import config
+from larimar_jax import config, registry
 from larimar_jax.bench import reproduce, sweep
 
-CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+RESOLVED = json.loads((ROOT / "tests/golden/resolved_configs.json").read_text())
 
 
 def test_a_config_survives_the_trip_to_a_dict_and_back():
     parsed = config.parse(tiny_config())
-    assert config.parse(config.to_dict(parsed)) == parsed
-    assert parsed.train.mesh == (1, 1, 1)
-    assert parsed.memory.variant == "direct"
+    assert config.parse(json.loads(json.dumps(config.to_dict(parsed)))) == parsed
+    assert parsed.train.mesh == (1, 1, 1) and parsed.train.layout == "zero3"
+    assert (
+        parsed.memory.variant == "direct" and parsed.memory.hyperparameters["query"] == "posterior"
+    )
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_configs_parse(path):
+def test_shipped_configs_resolve_to_what_they_are_recorded_as(path):
     values = config.load_dict(path)
-    if path.stem.startswith("bench_"):
-        values["data"] = dict.fromkeys(values["data"], "file")  # theirs to give, who has them
-    parse = {"sweep": sweep.parse, "bench": reproduce.parse}
-    parsed = parse.get(path.stem.partition("_")[0], config.parse)(values)
-    assert parsed.name == path.stem
+    kind = path.stem.partition("_")[0]
+    if kind == "bench":
+        values["data"] = dict.fromkeys(values["data"], "file")  # a user's
+        assert reproduce.parse(values).name == path.stem
+    elif kind == "sweep":
+        assert sweep.parse(values).name == path.stem
+    else:
+        parsed = config.load(path)
+        assert json.loads(json.dumps(config.to_dict(parsed))) == RESOLVED[path.stem]
+        assert parsed.name == path.stem
 
 
-def test_all_offences_are_named_at_once():
+def test_all_offences_are_named_at_once_with_the_likely_spelling():
     values = tiny_config()
     values["train"]["stepz"] = values["train"].pop("steps")
-    values["data"]["batch"] = "three"
-    values["model"]["decoder"]["family"] = "gpt5"
-    values["memory"]["ridge"] = 1.0
-    values["memory"]["initial"] = "ones"
-    with pytest.raises(config.ConfigError) as error:
-        config.parse(values)
-    for words in (
-        "train.stepz: unknown key",
-        "train.steps: missing",
-        "data.batch: expected int, got 'three'",
-        "no 'gpt5'",
-        "memory.ridge: unknown key",
-        "memory.initial: must be one of",
-    ):
-        assert words in str(error.value)
-
-
-def test_what_makes_no_sense_is_refused():
-    values = tiny_config()
-    values["editing"]["ridge"] = 0.0
-    values["data"]["batch"] = 0
-    with pytest.raises(config.ConfigError) as error:
-        config.parse(values)
-    for words in (
-        "editing.ridge: must be above 0",
-        "data.batch: must be above 0",
-    ):
-        assert words in str(error.value)
-
-
-def test_a_bool_is_no_number():
-    values = tiny_config()
-    values["train"]["steps"] = True
-    with pytest.raises(config.ConfigError, match="train.steps: expected int, got True"):
-        config.parse(values)
-
-
-def test_overrides_change_what_exists_and_nothing_else():
-    values = config.override(
-        tiny_config(), ["train.steps=7", "data.unit=chunk", "train.mesh=[2,1,1]"]
+    values["train"] |= dict(
+        ema=1.0, frozen=["("], clip_norm=float("nan"), start_from=dict(path="x")
     )
-    parsed = config.parse(values)
-    assert (parsed.train.steps, parsed.data.unit, parsed.train.mesh) == (7, "chunk", (2, 1, 1))
-    assert tiny_config()["train"]["steps"] == 4
-    for wrong in ("train.stepz=1", "steps=1", "train.steps"):
-        with pytest.raises(config.ConfigError, match="names no setting"):
-            config.override(tiny_config(), [wrong])
+    values["data"] |= dict(batch="three", episode=[], workers=-1)
+    values["model"]["decoder"]["family"] = "gpt3"
+    values["model"]["encoder"]["heads"] = 3
+    values["memory"] |= dict(ridge=1.0, initial="ones")
+    values["editing"] |= dict(ridge=0.0, answer_code=dict(width=100), query_noise=True)
+    values["objektive"] = {}
+    with pytest.raises(config.ConfigError) as error:
+        config.parse(values)
+    for words in (
+        "train.stepz: unknown key; did you mean steps? known: steps, optimizer,",
+        "train.steps: missing",
+        "train.ema: must be at least 0 and below 1",
+        "train.frozen[0]: '(' is no regular expression",
+        "train.clip_norm: must be finite",
+        "train.start_from.parameters: missing",
+        "data.batch: expected int, got 'three'",
+        "data.episode: needs at least one size",
+        "data.workers: must be at least 0, got -1",
+        "model.decoder.family: no 'gpt3'; did you mean gpt",
+        "model.encoder: width 16 is not a multiple of 3 heads",
+        "memory.ridge: unknown key",
+        "memory.initial: must be one of 'identity', 'normal'",
+        "editing.ridge: must be above 0",
+        "editing.answer_code.width: must be a multiple of 32",
+        "editing.query_noise: expected float, got True",
+        "objektive: unknown key; did you mean objective?",
+    ):
+        assert words in str(error.value)
 
 
-def test_a_file_that_is_missing_or_says_nothing(tmp_path):
+def test_settings_that_contradict_each_other_are_refused():
+    values = tiny_config()
+    values["train"]["accumulate"] = 3
+    values["objective"] = dict(reconstruction=0.0, autoencoding=0.0, language=0.0)
+    with pytest.raises(config.ConfigError) as error:
+        config.parse(values)
+    assert "accumulate: 3 does not divide" in str(error.value)
+    assert "nothing is learned" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("model.tied_slots=True", True),
+        ("model.tied_slots=true", True),
+        ("model.tied_slots=FALSE", False),
+        ("train.best=None", None),
+        ("train.best=none", None),
+        ("train.best=null", None),
+        ("train.steps=7", 7),
+        ("train.learning_rate=1e-3", 1e-3),
+        ("train.mesh=[2,1,1]", (2, 1, 1)),
+        ("train.mesh=(1, -1, 1)", (1, -1, 1)),
+        ('train.frozen=["^a", "b"]', ("^a", "b")),
+        ("train.frozen=['^a']", ("^a",)),
+        ("data.unit=chunk", "chunk"),
+        ('data.unit="chunk"', "chunk"),
+        ("data.corpus=hf:a,b#c=d", "hf:a,b#c=d"),
+        ("model.lora.rank=4", 4),
+    ],
+)
+def test_an_override_is_json_a_python_literal_or_a_text(text, value):
+    lora = ["model.lora.modules=query"] if "lora" in text else []
+    result = config.load(tiny_config(), [text, *lora])
+    for name in text.partition("=")[0].split("."):
+        result = getattr(result, name)
+    assert result == value and type(result) is type(value)
+    assert config.parse(tiny_config()).train.steps == 4
+
+
+def test_an_override_of_what_does_not_exist_names_what_does():
+    for wrong, words in (
+        ("train.stepz=1", "train.stepz: unknown key; did you mean steps?"),
+        ("steps=1", "steps: unknown key; known: name, model, memory, train,"),
+        ("train.steps", "Write it as section.key=value"),
+        ("name.of.it=1", "Write it as section.key=value"),
+    ):
+        with pytest.raises(config.ConfigError, match=words.replace("?", r"\?")):
+            config.load(tiny_config(), [wrong])
+
+
+def test_a_file_that_is_missing_or_without_a_config(tmp_path):
     with pytest.raises(config.ConfigError, match="no config file"):
         config.load(tmp_path / "none.py")
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(config.ConfigError, match="defines no get_config"):
         config.load(tmp_path / "empty.py")
+
+
+def test_a_config_is_read_from_any_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert config.load("configs/tiny.py").name == "tiny"
+
+
+def test_a_file_that_defines_two_implementations_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "shapes").mkdir()
+    (tmp_path / "shapes/__init__.py").write_text("class Shape: pass\n")
+    line = "from shapes import Shape\nclass {}(Shape): pass\n"
+    (tmp_path / "shapes/round.py").write_text(line.format("Circle"))
+    (tmp_path / "shapes/_shared.py").write_text(line.format("Shared"))
+    monkeypatch.syspath_prepend(tmp_path)
+    import shapes
+
+    assert {n: c.__name__ for n, c in registry.classes("shapes", shapes.Shape).items()} == {
+        "round": "Circle"
+    }
+    (tmp_path / "shapes/flat.py").write_text(line.format("Line") + line.format("Dot"))
+    registry.classes.cache_clear()
+    with pytest.raises(TypeError, match="shapes.flat defines Line and Dot"):
+        registry.classes("shapes", shapes.Shape)
+
+
+# Programs of a shell's commands are compiled once, and never at the price of a command.
+
+_SCRIPT = """
+import jax, jax.numpy as jnp
+from larimar_jax import config
+config.PROGRAMS_SECONDS = 0.0
+folder = config.cache_programs()
+hits = []
+jax.monitoring.register_event_listener(lambda name, **_: hits.append(name))
+print(float(jax.jit(lambda x: jnp.sum(jnp.sin(x) * 3))(jnp.arange(4.0))))
+print(sum(name.endswith("cache_hits") for name in hits), folder)
+"""
+
+
+def run_script(cache, **environment):
+    """Return the number that a fresh process computes, its cache hits, and its folder of programs."""
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))
+    }
+    environment = {**clean, "LARIMAR_CACHE": str(cache), **environment}
+    line = [sys.executable, "-c", _SCRIPT]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=True)
+    value, last = done.stdout.splitlines()
+    hits, folder = last.split(" ", 1)
+    return value, int(hits), folder
+
+
+def test_the_next_process_reads_what_the_last_compiled_unless_it_is_damaged(tmp_path):
+    value, hits, folder = run_script(tmp_path)
+    assert hits == 0 and folder.startswith(str(tmp_path / "programs"))
+    again, hits, _ = run_script(tmp_path)
+    assert again == value and hits >= 1
+    files = list((tmp_path / "programs").rglob("*-cache"))
+    for path in files:
+        path.write_bytes(path.read_bytes()[:100])
+    assert files and run_script(tmp_path)[0] == value
+
+
+def test_without_a_writable_folder_or_with_jaxs_own_nothing_is_cached(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert run_script(tmp_path / "file")[1:] == (0, "None")
+    assert run_script(tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own"))[2] == "None"
+    assert not (tmp_path / "programs").exists()
+
+
+def test_another_cpu_has_another_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("LARIMAR_CACHE", str(tmp_path))
+    assert config.cache_folder() == tmp_path
+    here = config._processor()
+    assert here == config._processor()
+    monkeypatch.setattr(config.platform, "machine", lambda: "other")
+    assert config._processor() != here

@@ -12,7 +12,7 @@ from flax import nnx
 from tokenizers import decoders, models
 
 from larimar_jax import answer_code, decoding, generate, packing, sampling, scoring
-from larimar_jax.settings import AnswerCodeConfig
+from larimar_jax.config import AnswerCodeConfig
 from larimar_jax.weights import Tokenizer
 
 SPELLING = AnswerCodeConfig(positions=3, width=32, limit=20.0)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from larimar_jax import config, latent_layout
+from larimar_jax.config import KeyFeaturesConfig
 from larimar_jax.memory import variance
 from larimar_jax.memory.streaming import Streaming
-from larimar_jax.settings import KeyFeaturesConfig
 
 PARTS = latent_layout.LatentLayout(encoding=8, key_features=3, answer_code=32)
 

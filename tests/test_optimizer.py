@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from larimar_jax.settings import TrainConfig
+from larimar_jax.config import TrainConfig
 from larimar_jax.train import optimizer
 
 TRAIN = TrainConfig(

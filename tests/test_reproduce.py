@@ -51,9 +51,7 @@ def test_every_offence_is_named_at_once():
 
 
 def test_the_papers_config_names_benchmarks_and_options_that_there_are():
-    from larimar_jax import runs
-
-    told = config.load_dict(runs.find("configs/bench_paper.py"))
+    told = config.load_dict("configs/bench_paper.py")
     told["data"] = dict(counterfact="a", zsre="b")
     plan = reproduce.parse(told)
     assert {one.bench for one in plan.runs.values()} <= set(benchmarks()) and plan.model == "smol"

@@ -219,8 +219,3 @@ def test_a_process_waits_for_the_one_that_writes(tmp_path, tokenizer, monkeypatc
         _made(tmp_path, tokenizer, writes=False)
     _made(tmp_path, tokenizer)
     assert len(_made(tmp_path, tokenizer, writes=False)) == 3
-
-
-def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
-    monkeypatch.setenv("LARIMAR_CACHE", str(tmp_path))
-    assert store.cache() == tmp_path

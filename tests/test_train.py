@@ -16,7 +16,7 @@ import pytest
 import world
 
 from larimar_jax import config as configs
-from larimar_jax.settings import StartConfig
+from larimar_jax.config import StartConfig
 from larimar_jax.train import (
     folder,
     guard,

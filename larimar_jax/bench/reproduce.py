@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from larimar_jax import bench, strict
+from larimar_jax import bench, registry
 from larimar_jax.bench import pages, report, runner, systems
-from larimar_jax.config import ConfigError
 
 REPORT = "report"
 
@@ -47,24 +46,12 @@ def parse(values: Mapping[str, Any]) -> Plan:
             not given.
     """
     problems: list[str] = []
-    runs = values.get("runs")
-    runs = runs if isinstance(runs, Mapping) else {}
-    made = {}
-    for name, each in runs.items():
-        options = each.get("options") if isinstance(each, Mapping) else None
-        plain = {k: v for k, v in each.items() if k != "options"} if isinstance(each, Mapping) else each
-        built = strict.section(One, plain, f"runs.{name}", problems, {}, given=("options",))
-        if not isinstance(options, Mapping):
-            problems.append(f"runs.{name}.options: expected a section, got {options!r}")
-        elif built is not None and len(built) == 2:
-            made[name] = One(**built, options=dict(options))
-    plain = {k: v for k, v in values.items() if k not in ("data", "runs")}
-    whole = strict.section(Plan, plain, "", problems, {}, given=("data", "runs"))
-    data = values.get("data")
-    if not isinstance(data, Mapping):
-        problems.append(f"data: expected a section of files by name, got {data!r}")
-        data = {}
-    for name, one in made.items():
+    plan = registry.read(Plan, values, "", problems, {})
+    runs, data = values.get("runs"), values.get("data")
+    for name, each in (runs if isinstance(runs, Mapping) else {}).items():
+        one = registry.read(One, each, f"runs.{name}", problems, {})
+        if one is None:
+            continue
         if one.bench not in bench.benchmarks():
             known = ", ".join(bench.benchmarks())
             problems.append(f"runs.{name}.bench: no benchmark {one.bench!r}; known: {known}")
@@ -77,9 +64,8 @@ def parse(values: Mapping[str, Any]) -> Plan:
             _arguments(one, "model", "file")
         except ValueError as error:
             problems.append(f"runs.{name}.options: {error}")
-    if problems:
-        raise ConfigError("The config does not fit:\n  " + "\n  ".join(dict.fromkeys(problems)))
-    return Plan(**whole, data=dict(data), runs=made)
+    registry.refuse(problems)
+    return plan
 
 
 def run(plan: Plan, folder: str | Path, *, quiet: bool = False) -> list[Path]:

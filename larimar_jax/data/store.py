@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import struct
 import time
@@ -24,6 +23,8 @@ from array_record.python import array_record_data_source, array_record_module
 from jaxtyping import Int
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from larimar_jax.config import cache_folder
 
 # Raised whenever a recipe would give other pieces or other bytes than before.
 FORMAT = "larimar-pieces/2"
@@ -58,12 +59,6 @@ class Recipe:
         """A folder's name: no other recipe has it."""
         text = json.dumps([FORMAT, dataclasses.asdict(self)], sort_keys=True)
         return f"{self.side}-{hashlib.sha256(text.encode('utf-8')).hexdigest()[:24]}"
-
-
-def cache() -> Path:
-    """Where stores are kept: $LARIMAR_CACHE, or ~/.cache/larimar."""
-    said = os.environ.get("LARIMAR_CACHE")
-    return Path(said) if said else Path.home() / ".cache" / "larimar"
 
 
 class Store:
@@ -180,13 +175,13 @@ def open_or_make(
     Args:
         pieces: read only where the store has to be made.
         encoder, decoder: `weights.tokenizers.Tokenizer`s.
-        folder: of all stores; default `cache()`.
+        folder: of all stores; default `config.cache_folder()`.
         writes: whether this process makes it; the others wait for the one that does.
         progress: a count on stderr.
     Raises:
         StoreError: damaged, or it does not come.
     """
-    place = (folder or cache()) / recipe.name
+    place = (folder or cache_folder()) / recipe.name
     if not (place / MANIFEST).is_file():
         if writes:
             _make(place, recipe, pieces, encoder, decoder, progress)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from larimar_jax import weights
-from larimar_jax.settings import Config
+from larimar_jax.config import Config
 from larimar_jax.weights import Tokenizer
 
 # The file of a tower whose weights were converted into the model: it has a tokenizer, and no source.

@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import objective
+from larimar_jax.config import EditingConfig
 from larimar_jax.memory.streaming import Streaming
 from larimar_jax.model import Larimar
-from larimar_jax.settings import EditingConfig
 from larimar_jax.weights.tokenizers import Tokenizer
 
 # Of a text's words, the share that is the prompt: enough to tell texts apart, enough left to say.

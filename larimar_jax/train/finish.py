@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from larimar_jax.settings import Config
+from larimar_jax.config import Config
 from larimar_jax.weights import model_file
 
 # What an export holds in bfloat16: half the size for the largest map, whose products are summed over

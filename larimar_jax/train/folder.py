@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from larimar_jax import config as configs
-from larimar_jax.settings import Config
+from larimar_jax.config import Config
 
 # What may differ between a run and its continuation: none of these changes a step's result beyond
 # rounding.

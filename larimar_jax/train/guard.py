@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from larimar_jax.settings import TrainConfig
+from larimar_jax.config import TrainConfig
 
 # Bad steps one after the other that no run recovers from.
 MOST = 10

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from larimar_jax.config import Config
 from larimar_jax.data.episodes import TooFewPieces
 from larimar_jax.data.store import Store
-from larimar_jax.settings import Config
 from larimar_jax.train import edits, sharding
 from larimar_jax.train.step import TrainStep
 

@@ -21,8 +21,8 @@ from jax.experimental import multihost_utils
 
 from larimar_jax import config as configs
 from larimar_jax import model
+from larimar_jax.config import Config
 from larimar_jax.data import corpus, episodes, pieces, store, vocabulary
-from larimar_jax.settings import Config
 from larimar_jax.train import (
     checkpoint,
     distributed,

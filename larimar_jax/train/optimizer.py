@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from larimar_jax import lora
-from larimar_jax.settings import TrainConfig
+from larimar_jax.config import TrainConfig
 
 Leaf = TypeVar("Leaf")
 Schedule = Callable[[jax.Array], jax.Array]

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from larimar_jax import config as configs
 from larimar_jax import model
+from larimar_jax.config import Config
 from larimar_jax.layers import Remat
-from larimar_jax.settings import Config
 from larimar_jax.train import flops, hlo, sharding
 from larimar_jax.train.step import TrainStep
 
@@ -243,9 +243,9 @@ def load(path: Any, overrides: list[str], devices: int) -> Config:
     """The config of a run for so many devices; a -1 in its mesh takes those that remain.
 
     Raises:
-        ConfigError: as `config.load` and `config.override`, or a mesh of another number of devices.
+        ConfigError: as `config.load`, or a mesh of another number of devices.
     """
-    config = configs.parse(configs.override(configs.load_dict(path), overrides))
+    config = configs.load(path, overrides)
     sizes = list(config.train.mesh)
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(1, devices // -math.prod(sizes))

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from larimar_jax import scope
-from larimar_jax.settings import StartConfig
+from larimar_jax.config import StartConfig
 from larimar_jax.train import checkpoint
 from larimar_jax.weights import model_file
 

@@ -11,9 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from larimar_jax import layers, linalg, model, objective, products
-from larimar_jax.config import make_memory
+from larimar_jax.config import Config, make_memory
 from larimar_jax.model import AbstractModel
-from larimar_jax.settings import Config
 from larimar_jax.train import edits, flops, optimizer, sharding
 
 Metrics = dict[str, Array]

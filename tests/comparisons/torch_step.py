@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from larimar_jax.config import Config
 from larimar_jax.model import Larimar
-from larimar_jax.settings import Config
 from larimar_jax.train import optimizer
 
 from . import towers

@@ -13,8 +13,8 @@ import numpy as np
 
 from larimar_jax import decoders, encoders, lora
 from larimar_jax import model as models
+from larimar_jax.config import Config
 from larimar_jax.model import Larimar
-from larimar_jax.settings import Config
 from larimar_jax.weights import fill
 
 # torch is no dependency of the project: it is imported where it is used, and its types have no name.

@@ -16,8 +16,8 @@ import numpy as np
 
 from larimar_jax import config as configs
 from larimar_jax import objective
+from larimar_jax.config import Config
 from larimar_jax.model import Larimar
-from larimar_jax.settings import Config
 from larimar_jax.train import sharding
 from larimar_jax.train.step import TrainStep, initialise
 
