@@ -20,18 +20,11 @@ import ml_collections
 from larimar_jax import decoders, encoders, registry
 from larimar_jax import memory as memories
 from larimar_jax.layers import Remat
+from larimar_jax.memory import addressing
 from larimar_jax.registry import ConfigError, Count, Fraction, Natural, NonNegative, Positive, Regex
 
 # Bytes of compiled programs on disk, and seconds to compile from which one is kept there.
 PROGRAMS_BYTES, PROGRAMS_SECONDS = 256 << 20, 0.1
-
-
-def _lanes(value: int) -> str:
-    return f"must be a multiple of 32, got {value}; 96 is usual" if value % 32 or value < 1 else ""
-
-
-def _sizes(value: tuple) -> str:
-    return "" if value else "needs at least one size"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +57,7 @@ class ModelConfig:
     decoder: TowerConfig
     latent: Count = 768  # C, the size of an encoding in the memory
     slots_per_layer: Count = 1  # P, past key/value positions that a latent fills in each layer
-    tied_slots: bool = (
-        True  # key and value of such a position are the same vector (the paper's way)
-    )
+    tied_slots: bool = True  # key and value of such a position are one vector (the paper's way)
     lora: LoraConfig | None = None  # the decoder's changes act only where a memory conditions it
     # Compute dtype of the towers; parameters and memory algebra are float32.
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -78,8 +69,7 @@ class ModelConfig:
 class MemoryConfig:
     """A memory variant by its file's name, with its hyperparameters except the latent size.
 
-    Their defaults are in larimar_jax/memory/. `addressing` is a kind's name, or a section with its
-    numbers: `dict(kind="gaussian", width=1e-3)`.
+    `addressing` is a kind's name, or a section: `dict(kind="gaussian", width=1e-3)`.
     """
 
     variant: str
@@ -106,7 +96,9 @@ class DataConfig:
     corpus: str = "wikipedia-summaries"
     held_out: str | None = None  # corpus whose held-out documents judge a run; None for `corpus`
     unit: Literal["sentence", "chunk"] = "chunk"  # a chunk fills the token lengths
-    episode: Annotated[tuple[Count, ...], _sizes] = (8,)  # sizes E, one a batch; each compiles
+    episode: Annotated[tuple[Count, ...], registry.not_empty] = (
+        8,
+    )  # sizes E, one a batch; each compiles
     batch: Count = 8  # B, episodes of all processes together
     encoder_tokens: Count = 64
     decoder_tokens: Count = 64
@@ -173,7 +165,7 @@ class AnswerCodeConfig:
     """How an answer is written token by token (answer_code.py)."""
 
     positions: Count = 12  # P tokens are written; the language model continues a longer answer
-    width: Annotated[int, _lanes] = 256  # d, numbers per token
+    width: Annotated[Count, registry.multiple_of_32] = 256  # d, numbers per token
     limit: Positive = 40.0  # the most that a token's logit gains, in nats
 
 
@@ -208,11 +200,7 @@ Source = str | Path | ml_collections.ConfigDict | Mapping[str, Any]
 
 
 def load(source: Source, overrides: Sequence[str] = ()) -> Config:
-    """Return the config of a file, a ConfigDict or a mapping, with overrides.
-
-    Raises:
-      ConfigError: as `registry.override` and `parse`, or there is no such file.
-    """
+    """Return the config of a file, a ConfigDict or a mapping, with overrides; raises ConfigError."""
     return parse(registry.override(load_dict(source), overrides))
 
 
@@ -265,6 +253,8 @@ def to_dict(value: Any) -> Any:
         return {key: name for key, name in names.items() if name is not None} | sizes
     if isinstance(value, MemoryConfig):
         return {"variant": value.variant, **to_dict(value.hyperparameters)}
+    if isinstance(value, addressing.Addressing):
+        return addressing.to_config(value)
     if dataclasses.is_dataclass(value):
         return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -310,7 +300,16 @@ def _read_memory(value: Any, path: str, problems: list[str]) -> MemoryConfig | N
     return MemoryConfig(name, rest)
 
 
-_READERS = {TowerConfig: _read_tower, MemoryConfig: _read_memory}
+def _read_addressing(value: Any, path: str, problems: list[str]) -> addressing.Addressing | None:
+    named = registry.named(value, "kind", addressing.KINDS, path, problems)
+    return named and registry.read(addressing.KINDS[named[0]], named[1], path, problems, {})
+
+
+_READERS = {
+    TowerConfig: _read_tower,
+    MemoryConfig: _read_memory,
+    addressing.Addressing: _read_addressing,
+}
 
 
 def cache_folder() -> Path:

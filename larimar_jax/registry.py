@@ -147,6 +147,16 @@ def _below_one(value: float) -> str:
     return "" if 0 <= value < 1 else f"must be at least 0 and below 1, got {value!r}"
 
 
+def not_empty(value: Any) -> str:
+    """Check a tuple that needs an item."""
+    return "" if value else "needs at least one"
+
+
+def multiple_of_32(value: int) -> str:
+    """Check a size that devices compute with in lanes of 32."""
+    return f"must be a multiple of 32, got {value}" if value % 32 else ""
+
+
 def _pattern(value: str) -> str:
     try:
         re.compile(value)

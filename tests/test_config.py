@@ -63,7 +63,7 @@ def test_all_offences_are_named_at_once_with_the_likely_spelling():
         "train.clip_norm: must be finite",
         "train.start_from.parameters: missing",
         "data.batch: expected int, got 'three'",
-        "data.episode: needs at least one size",
+        "data.episode: needs at least one",
         "data.workers: must be at least 0, got -1",
         "model.decoder.family: no 'gpt3'; did you mean gpt",
         "model.encoder: width 16 is not a multiple of 3 heads",

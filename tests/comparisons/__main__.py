@@ -35,8 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     ratios: list[timing.Ratio] = []
     if "training" in chosen:
-        values = configs.override(configs.load_dict(options.config), options.set)
-        ratios += training.compare(configs.parse(values), options.repeats)
+        ratios += training.compare(configs.load(options.config, options.set), options.repeats)
     if "generation" in chosen:
         ratios += generation.compare(options.decoder, options.repeats)
     if "scoring" in chosen:
