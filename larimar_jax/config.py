@@ -17,11 +17,11 @@ from typing import Annotated, Any, Literal
 import jax
 import ml_collections
 
-from larimar_jax import decoders, encoders, registry
+from larimar_jax import decoders, encoders, schema
 from larimar_jax import memory as memories
 from larimar_jax.layers import Remat
 from larimar_jax.memory import addressing
-from larimar_jax.registry import ConfigError, Count, Fraction, Natural, NonNegative, Positive, Regex
+from larimar_jax.schema import ConfigError, Count, Fraction, Natural, NonNegative, Positive, Regex
 
 # Bytes of compiled programs on disk, and seconds to compile from which one is kept there.
 PROGRAMS_BYTES, PROGRAMS_SECONDS = 256 << 20, 0.1
@@ -96,7 +96,7 @@ class DataConfig:
     corpus: str = "wikipedia-summaries"
     held_out: str | None = None  # corpus whose held-out documents judge a run; None for `corpus`
     unit: Literal["sentence", "chunk"] = "chunk"  # a chunk fills the token lengths
-    episode: Annotated[tuple[Count, ...], registry.not_empty] = (
+    episode: Annotated[tuple[Count, ...], schema.not_empty] = (
         8,
     )  # sizes E, one a batch; each compiles
     batch: Count = 8  # B, episodes of all processes together
@@ -165,7 +165,7 @@ class AnswerCodeConfig:
     """How an answer is written token by token (answer_code.py)."""
 
     positions: Count = 12  # P tokens are written; the language model continues a longer answer
-    width: Annotated[Count, registry.multiple_of_32] = 256  # d, numbers per token
+    width: Annotated[Count, schema.multiple_of_32] = 256  # d, numbers per token
     limit: Positive = 40.0  # the most that a token's logit gains, in nats
 
 
@@ -201,7 +201,7 @@ Source = str | Path | ml_collections.ConfigDict | Mapping[str, Any]
 
 def load(source: Source, overrides: Sequence[str] = ()) -> Config:
     """Return the config of a file, a ConfigDict or a mapping, with overrides; raises ConfigError."""
-    return parse(registry.override(load_dict(source), overrides))
+    return parse(schema.override(load_dict(source), overrides))
 
 
 def load_dict(source: Source) -> dict[str, Any]:
@@ -234,14 +234,14 @@ def parse(values: Mapping[str, Any]) -> Config:
     Raises:
       ConfigError: naming every unknown key, missing key and wrong value.
     """
-    config = registry.from_dict(Config, values, _READERS)
+    config = schema.from_dict(Config, values, _READERS)
     problems, parts, goal = [], config.train.accumulate, config.objective
     if config.data.batch % parts:
         batch = config.data.batch
         problems.append(f"train.accumulate: {parts} does not divide data.batch ({batch})")
     if not (goal.reconstruction or goal.autoencoding or goal.language):
         problems.append("objective: all three cross-entropies have weight 0; nothing is learned")
-    registry.refuse(problems)
+    schema.refuse(problems)
     return config
 
 
@@ -282,27 +282,27 @@ def _read_tower(value: Any, path: str, problems: list[str]) -> TowerConfig | Non
         problems += [f"{path}.{key}: unknown key beside source" for key in settings]
         return TowerConfig(source)
     families = (encoders if path.endswith("encoder") else decoders).families()
-    named = registry.named(settings, "family", families, path, problems)
+    named = schema.named(settings, "family", families, path, problems)
     if named is None:
         return None
     name, sizes = named
-    sizes = registry.read(families[name].CONFIG, sizes, path, problems, {})
+    sizes = schema.read(families[name].CONFIG, sizes, path, problems, {})
     return TowerConfig(source, name, sizes)
 
 
 def _read_memory(value: Any, path: str, problems: list[str]) -> MemoryConfig | None:
     variants = memories.variants()
-    named = registry.named(value, "variant", variants, path, problems)
+    named = schema.named(value, "variant", variants, path, problems)
     if named is None:
         return None
     name, rest = named
-    rest = registry.fields(variants[name], rest, path, problems, _READERS, without=("latent",))
+    rest = schema.fields(variants[name], rest, path, problems, _READERS, without=("latent",))
     return MemoryConfig(name, rest)
 
 
 def _read_addressing(value: Any, path: str, problems: list[str]) -> addressing.Addressing | None:
-    named = registry.named(value, "kind", addressing.KINDS, path, problems)
-    return named and registry.read(addressing.KINDS[named[0]], named[1], path, problems, {})
+    named = schema.named(value, "kind", addressing.KINDS, path, problems)
+    return named and schema.read(addressing.KINDS[named[0]], named[1], path, problems, {})
 
 
 _READERS = {

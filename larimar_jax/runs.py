@@ -190,11 +190,11 @@ def sweep_options(made: argparse.ArgumentParser, shared: argparse.ArgumentParser
 
 def sweep(arguments: argparse.Namespace) -> int:
     """larimar sweep"""
-    from larimar_jax import config, registry
+    from larimar_jax import config, schema
     from larimar_jax.bench import pictures, runner
     from larimar_jax.bench import sweep as sweeps
 
-    values = registry.override(config.load_dict(arguments.config), arguments.overrides)
+    values = schema.override(config.load_dict(arguments.config), arguments.overrides)
     runner.run(sweeps.Sweep(sweeps.parse(values)), arguments.out)
     for path in pictures.draw(runner.read_cases(arguments.out), arguments.out):
         print(f"drawn: {path}", file=sys.stderr)
@@ -247,10 +247,10 @@ def reproduce_options(made: argparse.ArgumentParser, shared: argparse.ArgumentPa
 
 def reproduce(arguments: argparse.Namespace) -> int:
     """larimar reproduce"""
-    from larimar_jax import config, registry
+    from larimar_jax import config, schema
     from larimar_jax.bench import reproduce as reproduces
 
-    values = registry.override(config.load_dict(arguments.config), arguments.overrides)
+    values = schema.override(config.load_dict(arguments.config), arguments.overrides)
     for path in reproduces.run(reproduces.parse(values), arguments.out):
         print(f"written: {path}", file=sys.stderr)
     return 0

@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import tiny_config
 
-from larimar_jax import config, registry
+from larimar_jax import config
 from larimar_jax.bench import reproduce, sweep
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -139,24 +139,6 @@ def test_a_file_that_is_missing_or_without_a_config(tmp_path):
 def test_a_config_is_read_from_any_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert config.load("configs/tiny.py").name == "tiny"
-
-
-def test_a_file_that_defines_two_implementations_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "shapes").mkdir()
-    (tmp_path / "shapes/__init__.py").write_text("class Shape: pass\n")
-    line = "from shapes import Shape\nclass {}(Shape): pass\n"
-    (tmp_path / "shapes/round.py").write_text(line.format("Circle"))
-    (tmp_path / "shapes/_shared.py").write_text(line.format("Shared"))
-    monkeypatch.syspath_prepend(tmp_path)
-    import shapes
-
-    assert {n: c.__name__ for n, c in registry.classes("shapes", shapes.Shape).items()} == {
-        "round": "Circle"
-    }
-    (tmp_path / "shapes/flat.py").write_text(line.format("Line") + line.format("Dot"))
-    registry.classes.cache_clear()
-    with pytest.raises(TypeError, match="shapes.flat defines Line and Dot"):
-        registry.classes("shapes", shapes.Shape)
 
 
 # Programs of a shell's commands are compiled once, and never at the price of a command.

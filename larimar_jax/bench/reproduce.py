@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from larimar_jax import bench, registry
+from larimar_jax import bench, schema
 from larimar_jax.bench import pages, report, runner, systems
 
 REPORT = "report"
@@ -46,10 +46,10 @@ def parse(values: Mapping[str, Any]) -> Plan:
             not given.
     """
     problems: list[str] = []
-    plan = registry.read(Plan, values, "", problems, {})
+    plan = schema.read(Plan, values, "", problems, {})
     runs, data = values.get("runs"), values.get("data")
     for name, each in (runs if isinstance(runs, Mapping) else {}).items():
-        one = registry.read(One, each, f"runs.{name}", problems, {})
+        one = schema.read(One, each, f"runs.{name}", problems, {})
         if one is None:
             continue
         if one.bench not in bench.benchmarks():
@@ -64,7 +64,7 @@ def parse(values: Mapping[str, Any]) -> Plan:
             _arguments(one, "model", "file")
         except ValueError as error:
             problems.append(f"runs.{name}.options: {error}")
-    registry.refuse(problems)
+    schema.refuse(problems)
     return plan
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from larimar_jax import memory, registry
+from larimar_jax import memory, schema
 from larimar_jax.bench import sweep_data
 from larimar_jax.bench.runner import Record
 from larimar_jax.memory.addressing import from_prompts
@@ -97,7 +97,7 @@ def parse(values: Mapping[str, Any]) -> SweepConfig:
         SweepError: naming at once every unknown or missing key, wrong type, variant and setting.
     """
     problems: list[str] = []
-    config = registry.read(SweepConfig, values, "", problems, {})
+    config = schema.read(SweepConfig, values, "", problems, {})
     variants = values.get("variants")
     if not isinstance(variants, Mapping) or not variants:
         problems.append("variants: expected a section with at least one")
