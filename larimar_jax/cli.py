@@ -4,6 +4,7 @@ Everything heavy is imported inside its command, so that `--help` answers at onc
 """
 
 import argparse
+import inspect
 import os
 import sys
 import traceback
@@ -181,20 +182,22 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _benchmarks(made: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
-    from larimar_jax.bench import benchmarks
+    from larimar_jax.bench import runner, tasks
     from larimar_jax.bench.shares import share
 
     names = made.add_subparsers(title="benchmarks", metavar="NAME", dest="name", required=True)
-    for name, module in benchmarks().items():
-        summary, _, rest = (module.__doc__ or name).partition("\n")
+    for name, task in tasks().items():
+        if not task.listed:
+            continue
+        text = inspect.cleandoc(task.__doc__)
         single = names.add_parser(
             name,
-            help=summary,
-            description=f"{summary}\n{rest}",
+            help=text.partition("\n")[0],
+            description=text,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             parents=[shared],
         )
-        module.arguments(single)
+        runner.add_arguments(single, task)
         single.add_argument(
             "--out", required=True, metavar="DIR", help="folder of the run; resumed if it exists"
         )
@@ -334,11 +337,11 @@ def bench(arguments: argparse.Namespace) -> None:
     from larimar_jax import bench
     from larimar_jax.bench import runner, shares
 
-    experiment = bench.benchmark(arguments.name).experiment(arguments)
+    task = runner.from_arguments(bench.task(arguments.name), arguments)
     if arguments.share is None:
-        runner.run(experiment, arguments.out)
+        runner.run(task, arguments.out)
     else:
-        shares.run(experiment, arguments.out, arguments.share)
+        shares.run(task, arguments.out, arguments.share)
 
 
 if __name__ == "__main__":

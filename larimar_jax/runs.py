@@ -224,12 +224,12 @@ def report_options(made: argparse.ArgumentParser, shared: argparse.ArgumentParse
 
 def report(arguments: argparse.Namespace) -> int:
     """larimar report"""
-    from larimar_jax.bench import pages
+    from larimar_jax.bench import web_page
     from larimar_jax.bench import report as reports
 
     runs = [reports.read(run) for given in arguments.folders for run in reports.inside(given)]
     shown = reports.sections(runs, arguments.texts)
-    for path in pages.write(shown, arguments.out, arguments.title):
+    for path in web_page.write(shown, arguments.out, arguments.title):
         print(f"written: {path}", file=sys.stderr)
     return 0
 

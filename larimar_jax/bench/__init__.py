@@ -1,20 +1,32 @@
-"""Benchmarks, one experiment per file: each defines `arguments` and `experiment`.
+"""Benchmarks, one experiment per file: each file defines a `task.Task`."""
 
-`arguments(parser)` declares the command line of `larimar bench <file name>`; `experiment(args)`
-makes what `runner.run` takes. The first line of the file's docstring is its help.
-"""
-
+import importlib
+import pkgutil
 from collections.abc import Mapping
-from types import ModuleType
-
-from larimar_jax import registry
+from typing import Any
 
 
-def benchmarks() -> Mapping[str, ModuleType]:
-    """Every experiment in this folder, by file name."""
-    return registry.scan(__name__, "arguments", "experiment")
+def tasks() -> Mapping[str, Any]:
+    """Return every task in this folder, {name: class}, in the order of their names."""
+    from larimar_jax.bench.task import Task
+
+    classes = {}
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        for value in vars(module).values():
+            if (
+                isinstance(value, type)
+                and issubclass(value, Task)
+                and value.__module__ == module.__name__
+                and value.evaluate is not Task.evaluate
+            ):
+                classes[value.name] = value
+    return dict(sorted(classes.items()))
 
 
-def benchmark(name: str) -> ModuleType:
-    """The experiment file of that name; ValueError lists the known ones."""
-    return registry.lookup(benchmarks(), name, "benchmark")
+def task(name: str) -> Any:
+    """Return the task of that name; ValueError lists the known ones."""
+    known = tasks()
+    if name not in known:
+        raise ValueError(f"unknown benchmark {name!r}; known: {', '.join(known)}")
+    return known[name]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from larimar_jax import bench, schema
-from larimar_jax.bench import pages, report, runner, systems
+from larimar_jax.bench import report, runner, systems, web_page
 
 REPORT = "report"
 
@@ -83,7 +83,7 @@ def run(plan: Plan, folder: str | Path, *, quiet: bool = False) -> list[Path]:
         experiment = bench.benchmark(one.bench).experiment(arguments)
         runner.run(experiment, Path(folder) / name, quiet=quiet)
     runs = [report.read(Path(folder) / name) for name in plan.runs]
-    return pages.write(report.sections(runs), Path(folder) / REPORT, f"{plan.name}: {plan.model}")
+    return web_page.write(report.sections(runs), Path(folder) / REPORT, f"{plan.name}: {plan.model}")
 
 
 class _Parser(argparse.ArgumentParser):

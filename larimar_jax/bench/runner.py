@@ -1,61 +1,39 @@
-"""Runs a benchmark into a folder that survives being killed.
+"""Run a task into a folder that survives being killed.
 
     settings.json   what decides the numbers; a folder never mixes two of them
-    cases.jsonl     one line a case, appended and flushed chunk by chunk
-    summary.json    recomputed from cases.jsonl at the end, replaced atomically
+    rows.jsonl      one line a row, appended and flushed chunk by chunk
+    summary.json    recomputed from rows.jsonl at the end, replaced atomically
 
 A killed run is taken up where its file ends: a line that was cut off is dropped, finished lines
-stay. Chunks are cut at fixed case numbers, so a case is always scored in the same company and
+stay. Chunks are cut at fixed case numbers, so a case is always computed in the same company and
 resumed numbers equal uninterrupted ones bit for bit.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import importlib.metadata
+import itertools
 import json
+import math
 import os
 import platform
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol, runtime_checkable
+from typing import IO, Any
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from larimar_jax.bench import given
+from larimar_jax.bench import metrics, systems, tables
+from larimar_jax.bench import summary as summaries
+from larimar_jax.bench.task import Task, add_arguments, from_arguments  # noqa: F401
 
-SETTINGS, CASES, SUMMARY = "settings.json", "cases.jsonl", "summary.json"
+SETTINGS, ROWS, SUMMARY = "settings.json", "rows.jsonl", "summary.json"
 Record = dict[str, Any]
-
-
-@runtime_checkable
-class Work(Protocol):
-    """Cases, and how they are computed."""
-
-    name: str
-    settings: Mapping[str, Any]
-    """Everything that decides the numbers, as JSON: data, model, seed, sizes."""
-    cases: Sequence[Any]
-    """In a fixed order; each with a `case_id` of its own."""
-    chunk: int
-    """How many cases are computed together."""
-
-    def run(self, cases: Sequence[Any]) -> list[Record]:
-        """One JSON record a case, in order, each with its `case_id`."""
-
-
-@runtime_checkable
-class Experiment(Work, Protocol):
-    """What one benchmark file hands to the runner."""
-
-    def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
-        """The result, as JSON, from records as read back from the file."""
-
-    def tables(self, summary: Mapping[str, Any]) -> Sequence[Table | str]:
-        """The result for people, from what summary.json holds: tables, and notes between them."""
 
 
 class DifferentSettings(ValueError):
@@ -70,69 +48,140 @@ class FolderBusy(ValueError):
     """Another process is writing the run folder."""
 
 
-def run(experiment: Experiment, folder: str | Path, *, quiet: bool = False) -> dict[str, Any]:
-    """Runs `experiment` to its end, or takes it up, and returns its summary.
+@dataclasses.dataclass
+class Work:
+    """A task with its model, its cases and the settings of its folder."""
+
+    task: Task
+    systems: systems.Systems | None
+    cases: Sequence[Any]
+    settings: dict[str, Any]
+
+    @property
+    def case_ids(self) -> list[Any]:
+        return [as_json(case.case_id) for case in self.cases]
+
+    def rows(self, cases: Sequence[Any]) -> list[Record]:
+        """Return the rows of a chunk of cases, checked.
+
+        Raises:
+            RuntimeError: the task yields rows of other cases, or in another order.
+            UnusableScore: a number in a row is not finite; names case, kind and system.
+        """
+        rows = [as_json(row) for row in self.task.evaluate(self.systems, cases)]
+        yielded = [case for case, _ in itertools.groupby(row["case"] for row in rows)]
+        wanted = [as_json(case.case_id) for case in cases]
+        if yielded != wanted:
+            raise RuntimeError(
+                f"{self.task.name} yielded rows of cases {yielded} for cases {wanted}: `evaluate` "
+                "must yield rows case by case, in order, and at least one of each."
+            )
+        for row in rows:
+            for name, value in row.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise metrics.UnusableScore(
+                        f"case {row['case']}, {row['kind']}, system {row['system']}: {name} is not "
+                        "finite. The model's logits overflowed: run it in float32, or check the "
+                        "checkpoint it was loaded from."
+                    )
+        return rows
+
+
+def start(task: Task, editor: Any = None) -> Work:
+    """Return the work of a task: loads its model, unless an editor or a pipeline is handed over."""
+    edited = None
+    if task.needs_model:
+        edited = systems.of_task(task) if editor is None else systems.Systems(editor)
+    settings = {"benchmark": task.name, "options": task.options(), "data": task.data_settings()}
+    if edited is not None:
+        settings["model"] = dict(edited.editor.settings)
+    return Work(task, edited, task.cases(edited), as_json(settings))
+
+
+def run(
+    task: Task, folder: str | Path, *, editor: Any = None, quiet: bool = False
+) -> dict[str, Any]:
+    """Run a task to its end, or take it up, and return its summary.
 
     Args:
         folder: made where it is missing; an earlier run with the same settings is resumed.
+        editor: an `Editor` or a `Pipeline` in the place of the model that the task names.
         quiet: no progress bar and no table.
     Raises:
         DifferentSettings: the folder's run differs in its settings; names each difference.
-        BrokenRun: `cases.jsonl` is damaged before its last line, or is of other cases.
+        BrokenRun: `rows.jsonl` is damaged before its last line, or is of other cases.
         FolderBusy: another process holds the folder.
     """
-    folder, console = Path(folder), Console(stderr=True, quiet=quiet)
-    started = time.perf_counter()
-    done = complete(experiment, folder, console)
-    settings, records = settings_of(experiment), read_cases(folder)
-    summary = {
-        "benchmark": experiment.name,
-        "cases": len(records),
-        "results": experiment.summarise(records),
-        "settings": settings,
-        "environment": environment(),
-        "run": {"seconds": round(time.perf_counter() - started, 1), "resumed_at_case": done},
+    return finish(start(task, editor), Path(folder), quiet=quiet)
+
+
+def finish(work: Work, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
+    """Compute what the folder lacks, and write and show the summary; raises as `run`."""
+    console, began = Console(stderr=True, quiet=quiet), time.perf_counter()
+    done = complete(work, folder, console)
+    rows = read_rows(folder)
+    summary = _end(work, len(rows), began, done) | {
+        "results": summaries.summarise(work.task, rows),
+        "settings": work.settings,
     }
-    if done == len(experiment.cases) and (folder / SUMMARY).is_file():
+    if done == len(work.cases) and (folder / SUMMARY).is_file():
         # Of a run that was finished, the machine and the time are those of then.
         before = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         summary |= {name: before[name] for name in ("environment", "run")}
-    _replace(folder / SUMMARY, json.dumps(_plain(summary), indent=2) + "\n")
+    replace(folder / SUMMARY, json.dumps(as_json(summary), indent=2) + "\n")
     if not quiet:
-        for shown in (*experiment.tables(summary), *given.notes(settings)):
-            Console().print(shown)
+        for item in tables.shown(work.task, summary):
+            Console().print(item)
         console.print(f"written: {folder / SUMMARY}")
     return summary
 
 
-def complete(experiment: Work, folder: Path, console: Console) -> int:
-    """Computes the cases that `folder` does not have, and returns how many it had; raises as `run`."""
+def _end(work: Work, rows: int, began: float, done: int) -> dict[str, Any]:
+    """What every summary.json holds, which is written when all rows are there."""
+    return {
+        "benchmark": work.task.name,
+        "cases": len(work.cases),
+        "rows": rows,
+        "environment": environment(),
+        "run": {"seconds": round(time.perf_counter() - began, 1), "resumed_at_case": done},
+    }
+
+
+def complete(work: Work, folder: Path, console: Console, *, mark: bool = False) -> int:
+    """Compute the cases that a folder does not have, and return how many it had; raises as `run`.
+
+    Args:
+        mark: write a summary.json without results, which says that all rows are there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with only_writer(folder / CASES) as file:
+    began = time.perf_counter()
+    with only_writer(folder / ROWS) as file:
         fresh = os.fstat(file.fileno()).st_size == 0
-        claim(folder / SETTINGS, settings_of(experiment), fresh=fresh)
-        done = _resume(file, [case.case_id for case in experiment.cases])
+        claim(folder / SETTINGS, work.settings, fresh=fresh)
+        rows, done = _resume(file, work)
         if done:
-            console.print(f"resuming {folder}: {done} of {len(experiment.cases)} cases are there")
-        _fill(experiment, file, done, console)
+            console.print(f"resuming {folder}: {done} of {len(work.cases)} cases are there")
+        if done < len(work.cases):
+            rows = _fill(work, file, rows, done, console)
+    if mark:
+        mark_end(work, folder, len(rows), began, done)
     return done
 
 
-def settings_of(experiment: Work) -> dict[str, Any]:
-    """What a run's settings.json holds."""
-    return _plain({"benchmark": experiment.name, **experiment.settings})
+def mark_end(work: Work, folder: Path, rows: int, began: float, done: int) -> None:
+    """Write a summary.json without results: it says that all rows are there."""
+    text = json.dumps(_end(work, rows, began, done), indent=2) + "\n"
+    replace(folder / SUMMARY, text)
 
 
-def read_cases(folder: str | Path) -> list[Record]:
-    """The complete records of a run folder, in order; a cut-off last line is left out."""
-    path = Path(folder) / CASES
-    return [record for record, _ in _records(path.read_bytes(), path)]
+def read_rows(folder: str | Path) -> list[Record]:
+    """Return the complete rows of a run folder, in order; a cut-off last line is left out."""
+    path = Path(folder) / ROWS
+    return [row for row, _ in _lines(path.read_bytes(), path)]
 
 
 def environment() -> dict[str, Any]:
-    """What the numbers were computed on: Python, platform, devices, and versions that matter."""
-    import jax  # Takes a second; importing the runner should not.
-
+    """Return what numbers are computed on: Python, platform, devices, and versions that matter."""
     versions = {}
     for name in ("larimar-jax", "jax", "jaxlib", "flax", "numpy", "tokenizers"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -152,7 +201,7 @@ def environment() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def only_writer(path: Path) -> Iterator[IO[bytes]]:
-    """`path` open for reading and appending, locked until this process ends, even if killed."""
+    """Open `path` for reading and appending, locked until this process ends, even if killed."""
     with path.open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -164,9 +213,8 @@ def only_writer(path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-def _fill(experiment: Work, file: IO[bytes], done: int, console: Console) -> None:
-    total, chunk = len(experiment.cases), experiment.chunk
-    first = done - done % chunk if done < total else total
+def _fill(work: Work, file: IO[bytes], rows: list[Record], done: int, console: Console) -> list[Record]:
+    total, chunk = len(work.cases), work.task.chunk
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -174,38 +222,37 @@ def _fill(experiment: Work, file: IO[bytes], done: int, console: Console) -> Non
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(experiment.name, total=total, completed=done)
-        for start in range(first, total, chunk):
-            cases = experiment.cases[start : start + chunk]
-            records = experiment.run(cases)
-            made, wanted = [r["case_id"] for r in records], [c.case_id for c in cases]
-            if made != wanted:
-                raise RuntimeError(
-                    f"{experiment.name} returned records of cases {made} for cases {wanted}: "
-                    "`run` must give one record a case, in order."
-                )
-            # A chunk that was cut off is computed whole again, for the same numbers, but only its
-            # missing lines are appended.
-            fresh = records[max(0, done - start) :]
-            lines = [json.dumps(_plain(record), allow_nan=False) + "\n" for record in fresh]
+        bar = progress.add_task(work.task.name, total=total, completed=done)
+        first = done - done % chunk
+        # A chunk that was cut off is computed whole again, for the same numbers, but only its
+        # missing lines are appended.
+        ids = {as_json(case.case_id) for case in work.cases[first : first + chunk]}
+        written = sum(row["case"] in ids for row in rows)
+        for begin in range(first, total, chunk):
+            cases = work.cases[begin : begin + chunk]
+            computed = work.rows(cases)[written:]
+            lines = [json.dumps(row, allow_nan=False) + "\n" for row in computed]
             file.write("".join(lines).encode())
             file.flush()
             os.fsync(file.fileno())
-            progress.update(task, completed=start + len(cases))
+            rows.extend(computed)
+            written = 0
+            progress.update(bar, completed=begin + len(cases))
+    return rows
 
 
 # Resuming
 
 
 def claim(path: Path, settings: Mapping[str, Any], fresh: bool) -> None:
-    """Writes the folder's settings, or checks that they are this run's."""
+    """Write the folder's settings, or check that they are this run's."""
     if not path.exists():
         if not fresh:
             raise BrokenRun(
-                f"{path.parent} holds {CASES} but no {SETTINGS}, so what it was run with is "
+                f"{path.parent} holds {ROWS} but no {SETTINGS}, so what it was run with is "
                 "unknown. Give another --out folder, or remove this one."
             )
-        _replace(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        replace(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
         return
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -213,8 +260,7 @@ def claim(path: Path, settings: Mapping[str, Any], fresh: bool) -> None:
         raise BrokenRun(
             f"{path} is not valid JSON ({error}). Give another --out folder, or remove this one."
         ) from error
-    differences = _differences(before, settings)
-    if differences:
+    if differences := _differences(before, settings):
         raise DifferentSettings(
             f"{path.parent} holds a run with other settings, which would mix two experiments:\n"
             + "\n".join(f"  {line}" for line in differences)
@@ -236,33 +282,43 @@ def _differences(before: Any, now: Any, trail: str = "") -> list[str]:
     return [] if before == now else [f"{trail}: {json.dumps(before)} there, {json.dumps(now)} now"]
 
 
-def _resume(file: IO[bytes], case_ids: Sequence[Any]) -> int:
-    """Cuts off an unfinished last line and returns how many cases are done."""
+def _resume(file: IO[bytes], work: Work) -> tuple[list[Record], int]:
+    """Cut off an unfinished last line; return the rows and how many cases are known to be whole."""
     file.seek(0)
     path = Path(file.name)
-    records = list(_records(file.read(), path))
-    found = [record["case_id"] for record, _ in records]
-    if found != list(case_ids[: len(found)]):
-        number = next(
-            (n for n, (a, b) in enumerate(zip(found, case_ids, strict=False)) if a != b),
-            len(case_ids),
+    lines = list(_lines(file.read(), path))
+    rows, wanted = [row for row, _ in lines], work.case_ids
+    cases = [case for case, _ in itertools.groupby(row["case"] for row in rows)]
+    if cases != wanted[: len(cases)]:
+        place = next(
+            (n for n, (a, b) in enumerate(zip(cases, wanted, strict=False)) if a != b), len(wanted)
         )
+        line = next(n for n, row in enumerate(rows, 1) if row["case"] == cases[place])
         raise BrokenRun(
-            f"{path}, line {number + 1}: case {found[number]} does not belong there. Lines were "
+            f"{path}, line {line}: case {cases[place]} does not belong there. Lines were "
             "added, removed or reordered; remove the file to start again."
         )
-    file.truncate(records[-1][1] if records else 0)
+    file.truncate(lines[-1][1] if lines else 0)
     file.seek(0, os.SEEK_END)
-    return len(records)
+    if len(cases) == len(wanted) and rows_at_end(path.parent) == len(rows):
+        return rows, len(cases)
+    # The last case may lack rows.
+    return rows, max(0, len(cases) - 1)
 
 
-def _records(raw: bytes, path: Path) -> Iterator[tuple[Record, int]]:
-    """Each complete record and where its line ends. Only the last line may be damaged."""
+def rows_at_end(folder: Path) -> int | None:
+    """Return how many rows a finished folder has; None of a folder that is not finished."""
+    path = folder / SUMMARY
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else None
+
+
+def _lines(raw: bytes, path: Path) -> Iterator[tuple[Record, int]]:
+    """Each complete row and where its line ends. Only the last line may be damaged."""
     lines, end = raw.splitlines(keepends=True), 0
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-            if not line.endswith(b"\n") or "case_id" not in record:
+            row = json.loads(line)
+            if not line.endswith(b"\n") or "case" not in row:
                 raise ValueError("incomplete")
         except (ValueError, TypeError) as error:
             if number == len(lines):
@@ -272,14 +328,14 @@ def _records(raw: bytes, path: Path) -> Iterator[tuple[Record, int]]:
                 "kill cut it off. Remove it and what follows to compute those cases again."
             ) from error
         end += len(line)
-        yield record, end
+        yield row, end
 
 
 # JSON
 
 
-def _replace(path: Path, text: str) -> None:
-    """Writes a file that is either the old one or the new one, never half of it."""
+def replace(path: Path, text: str) -> None:
+    """Write a file that is either the former one or the new one, never half of it."""
     # Of a name that nobody else has: shares on several machines may have the same process number.
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
@@ -289,14 +345,14 @@ def _replace(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _plain(value: Any) -> Any:
-    """`value` as JSON gives it back: NumPy scalars become numbers, tuples lists, paths strings."""
+def as_json(value: Any) -> Any:
+    """Return `value` as JSON gives it back: NumPy scalars become numbers, tuples lists."""
 
     def convert(item: Any) -> Any:
         if hasattr(item, "tolist"):
             return item.tolist()
         if isinstance(item, Path):
             return str(item)
-        raise TypeError(f"a record may hold only JSON values, not {type(item).__name__}: {item!r}")
+        raise TypeError(f"a row may hold only JSON values, not {type(item).__name__}: {item!r}")
 
     return json.loads(json.dumps(value, default=convert))

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from rich.table import Table
 
-from larimar_jax.bench import counterfact, given, systems
+from larimar_jax.bench import given, systems
 from larimar_jax.bench.editor import LarimarEditor
 from larimar_jax.bench.runner import Record
 from larimar_jax.data.edit_records import EditRecord

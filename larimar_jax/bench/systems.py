@@ -1,255 +1,357 @@
-"""Single edits under Larimar and its controls, side by side on the same prompts and weights.
+"""Larimar and its controls, side by side on the same prompts and weights.
 
     base      the untouched language model
     zero      z = 0: the memory slot is there and holds zeros
-    prompt    the fact written in front of every prompt, whatever it asks
-    lookup    the fact in front of the prompts that the scope detector lets through, and no matrix
-    larimar   memory-conditioned decoding of the prompts that the scope detector lets through
+    prompt    the right fact in front of the prompt, whatever the scope detector decides
+    lookup    the nearest written fact in front of the prompts that the scope detector lets through,
+    and no matrix verbatim  the nearest written fact's answer, forced token by token on the prompts
+              that it lets through: no matrix, and no decoder's say
+    larimar   memory-conditioned decoding of the prompts that it lets through
     open      memory-conditioned decoding of every prompt
+
+What is out of scope is decoded by the base LM (protocol `rome`) or with z = 0 (protocol `released`,
+as the authors' code does it).
+
+**Verbatim lookup.** Forced are the answer's tokens and then the end of the text, by place, whatever
+stands before: at place j the forced token has probability 1, and every other token, clipped,
+e^−FLOOR. So of a target of n tokens, m of them not the forced ones, ℓ = m·FLOOR/n and the accuracy
+is 1 − m/n; S and M follow (two targets that are forced alike tie, and a tie fails); its
+continuation is the answer and nothing else.
 """
 
-import argparse
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+import jax
 import numpy as np
+from jaxtyping import Array, Key
 
-from larimar_jax import options
-from larimar_jax.bench import metrics
-from larimar_jax.bench.editor import Editor
+from larimar_jax.bench.editor import Editor, LarimarEditor, Recall
+from larimar_jax.bench.fact_store import FactStore
 from larimar_jax.pipeline import Pipeline, load
 
-SYSTEMS = {
+LABELS = {
     "base": "base LM",
     "zero": "z = 0",
     "prompt": "fact in the prompt",
     "lookup": "nearest neighbour",
+    "verbatim": "verbatim lookup",
     "larimar": "Larimar with scope",
     "open": "Larimar without scope",
 }
-MEMORY_SYSTEMS = ("larimar", "open")
-CONTROL = "lookup"
+SYSTEMS = tuple(LABELS)
+CONTROLS = SYSTEMS[:5]
+# What a memory has to be worth more than, as a note names it.
+LOOKUPS = {"lookup": "the lookup", "verbatim": "verbatim lookup"}
+# −ln p of a token that is not the forced one, in nats: finite, and far beyond what a decoder gives.
+FLOOR = 100.0
 
-
-def model_options(parser: argparse.ArgumentParser) -> None:
-    """Declares which model a benchmark is of."""
-    parser.add_argument("--model", default="smol", help="checkpoint, by name or path (%(default)s)")
-    options.overrides(
-        parser, "settings of `editing` that differ from the checkpoint's, such as editing.ridge=0.1"
-    )
-
-
-def model(args: argparse.Namespace) -> Pipeline:
-    """The model that a command line names, or the same that is `loaded` already."""
-    loaded = getattr(args, "loaded", None)
-    return load(args.model, args.overrides) if loaded is None else loaded
-
-
-def named(model: Pipeline) -> dict[str, Any]:
-    """What decides a model's numbers, for a run's settings."""
-    return {
-        "name": model.source,
-        "fingerprint": model.fingerprint,
-        "editing": dataclasses.asdict(model.config.editing),
-    }
-
-
-# (prompts, their targets, the condition or None for the base LM) → values [n, …].
+Mode = Literal["rome", "released"]
+MODE = (
+    "rome: the scope decision sees the prompt only, and what is out of scope is decoded by the "
+    "untouched LM; released: "
+    "as the authors' code does it, with the prompt and each candidate, and z = 0 out of scope"
+)
+# (prompts, their targets, the condition or None for the base LM) → n values, an array [n, …].
 Measure = Callable[[Sequence[str], Sequence[Any], Any], np.ndarray]
 
 
-MODES = ("rome", "released")
-Mode = Literal["rome", "released"]
+@dataclasses.dataclass(frozen=True)
+class Queries:
+    """R prompts, and what each system is given of them.
 
-
-def mode_option(parser: argparse.ArgumentParser) -> None:
-    """Declares which protocol a benchmark follows."""
-    parser.add_argument(
-        "--mode",
-        choices=MODES,
-        default="rome",
-        help="rome: the scope decision sees the prompt only, and what is out of scope is decoded by the "
-        "untouched LM; released: as the authors' code does it, with the prompt and each candidate, and "
-        "z = 0 out of scope (%(default)s)",
-    )
-
-
-class Seen(NamedTuple):
-    """What of a chunk's queries is seen by whom, where that is not the query itself.
-
-    asked: of each case and query, what the memory is asked. scoped: of each query, all in one row, the
-    c texts that the scope detector compares with the written fact (§6), each of which is decided apart.
+    facts: the right fact of each, as a text; None where there is none. nearest: the (prompt,
+    answer) that is nearest to each in the memory; None where it is empty. scope_score, in_scope:
+    [R], or [R, c] where c candidates are decided apart. condition: positions [n] → what the memory
+    hands to the decoder. outside: the system that decodes what is out of scope.
     """
 
-    asked: Sequence[Sequence[str]]
-    scoped: Sequence[Sequence[str]]
-
-
-class Measured(NamedTuple):
-    """Of a chunk of cases, all their queries in one row, R of them. written: the text of each fact.
-    scope_score, in_scope: [R], or [R, c] of what the scope detector saw. values: [R, …] of every
-    system."""
-
-    written: list[str]
+    editor: Editor
+    prompts: Sequence[str]
+    facts: Sequence[str | None]
+    nearest: Sequence[tuple[str, str] | None]
     scope_score: np.ndarray
     in_scope: np.ndarray
-    values: Mapping[str, np.ndarray]
+    condition: Callable[[np.ndarray], Any]
+    outside: Literal["base", "zero"] = "base"
 
+    def score(
+        self, pairs: Sequence[Sequence[str]], systems=SYSTEMS, memo=None
+    ) -> dict[str, np.ndarray]:
+        """Return ℓ of c candidates a prompt by system, in nats [R, c]."""
 
-def measured(
-    editor: Editor,
-    facts: Sequence[tuple[str, str]],
-    queries: Sequence[Sequence[str]],
-    targets: Sequence[Any],
-    measure: Measure,
-    *,
-    mode: Mode = "rome",
-    seen: Seen | None = None,
-    wordings: Sequence[Sequence[str]] = (),
-) -> Measured:
-    """Writes each case's fact into a memory of its own, and measures its queries under every system.
+        def forced(answer: list[int], candidates: Sequence[str]) -> list[float]:
+            return [
+                FLOOR * (1.0 - _agreement(answer, self.editor.tokens(text))) for text in candidates
+            ]
 
-    Args:
-        facts: (prompt, answer) of each case. queries: of each case. targets: one a query, in one row.
-        mode: what is decoded out of scope: by the base LM (rome), or with z = 0 (released).
-        seen: see there; values of c candidates are [R, c], and each follows its own decision.
-        wordings: of each case, in which its fact is written too. The controls are given its prompt's.
-    """
-    written = [editor.written(*fact) for fact in facts]
-    prompts = [prompt for row in queries for prompt in row]
-    supported = [
-        f"{fact.rstrip('.')}. {prompt}"
-        for fact, row in zip(written, queries, strict=True)
-        for prompt in row
-    ]
-    read, score, inside = _recall(editor, facts, queries, seen, wordings)
-    # One call for all that the base LM reads: it is packed better (packing.py).
-    alone = measure([*prompts, *supported], [*targets, *targets], None)
-    base, with_fact = alone[: len(prompts)], alone[len(prompts) :]
-    zero = measure(prompts, targets, editor.zero(len(prompts)))
-    through = measure(prompts, targets, read)
-    outside = base if mode == "rome" else zero
-    passed = inside.reshape(*inside.shape, *[1] * (base.ndim - inside.ndim))
-    found = {
-        "base": base,
-        "zero": zero,
-        "prompt": with_fact,
-        # Outside the scope the decoder is the untouched LM, whose numbers are there already; the
-        # authors' code has no other LM than z = 0.
-        "lookup": np.where(passed, with_fact, outside),
-        "larimar": np.where(passed, through, outside),
-        "open": through,
-    }
-    return Measured(written, score, inside, found)
+        return self.measure(self.editor.score, pairs, forced, systems, memo)
 
+    def accuracy(self, targets: Sequence[str], systems=SYSTEMS, memo=None) -> dict[str, np.ndarray]:
+        """Return the share of each target's tokens that are the likeliest, by system [R]."""
 
-def _recall(
-    editor: Editor,
-    facts: Sequence[tuple[str, str]],
-    queries: Sequence[Sequence[str]],
-    seen: Seen | None,
-    wordings: Sequence[Sequence[str]],
-) -> tuple[Any, np.ndarray, np.ndarray]:
-    """The condition of every query, its likeness to its fact, and whether that is in scope."""
-    if seen is None:
-        found = editor.recall(facts, queries, wordings)
-        everyone = np.arange(len(found.in_scope))
-        return found.condition(everyone), found.scope_score, found.in_scope
-    # Behind what the memory of a case is asked, what the scope detector sees of it.
-    texts, asked_rows, scoped_rows, query = [], [], [], 0
-    for row in seen.asked:
-        mine = seen.scoped[query : query + len(row)]
-        place = sum(map(len, texts))
-        asked_rows += range(place, place + len(row))
-        place += len(row)
-        for candidates in mine:
-            scoped_rows.append(list(range(place, place + len(candidates))))
-            place += len(candidates)
-        texts.append([*row, *(text for candidates in mine for text in candidates)])
-        query += len(row)
-    found = editor.recall(facts, texts, wordings, told=True)
-    rows = np.asarray(scoped_rows, np.int64)
-    condition = found.condition(np.asarray(asked_rows))
-    return condition, found.scope_score[rows], found.in_scope[rows]
+        def forced(answer: list[int], target: str) -> float:
+            return _agreement(answer, self.editor.tokens(target))
 
+        return self.measure(self.editor.accuracy, targets, forced, systems, memo)
 
-def by_kind(kinds: Sequence[str], values: Sequence[Any], order: Sequence[str]) -> dict[str, list]:
-    """Values of one case's queries as {kind: its values}, in the order of the kinds."""
-    return {
-        kind: [value for k, value in zip(kinds, values, strict=True) if k == kind]
-        for kind in order
-    }
+    def hits(
+        self, targets: Sequence[str], places: Sequence[int], systems=SYSTEMS
+    ) -> dict[str, np.ndarray]:
+        """Return whether the token at a place of each target is the likeliest, by system [R]."""
 
+        def forced(answer: list[int], target: tuple[str, int]) -> float:
+            text, place = target
+            return float(self.editor.tokens(text)[place : place + 1] == answer[place : place + 1])
 
-def versus_lookup(ours: Sequence[float], control: Sequence[float]) -> dict[str, Any]:
-    """The paired difference to the lookup over the same cases, with a note where it is not positive."""
-    if not ours:
-        return {}
-    difference = metrics.paired_difference(ours, control)
-    found: dict[str, Any] = {"versus_lookup": vars(difference)}
-    if difference.mean <= 0.0:
-        found["note"] = "does not beat the lookup"
-    return found
+        def hits(prompts, targets, condition):
+            texts, places = zip(*targets, strict=True)
+            return self.editor.hits(prompts, texts, places, condition)
 
+        return self.measure(hits, list(zip(targets, places, strict=True)), forced, systems)
 
-def bars(
-    axes: Any,
-    results: Mapping[str, Any],
-    kinds: Sequence[str],
-    of: Callable[[Any], Mapping[str, float]],
-) -> None:
-    """Draws a bar for each system and kind; `of` finds the estimate in {system: {kind: …}}."""
-    width = 0.8 / len(SYSTEMS)
-    for number, (system, label) in enumerate(SYSTEMS.items()):
-        found = [of(results[system][kind]) for kind in kinds]
-        axes.bar(
-            np.arange(len(kinds)) + (number - (len(SYSTEMS) - 1) / 2) * width,
-            [row["mean"] or 0.0 for row in found],
-            width,
-            yerr=[row["standard_error"] or 0.0 for row in found],
-            label=label,
+    def generate(
+        self, tokens: int | Sequence[int], systems=SYSTEMS, memo=None
+    ) -> dict[str, np.ndarray]:
+        """Return greedy continuations by system, an array of texts [R]. tokens: the most, of all or
+        of each."""
+        limits = [tokens] * len(self.prompts) if isinstance(tokens, int) else list(tokens)
+
+        def generate(prompts, limits, condition):
+            return np.asarray(self.editor.generate(prompts, condition, limits), object)
+
+        def forced(answer: list[int], limit: int) -> str:
+            return self.editor.text(answer[:limit])
+
+        return self.measure(generate, limits, forced, systems, memo)
+
+    def measure(
+        self,
+        measure: Measure,
+        targets: Sequence[Any],
+        forced: Callable[[list[int], Any], Any],
+        systems: Sequence[str] = SYSTEMS,
+        memo: dict[str, dict] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Return what a measure makes of every prompt and its target, by system.
+
+        A text that several controls have, such as that of a lookup which finds the right fact, is
+        measured once for
+        each target, and all that the base LM reads in one call: it is packed better (scoring.py).
+
+        Args:
+            forced: (tokens of an answer, a target) → the value of verbatim lookup.
+            memo: what the base LM and z = 0 made of earlier texts, to be shared by Queries under
+                one measure.
+        """
+        memo = {} if memo is None else memo
+        targets = [tuple(target) if isinstance(target, list) else target for target in targets]
+        wanted, derived = set(systems), {"lookup", "verbatim", "larimar"} & set(systems)
+        inside = self.in_scope.reshape(len(self.prompts), -1).any(axis=1)
+        near = [
+            self.editor.written(*fact) if fact is not None and let else None
+            for fact, let in zip(self.nearest, inside, strict=True)
+        ]
+        texts = {"base": self.prompts, "prompt": in_front(self.facts, self.prompts)}
+        texts["lookup"] = in_front(near, self.prompts)
+        reads = wanted | ({self.outside} if derived else set())
+        sides = {name: side for name, side in texts.items() if name in reads}
+        values = _once(measure, sides, targets, memo.setdefault("base", {}), lambda rows: None)
+        if "zero" in reads:
+            once = memo.setdefault("zero", {})
+            values |= _once(measure, {"zero": self.prompts}, targets, once, self.editor.zero)
+        if "open" in wanted or self.in_scope.ndim > 1 and "larimar" in wanted:
+            rows = np.arange(len(self.prompts))
+            values["open"] = measure(self.prompts, targets, self.condition(rows))
+        if not derived:
+            return {name: values[name] for name in systems}
+        outside = values[self.outside]
+        let = self.in_scope.reshape(
+            *self.in_scope.shape, *[1] * (outside.ndim - self.in_scope.ndim)
         )
-    axes.set_xticks(np.arange(len(kinds)), kinds)
-    axes.set_ylim(0, 100)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, fontsize=9)
+        if "lookup" in wanted:
+            values["lookup"] = np.where(let, values["lookup"], outside)
+        if "verbatim" in wanted:
+            answers = [
+                None if fact is None else self.editor.tokens(fact[1]) for fact in self.nearest
+            ]
+            rows = zip(answers, targets, outside, strict=True)
+            forced_values = [
+                value if answer is None else forced(answer, target)
+                for answer, target, value in rows
+            ]
+            values["verbatim"] = np.where(let, np.asarray(forced_values, outside.dtype), outside)
+        if "larimar" in wanted:
+            if "open" in values:
+                through = values["open"]
+            else:  # What is out of scope is not decoded a second time.
+                through, rows = outside.copy(), np.flatnonzero(inside)
+                if len(rows):
+                    prompts, inner = (
+                        [each[row] for row in rows] for each in (self.prompts, targets)
+                    )
+                    through[rows] = measure(prompts, inner, self.condition(rows))
+            values["larimar"] = np.where(let, through, outside)
+        return {name: values[name] for name in systems}
+
+    def scope(self, row: int) -> dict[str, float]:
+        """Return columns of the scope decision of a prompt; the means over its candidates."""
+        decided = {"scope_score": self.scope_score[row], "in_scope": self.in_scope[row]}
+        return {name: float(np.mean(value)) for name, value in decided.items()}
 
 
-def curves(
-    axes: Any, points: Sequence[int], lines: Mapping[str, Sequence[Mapping[str, float]]]
-) -> None:
-    """Draws a line for each label: its estimates at the points, in percent."""
-    for label, found in lines.items():
-        errors = [row["standard_error"] or 0.0 for row in found]
-        axes.errorbar(points, [row["mean"] for row in found], errors, marker="o", label=label)
-    axes.set_ylim(0, 101)
-    axes.legend(fontsize=9)
+def in_front(facts: Sequence[str | None], prompts: Sequence[str]) -> list[str]:
+    """Return each prompt with its fact as a sentence in front of it; None leaves the prompt as it
+    is."""
+    return [
+        prompt if fact is None else f"{fact.rstrip('.')}. {prompt}"
+        for fact, prompt in zip(facts, prompts, strict=True)
+    ]
 
 
-def doubling(axes: Any, sizes: Sequence[int]) -> None:
-    """Puts sizes that double at even distances."""
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, [str(size) for size in sizes])
+def _once(
+    measure: Measure,
+    sides: Mapping[str, Sequence[str]],
+    targets: Sequence[Any],
+    memo: dict[tuple[str, Any], Any],
+    condition: Callable[[int], Any],
+) -> dict[str, np.ndarray]:
+    """Measure each text once for each of its targets, all in one call, and return the values of
+    every side."""
+    rows = {name: list(zip(side, targets, strict=True)) for name, side in sides.items()}
+    fresh = [
+        key
+        for key in dict.fromkeys(key for keys in rows.values() for key in keys)
+        if key not in memo
+    ]
+    if fresh:
+        texts, wanted = [text for text, _ in fresh], [target for _, target in fresh]
+        memo |= zip(fresh, measure(texts, wanted, condition(len(fresh))), strict=True)
+    return {name: _array([memo[key] for key in keys]) for name, keys in rows.items()}
 
 
-def percent(value: Mapping[str, Any]) -> str:
-    """A mean with its standard error, for tables."""
-    error = value["standard_error"]
-    return number(value["mean"]) + ("" if error is None else f" ± {error:.1f}")
+def _array(values: Sequence[Any]) -> np.ndarray:
+    return np.asarray(values, object if values and isinstance(values[0], str) else None)
 
 
-def number(value: float | None) -> str:
-    """A mean, for tables."""
-    return "–" if value is None else f"{value:.1f}"
+def _agreement(answer: Sequence[int], target: Sequence[int]) -> float:
+    """The share of a target's tokens that are those of the answer at the same places."""
+    return float(np.mean([answer[n : n + 1] == target[n : n + 1] for n in range(len(target))]))
 
 
-def check_finite(case_id: Any, kinds: Sequence[str], values: Mapping[str, np.ndarray]) -> None:
-    """Raises metrics.UnusableScore where a value of a case's queries is not a number."""
-    for system, rows in values.items():
-        broken = np.flatnonzero(~np.isfinite(rows.reshape(len(rows), -1)).all(axis=1))
-        if broken.size:
-            raise metrics.UnusableScore(
-                f"case {case_id}, {kinds[broken[0]]}, system {system}: a score is not finite. The "
-                "model's logits overflowed: run it in float32, or check the checkpoint it was loaded "
-                "from."
-            )
+class Systems:
+    """The edited model of a run, under every system."""
+
+    def __init__(self, editor: Editor | Pipeline):
+        self.editor: Any = LarimarEditor(editor) if isinstance(editor, Pipeline) else editor
+        self._cache: dict[str, tuple[Any, Any]] = {}
+
+    @property
+    def model(self) -> Pipeline:
+        """Larimar itself, for benchmarks of more than an editor does."""
+        return self.editor.model
+
+    def single_edits(
+        self,
+        facts: Sequence[tuple[str, str]],
+        queries: Sequence[Sequence[str]],
+        *,
+        mode: Mode = "rome",
+        asking: Sequence[Sequence[str]] | None = None,
+        scoped: Sequence[Sequence[str]] | None = None,
+        wordings: Sequence[Sequence[str]] = (),
+        **options: Any,
+    ) -> Queries:
+        """Write each case's fact into a memory of its own, and return the queries of all cases in
+        one row.
+
+        Args:
+            facts: (prompt, answer) of each case. queries: prompts of each case.
+            mode: what decodes out of scope: the base LM (rome), or z = 0 (released).
+            asking: what the memory is asked, where that is not the query itself. scoped: of each
+                query in one row, the c texts that the scope detector compares with the written fact
+                (§6), each of them decided apart.
+            wordings: of each case, in which its fact is written too. The controls are given its
+                prompt's.
+            options: of the editor's `recall`.
+        """
+        prompts = [prompt for row in queries for prompt in row]
+        owners = [fact for fact, row in zip(facts, queries, strict=True) for _ in row]
+        if scoped is None:
+            recall = self.editor.recall(facts, queries, wordings, **options)
+            rows = np.arange(len(prompts))
+            score, inside = recall.scope_score, recall.in_scope
+        else:
+            recall, rows, columns = self._scoped(facts, asking or queries, scoped, wordings)
+            score, inside = recall.scope_score[columns], recall.in_scope[columns]
+        return Queries(
+            self.editor,
+            prompts,
+            [self.editor.written(*fact) for fact in owners],
+            owners,
+            score,
+            inside,
+            lambda chosen: recall.condition(rows[chosen]),
+            "base" if mode == "rome" else "zero",
+        )
+
+    def _scoped(self, facts, asking, scoped, wordings) -> tuple[Recall, np.ndarray, np.ndarray]:
+        """Recall with, behind what the memory of each case is asked, what the scope detector sees
+        of it; the rows of the first, and of the second [R, c]."""
+        texts, rows, columns, query, place = [], [], [], 0, 0
+        for row in asking:
+            candidates = scoped[query : query + len(row)]
+            query += len(row)
+            texts.append([*row, *(text for pair in candidates for text in pair)])
+            rows += range(place, place + len(row))
+            place += len(row)
+            for pair in candidates:
+                columns.append(range(place, place + len(pair)))
+                place += len(pair)
+        recall = self.editor.recall(facts, texts, wordings, by_text=True)
+        return (
+            recall,
+            np.asarray(rows, np.int64),
+            np.asarray([list(pair) for pair in columns], np.int64),
+        )
+
+    def shared_memory(
+        self,
+        store: FactStore,
+        prompts: Sequence[str],
+        facts: Sequence[str | None],
+        *,
+        scoped: bool = True,
+    ) -> Queries:
+        """Return queries of one memory of many facts. facts: the right one of each prompt, as a
+        text. scoped: whether the scope detector decides; without, all is let through."""
+        recall, nearest = store.recall(prompts)
+        return Queries(
+            self.editor,
+            list(prompts),
+            list(facts),
+            [store.facts[number] if number >= 0 else None for number in nearest],
+            recall.scope_score,
+            recall.in_scope if scoped else np.ones(len(prompts), bool),
+            recall.condition,
+        )
+
+    def cached(self, name: str, key: Any, make: Callable[[], Any]) -> Any:
+        """Return `make()`, or what it returned before under the same name and key; one value a name
+        is held."""
+        if name not in self._cache or self._cache[name][0] != key:
+            self._cache[name] = key, make()
+        return self._cache[name][1]
+
+
+def of_task(task: Any) -> Systems:
+    """Return the systems of the model that a task names."""
+    return Systems(load(task.model, task.overrides))
+
+
+def case_keys(seed: int, case_ids: Sequence[int]) -> Key[Array, " n"]:
+    """Return the key of each case, the seed's with the case's id folded in, so that what a case
+    draws depends on nothing beside it."""
+    ids = np.asarray([number % 2**32 for number in case_ids], np.uint32)
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), ids)

@@ -4,7 +4,8 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from larimar_jax.bench.report import Case, Grid, Item, Picture, Section
+from larimar_jax.bench.report import CaseText, Item, Picture, Section
+from larimar_jax.bench.tables import Grid
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --mark: #f5c54233; }
@@ -58,8 +59,10 @@ def _markdown(item: Item) -> str:
     match item:
         case Picture():
             return ""
-        case Case(heading, lines):
-            return "\n".join([f"**{_plain(heading)}**", "", *(f"* {_plain(line)}" for line in lines)])
+        case CaseText(heading, lines):
+            return "\n".join(
+                [f"**{_plain(heading)}**", "", *(f"* {_plain(line)}" for line in lines)]
+            )
         case Grid():
             return _markdown_table(item)
     return _plain(item)
@@ -111,7 +114,7 @@ def _html(item: Item) -> str:
     match item:
         case Picture(alt, source):
             return f'<p><img alt="{html.escape(alt, quote=True)}" src="{source}"></p>'
-        case Case(heading, lines):
+        case CaseText(heading, lines):
             listed = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
             return f"<details><summary>{html.escape(heading)}</summary><ul>{listed}</ul></details>"
         case Grid():
@@ -126,7 +129,8 @@ def _html_table(grid: Grid) -> str:
 
     def row(cells: Sequence[str], tag: str, mark: bool = False) -> str:
         inside = "".join(
-            f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for cell, kind in zip(cells, kinds, strict=True)
+            f"<{tag}{kind}>{html.escape(cell)}</{tag}>"
+            for cell, kind in zip(cells, kinds, strict=True)
         )
         return f'<tr class="mark">{inside}</tr>' if mark else f"<tr>{inside}</tr>"
 

@@ -1,0 +1,117 @@
+"""CounterFact, one edit at a time (Table 2)."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+from larimar_jax.bench.metrics import KINDS, magnitude, success
+from larimar_jax.bench.summary import harmonic_score
+from larimar_jax.bench.systems import MODE, Mode
+from larimar_jax.bench.task import EditTask, Metric, Pivot, Plot, option
+from larimar_jax.data.edit_records import EditRecord
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CounterFact(EditTask):
+    """CounterFact, one edit at a time: edit, paraphrase and neighbourhood S and M (Table 2).
+
+    Mode `rome`, the protocol of the editing literature: the scope decision and the memory query see
+    the prompt only (the sentence of it that is nearest to the fact), paraphrases keep their
+    distractor sentence, and what is out of scope is decoded by the untouched LM. Mode `released`,
+    that of the authors' code: the scope decision sees prompt and candidate beside the written fact,
+    so that the two candidates of a prompt may be decoded differently; a paraphrase is cut to its
+    last sentence; out of scope is z = 0. Each case is written into an empty memory of its own, with
+    `--rephrasings N` in N more wordings, none of which is a query. The controls are in
+    `systems.py`.
+    """
+
+    name = "counterfact"
+    metrics: ClassVar = {
+        "S": Metric("S"),
+        "M": Metric("M"),
+        "in_scope": Metric("prompts in scope"),
+    }
+    tables = (Pivot(cells=("S", "M"), caption="S ± standard error, below it M; percent"),)
+    plots = (Plot(y="S", where={"kind": KINDS}),)
+    paper: ClassVar = {("edit",): 100.0, ("paraphrase",): 83.5, ("neighbourhood",): 74.7}
+    reference = (
+        "Table 2, edit / paraphrase / neighbourhood S: GPT-2 XL 22.2 / 24.7 / 78.1, Larimar-1.3B "
+        "100 / 83.5 / 74.7, GPT-J 16.3 / 18.6 / 83.0, Larimar-6B 99.6 / 88.4 / 80.4; with one and "
+        "two rephrasings, Larimar-1.3B 100 / 89.8 / 73.3 and 100 / 90.8 / 73.3 (first 2,000 cases; "
+        "other LMs)."
+    )
+
+    limit: int | None = option("only the first N records (default: all)", default=None)
+    rephrasings: int = option(
+        "write a fact in so many more wordings, which are those of other records of the file",
+        default=0,
+        metavar="N",
+    )
+    mode: Mode = option(MODE, default="rome")
+
+    def paper_holds(self, settings) -> bool:
+        """Return whether facts are written once and judged by the paper's protocol."""
+        return self.mode == "rome" and not self.rephrasings
+
+    def cases(self, systems) -> Sequence[EditRecord]:
+        """Return the records."""
+        return self.records
+
+    def evaluate(self, systems, cases) -> Iterator[dict[str, Any]]:
+        """Yield S and M of every prompt of a chunk of cases, from ℓ of its two answers."""
+        queries = [self.queries(case) for case in cases]
+        prompts = [[prompt for _, prompt, _ in row] for row in queries]
+        rows = [(case, *query) for case, row in zip(cases, queries, strict=True) for query in row]
+        pairs = [(case.target_new, true) for case, _, _, true in rows]
+        scoped = None
+        if self.mode == "released":
+            scoped = [
+                [f"{prompt} {answer}" for answer in pair]
+                for (_, _, prompt, _), pair in zip(rows, pairs, strict=True)
+            ]
+        wordings = systems.cached("wordings", (), self._wordings)
+        edits = systems.single_edits(
+            [(case.prompt, case.target_new) for case in cases],
+            prompts,
+            mode=self.mode,
+            scoped=scoped,
+            wordings=[wordings[case.case_id] for case in cases],
+        )
+        losses = edits.score(pairs)
+        for row, (case, kind, prompt, true) in enumerate(rows):
+            for system, values in losses.items():
+                new, unwanted = (float(loss) for loss in values[row])
+                yield {
+                    "case": case.case_id,
+                    "system": system,
+                    "kind": kind,
+                    "S": success(kind, new, unwanted),
+                    "M": magnitude(kind, new, unwanted),
+                    "written": edits.facts[row],
+                    "prompt": prompt,
+                    "new": case.target_new,
+                    "loss_new": new,
+                    "true": true,
+                    "loss_true": unwanted,
+                    **(edits.scope(row) if system == "larimar" else {}),
+                }
+
+    def queries(self, case: EditRecord) -> list[tuple[str, str, str]]:
+        """Return (kind, prompt, true target) of every prompt of a case."""
+        paraphrases = case.paraphrases
+        if self.mode == "released":
+            paraphrases = tuple(prompt.split(". ")[-1] for prompt in paraphrases)
+        edits = [("edit", case.prompt), *(("paraphrase", prompt) for prompt in paraphrases)]
+        neighbours = zip(case.neighbourhood, case.neighbourhood_targets, strict=True)
+        return [(kind, prompt, case.target_true) for kind, prompt in edits] + [
+            ("neighbourhood", prompt, true) for prompt, true in neighbours
+        ]
+
+    def _wordings(self) -> dict[int, tuple[str, ...]]:
+        wordings = self.wordings(self.records, self.rephrasings)
+        ids = [record.case_id for record in self.records]
+        return dict(zip(ids, wordings, strict=True))
+
+    def derived(self, rows) -> list[dict[str, Any]]:
+        """Return the score: the harmonic mean of the three S."""
+        return harmonic_score(self, rows, "S", KINDS, "score")

@@ -1,0 +1,316 @@
+"""A benchmark as a task: its options, its cases and its rows.
+
+A task is a frozen dataclass. Its fields are its options, from which the command line is generated.
+`cases` lists what is measured, and `evaluate` yields one row for each measurement, a flat dict:
+
+    case, system, kind      which case, under which system (systems.py), on which kind of prompt
+    factors                 what else tells rows apart, such as the number of facts in memory
+    metrics                 numbers, None where a metric does not apply
+    anything else           texts, for people who read cases
+
+Everything after that is shared by all tasks: resumable folders (runner.py), means, standard errors
+and the differences to both lookups (summary.py), tables, figures, comparisons and pages
+(report.py).
+"""
+
+import argparse
+import dataclasses
+import functools
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from larimar_jax.data import counterfact
+from larimar_jax.data.edit_records import EditRecord, provenance
+from larimar_jax.data.paraphrases import Wordings
+
+COUNTERFACT = "CounterFact's JSON file, either schema, or multi-CounterFact's"
+ZSRE = "ZsRE's JSON file, of MEND or of KnowEdit"
+
+
+def option(
+    help: str,
+    *,
+    default: Any = dataclasses.MISSING,
+    metavar: str | None = None,
+    parse: Callable[[str], Any] | None = None,
+    recorded: bool = True,
+) -> Any:
+    """Return a dataclass field that is an option of the command line.
+
+    Args:
+        default: without one, the option is required.
+        parse: from the text of a value; by default the field's type. recorded: whether it is part
+            of a run's settings.
+    """
+    metadata = dict(help=help, metavar=metavar, parse=parse, recorded=recorded)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Metric(NamedTuple):
+    """How a column of rows is summarised and shown.
+
+    label: in tables. scale: values are shown times this, 100 for percent. digits: after the point.
+    lower: whether less is better. weight: the column that weighs each row. exponential: whether exp
+    of the mean is shown, as for a perplexity. median: whether the median over cases is taken, as
+    for seconds.
+    """
+
+    label: str
+    scale: float = 100.0
+    digits: int = 1
+    lower: bool = False
+    weight: str | None = None
+    exponential: bool = False
+    median: bool = False
+
+
+class Pivot(NamedTuple):
+    """A table. rows: the columns of a row that name its line. columns: what is spread over the
+    table's columns; None for the metrics. cells: metrics of a cell, one below the other. where:
+    which values are taken; "last" is the largest. labels: names of the line's columns."""
+
+    rows: tuple[str, ...] = ("system",)
+    columns: str | None = "kind"
+    cells: tuple[str, ...] = ()
+    where: Mapping[str, Any] = types.MappingProxyType({})
+    title: str = ""
+    caption: str = "percent ± standard error"
+    labels: tuple[str, ...] = ()
+
+
+class Plot(NamedTuple):
+    """A figure. x: "kind" for bars, or a factor for curves; groups without that factor are level
+    lines. y: a metric.
+    where: as of a Pivot. log: "x" for sizes that double, "y" for a logarithmic height."""
+
+    x: str = "kind"
+    y: str = ""
+    where: Mapping[str, Any] = types.MappingProxyType({})
+    log: str = ""
+    xlabel: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """A benchmark; the first line of a task's docstring is its help."""
+
+    name: ClassVar[str]
+    """On the command line and in settings; by default the name of the file."""
+    metrics: ClassVar[Mapping[str, Metric]]
+    """The first one is compared between runs and heads the overview."""
+    factors: ClassVar[tuple[str, ...]] = ()
+    labels: ClassVar[Mapping[Any, str]] = {}
+    """Names of kinds, systems and factors in tables, where they differ from systems.LABELS."""
+    tables: ClassVar[tuple[Pivot, ...]] = (Pivot(),)
+    plots: ClassVar[tuple[Plot, ...]] = (Plot(),)
+    paper: ClassVar[Mapping[tuple, float]] = {}
+    """The paper's numbers of Larimar-1.3B, by (kind, *factors)."""
+    reference: ClassVar[str] = ""
+    """The paper's numbers in words, shown below the tables."""
+    needs_model: ClassVar[bool] = False
+    listed: ClassVar[bool] = True
+    """Whether it is a command of `larimar bench`."""
+
+    chunk: int = option("cases computed together", default=25)
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if "name" not in vars(cls):
+            cls.name = cls.__module__.rpartition(".")[2]
+
+    def __post_init__(self):
+        if self.chunk < 1:
+            raise ValueError(
+                f"--chunk must be at least 1, not {self.chunk}: it is a number of cases."
+            )
+
+    def cases(self, systems: Any) -> Sequence[Any]:
+        """Return all cases in a fixed order, each with a `case_id` of its own."""
+        raise NotImplementedError
+
+    def evaluate(self, systems: Any, cases: Sequence[Any]) -> typing.Iterator[dict[str, Any]]:
+        """Yield the rows of a chunk of cases, in their order, at least one a case."""
+        raise NotImplementedError
+
+    def derived(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return entries of the summary that are no mean over cases."""
+        return []
+
+    def lower_is_better(self, metric: str, entry: Mapping[str, Any]) -> bool:
+        """Return whether less is better in a group of rows."""
+        return self.metrics[metric].lower
+
+    def paper_holds(self, settings: Mapping[str, Any]) -> bool:
+        """Return whether a run with these settings measures what the paper's numbers are of."""
+        return True
+
+    def headlines(self, results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Return the entries of the summary that stand in a report's overview."""
+        return list(results)
+
+    def data_settings(self) -> dict[str, Any]:
+        """Return what decides the data, for a run's settings."""
+        return {}
+
+    def options(self) -> dict[str, Any]:
+        """Return the options that decide a run's numbers."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.metadata.get("recorded", False)
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelTask(Task):
+    """A benchmark of a model."""
+
+    needs_model: ClassVar[bool] = True
+
+    model: str = option("checkpoint, by name or path", default="smol", recorded=False)
+    overrides: tuple[str, ...] = option(
+        "settings of `editing` that differ from the checkpoint's, such as editing.ridge=0.1",
+        default=(),
+        metavar="KEY=VALUE",
+        recorded=False,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EditTask(ModelTask):
+    """A benchmark of a model with a file of edits."""
+
+    data: str = option(COUNTERFACT, metavar="FILE", recorded=False)
+    skip_bad: bool = option(
+        "leave malformed records out, and name them in the settings (default: the first one stops "
+        "the run)",
+        default=False,
+        recorded=False,
+    )
+
+    def read(self, limit: int | None, skipped: list[str] | None) -> list[EditRecord]:
+        """Return the first `limit` records of the file; tasks of another data set override this."""
+        return counterfact.load(self.data, limit, skipped=skipped)
+
+    def records_needed(self) -> int | None:
+        """Return how many records are read; None for all."""
+        return getattr(self, "limit", None)
+
+    @functools.cached_property
+    def _source(self) -> tuple[list[EditRecord], list[str]]:
+        skipped: list[str] = []
+        records = self.read(self.records_needed(), skipped if self.skip_bad else None)
+        if skipped:
+            print(
+                f"{len(skipped)} malformed records are left out:",
+                *skipped,
+                sep="\n  ",
+                file=sys.stderr,
+            )
+        return records, skipped
+
+    @property
+    def records(self) -> list[EditRecord]:
+        """The records, in the file's order.
+
+        Raises:
+            MalformedRecord: where bad records are not to be skipped.
+        """
+        return self._source[0]
+
+    def data_settings(self) -> dict[str, Any]:
+        """Return the file's name, its sha256 (None for a data set of the hub) and what was
+        skipped."""
+        skipped = self._source[1]
+        return provenance(self.data) | ({"skipped": skipped} if skipped else {})
+
+    def require(self, count: int, why: str, fewer: str) -> None:
+        """Raise ValueError where the file has fewer records than a task needs."""
+        if len(self.records) < count:
+            raise ValueError(
+                f"{self.data} has {len(self.records)} records, and {count} {why}: give a "
+                f"larger file, or fewer {fewer}"
+            )
+
+    def wordings(self, records: Sequence[EditRecord], count: int) -> list[tuple[str, ...]]:
+        """Return at most `count` other wordings of each record's prompt, from all records of the
+        file; none of them is one that the record asks.
+
+        Raises:
+            ValueError: the count is below zero.
+        """
+        if count < 0:
+            raise ValueError(
+                f"--rephrasings must be at least 0, not {count}: it is a number of wordings."
+            )
+        if not count:
+            return [()] * len(records)
+        wordings = Wordings(self.read(None, [] if self.skip_bad else None))
+        return [wordings.unseen(record)[:count] for record in records]
+
+
+# The command line
+
+
+def add_arguments(parser: argparse.ArgumentParser, task: type[Task]) -> None:
+    """Declare the options of a task, one for each field made by `option`."""
+    types_of = typing.get_type_hints(task)
+    for field in dataclasses.fields(task):
+        if "help" not in field.metadata:
+            continue
+        required = field.default is dataclasses.MISSING
+        how = _argument(types_of[field.name], field.metadata["parse"])
+        if field.metadata["metavar"]:
+            how["metavar"] = field.metadata["metavar"]
+        help = field.metadata["help"].replace("%", "%%")
+        if field.default not in (dataclasses.MISSING, None, False, ()) and "default" not in help:
+            shown = field.default
+            help += f" ({' '.join(map(str, shown)) if isinstance(shown, tuple) else shown})"
+        flag = "--set" if field.name == "overrides" else f"--{field.name.replace('_', '-')}"
+        if field.name == "overrides":
+            how["action"] = "extend"
+        if not required:
+            how["default"] = (
+                list(field.default) if isinstance(field.default, tuple) else field.default
+            )
+        parser.add_argument(flag, dest=field.name, help=help, required=required, **how)
+
+
+def from_arguments(task: type[Task], arguments: argparse.Namespace) -> Task:
+    """Return the task of a parsed command line; ValueError where its options make no sense."""
+    values = {
+        field.name: getattr(arguments, field.name)
+        for field in dataclasses.fields(task)
+        if "help" in field.metadata
+    }
+    return task(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def from_settings(task: type[Task], settings: Mapping[str, Any]) -> Task:
+    """Return the task of a run's settings, for a report; its data and model are not read."""
+    recorded = settings.get("options", {})
+    values = {}
+    for field in dataclasses.fields(task):
+        if field.name in recorded:
+            value = recorded[field.name]
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+        elif field.default is dataclasses.MISSING:
+            values[field.name] = ""
+    return task(**values)
+
+
+def _argument(annotation: Any, parse: Callable | None) -> dict[str, Any]:
+    """What argparse needs of a field's type."""
+    if annotation is bool:
+        return {"action": "store_true"}
+    if typing.get_origin(annotation) is Literal:
+        return {"choices": typing.get_args(annotation)}
+    if typing.get_origin(annotation) is tuple:
+        return _argument(typing.get_args(annotation)[0], parse) | {"nargs": "+"}
+    if isinstance(annotation, types.UnionType):
+        (inner,) = (kind for kind in typing.get_args(annotation) if kind is not types.NoneType)
+        return _argument(inner, parse)
+    return {"type": parse or annotation}
