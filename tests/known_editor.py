@@ -1,0 +1,124 @@
+"""An editor whose answers are known, records to edit it with, and tasks over them."""
+
+import hashlib
+import json
+
+import numpy as np
+
+from larimar_jax.bench import runner
+from larimar_jax.bench.editor import Recall
+from larimar_jax.data import counterfact
+from larimar_jax.data.edit_records import EditRecord
+
+
+def fraction(*parts) -> float:
+    """Return a number in [0, 1) that depends on nothing but its arguments."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+class KnownEditor:
+    """An editor whose base LM scores by hash, and whose memory halves the loss of what is written.
+
+    A token is a word.
+    """
+
+    settings = {"name": "known"}
+
+    def written(self, prompt, answer):
+        return f"{prompt} {answer}."
+
+    def recall(self, facts, queries, wordings=(), by_text=False):
+        scores = np.asarray([fraction("scope", q) for row in queries for q in row], np.float32)
+        flat = [fact for fact, row in zip(facts, queries, strict=True) for _ in row]
+        return Recall(
+            scope_score=scores,
+            in_scope=scores > 0.4,
+            condition=lambda rows: [flat[row] for row in rows],
+        )
+
+    def zero(self, rows):
+        return [("", "")] * rows
+
+    def score(self, prompts, candidates, condition):
+        losses = [[fraction(p, t) for t in row] for p, row in zip(prompts, candidates, strict=True)]
+        if condition is not None:
+            rows = zip(losses, condition, candidates, strict=True)
+            losses = [
+                [loss / (1 + (answer == t)) for loss, t in zip(row, targets, strict=True)]
+                for row, (_, answer), targets in rows
+            ]
+        return np.asarray(losses, np.float32).reshape(-1, 2)
+
+    def accuracy(self, prompts, targets, condition):
+        shares = [fraction(p, t) for p, t in zip(prompts, targets, strict=True)]
+        if condition is not None:
+            rows = zip(shares, condition, targets, strict=True)
+            shares = [1.0 if answer == target else share for share, (_, answer), target in rows]
+        return np.asarray(shares, np.float32)
+
+    def hits(self, prompts, targets, places, condition):
+        rows = zip(prompts, targets, places, condition or [("", "")] * len(prompts), strict=True)
+        return np.asarray(
+            [answer == t or fraction(p, t, k) > 0.5 for p, t, k, (_, answer) in rows], np.float32
+        )
+
+    def generate(self, prompts, condition, tokens):
+        answers = [("", "")] * len(prompts) if condition is None else condition
+        return [
+            f" {answer or prompt[-4:]} and"[: 2 * limit]
+            for prompt, (_, answer), limit in zip(prompts, answers, tokens, strict=True)
+        ]
+
+    def tokens(self, target):
+        return [int.from_bytes(word.encode(), "big") for word in target.split()]
+
+    def text(self, tokens):
+        return "".join(f" {token.to_bytes(32, 'big').strip(bytes(1)).decode()}" for token in tokens)
+
+
+def cases(count):
+    """Return records with differing numbers of prompts."""
+    return [
+        EditRecord(
+            case_id=3 * n + 1,
+            prompt=f"Fact {n} is",
+            subject=f"Fact {n}",
+            target_new=f"new {n}",
+            target_true=f"true {n}",
+            paraphrases=tuple(f"Says {k} of fact {n}:" for k in range(n % 3)),
+            neighbourhood=tuple(f"Neighbour {k} of {n} is" for k in range(1 + n % 2)),
+            neighbourhood_targets=(f"true {n}",) * (1 + n % 2),
+        )
+        for n in range(count)
+    ]
+
+
+def saved(records, path):
+    """Write records as a file of CounterFact's flat schema, and return its path."""
+    raw = [
+        dict(
+            case_id=r.case_id,
+            prompt=r.prompt,
+            subject=r.subject,
+            target_new=r.target_new,
+            ground_truth=r.target_true,
+            rephrase_prompt=list(r.paraphrases),
+            locality_prompt=list(r.neighbourhood),
+            locality_ground_truth=list(r.neighbourhood_targets),
+        )
+        for r in records
+    ]
+    path.write_text(json.dumps(raw))
+    assert counterfact.load(path) == [
+        EditRecord(**{**vars(r), "answers": (r.target_new,)}) for r in records
+    ]
+    return str(path)
+
+
+def rows(task, editor, count=None):
+    """Return the rows of a task's first cases, all computed in its chunks."""
+    work = runner.start(task, editor)
+    chosen = work.cases[:count]
+    chunks = [chosen[n : n + task.chunk] for n in range(0, len(chosen), task.chunk)]
+    return [row for chunk in chunks for row in work.rows(chunk)]
