@@ -50,7 +50,7 @@ def base(path, specials, size, *around):
 
 
 def converted(number, out, bases, **options):
-    options = {"unsaid": JAY if number == 4 else UNSAID} | options
+    options = {"assumptions": JAY if number == 4 else UNSAID} | options
     return convert.from_ibm(
         GOLDEN / f"setting_{number}.ckpt",
         out,
