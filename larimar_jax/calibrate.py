@@ -29,10 +29,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import config as configs
 from larimar_jax import pipeline, scope
-from larimar_jax.data import counterfact, questions, vocabulary
+from larimar_jax.data import edit_records, vocabulary
 from larimar_jax.data.edit_records import provenance
-from larimar_jax.data.paraphrases import Wordings
-from larimar_jax.data.questions import Asked
+from larimar_jax.data.paraphrases import Paraphrases, ScopeQuestions, scope_questions
 from larimar_jax.weights import model_file
 
 # Questions of other relations that a record is given.
@@ -113,7 +112,7 @@ class _Scores(NamedTuple):
 Encode = Callable[[Sequence[str]], Float[np.ndarray, "n H"]]
 
 
-def calibrate(encode: Encode, facts: Sequence[Asked], recipe: Recipe | None = None) -> Calibration:
+def calibrate(encode: Encode, facts: Sequence[ScopeQuestions], recipe: Recipe | None = None) -> Calibration:
     """Fits W, and chooses s and the threshold.
 
     Args:
@@ -173,13 +172,13 @@ def model(
     Args:
         source: as `pipeline.load`; a detector that it has is replaced.
         out: the file to write; tokenizers of the model's own are put beside it.
-        data: as `counterfact.load`. Records without paraphrase or neighbour are left out.
+        data: as `edit_records.load`. Records without paraphrase or neighbour are left out.
     Raises:
-        ValueError: as `calibrate`. What `pipeline.load` and `counterfact.load` raise.
+        ValueError: as `calibrate`. What `pipeline.load` and `edit_records.load` raise.
     """
     recipe = Recipe() if recipe is None else recipe
-    records = [r for r in counterfact.load(data) if r.paraphrases and r.neighbourhood]
-    facts = questions.asked(records, Wordings(records), others=OTHERS, seed=recipe.seed)
+    records = [r for r in edit_records.load(data) if r.paraphrases and r.neighbourhood]
+    facts = scope_questions(records, Paraphrases(records), others=OTHERS, seed=recipe.seed)
     loaded = pipeline.load(source)
     found = calibrate(lambda texts: loaded.encode(texts).pooled, facts, recipe)
     path = pipeline.locate(source)
@@ -213,7 +212,7 @@ class _Lookup:
         return self._encoded[[self._places[text] for text in texts]]
 
 
-def _folds(facts: Sequence[Asked], count: int) -> list[list[int]]:
+def _folds(facts: Sequence[ScopeQuestions], count: int) -> list[list[int]]:
     """Facts in `count` parts of about one size, none of which shares a relation with another; those
     of no known relation are of one together.
 
@@ -234,7 +233,7 @@ def _folds(facts: Sequence[Asked], count: int) -> list[list[int]]:
     return folds
 
 
-def _rows(facts: Sequence[Asked], look: _Lookup) -> tuple[_Rows, Int[np.ndarray, " n"]]:
+def _rows(facts: Sequence[ScopeQuestions], look: _Lookup) -> tuple[_Rows, Int[np.ndarray, " n"]]:
     """A row for each paraphrase or neighbour of a fact, whichever are more; the fewer take turns. And
     which fact each row is of."""
     prompts, paraphrases, neighbours, others, subjects, owners = [], [], [], [], [], []
@@ -318,7 +317,7 @@ def _loss(params, batch: _Rows, other, there, recipe: Recipe) -> Float[Array, ""
 
 
 def _scores(
-    facts: Sequence[Asked], look: _Lookup, projection: Float[np.ndarray, "H H"]
+    facts: Sequence[ScopeQuestions], look: _Lookup, projection: Float[np.ndarray, "H H"]
 ) -> _Scores:
     """Of all questions of the facts, under a projection."""
     written = look([fact.prompt for fact in facts]) @ projection

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from larimar_jax.data.pieces import sentences
+from larimar_jax.data.segments import sentences
 
 PROJECTION = "scope/projection"
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from larimar_jax.bench import runner
 from larimar_jax.bench.editor import Recall
-from larimar_jax.data import counterfact
+from larimar_jax.data import edit_records
 from larimar_jax.data.edit_records import EditRecord
 
 
@@ -110,7 +110,7 @@ def saved(records, path):
         for r in records
     ]
     path.write_text(json.dumps(raw))
-    assert counterfact.load(path) == [
+    assert edit_records.load(path) == [
         EditRecord(**{**vars(r), "answers": (r.target_new,)}) for r in records
     ]
     return str(path)

@@ -9,7 +9,7 @@ import unicodedata
 import pytest
 
 from larimar_jax.data import atlas
-from larimar_jax.data.pieces import sentences
+from larimar_jax.data.segments import sentences
 
 
 @pytest.fixture(scope="module")

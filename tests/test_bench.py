@@ -17,8 +17,9 @@ from rich.console import Console
 
 from larimar_jax import bench
 from larimar_jax.bench import counterfact, editor, given, metrics, runner, systems
-from larimar_jax.data import counterfact as data
-from larimar_jax.data.edit_records import EditRecord, MalformedRecord
+from larimar_jax.data import edit_records as data
+from larimar_jax.data.edit_records import EditRecord
+from larimar_jax.data.record_fields import MalformedRecord
 from larimar_jax.weights.tokenizers import TextTooLong
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from larimar_jax import calibrate, formats, pipeline, scope
-from larimar_jax.data import questions, vocabulary
+from larimar_jax.data import vocabulary
 from larimar_jax.data.edit_records import EditRecord
-from larimar_jax.data.paraphrases import Wordings
+from larimar_jax.data.paraphrases import Paraphrases, ScopeQuestions, scope_questions
 from larimar_jax.weights import model_file
 
 WIDTH, SUBJECTS, RELATIONS = 24, 40, 6
@@ -24,7 +24,7 @@ def facts():
         relation = subject % RELATIONS
         others = [(relation + n) % RELATIONS for n in (1, 2)]
         made.append(
-            questions.Asked(
+            ScopeQuestions(
                 f"a {relation} {subject}",
                 str(subject),
                 (f"b {relation} {subject}",),
@@ -167,15 +167,15 @@ def test_what_else_is_asked_of_a_subject_is_of_other_relations():
         record(2, "Cy plays", "Cy on the", "Cy"),
         record(3, "It speaks", "It sings", "Eve"),
     ]
-    found = questions.asked(records, Wordings(records), others=5, seed=0)
+    found = scope_questions(records, Paraphrases(records), others=5, seed=0)
     places = [("Ann was born in", "Ann hails from"), ("Ann plays", "Ann on the")]
     assert len(found[0].others) == 2
     assert all(len({*found[0].others} & {*pair}) == 1 for pair in places)
     assert found[3].others == () and found[0].paraphrases == ("Ann, a native",)
     assert [one.relation for one in found] == [0, 1, 2, None]
-    assert [len(one.others) for one in questions.asked(records, Wordings(records), others=1, seed=0)] \
+    assert [len(one.others) for one in scope_questions(records, Paraphrases(records), others=1, seed=0)] \
         == [1, 1, 1, 0]
-    again = questions.asked(records, Wordings(records), others=5, seed=0)
+    again = scope_questions(records, Paraphrases(records), others=5, seed=0)
     assert again == found
 
 

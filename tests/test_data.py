@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from larimar_jax.data import corpus, counterfact, episodes, pieces, zsre
-from larimar_jax.data.edit_records import MalformedRecord
+from larimar_jax.data import corpus, edit_records, episodes, segments
+from larimar_jax.data.record_fields import MalformedRecord
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -80,7 +80,7 @@ def _file(folder: Path, *records, lines: bool = False) -> Path:
 
 def test_counterfact_reads_both_schemas_from_json_and_jsonl(tmp_path):
     for lines in (False, True):
-        flat, original = counterfact.load(_file(tmp_path, FLAT, ORIGINAL, lines=lines))
+        flat, original = edit_records.load(_file(tmp_path, FLAT, ORIGINAL, lines=lines))
         assert (flat.case_id, flat.target_new, flat.target_true) == (3, "Rome", "Paris")
         assert flat.paraphrases == ("One finds the tower in",)
         assert flat.neighbourhood == ("The palace stands in",)
@@ -88,14 +88,14 @@ def test_counterfact_reads_both_schemas_from_json_and_jsonl(tmp_path):
         assert len(original.paraphrases) == len(original.neighbourhood) == 2
         assert original.neighbourhood_targets == ("Paris", "Paris")
         assert original.generation == ("The tower",)
-    assert len(counterfact.load(_file(tmp_path, FLAT, ORIGINAL), limit=1)) == 1
+    assert len(edit_records.load(_file(tmp_path, FLAT, ORIGINAL), limit=1)) == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         flat.prompt = ""
 
 
 def test_counterfact_reads_multi_counterfact_with_as_many_prompts_as_it_has(tmp_path):
     none = {**MULTI, "case_id": 1, "paraphrase_prompts": [], "neighborhood_prompts": []}
-    multi, bare = counterfact.load(_file(tmp_path, MULTI, none))
+    multi, bare = edit_records.load(_file(tmp_path, MULTI, none))
     assert (multi.case_id, multi.prompt) == (21918, "The school, which is located in")
     assert (multi.target_new, multi.target_true) == ("Sweden", "Spain")
     assert multi.paraphrases == tuple(MULTI["paraphrase_prompts"])
@@ -105,38 +105,38 @@ def test_counterfact_reads_multi_counterfact_with_as_many_prompts_as_it_has(tmp_
 
 
 def test_zsre_reads_both_schemas_by_their_own_protocol(tmp_path):
-    mend, knowedit = zsre.load(_file(tmp_path, MEND, KNOWEDIT))
+    mend, knowedit = edit_records.load(_file(tmp_path, MEND, KNOWEDIT))
     assert (mend.target_new, mend.target_true) == ("Paris", "Oslo")
     assert mend.answers == ("Paris", "City of Paris")
     assert mend.neighbourhood == ("who built the palace?",)
     assert (knowedit.target_new, knowedit.target_true) == ("Oslo", "Paris")
     assert knowedit.neighbourhood_targets == ("iron",)
     assert knowedit.portability == (("Its country is", "Norway"),)
-    answers = zsre.load(_file(tmp_path, MEND, KNOWEDIT), target="answer")
+    answers = edit_records.load(_file(tmp_path, MEND, KNOWEDIT), target="answer")
     assert [record.target_new for record in answers] == ["Paris", "Paris"]
 
 
 @pytest.mark.parametrize(
-    ("reader", "record", "change", "field"),
+    ("record", "change", "field"),
     [
-        (counterfact, FLAT, {"target_new": None}, "target_new"),
-        (counterfact, FLAT, {"subject": "  "}, "subject"),
-        (counterfact, FLAT, {"case_id": "3"}, "case_id"),
-        (counterfact, ORIGINAL, {"paraphrase_prompts": ["x", 4]}, r"paraphrase_prompts\[1\]"),
-        (counterfact, ORIGINAL, {"requested_rewrite": {}}, "requested_rewrite.prompt"),
-        (zsre, MEND, {"answers": []}, "answers"),
-        (zsre, KNOWEDIT, {"locality": {"R": [{"prompt": "x"}]}}, r"locality.R\[0\].ground_truth"),
+        (FLAT, {"target_new": None}, "target_new"),
+        (FLAT, {"subject": "  "}, "subject"),
+        (FLAT, {"case_id": "3"}, "case_id"),
+        (ORIGINAL, {"paraphrase_prompts": ["x", 4]}, r"paraphrase_prompts\[1\]"),
+        (ORIGINAL, {"requested_rewrite": {}}, "requested_rewrite.prompt"),
+        (MEND, {"answers": []}, "answers"),
+        (KNOWEDIT, {"locality": {"R": [{"prompt": "x"}]}}, r"locality.R\[0\].ground_truth"),
     ],
 )
 def test_a_malformed_record_is_named_by_file_index_line_and_field(
-    tmp_path, reader, record, change, field
+    tmp_path, record, change, field
 ):
     for lines, line in ((False, 1), (True, 2)):
         path = _file(tmp_path, record, {**record, **change}, lines=lines)
         with pytest.raises(
             MalformedRecord, match=rf"{path.name}, record 1 \(line {line}\): field '{field}'"
         ):
-            reader.load(path)
+            edit_records.load(path)
 
 
 def test_a_record_of_a_list_is_named_by_the_line_that_it_begins_in(tmp_path):
@@ -146,7 +146,7 @@ def test_a_record_of_a_list_is_named_by_the_line_that_it_begins_in(tmp_path):
     def told(text):
         path.write_text(text, encoding="utf-8")
         skipped = []
-        assert len(counterfact.load(path, skipped=skipped)) == 2
+        assert len(edit_records.load(path, skipped=skipped)) == 2
         return [line.partition(": field")[0].partition(", ")[2] for line in skipped]
 
     spread = json.dumps([FLAT, bad, FLAT, bad], indent=2)
@@ -169,35 +169,35 @@ def test_a_list_that_is_no_json_is_refused_where_json_says(tmp_path, text):
         json.loads(text)
     place = rf"at line {want.value.lineno}, column {want.value.colno} \({want.value.msg}\)"
     with pytest.raises(MalformedRecord, match=f"not valid JSON {place}"):
-        counterfact.load(tmp_path / "broken.json")
+        edit_records.load(tmp_path / "broken.json")
 
 
 def test_files_that_hold_no_records_say_so(tmp_path):
     (tmp_path / "cut.json").write_text(json.dumps([FLAT])[:-20])
     with pytest.raises(MalformedRecord, match="not valid JSON at line 1"):
-        counterfact.load(tmp_path / "cut.json")
+        edit_records.load(tmp_path / "cut.json")
     (tmp_path / "cut.jsonl").write_text(json.dumps(FLAT) + "\n{")
     with pytest.raises(MalformedRecord, match=r"record 1 \(line 2\): not valid JSON"):
-        counterfact.load(tmp_path / "cut.jsonl")
+        edit_records.load(tmp_path / "cut.jsonl")
     (tmp_path / "empty.json").write_text("[]")
     with pytest.raises(MalformedRecord, match="no record"):
-        counterfact.load(tmp_path / "empty.json")
+        edit_records.load(tmp_path / "empty.json")
     with pytest.raises(FileNotFoundError, match="no such file"):
-        counterfact.load(tmp_path / "absent.json")
+        edit_records.load(tmp_path / "absent.json")
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the evaluation data is not beside this checkout")
 @pytest.mark.parametrize(
-    ("reader", "name", "records"),
+    ("name", "records"),
     [
-        (counterfact, "counterfact-edit.json", 300),
-        (counterfact, "counterfact-original-schema.json", 10),
-        (zsre, "zsre-mend.json", 300),
-        (zsre, "zsre-knowedit.json", 300),
+        ("counterfact-edit.json", 300),
+        ("counterfact-original-schema.json", 10),
+        ("zsre-mend.json", 300),
+        ("zsre-knowedit.json", 300),
     ],
 )
-def test_the_real_files_are_read(reader, name, records):
-    found = reader.load(SHARED / name, limit=300)
+def test_the_real_files_are_read(name, records):
+    found = edit_records.load(SHARED / name, limit=300)
     assert len(found) == records
     assert all(record.paraphrases for record in found)
     assert all(len(r.neighbourhood) == len(r.neighbourhood_targets) for r in found)
@@ -208,7 +208,7 @@ def test_sentences_end_where_people_would_end_them():
         'J. Smith, Jr. of the U.S. Army met Dr. Who at 5 p.m. on Jan. 3. "It rained." '
         "He left (St. Paul is far). Did he? Yes! 2001 was later, e.g. in Rome."
     )
-    assert pieces.sentences(text) == [
+    assert segments.sentences(text) == [
         "J. Smith, Jr. of the U.S. Army met Dr. Who at 5 p.m. on Jan. 3.",
         '"It rained."',
         "He left (St. Paul is far).",
@@ -216,12 +216,12 @@ def test_sentences_end_where_people_would_end_them():
         "Yes!",
         "2001 was later, e.g. in Rome.",
     ]
-    assert pieces.sentences("  ") == []
+    assert segments.sentences("  ") == []
 
 
 def test_chunks_hold_whole_words_and_no_more_tokens_than_asked():
     words = "one two three four five six seven unbelievably eight".split()
-    found = pieces.chunks(" ".join(words), 10, lambda text: len(text.strip()))
+    found = segments.chunks(" ".join(words), 10, lambda text: len(text.strip()))
     assert all(len(chunk.replace(" ", "")) <= 10 for chunk in found)
     assert " ".join(found).split() == [word for word in words if len(word) <= 10]
 
@@ -254,7 +254,7 @@ def test_a_corpus_is_another_when_its_file_is(tmp_path):
 
 def test_pieces_are_distinct():
     texts = [corpus.Document("a", "One two three. Four five."), corpus.Document("b", "Four five.")]
-    assert list(pieces.pieces(texts, "sentence", 9, len)) == ["One two three.", "Four five."]
+    assert list(segments.distinct_pieces(texts, "sentence", 9, len)) == ["One two three.", "Four five."]
 
 
 def test_wikipedia_summaries_split_by_title():

@@ -11,7 +11,7 @@ import pytest
 import world
 
 from larimar_jax import config as configs
-from larimar_jax.data import corpus, episodes, pieces, store
+from larimar_jax.data import corpus, episodes, pieces
 from larimar_jax.train import guard, hlo, sharding
 from larimar_jax.train.step import TrainStep, initialise
 from larimar_jax.weights import Tokenizer
@@ -33,12 +33,9 @@ def run(tmp_path_factory):
     config = world.config(world.write(folder / "world.jsonl"), steps=STEPS)
     source = corpus.open_corpus(config.data.corpus)
     tokenizer = Tokenizer.train((d.text for d in source.documents()), 300)
-    texts = pieces.pieces(source.side(False), "sentence", 22, len)
-    data = config.data
-    lengths = (data.encoder_tokens, data.decoder_tokens)
-    recipe = store.Recipe("w", "training", "sentence", "e", "d", *lengths)
-    made = store.open_or_make(recipe, texts, tokenizer.framed(), tokenizer, folder=folder)
-    stream = iter(episodes.episodes(made, data.episode, data.batch, data.seed))
+    data, towers = config.data, (tokenizer.framed(), tokenizer)
+    tokenized = pieces.tokenize(source, False, data, *towers, folder=folder)
+    stream = iter(episodes.episodes(tokenized, data.episode, data.batch, data.seed))
     return config, [next(stream) for _ in range(STEPS)]
 
 

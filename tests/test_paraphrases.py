@@ -13,9 +13,9 @@ from test_bench import KnownEditor, cases
 
 from larimar_jax.bench import counterfact, given
 from larimar_jax.bench.editor import LarimarEditor
-from larimar_jax.data import counterfact as data
+from larimar_jax.data import edit_records as data
 from larimar_jax.data.edit_records import EditRecord
-from larimar_jax.data.paraphrases import Wordings
+from larimar_jax.data.paraphrases import Paraphrases
 from larimar_jax.session import Session
 
 
@@ -33,7 +33,7 @@ RECORDS = [
 
 
 def test_wordings_of_others_are_a_records_own_the_nearest_first():
-    found = Wordings(RECORDS)
+    found = Paraphrases(RECORDS)
     others = ("Fay, a native", "Fay's tongue is", "The talk of Fay is in")
     assert found.of(record("Fay speaks", subject="Fay")) == others
     assert found.of(RECORDS[3]) == ("Dan hails from",)
@@ -51,7 +51,7 @@ WORDS = st.lists(st.sampled_from(string.ascii_lowercase[:6]), min_size=1, max_si
 def test_wordings_are_a_relation_of_equals(pairs):
     """Whoever is a wording of a prompt has that prompt among its own wordings, and no one is twice."""
     records = [record(f"Ann {' '.join(a)}", f"Ann {' '.join(b)}") for a, b in pairs]
-    found = Wordings(records)
+    found = Paraphrases(records)
     for one in records:
         mine = found.of(one)
         assert len(set(mine)) == len(mine) and one.prompt not in mine
@@ -61,7 +61,7 @@ def test_wordings_are_a_relation_of_equals(pairs):
 
 
 def test_counterfact_writes_as_many_wordings_as_it_is_told(tmp_path):
-    found = Wordings(RECORDS)
+    found = Paraphrases(RECORDS)
     wordings = [found.unseen(one)[:1] for one in RECORDS[:2]]
     some = [dataclasses.replace(record, case_id=n) for n, record in enumerate(RECORDS[:2])]
     told = []

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from larimar_jax.data.edit_records import EditRecord, provenance
-from larimar_jax.data.paraphrases import Wordings
+from larimar_jax.data.paraphrases import Paraphrases
 
 COUNTERFACT = "CounterFact's JSON file, either schema, or multi-CounterFact's"
 
@@ -33,7 +33,7 @@ def read(
     data set of the hub), and what was skipped.
 
     Args:
-        load: a reader, such as `data.counterfact.load`. more: its arguments besides these.
+        load: a reader, such as `data.edit_records.load`. more: its arguments besides these.
     Raises:
         MalformedRecord: where bad records are not to be skipped.
     """
@@ -56,7 +56,7 @@ def wordings(
     all records of the file."""
     if count < 0:
         raise ValueError(f"--rephrasings must be at least 0, not {count}: it is a number of wordings.")
-    found = Wordings(load(args.data, None, skipped=[] if args.skip_bad else None))
+    found = Paraphrases(load(args.data, None, skipped=[] if args.skip_bad else None))
     return [found.unseen(record)[:count] for record in records]
 
 

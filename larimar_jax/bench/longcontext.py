@@ -23,7 +23,7 @@ from larimar_jax.bench import given, headline, metrics, systems
 from larimar_jax.bench.runner import Record
 from larimar_jax.bench.store import Encoded, written
 from larimar_jax.data.edit_records import EditRecord
-from larimar_jax.data.pieces import sentences
+from larimar_jax.data.segments import sentences
 from larimar_jax.pipeline import Pipeline
 
 SYSTEMS = {
@@ -90,13 +90,13 @@ def experiment(args: argparse.Namespace) -> "LongContext":
     Raises:
         ValueError: there are fewer records than facts, or more are asked than there are.
     """
-    from larimar_jax.data import atlas, counterfact
+    from larimar_jax.data import atlas, edit_records
 
     most = max(args.facts)
     if args.data is None:
         records, data = atlas.load(most), atlas.provenance()
     else:
-        records, data = given.read(args, counterfact.load, most)
+        records, data = given.read(args, edit_records.load, most)
     if len(records) < most or args.asked > min(args.facts):
         raise ValueError(
             f"{args.data or data['name']} has {len(records)} records; a text of {most} facts and "

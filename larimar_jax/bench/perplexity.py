@@ -70,11 +70,11 @@ def experiment(args: argparse.Namespace) -> "Perplexity":
     Raises:
         ValueError: there are fewer facts or texts than are asked for, or no words are left to judge.
     """
-    from larimar_jax.data import counterfact
+    from larimar_jax.data import edit_records
 
     if not 0 < args.begun < args.words:
         raise ValueError(f"--begun ({args.begun}) has to be above 0 and below --words ({args.words})")
-    records, data = given.read(args, counterfact.load, args.facts)
+    records, data = given.read(args, edit_records.load, args.facts)
     if len(records) < args.facts:
         raise ValueError(f"{args.data} has {len(records)} records and not {args.facts}")
     texts = []

@@ -54,7 +54,7 @@ def experiment(args: argparse.Namespace) -> "Speed":
     Raises:
         ValueError: the file has too few records.
     """
-    from larimar_jax.data import counterfact as data
+    from larimar_jax.data import edit_records as data
 
     need = max(args.cases, _BESIDE + 1)
     records, named = given.read(args, data.load, need)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from larimar_jax.data import zsre
+from larimar_jax.data import edit_records
 
 
 class Encodings(NamedTuple):
@@ -37,12 +37,12 @@ def encode(path: str | Path, encoder: str = "smol") -> Encodings:
     """The encodings of a ZsRE file's prompts, rephrasings, and prompts with their new answers.
 
     Raises:
-        FileNotFoundError, data.records.MalformedRecord: of the file.
+        FileNotFoundError, record_fields.MalformedRecord: of the file.
         ValueError: no record has a rephrasing.
     """
     from larimar_jax import pipeline
 
-    records = [record for record in zsre.load(path) if record.paraphrases]
+    records = [record for record in edit_records.load(path) if record.paraphrases]
     if not records:
         raise ValueError(f"{path} has no record with a rephrasing; a sweep needs some")
     model = pipeline.load(encoder)

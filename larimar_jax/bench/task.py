@@ -22,9 +22,9 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from larimar_jax.data import counterfact
+from larimar_jax.data import edit_records
 from larimar_jax.data.edit_records import EditRecord, provenance
-from larimar_jax.data.paraphrases import Wordings
+from larimar_jax.data.paraphrases import Paraphrases
 
 COUNTERFACT = "CounterFact's JSON file, either schema, or multi-CounterFact's"
 ZSRE = "ZsRE's JSON file, of MEND or of KnowEdit"
@@ -193,7 +193,7 @@ class EditTask(ModelTask):
 
     def read(self, limit: int | None, skipped: list[str] | None) -> list[EditRecord]:
         """Return the first `limit` records of the file; tasks of another data set override this."""
-        return counterfact.load(self.data, limit, skipped=skipped)
+        return edit_records.load(self.data, limit, skipped=skipped)
 
     def records_needed(self) -> int | None:
         """Return how many records are read; None for all."""
@@ -248,7 +248,7 @@ class EditTask(ModelTask):
             )
         if not count:
             return [()] * len(records)
-        wordings = Wordings(self.read(None, [] if self.skip_bad else None))
+        wordings = Paraphrases(self.read(None, [] if self.skip_bad else None))
         return [wordings.unseen(record)[:count] for record in records]
 
 

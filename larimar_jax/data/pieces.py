@@ -1,80 +1,179 @@
-"""Documents → pieces: sentences, or chunks of whole words that fill a tower's length."""
+"""Tokenised pieces of a corpus: made once by `datasets`, memory-mapped, read at random.
 
-import functools
+`datasets` keeps them under the fingerprint of everything that decides them. It locks the folder while
+one process writes, and renames it when it is whole: a run that is cut off leaves nothing that is read,
+and two runs of the same corpus on one file system share one folder.
+"""
+
+import dataclasses
+import errno
 import hashlib
-import re
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, SupportsInt
 
-from larimar_jax.data.corpus import Document
+import numpy as np
+from jaxtyping import Int
 
-# A full stop ends a sentence when a capital, a digit or an opening quote follows, and not after an
-# initial ("J. Smith"), a dotted abbreviation ("U.S."), or one of these.
-_ABBREVIATIONS = frozenset(
-    "Mr Mrs Ms Dr Prof Rev Gen Col Capt Lt Sgt St Mt Ft Jr Sr Gov Sen Rep Hon Pres vs etc e.g i.e "
-    "cf ca c approx No Nos Vol vol pp Fig Inc Ltd Co Corp lit b d r fl est Jan Feb Mar Apr Jun Jul "
-    "Aug Sep Sept Oct Nov Dec".split()
-)
-_BOUNDARY = re.compile(r"""([.!?]['")\]”’]*)\s+(?=['"(\[“‘]*[A-Z0-9À-Ý])""")
+from larimar_jax.config import DataConfig, cache_folder
+from larimar_jax.data.corpus import Corpus
+from larimar_jax.data.segments import distinct_pieces
 
-
-def sentences(text: str) -> list[str]:
-    """Splits a text into sentences; deterministic, no model behind it."""
-    found, start = [], 0
-    for boundary in _BOUNDARY.finditer(text):
-        if boundary.group(1).startswith("."):
-            word = re.split(r"[\s(\[“‘'\"]", text[start : boundary.start()])[-1]
-            initial = len(word) == 1 and word.isupper()
-            dotted = "." in word and all(len(part) <= 2 for part in word.split("."))
-            if initial or dotted or word in _ABBREVIATIONS:
-                continue
-        found.append(text[start : boundary.end(1)].strip())
-        start = boundary.end()
-    found.append(text[start:].strip())
-    return [sentence for sentence in found if sentence]
+# Raised whenever the same corpus and settings would give other pieces than before.
+FORMAT = "larimar-pieces/3"
+# Texts of one call to the tokenizers: enough for their threads.
+BLOCK = 2048
 
 
-def chunks(text: str, tokens: int, count: Callable[[str], int]) -> list[str]:
-    """Splits a text into runs of whole words of at most `tokens` tokens each, in order.
+class PiecesError(RuntimeError):
+    """Tokenised pieces that cannot be written or read."""
 
-    Whole words, so that a chunk is the same text for two towers with different tokenizers. A word
-    that alone is longer than `tokens` is left out.
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedPieces:
+    """N pieces, tokenised for both towers; `gather` makes batches of them.
+
+    dataset: rows of `encoder` and `decoder` ids and their `text`. lengths: S and T. special_tokens: the
+    decoder's BOS, EOS and PAD. dropped: how many pieces were too long for S or T.
+    """
+
+    dataset: Any
+    lengths: tuple[int, int]
+    special_tokens: tuple[int, int, int]
+    dropped: int
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def texts(self, rows: Iterable[SupportsInt]) -> list[str]:
+        """Return the pieces of these rows as text."""
+        return self.dataset[[int(row) for row in rows]]["text"]
+
+    def gather(self, rows: Int[np.ndarray, "B E"]) -> dict[str, np.ndarray]:
+        """Return the batch of these rows, padded on the right: encoder_tokens int32 [B, E, S],
+        encoder_mask bool, decoder_tokens int32 [B, E, T] (`<BOS> text <EOS>`), decoder_mask bool."""
+        table = self.dataset.with_format("arrow")[rows.reshape(-1).tolist()]
+        bos, eos, pad = self.special_tokens
+        place, length, ids = _ragged(table["encoder"], self.lengths[0])
+        encoder_mask = place < length
+        encoder = np.zeros(encoder_mask.shape, np.int32)
+        encoder[encoder_mask] = ids
+        place, length, ids = _ragged(table["decoder"], self.lengths[1])
+        decoder = np.full((len(length), self.lengths[1]), pad, np.int32)
+        decoder[:, 0] = bos
+        decoder[(place >= 1) & (place <= length)] = ids
+        decoder[place == length + 1] = eos
+        batch = {
+            "encoder_tokens": encoder,
+            "encoder_mask": encoder_mask,
+            "decoder_tokens": decoder,
+            "decoder_mask": place < length + 2,
+        }
+        return {name: array.reshape(*rows.shape, -1) for name, array in batch.items()}
+
+
+def tokenize(
+    source: Corpus,
+    held_out: bool,
+    config: DataConfig,
+    encoder: Any,
+    decoder: Any,
+    *,
+    folder: Path | None = None,
+    progress: bool = False,
+) -> TokenizedPieces:
+    """Return the distinct pieces of one side of a corpus, tokenised now or by an earlier run.
+
+    A piece that is too long for either tower is dropped: cut, it would ask the decoder for words that
+    the encoder never saw, or the reverse.
 
     Args:
-        count: tokens of a text; called for every word, mostly with a blank before it.
+        held_out: the documents that are held out of training, or the others.
+        encoder, decoder: tokenizers of the towers.
+        folder: where all pieces are; default `config.cache_folder()`.
+        progress: show a count on stderr.
+    Raises:
+        PiecesError: the disk is full, or what is on it is damaged.
     """
-    found: list[str] = []
-    current: list[str] = []
-    used = 0
-    for word in text.split():
-        cost = count(" " + word)
-        if current and used + cost > tokens:
-            found.append(" ".join(current))
-            current, used = [], 0
-        if not current:
-            # Without a blank before it a word is another token, or several.
-            cost = count(word)
-        if cost <= tokens:
-            current.append(word)
-            used += cost
-    return found + ([" ".join(current)] if current else [])
+    import datasets  # Takes a second, and only training reads a corpus.
+
+    lengths = (config.encoder_tokens, config.decoder_tokens)
+    decisive = [
+        FORMAT,
+        source.identity,
+        held_out,
+        config.unit,
+        encoder.hash,
+        decoder.hash,
+        *lengths,
+    ]
+    fingerprint = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:32]
+    place = (folder or cache_folder()) / f"{'held-out' if held_out else 'training'}-{fingerprint}"
+
+    def rows() -> Iterator[dict[str, Any]]:
+        # A chunk has to leave room for the two tokens that frame it, in either tower.
+        pieces = distinct_pieces(
+            source.side(held_out),
+            config.unit,
+            min(lengths) - 2,
+            lambda text: max(len(encoder.ids(text)), len(decoder.ids(text))),
+        )
+        dropped = 0
+        while block := list(itertools.islice(pieces, BLOCK)):
+            for row in _tokenized(block, encoder, decoder):
+                if len(row["encoder"]) <= lengths[0] and 0 < len(row["decoder"]) <= lengths[1] - 2:
+                    yield row
+                else:
+                    dropped += 1
+        # Within the same lock as the rows, and before they are renamed to their place.
+        (place / "dropped.json").write_text(json.dumps(dropped), encoding="utf-8")
+
+    ids = datasets.List(datasets.Value("int32"))
+    features = datasets.Features(encoder=ids, decoder=ids, text=datasets.Value("string"))
+    place.mkdir(parents=True, exist_ok=True)
+    (datasets.enable_progress_bars if progress else datasets.disable_progress_bars)()
+    try:
+        dataset = datasets.Dataset.from_generator(
+            rows, features=features, cache_dir=str(place), fingerprint=fingerprint
+        )
+        dropped = json.loads((place / "dropped.json").read_text(encoding="utf-8"))
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise _explained(error.__cause__ or error, place) from error
+    except (OSError, ValueError) as error:
+        raise _explained(error, place) from error
+    return TokenizedPieces(dataset, lengths, (decoder.bos, decoder.eos, decoder.pad), dropped)
 
 
-def pieces(
-    source: Iterable[Document], unit: str, tokens: int, count: Callable[[str], int]
-) -> Iterator[str]:
-    """The distinct pieces of documents in order: "sentence", or "chunk" of at most `tokens` tokens.
+def _tokenized(texts: Sequence[str], encoder: Any, decoder: Any) -> Iterator[Mapping[str, Any]]:
+    sides = {"encoder": encoder.encode(texts), "decoder": decoder.encode(texts)}
+    for row, text in enumerate(texts):
+        ids = {name: batch.ids[row][batch.mask[row]] for name, batch in sides.items()}
+        yield {**ids, "text": text}
 
-    Distinct, because an episode that holds one text twice teaches the memory that two equal keys
-    are common. What is remembered of a piece is a hash of 8 bytes, so that a corpus of millions of
-    pieces takes memory for its hashes alone.
-    """
-    seen: set[bytes] = set()
-    cost = functools.lru_cache(1 << 18)(count)  # A corpus has few distinct words.
-    for document in source:
-        whole = unit == "sentence"
-        split = sentences(document.text) if whole else chunks(document.text, tokens, cost)
-        for piece in split:
-            digest = hashlib.blake2b(piece.encode("utf-8"), digest_size=8).digest()
-            if digest not in seen:
-                seen.add(digest)
-                yield piece
+
+def _ragged(
+    column: Any, tokens: int
+) -> tuple[Int[np.ndarray, "1 T"], Int[np.ndarray, "N 1"], Int[np.ndarray, " n"]]:
+    """Return the places 0 … T − 1, the length of each of N lists, and all their ids in a row."""
+    lists = column.combine_chunks()
+    lengths = lists.value_lengths().to_numpy()
+    return np.arange(tokens)[None], lengths[:, None], lists.flatten().to_numpy()
+
+
+def _explained(error: BaseException, place: Path) -> BaseException:
+    """Return what a failure of `datasets` means: a full disk, damage, or an error of the corpus."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return PiecesError(
+            f"tokenised pieces could not be written to {place} ({error}). Set LARIMAR_CACHE to a "
+            "folder with more room."
+        )
+    if type(error).__module__.startswith(("pyarrow", "json")) or isinstance(
+        error, FileNotFoundError
+    ):
+        return PiecesError(
+            f"the tokenised pieces in {place} are damaged ({error}). Delete the folder: the next run "
+            "makes it again."
+        )
+    return error

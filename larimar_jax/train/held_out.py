@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from larimar_jax.config import Config
 from larimar_jax.data.episodes import TooFewPieces
-from larimar_jax.data.store import Store
+from larimar_jax.data.pieces import TokenizedPieces
 from larimar_jax.train import edits, sharding
 from larimar_jax.train.step import TrainStep
 
@@ -30,7 +30,7 @@ class HeldOut:
     """
 
     def __init__(
-        self, config: Config, mesh: Mesh, pieces: Store, tokenizers: tuple[Any, Any], room: int
+        self, config: Config, mesh: Mesh, pieces: TokenizedPieces, tokenizers: tuple[Any, Any], room: int
     ):
         data = config.data
         if not len(pieces):

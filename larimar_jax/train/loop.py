@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from larimar_jax import config as configs
 from larimar_jax import model
 from larimar_jax.config import Config
-from larimar_jax.data import corpus, episodes, pieces, store, vocabulary
+from larimar_jax.data import corpus, episodes, pieces, vocabulary
 from larimar_jax.train import (
     checkpoint,
     distributed,
@@ -136,28 +136,11 @@ def _train(config: Config, run_dir: Path, dog: distributed.Watchdog, progress: b
 
 def _stored(config: Config, source: corpus.Corpus, tokenizers, held_out: bool, progress: bool):
     """One side of the corpus, tokenised for both towers."""
-    data, (encoder, decoder) = config.data, tokenizers
-    recipe = store.Recipe(
-        source.identity,
-        "held-out" if held_out else "training",
-        data.unit,
-        encoder.hash,
-        decoder.hash,
-        data.encoder_tokens,
-        data.decoder_tokens,
-    )
-
-    def count(text: str) -> int:
-        return max(len(encoder.ids(text)), len(decoder.ids(text)))
-
-    # A chunk has to leave room for the two tokens that frame it, in either tower.
-    room = min(data.encoder_tokens, data.decoder_tokens) - 2
-    texts = pieces.pieces(source.side(held_out), data.unit, room, count)
-    first = jax.process_index() == 0
-    made = store.open_or_make(recipe, texts, encoder, decoder, writes=first, progress=progress)
+    tokenised = pieces.tokenize(source, held_out, config.data, *tokenizers, progress=progress)
     if progress:
-        report.say(f"{recipe.side}: {len(made):,} pieces, {made.dropped:,} too long ones dropped")
-    return made
+        side = "held-out" if held_out else "training"
+        report.say(f"{side}: {len(tokenised):,} pieces, {tokenised.dropped:,} too long ones dropped")
+    return tokenised
 
 
 class _Saved:

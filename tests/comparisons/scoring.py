@@ -19,8 +19,7 @@ from jaxtyping import Array, Float, Int
 from larimar_jax import pipeline
 from larimar_jax.bench import counterfact, metrics, systems
 from larimar_jax.bench.editor import LarimarEditor
-from larimar_jax.data import atlas
-from larimar_jax.data import counterfact as counterfact_file
+from larimar_jax.data import atlas, edit_records
 from larimar_jax.data.edit_records import EditRecord
 from larimar_jax.generate import prompt_ids
 from larimar_jax.model import Condition
@@ -46,7 +45,7 @@ def compare(model: str, path: str | None, cases: int, repeats: int) -> list[timi
         Disagreement: ℓ of the two lie further apart than `AGREEMENT`.
     """
     loaded = pipeline.load(model)
-    records = atlas.load(cases) if path is None else counterfact_file.load(path, cases)
+    records = atlas.load(cases) if path is None else edit_records.load(path, cases)
     batched = counterfact.CounterFact(LarimarEditor(loaded), records, data={})
     ours = [record["loss"] for record in batched.run(records)]
     apart = max(

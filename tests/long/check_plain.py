@@ -21,8 +21,7 @@ from plain import SYSTEMS, Plain, scores  # noqa: E402
 
 from larimar_jax.bench import counterfact, zsre  # noqa: E402
 from larimar_jax.bench.editor import LarimarEditor  # noqa: E402
-from larimar_jax.data import counterfact as counterfact_data  # noqa: E402
-from larimar_jax.data import zsre as zsre_data  # noqa: E402
+from larimar_jax.data import edit_records  # noqa: E402
 from larimar_jax.pipeline import load  # noqa: E402
 
 TOLERANCE = 1e-5
@@ -68,8 +67,8 @@ def main():
     model = load(told.model)
     plain, editor, worst = Plain(model), LarimarEditor(model), 0.0
     for name, bench, data, field in (
-        ("counterfact", counterfact.CounterFact, counterfact_data.load, "loss"),
-        ("zsre", zsre.ZsRE, zsre_data.load, "accuracy"),
+        ("counterfact", counterfact.CounterFact, edit_records.load, "loss"),
+        ("zsre", zsre.ZsRE, edit_records.load, "accuracy"),
     ):
         cases = data(getattr(told, name), told.cases)
         shuffled = random.Random(0).sample(cases, len(cases))

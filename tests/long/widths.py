@@ -14,7 +14,7 @@ import dataclasses
 import numpy as np
 
 from larimar_jax import answer_code
-from larimar_jax.data import counterfact
+from larimar_jax.data import edit_records
 from larimar_jax.pipeline import load
 
 _LEAD, _ROWS = 8.0, 250
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[96, 128, 192, 256, 384])
     told = parser.parse_args()
     model = load(told.model)
-    cases = counterfact.load(told.data)[: told.facts]
+    cases = edit_records.load(told.data)[: told.facts]
     keys, queries = (
         np.concatenate([
             np.asarray(model.memory.address(model.prepared, model.encode(texts[i : i + _ROWS]).latent))
