@@ -36,7 +36,8 @@ test: $(STAMP)
 
 lint: $(STAMP)
 	@$(BIN)/python -c 'import ruff' 2>/dev/null || $(BIN)/python -m pip install -q -e '.[lint]'
-	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff check -q .
+	$(BIN)/python -m ruff format -q --check .
 
 clean:
 	rm -rf '$(VENV)' .pytest_cache .hypothesis .ruff_cache build *.egg-info
