@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from larimar_jax import config as configs
-from larimar_jax import decoders, encoders, lora, model, pipeline
+from larimar_jax import decoders, lora, model, pipeline
 from larimar_jax.data import vocabulary
 from larimar_jax.weights import fill, folder, ibm, model_file, publish
 from larimar_jax.weights.fill import Source, WeightsError
@@ -58,7 +58,7 @@ def from_ibm(
         source = TorchFile(file)
         found = ibm.describe(source, source.hyper_parameters, assumptions or ibm.Assumptions())
         config = configs.parse(found.config)
-        added = decoders.family(config.model.decoder.family).ADDED_TOKENS
+        added = decoders.family(config.model.decoder.family).added_tokens
         tokenizers[1] = tokenizers[1].with_specials(added)
         _check_vocabularies(config, tokenizers)
         abstract = nnx.eval_shape(lambda: model.build(config, jax.random.key(0)))
@@ -95,14 +95,13 @@ def to_huggingface(source: str | Path, out: str | Path) -> None:
         loaded = pipeline.load(source)
         lora.merge(loaded.model)  # Such a folder knows whole kernels.
         towers = (
-            ("encoder", publish.encoder, encoders, loaded.encoder_tokenizer),
-            ("decoder", publish.decoder, decoders, loaded.decoder_tokenizer),
+            ("encoder", publish.encoder, loaded.encoder_tokenizer),
+            ("decoder", publish.decoder, loaded.decoder_tokenizer),
         )
-        for name, write, kind, tokenizer in towers:
+        for name, write, tokenizer in towers:
             module = getattr(loaded.model, name)
-            family = next(f for f in kind.families().values() if f.CONFIG is type(module.config))
             (made / name).mkdir()
-            write(made / name, module, family, tokenizer)
+            write(made / name, module, type(module), tokenizer)
 
 
 @contextlib.contextmanager

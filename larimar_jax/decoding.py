@@ -16,8 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import packing
 from larimar_jax.conditions import Rows
-from larimar_jax.decoders.base import Tree
-from larimar_jax.layers import Cache
+from larimar_jax.decoders.base import Cache, Tree
 from larimar_jax.model import Condition
 from larimar_jax.packing import steps_bucket
 from larimar_jax.sampling import Draw, Sampling, pick

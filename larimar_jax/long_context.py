@@ -14,7 +14,6 @@ dual, direct addressed by the prior), the nearest one's value for a list. What c
 to their readouts is bounded by `BYTES`: they are taken in blocks of that size, one after the other.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -24,8 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from larimar_jax.layers import pytree
-from larimar_jax.memory.base import Memory, Prepared
+from larimar_jax.memory.base import Memory, Prepared, pytree
 
 # Of states and readouts of a block, about.
 BYTES = 64 * 2**20
@@ -37,7 +35,6 @@ SHARP = 4
 
 
 @pytree
-@dataclasses.dataclass(frozen=True)
 class Memories:
     """n memories. states: the variant's state, each leaf with a leading n. keys, values: what is in
     them, [n, fan_in, C], zero rows where nothing is: a chunk is written anew when a fact of it changes.
@@ -49,7 +46,6 @@ class Memories:
 
 
 @pytree
-@dataclasses.dataclass(frozen=True)
 class Found:
     """What Q queries found. latent: the last readout. chunk: the chunk whose own readout was the surest;
     confidence: how sure it was, as the variant says. sure: every chunk's."""

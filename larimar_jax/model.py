@@ -1,7 +1,7 @@
 """Larimar: the only place where encoder, memory and decoder meet (§2, §10)."""
 
 import dataclasses
-import functools
+import math
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import decoders, encoders, lora, weights
 from larimar_jax.answer_code import TokenEvidence
 from larimar_jax.config import Config, make_memory
-from larimar_jax.decoders.base import Tree
-from larimar_jax.layers import Cache, Prefix
+from larimar_jax.decoders.base import Cache, Prefix, Tree
 from larimar_jax.memory.base import MemoryParams
 
 
@@ -24,23 +24,22 @@ from larimar_jax.memory.base import MemoryParams
 class Condition:
     """All that a read hands to the decoder, one row per sequence.
 
-    prefix: memory slots and embedding made from the latent (§2). spelled: the tokens of the answer
-    (answer_code.py), where the memory keeps them.
+    prefix: memory slots and embedding made from the latent (§2). evidence: for the tokens of the answer
+    (answer_code.py), where the memory holds them.
     """
 
     prefix: Prefix
     evidence: TokenEvidence | None = None
 
     def rows(self, index: Int[Array, " R"]) -> "Condition":
-        """The condition of chosen rows, in the order of `index`."""
+        """Return the condition of chosen rows, in the order of `index`."""
         prefix = Prefix(
             embedding=self.prefix.embedding[index],
             key=self.prefix.key[:, index],
             value=self.prefix.value[:, index],
             active=self.prefix.active[index],
         )
-        evidence = None if self.evidence is None else self.evidence.rows(index)
-        return Condition(prefix=prefix, evidence=evidence)
+        return Condition(prefix, None if self.evidence is None else self.evidence.rows(index))
 
 
 class PriorMemory(nnx.Module):
@@ -60,6 +59,7 @@ class PriorMemory(nnx.Module):
         self.variance_by_memory = None if by_memory is None else nnx.Param(by_memory)
 
     def params(self) -> MemoryParams:
+        """Return the parameters as the memory's functions take them."""
         by_query, by_memory = self.variance_by_query, self.variance_by_memory
         return MemoryParams(
             prior_memory=self.prior_memory[...],
@@ -83,39 +83,49 @@ class Larimar(nnx.Module):
         tied_slots: bool,
         rngs: nnx.Rngs,
     ):
-        width, depth = decoder.config.width, decoder.config.depth
-        self.slot_shape = (depth, slots_per_layer, 1 if tied_slots else 2)
-        self.slot_shape += (decoder.config.kv_heads, decoder.config.head_size)
-        slot_size = (
-            slots_per_layer * (1 if tied_slots else 2) * self.slot_shape[3] * self.slot_shape[4]
+        c = decoder.config
+        self.slot_shape = (
+            c.depth,
+            slots_per_layer,
+            1 if tied_slots else 2,
+            c.kv_heads,
+            c.head_size,
         )
-        self.encoder = encoder
-        self.decoder = decoder
+        self.encoder, self.decoder = encoder, decoder
         # Square and from a sentence encoder: start as the identity, so that latents are its sentence
         # embeddings until training finds better ones.
-        same = encoder.config.width == latent
-        initial = nnx.initializers.lecun_normal() if not same else lambda *_: jnp.eye(latent)
-        self.to_latent = nnx.Linear(
-            encoder.config.width, latent, use_bias=False, kernel_init=initial, rngs=rngs
-        )
-        self.to_slots = nnx.Linear(latent, depth * slot_size, use_bias=False, rngs=rngs)
-        self.to_embedding = nnx.Linear(
-            latent, width, use_bias=False, kernel_init=nnx.initializers.normal(0.02), rngs=rngs
-        )
+        square, width = encoder.config.width == latent, encoder.config.width
+        draw = (lambda *_: jnp.eye(latent)) if square else nnx.initializers.lecun_normal()
+        self.to_latent = nnx.Linear(width, latent, use_bias=False, kernel_init=draw, rngs=rngs)
+        slots = math.prod(self.slot_shape)
+        self.to_slots = nnx.Linear(latent, slots, use_bias=False, rngs=rngs)
+        draw = nnx.initializers.normal(0.02)
+        self.to_embedding = nnx.Linear(latent, c.width, use_bias=False, kernel_init=draw, rngs=rngs)
         self.memory = PriorMemory(memory_params)
 
     def embed(
-        self, tokens: Int[Array, "*rows S"], mask: Bool[Array, "*rows S"]
+        self,
+        tokens: Int[Array, "*rows S"],
+        mask: Bool[Array, "*rows S"],
+        product_dtype: DTypeLike | None = None,
     ) -> Float[Array, "*rows H"]:
-        """The encoder's pooled output, float32; what the scope detector compares (§6)."""
-        flat = self.encoder(tokens.reshape(-1, tokens.shape[-1]), mask.reshape(-1, mask.shape[-1]))
-        return flat.astype(jnp.float32).reshape(*tokens.shape[:-1], -1)
+        """Return the encoder's pooled output, float32; what the scope detector compares (§6)."""
+        flat = (tokens.reshape(-1, tokens.shape[-1]), mask.reshape(-1, mask.shape[-1]))
+        pooled = self.encoder(*flat, product_dtype)
+        return pooled.astype(jnp.float32).reshape(*tokens.shape[:-1], -1)
 
     def encode(
-        self, tokens: Int[Array, "*rows S"], mask: Bool[Array, "*rows S"]
+        self,
+        tokens: Int[Array, "*rows S"],
+        mask: Bool[Array, "*rows S"],
+        product_dtype: DTypeLike | None = None,
     ) -> Float[Array, "*rows C"]:
-        """Z = e(X), float32. A row without a token is padding and encodes to exactly zero."""
-        latent = self.to_latent(self.embed(tokens, mask))
+        """Return Z = e(X), float32. A row without a token is padding and encodes to exactly zero.
+
+        Args:
+          product_dtype: what the factors of products with kernels are rounded to (`layers.product`).
+        """
+        latent = self.to_latent(self.embed(tokens, mask, product_dtype))
         return jnp.where(mask.any(axis=-1, keepdims=True), latent, 0.0)
 
     def condition(
@@ -124,23 +134,20 @@ class Larimar(nnx.Module):
         active: Bool[Array, " B"] | None = None,
         evidence: TokenEvidence | None = None,
     ) -> Condition:
-        """Latent → memory slots and embedding (§2), with what is spelled.
+        """Return memory slots and embedding of a latent (§2), with evidence for the answer's tokens.
 
         A zero latent is the paper's "no memory" (z = 0): the slot is there and holds zeros. A row whose
-        `active` is False is decoded as by the untouched base LM (`layers.Prefix`).
+        `active` is False is decoded as by the untouched base LM (`decoders.base.Prefix`).
         """
-        rows = latent.shape[0]
-        active = jnp.ones((rows,), bool) if active is None else active
-        slots = self.to_slots(latent).reshape(rows, *self.slot_shape).swapaxes(0, 1)
-        dtype = self.decoder.dtype
-        key, value = slots[:, :, :, 0], slots[:, :, :, -1]
+        rows, dtype = latent.shape[0], self.decoder.dtype
+        slots = self.to_slots(latent).reshape(rows, *self.slot_shape).swapaxes(0, 1).astype(dtype)
         prefix = Prefix(
             embedding=self.to_embedding(latent).astype(dtype),
-            key=key.astype(dtype),
-            value=value.astype(dtype),
-            active=active,
+            key=slots[:, :, :, 0],
+            value=slots[:, :, :, -1],
+            active=jnp.ones((rows,), bool) if active is None else active,
         )
-        return Condition(prefix=prefix, evidence=evidence)
+        return Condition(prefix, evidence)
 
     def hidden(
         self,
@@ -149,14 +156,15 @@ class Larimar(nnx.Module):
         cache: Cache | None = None,
         start: Int[Array, " B"] | None = None,
         tree: Tree | None = None,
+        product_dtype: DTypeLike | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Last hidden states of the decoder; `condition=None` is the untouched base LM."""
+        """Return the decoder's last hidden states, as `Decoder.hidden`; no condition is the base LM."""
         prefix = None if condition is None else condition.prefix
-        return self.decoder.hidden(tokens, prefix, cache, start, tree)
+        return self.decoder.hidden(tokens, prefix, cache, start, tree, product_dtype)
 
 
 def build(config: Config, key: jax.Array, where: weights.Where | None = None) -> Larimar:
-    """A model from its config: towers with a `source` are loaded, everything else initialised.
+    """Return a model from its config: towers with a `source` loaded, everything else initialised.
 
     Without sources it is pure and works under `jax.jit` and `nnx.eval_shape`.
 
@@ -168,21 +176,18 @@ def build(config: Config, key: jax.Array, where: weights.Where | None = None) ->
       FileNotFoundError: where a source's package is not installed; the message names the command.
       ValueError: a source whose sizes are not those that the config gives with it; names them.
     """
-    rngs, loaded = nnx.Rngs(params=key), load_towers(config, where)
-    dtype, remat = jnp.dtype(config.model.dtype), config.model.remat
-    made = {
-        name: loaded[name][0]
-        if name in loaded
-        else kind.family(tower.family).MODEL(tower.sizes, dtype=dtype, remat=remat, rngs=rngs)
-        for name, (tower, kind, _) in _towers(config).items()
-    }
-    return _assemble(config, **made, rngs=rngs)
+    rngs = nnx.Rngs(params=key)
+    towers = {name: tower for name, (tower, _) in load_towers(config, where).items()}
+    for name, (tower, kind, _) in _towers(config).items():
+        if name not in towers:
+            towers[name] = kind.families()[tower.family](tower.sizes, **_how(config), rngs=rngs)
+    return _assemble(config, **towers, rngs=rngs)
 
 
 def load_towers(
     config: Config, where: weights.Where | None = None
 ) -> dict[str, tuple[nnx.Module, weights.Tokenizer]]:
-    """The towers with a `source`, by "encoder" and "decoder", and their tokenizers.
+    """Return the towers with a `source`, by "encoder" and "decoder", and their tokenizers.
 
     Args:
       where: as in `build`.
@@ -190,34 +195,25 @@ def load_towers(
     Raises:
       FileNotFoundError, ValueError: as `build`.
     """
-    dtype, remat = jnp.dtype(config.model.dtype), config.model.remat
-    found = {}
+    towers = {}
     for name, (tower, kind, load) in _towers(config).items():
         if tower.source is None:
             continue
         if tower.sizes is not None:
             _same_sizes(f"model.{name}", tower, *weights.sizes(tower.source, kind))
-        inside = None if where is None else functools.partial(_inside, where, name)
-        found[name] = load(tower.source, dtype=dtype, remat=remat, where=inside)
-    return found
 
+        def inside(path: str, shape: tuple[int, ...], name: str = name) -> Any:
+            return where(f"{name}/{path}", shape)
 
-def _inside(where: weights.Where, tower: str, path: str, shape: tuple[int, ...]) -> Any:
-    return where(f"{tower}/{path}", shape)
-
-
-def _towers(config: Config) -> dict[str, tuple[Any, types.ModuleType, Callable[..., Any]]]:
-    """Of each tower what the config says, its kind, and what loads it."""
-    return {
-        "encoder": (config.model.encoder, encoders, weights.load_encoder),
-        "decoder": (config.model.decoder, decoders, weights.load_decoder),
-    }
+        sharding = None if where is None else inside
+        towers[name] = load(tower.source, **_how(config), where=sharding)
+    return towers
 
 
 def abstract(
     config: Config, loaded: Mapping[str, nnx.Module] = types.MappingProxyType({})
 ) -> Larimar:
-    """The model that `build` makes, of shapes alone; of sources no tensor is read.
+    """Return the model of `build` as shapes alone; no tensor of a source is read.
 
     Args:
       loaded: towers that are there already, and need not be looked up.
@@ -225,31 +221,48 @@ def abstract(
     Raises:
       FileNotFoundError: where a source is not there and its sizes are not in the config.
     """
-    known = {}
-    for name, (tower, kind, _) in _towers(config).items():
-        if name in loaded:
-            continue
-        if tower.sizes is None:
-            known[name] = weights.sizes(tower.source, kind)
-        else:
-            known[name] = (kind.family(tower.family), tower.sizes)
-    dtype, remat = jnp.dtype(config.model.dtype), config.model.remat
+    towers = {
+        name: weights.sizes(tower.source, kind)
+        if tower.sizes is None
+        else (kind.families()[tower.family], tower.sizes)
+        for name, (tower, kind, _) in _towers(config).items()
+        if name not in loaded
+    }
 
-    def make(loaded: dict[str, nnx.Module]) -> Larimar:
+    def create(loaded: dict[str, nnx.Module]) -> Larimar:
         rngs = nnx.Rngs(params=0)
-        made = {
-            name: family.MODEL(sizes, dtype=dtype, remat=remat, rngs=rngs)
-            for name, (family, sizes) in known.items()
+        drawn = {
+            name: family(sizes, **_how(config), rngs=rngs)
+            for name, (family, sizes) in towers.items()
         }
-        return _assemble(config, **made, **loaded, rngs=rngs)
+        return _assemble(config, **drawn, **loaded, rngs=rngs)
 
-    return nnx.eval_shape(make, dict(loaded))
+    return nnx.eval_shape(create, dict(loaded))
+
+
+def parameters(model: nnx.Module) -> Mapping[str, Array]:
+    """Return every parameter by its '/'-joined path, the name that freezing and sharding rules match."""
+    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {"/".join(map(str, path)): leaf[...] for path, leaf in state}
+
+
+def _towers(config: Config) -> dict[str, tuple[Any, types.ModuleType, Callable[..., Any]]]:
+    """Return each tower's config, its kind, and its loader."""
+    return {
+        "encoder": (config.model.encoder, encoders, weights.load_encoder),
+        "decoder": (config.model.decoder, decoders, weights.load_decoder),
+    }
+
+
+def _how(config: Config) -> dict[str, Any]:
+    """Return what towers are built with beside their sizes."""
+    return {"dtype": jnp.dtype(config.model.dtype), "remat": config.model.remat}
 
 
 def _assemble(
     config: Config, encoder: nnx.Module, decoder: nnx.Module, *, rngs: nnx.Rngs
 ) -> Larimar:
-    made = Larimar(
+    larimar = Larimar(
         encoder,
         decoder,
         make_memory(config).init(rngs.params()),
@@ -259,31 +272,23 @@ def _assemble(
         rngs=rngs,
     )
     if config.model.lora is not None:
-        lora.attach(made, config.model.lora, rngs)
-    return made
+        lora.attach(larimar, config.model.lora, rngs)
+    return larimar
 
 
-def _same_sizes(where: str, tower, family, sizes) -> None:
-    told = {"family": tower.family, **dataclasses.asdict(tower.sizes)}
-    found = {"family": family.__name__.rpartition(".")[2], **dataclasses.asdict(sizes)}
-    differ = [
-        f"{key}: {told.get(key)!r} in the config, {found.get(key)!r} in the weights"
-        for key in sorted(told.keys() | found.keys())
-        if told.get(key) != found.get(key)
+def _same_sizes(where: str, tower: Any, family: type, sizes: Any) -> None:
+    wanted = {"family": tower.family, **dataclasses.asdict(tower.sizes)}
+    actual = {"family": family.__module__.rpartition(".")[2], **dataclasses.asdict(sizes)}
+    differing = [
+        f"{key}: {wanted.get(key)!r} in the config, {actual.get(key)!r} in the weights"
+        for key in sorted(wanted.keys() | actual.keys())
+        if wanted.get(key) != actual.get(key)
     ]
-    if differ:
+    if differing:
         raise ValueError(
             f"{where}: the weights {tower.source!r} are not of the sizes that the config gives:\n  "
-            + "\n  ".join(differ)
+            + "\n  ".join(differing)
         )
-
-
-def parameters(model: nnx.Module) -> Mapping[str, Array]:
-    """Every parameter by its '/'-joined path, the name that freezing and sharding rules see."""
-    state = nnx.state(model, nnx.Param)
-    return {
-        "/".join(str(part) for part in path): leaf[...] for path, leaf in nnx.to_flat_state(state)
-    }
 
 
 class AbstractModel:

@@ -1,53 +1,120 @@
-"""Implementations found by their file name: a new family is one new file, with no list to edit."""
+"""Families of towers: one class a file, found by the file's name; their names in Hugging Face's files.
+
+A new family is one new file in `encoders/` or `decoders/`, with no list to edit.
+"""
 
 import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+# What makes a class a family: the dataclass of its sizes (`HuggingFaceSizes`), the model types of
+# Hugging Face that it computes, the table of tensor names (weights/key_table.py), and where its
+# parameters are split (train/sharding.py). `added_tokens`: special tokens that its vocabulary gets (§2).
+FAMILY = ("CONFIG", "model_types", "hf_keys", "sharding_rules")
+
+Keys = tuple[tuple[str, str | None, str], ...]
 
 
 @functools.cache
-def scan(package: str, *required: str) -> MappingProxyType[str, ModuleType]:
-    """Modules of `package` that define every attribute in `required`, by file name.
+def families(package: str) -> Mapping[str, type]:
+    """Return the family classes of a package by file name.
 
-    Files that define none of them (helpers) are left out. A file that defines only some is an
+    Files without such a class (helpers) are left out. A class that defines only some of `FAMILY` is an
     unfinished family, and an error: leaving it out would hide the slip.
 
     Raises:
-      TypeError: a file defines some of the required attributes and lacks others.
+      TypeError: an unfinished family, or two families in one file.
     """
-    found = {}
+    classes = {}
     for info in pkgutil.iter_modules(importlib.import_module(package).__path__):
         module = importlib.import_module(f"{package}.{info.name}")
-        missing = [name for name in required if not hasattr(module, name)]
-        if not missing:
-            found[info.name] = module
-        elif len(missing) < len(required):
-            raise TypeError(
-                f"{package}.{info.name} looks like a family but does not define"
-                f" {', '.join(missing)}; every family file defines {', '.join(required)}"
-            )
-    return MappingProxyType(dict(sorted(found.items())))
+        for cls in vars(module).values():
+            if not isinstance(cls, type) or cls.__module__ != module.__name__:
+                continue
+            missing = [name for name in FAMILY if not hasattr(cls, name)]
+            if 0 < len(missing) < len(FAMILY):
+                raise TypeError(
+                    f"{package}.{info.name}.{cls.__name__} looks like a family but does not define"
+                    f" {', '.join(missing)}; every family defines {', '.join(FAMILY)}"
+                )
+            if not missing and info.name in classes:
+                raise TypeError(f"{package}.{info.name} defines two families; give each its file")
+            if not missing:
+                classes[info.name] = cls
+    return MappingProxyType(dict(sorted(classes.items())))
 
 
-def by_type(found: Mapping[str, ModuleType]) -> Mapping[str, ModuleType]:
-    """Modules by the names in their MODEL_TYPES, or by file name where they have none."""
-    return MappingProxyType(
-        {
-            kind: module
-            for name, module in found.items()
-            for kind in getattr(module, "MODEL_TYPES", (name,))
-        }
-    )
+def by_model_type(package: str) -> Mapping[str, type]:
+    """Return the family classes of a package by the model types of Hugging Face that they compute."""
+    return MappingProxyType({t: cls for cls in families(package).values() for t in cls.model_types})
 
 
-def lookup(found: Mapping[str, ModuleType], name: str, kind: str) -> ModuleType:
-    """`found[name]`, with an error that lists the known names.
+def family(package: str, model_type: str) -> type:
+    """Return the family that computes a model type of Hugging Face.
 
     Raises:
-      ValueError: no file of that name.
+      ValueError: no family computes it; lists the known ones.
     """
-    if name not in found:
-        raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(found) or 'none'}")
-    return found[name]
+    known = by_model_type(package)
+    if model_type not in known:
+        kind = package.rpartition(".")[2].removesuffix("s")
+        raise ValueError(f"unknown {kind} family {model_type!r}; known: {', '.join(known)}")
+    return known[model_type]
+
+
+class HuggingFaceSizes:
+    """Sizes of a tower, a frozen dataclass, with their names in a Hugging Face config.json.
+
+    hf_names: the key of each field; one that ends in "?" may be absent, where the field's default is
+    Hugging Face's. hf_fixed: settings that are computed in one way only, with that way.
+    """
+
+    hf_names: ClassVar[Mapping[str, str]]
+    hf_fixed: ClassVar[Mapping[str, Any]]
+
+    @classmethod
+    def from_huggingface(cls, config: Mapping[str, Any]) -> "HuggingFaceSizes":
+        """Return the sizes in a config.json of this family.
+
+        Raises:
+          ValueError: a setting that this implementation does not compute.
+          KeyError: a size is not there.
+        """
+        differing = [
+            f"{key} is {config[key]!r}, and only {value!r} is computed"
+            for key, value in cls.hf_fixed.items()
+            if config.get(key, value) != value
+        ]
+        if differing:
+            raise ValueError(
+                f"this {config['model_type']} is not supported: {'; '.join(differing)}"
+            )
+        sizes = {
+            field: config[key.removesuffix("?")]
+            for field, key in cls.hf_names.items()
+            if not (key.endswith("?") and key.removesuffix("?") not in config)
+        }
+        return cls(**sizes)
+
+    def to_huggingface(self) -> dict[str, Any]:
+        """Return the sizes and fixed settings as keys of a config.json."""
+        sizes = {k.removesuffix("?"): getattr(self, field) for field, k in self.hf_names.items()}
+        return sizes | dict(self.hf_fixed)
+
+
+def linear_keys(source: str, target: str, transform: str = "transpose") -> Keys:
+    """Return the rows of a key table for the weight and bias of a linear map."""
+    bias = "copy" if transform == "transpose" else transform
+    weight = (f"{source}.weight", f"{target}.kernel", transform)
+    return (weight, (f"{source}.bias", f"{target}.bias", bias))
+
+
+def norm_keys(source: str, target: str, scale: str = "weight", bias: str = "bias") -> Keys:
+    """Return the rows of a key table for the scale and bias of a LayerNorm."""
+    return (
+        (f"{source}.{scale}", f"{target}.scale", "copy"),
+        (f"{source}.{bias}", f"{target}.bias", "copy"),
+    )

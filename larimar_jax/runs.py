@@ -224,8 +224,8 @@ def report_options(made: argparse.ArgumentParser, shared: argparse.ArgumentParse
 
 def report(arguments: argparse.Namespace) -> int:
     """larimar report"""
-    from larimar_jax.bench import web_page
     from larimar_jax.bench import report as reports
+    from larimar_jax.bench import web_page
 
     runs = [reports.read(run) for given in arguments.folders for run in reports.inside(given)]
     shown = reports.sections(runs, arguments.texts)

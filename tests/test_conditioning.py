@@ -12,7 +12,7 @@ from test_towers import hidden, random_prefix
 
 from larimar_jax import decoders
 from larimar_jax.decoders.base import Tree
-from larimar_jax.layers import Prefix
+from larimar_jax.decoders.base import Prefix
 
 GPT2, GPTJ, LLAMA = (decoders.family(name).CONFIG for name in ("gpt2", "gptj", "llama"))
 SIZES = dict(vocab_size=29, depth=2, heads=4, mlp=20, max_length=32)
@@ -35,7 +35,7 @@ def build(name):
     """A decoder with every parameter drawn, norms and biases too."""
     config = CONFIGS[name]
     (family,) = [f for f in decoders.families().values() if isinstance(config, f.CONFIG)]
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: family.MODEL(config, rngs=nnx.Rngs(0))))
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: family(config, rngs=nnx.Rngs(0))))
     draw = np.random.default_rng(0)
 
     def fill(path, leaf):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import test_memory
 
-from larimar_jax import bench, cli, memory, registry
+from larimar_jax import bench, cli, memory
 from larimar_jax.bench import report, runner, sweep, systems
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -28,7 +28,6 @@ def saved(page, path, package, monkeypatch):
     assert len(code.splitlines()) <= 60
     path.write_text(code, encoding="utf-8")
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(path.parent)])
-    registry.scan.cache_clear()
 
 
 @pytest.fixture
@@ -37,7 +36,6 @@ def fading(tmp_path, monkeypatch):
     yield memory.variants()["fading"]
     test_memory.built.cache_clear()
     sys.modules.pop("larimar_jax.memory.fading")
-    registry.scan.cache_clear()
 
 
 def test_it_fulfils_the_contract(fading):
@@ -74,7 +72,6 @@ def portability(tmp_path, monkeypatch):
     saved("new_benchmark.md", tmp_path / "portability.py", bench, monkeypatch)
     yield bench.benchmarks()["portability"]
     sys.modules.pop("larimar_jax.bench.portability")
-    registry.scan.cache_clear()
 
 
 def test_the_command_line_the_runner_and_the_report_find_it(

@@ -27,8 +27,8 @@ FOLDERS = sorted(path.name for path in GOLDEN.glob("tiny_*"))
 def abstract(name):
     said = json.loads((GOLDEN / name / "config.json").read_text())
     family = (encoders if "bert" in name else decoders).family(said["model_type"])
-    config = family.from_huggingface(said)
-    return family, nnx.eval_shape(lambda: family.MODEL(config, rngs=nnx.Rngs(0)))
+    config = family.CONFIG.from_huggingface(said)
+    return family, nnx.eval_shape(lambda: family(config, rngs=nnx.Rngs(0)))
 
 
 def source(name):
@@ -39,8 +39,8 @@ def source(name):
 def test_what_is_written_is_what_was_read(name):
     family, skeleton = abstract(name)
     file = source(name)
-    model = fill.fill(skeleton, family.KEYS, file)
-    written = dict(fill.to_source(model, family.KEYS))
+    model = fill.fill(skeleton, family.hf_keys, file)
+    written = dict(fill.to_source(model, family.hf_keys))
     read = {n: file.read(n) for n in file.shapes()}
     # A prefix that some files leave out is written; ids of positions and masks are not.
     for known in ("bert.", "transformer."):
@@ -53,8 +53,8 @@ def test_what_is_written_is_what_was_read(name):
 @pytest.mark.parametrize("name", FOLDERS)
 def test_sizes_are_written_as_they_were_read(name):
     family, skeleton = abstract(name)
-    said = family.to_huggingface(skeleton.config)
-    again = family.from_huggingface(json.loads(json.dumps(said)))
+    said = skeleton.config.to_huggingface()
+    again = family.CONFIG.from_huggingface(json.loads(json.dumps(said)))
     # How an encoder pools is not a size, and not in config.json.
     assert again == skeleton.config
 
@@ -63,15 +63,15 @@ def test_sizes_are_written_as_they_were_read(name):
 def test_tensors_stream_onto_a_mesh(shape):
     family, skeleton = abstract("tiny_llama")
     mesh = sharding.make_mesh(shape)
-    whole = fill.fill(skeleton, family.KEYS, source("tiny_llama"))
-    table = [(pattern, P(*axes), bool(more)) for pattern, axes, *more in family.SHARDING]
+    whole = fill.fill(skeleton, family.hf_keys, source("tiny_llama"))
+    table = [(pattern, P(*axes), bool(more)) for pattern, axes, *more in family.sharding_rules]
     shapes = {"/".join(map(str, p)): a for p, a in nnx.to_flat_state(nnx.state(skeleton))}
     places = sharding.shardings(mesh, shapes, table)
 
     def place(name, _):
         return places[name]
 
-    parted = fill.fill(skeleton, family.KEYS, source("tiny_llama"), where=place)
+    parted = fill.fill(skeleton, family.hf_keys, source("tiny_llama"), where=place)
     split = 0
     for (path, one), (_, other) in zip(
         nnx.to_flat_state(nnx.state(whole)), nnx.to_flat_state(nnx.state(parted)), strict=True
@@ -101,7 +101,7 @@ def test_a_process_reads_only_the_layers_that_its_devices_hold():
         return NamedSharding(mesh, spec)
 
     file = Counted(GOLDEN / "tiny_llama" / "model.safetensors")
-    model = fill.fill(skeleton, family.KEYS, file, where=place)
+    model = fill.fill(skeleton, family.hf_keys, file, where=place)
     assert sorted(file.names) == sorted(file.shapes())  # once each, however many devices
     assert model.layers.gate.kernel[...].sharding.spec == P("x")
 
@@ -123,14 +123,14 @@ def test_special_tokens_lengthen_the_vocabulary():
     """§2: rows appended at the end, the mean of the others; a table of other shape is an error."""
     family, skeleton = abstract("tiny_gpt2")
     said = json.loads((GOLDEN / "tiny_gpt2" / "config.json").read_text())
-    config = family.from_huggingface({**said, "vocab_size": said["vocab_size"] + 3})
-    longer = nnx.eval_shape(lambda: family.MODEL(config, rngs=nnx.Rngs(0)))
-    before = fill.fill(skeleton, family.KEYS, source("tiny_gpt2")).embeddings
-    after = fill.fill(longer, family.KEYS, source("tiny_gpt2"), more_rows=3).embeddings
+    config = family.CONFIG.from_huggingface({**said, "vocab_size": said["vocab_size"] + 3})
+    longer = nnx.eval_shape(lambda: family(config, rngs=nnx.Rngs(0)))
+    before = fill.fill(skeleton, family.hf_keys, source("tiny_gpt2")).embeddings
+    after = fill.fill(longer, family.hf_keys, source("tiny_gpt2"), more_rows=3).embeddings
     np.testing.assert_array_equal(after[:-3], before)
     np.testing.assert_allclose(after[-3:], np.tile(before.mean(0), (3, 1)), rtol=1e-5, atol=1e-7)
     with pytest.raises(weights.WeightsError, match="misshapen: .*wte.weight"):
-        fill.fill(longer, family.KEYS, source("tiny_gpt2"), more_rows=2)
+        fill.fill(longer, family.hf_keys, source("tiny_gpt2"), more_rows=2)
 
 
 @pytest.mark.parametrize(
@@ -190,14 +190,14 @@ class Stub:
 def test_a_shape_that_numpy_lacks_is_one_of_the_misfits(shape):
     family, skeleton = abstract("tiny_gpt2")
     with pytest.raises(weights.WeightsError, match="misshapen: transformer.wpe.weight gives"):
-        fill.fill(skeleton, family.KEYS, Stub("transformer.wpe.weight", shape))
+        fill.fill(skeleton, family.hf_keys, Stub("transformer.wpe.weight", shape))
 
 
 def test_a_layer_of_too_many_digits_is_no_layer():
     name = f"transformer.h.{'1' * 5000}.ln_1.weight"
     family, skeleton = abstract("tiny_gpt2")
     with pytest.raises(weights.WeightsError, match="unused: transformer.h.1111"):
-        fill.fill(skeleton, family.KEYS, Stub(name, (32,)))
+        fill.fill(skeleton, family.hf_keys, Stub(name, (32,)))
 
 
 @pytest.mark.parametrize(

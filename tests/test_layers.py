@@ -1,6 +1,4 @@
-"""The pieces of the towers against plain NumPy, and the registry of families."""
-
-import types
+"""Products with rounded factors, attention, norms and the layer stack, against plain NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +6,50 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from larimar_jax import decoders, encoders, layers, registry
+from larimar_jax import layers
+from larimar_jax.layers import Context
+
+
+def numbers(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def rounded(array, dtype):
+    return np.asarray(array.astype(dtype).astype(jnp.float32), np.float64)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_products_and_gradients_are_those_of_rounded_factors(dtype):
+    x, kernel, slope = numbers(0, 3, 5, 24), numbers(1, 24, 7), numbers(2, 3, 5, 7)
+    y, back = jax.vjp(lambda x, kernel: layers.product(x, kernel, dtype), x, kernel)
+    of_x, of_kernel = back(slope)
+    a, w, g = (rounded(array, dtype) for array in (x, kernel, slope))
+    assert y.dtype == of_x.dtype == of_kernel.dtype == jnp.float32
+    np.testing.assert_allclose(y, a @ w, rtol=2e-6, atol=2e-6)
+    np.testing.assert_allclose(of_x, g @ w.T, rtol=2e-6, atol=2e-6)
+    np.testing.assert_allclose(of_kernel, np.einsum("btI,btO->IO", a, g), rtol=2e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("wanted", ["x", "kernel"])
+def test_no_gradient_is_computed_for_what_is_frozen(wanted):
+    x, kernel = numbers(0, 5, 24), numbers(1, 24, 7)
+
+    def loss(trained):
+        return layers.product(*((trained, kernel) if wanted == "x" else (x, trained))).sum()
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(x if wanted == "x" else kernel))
+    assert text.count("dot_general[") == 2  # forward, and one backward
+
+
+def test_linear_maps_round_their_factors_only_where_the_context_asks_for_it():
+    linear = layers.Linear(24, 7, bias=True, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x, mask = numbers(0, 2, 5, 24), jnp.ones((2, 1, 5), bool)
+    plain = linear(x, Context(mask))
+    low = linear(x, Context(mask, product_dtype="bfloat16"))
+    np.testing.assert_array_equal(plain, x @ linear.kernel[...] + linear.bias[...])
+    want = rounded(x, "bfloat16") @ rounded(linear.kernel[...], "bfloat16")
+    np.testing.assert_allclose(low, want + np.asarray(linear.bias[...]), rtol=2e-6, atol=2e-6)
+    assert low.dtype == plain.dtype == jnp.float32 and 1e-6 < np.abs(low - plain).max() < 0.1
 
 
 def softmax(x):
@@ -31,27 +72,24 @@ def random_attention(dtype=np.float32, length=3):
     rng = np.random.default_rng(0)
     query = rng.normal(size=(2, length, 6, 8)).astype(dtype)
     key, value = rng.normal(size=(2, 2, 3, 5, 8)).astype(dtype)
-    key = key.swapaxes(2, 3)
     mask = rng.random((2, length, 5)) < 0.7
     mask[..., 0] = True
-    return query, key, value, mask
+    return query, key.swapaxes(2, 3), value, mask
 
 
-def test_attend_groups_query_heads_over_key_heads():
+def cut(key, value, mask, *ends):
+    pairs = zip((0, *ends), (*ends, 5), strict=True)
+    return [(key[..., a:b], value[:, :, a:b], mask[:, :, a:b]) for a, b in pairs]
+
+
+@pytest.mark.parametrize("ends", [(), (2, 3)])
+def test_attention_groups_query_heads_over_key_heads_in_one_part_or_several(ends):
     query, key, value, mask = random_attention()
-    got = layers.attend(jnp.asarray(query), [tuple(map(jnp.asarray, (key, value, mask)))])
+    got = layers.attend(jnp.asarray(query), cut(*map(jnp.asarray, (key, value, mask)), *ends))
     np.testing.assert_allclose(got, naive(query, key, value, mask), atol=1e-6)
 
 
-def test_attend_over_parts_equals_attend_over_all():
-    query, key, value, mask = map(jnp.asarray, random_attention())
-    cuts = [(0, 2), (2, 3), (3, 5)]
-    parts = [(key[..., a:b], value[:, :, a:b], mask[:, :, a:b]) for a, b in cuts]
-    whole = layers.attend(query, [(key, value, mask)])
-    np.testing.assert_allclose(layers.attend(query, parts), whole, atol=1e-6)
-
-
-def test_attend_to_nothing_is_finite():
+def test_attention_to_nothing_is_finite():
     x = jnp.ones((1, 2, 1, 4))
     part = (x.transpose(0, 2, 3, 1), x.swapaxes(1, 2), jnp.zeros((1, 2, 2), bool))
     assert np.isfinite(layers.attend(x, [part])).all()
@@ -59,20 +97,17 @@ def test_attend_to_nothing_is_finite():
 
 def test_softmax_is_float32_in_bfloat16():
     """Equal scores over 1000 keys: weights added up in bfloat16 would be far from 1."""
-    x = jnp.ones((1, 1, 1, 4), jnp.bfloat16)
-    many = jnp.ones((1, 1, 1000, 4), jnp.bfloat16)
+    x, many = jnp.ones((1, 1, 1, 4), jnp.bfloat16), jnp.ones((1, 1, 1000, 4), jnp.bfloat16)
     out = layers.attend(x, [(many.swapaxes(2, 3), many, jnp.ones((1, 1, 1000), bool))])
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(jnp.float32), 1.0, atol=1e-2)
 
 
 @pytest.mark.parametrize("length", [3, 4])
-def test_fused_attention_is_given_the_same_problem(monkeypatch, length):
+def test_fused_attention_gets_the_same_problem(monkeypatch, length):
     """On a GPU in half precision: the fused call, here computed by its XLA twin, gives the same."""
-    given = random_attention(jnp.bfloat16, length)
-    query, key, value, mask = map(jnp.asarray, given)
-    parts = [(key[..., :2], value[:, :, :2], mask[:, :, :2])]
-    parts += [(key[..., 2:], value[:, :, 2:], mask[:, :, 2:])]
+    query, key, value, mask = map(jnp.asarray, random_attention(jnp.bfloat16, length))
+    parts = cut(key, value, mask, 2)
     plain = layers.attend(query, parts)
     fused, calls = jax.nn.dot_product_attention, []
 
@@ -85,7 +120,7 @@ def test_fused_attention_is_given_the_same_problem(monkeypatch, length):
     monkeypatch.setattr(jax.nn, "dot_product_attention", twin)
     got = layers.attend(query, parts)
     assert calls == [("cudnn", 4, 6)]  # lengths made even
-    # Weights are rounded to bfloat16 on both ways, in another order.
+    # Weights are rounded to bfloat16 on both ways, in different orders.
     np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (got, plain)), atol=2e-2)
     assert not layers.flash_applies(query.astype(jnp.float32))
     assert not layers.flash_applies(query[:, :1])
@@ -101,45 +136,32 @@ def test_norms_survive_a_large_offset(norm):
 
 def test_a_stack_draws_its_layers_apart_and_scans_in_order():
     stack = layers.stack(
-        lambda rngs: layers.linear(4, 4, bias=False, dtype=jnp.float32, rngs=rngs), 3, nnx.Rngs(0)
+        lambda rngs: layers.Linear(4, 4, bias=False, dtype=jnp.float32, rngs=rngs), 3, nnx.Rngs(0)
     )
-    kernel = stack.kernel[...]
-    assert kernel.shape == (3, 4, 4)
-    assert not (kernel[0] == kernel[1]).any()
-    x = jnp.ones((1, 1, 4))
-    extra = jnp.arange(3.0)
-    outs = [
-        layers.scan_layers(stack, lambda f, x, e: (f(x) + e, e * 2), x, extra, remat=remat)
-        for remat in ("none", "dots", "layers")
-    ]
+    kernel, x, context = stack.kernel[...], jnp.ones((1, 1, 4)), Context(jnp.ones((1, 1, 1), bool))
+    assert kernel.shape == (3, 4, 4) and not (kernel[0] == kernel[1]).any()
     want = x
     for layer in range(3):
         want = want @ kernel[layer] + float(layer)
-    for y, doubled in outs:
+
+    def call(linear, x, number):
+        return linear(x, context) + number, number * 2
+
+    for remat in ("none", "dots", "layers"):
+        y, doubled = layers.scan_layers(stack, call, x, jnp.arange(3.0), remat=remat)
         np.testing.assert_allclose(y, want, rtol=1e-6)
         np.testing.assert_array_equal(doubled, [0, 2, 4])
 
 
-def test_prefix_and_cache_are_pytrees_that_hold_anything():
-    cache = layers.Cache(jnp.zeros((2, 1, 1, 8, 4)), jnp.zeros((2, 1, 1, 4, 8)))
-    shapes = jax.tree.map(lambda a: a.shape, cache)
-    assert shapes.value == (2, 1, 1, 4, 8)
-    assert [str(path[0]) for path, _ in jax.tree.leaves_with_path(cache)] == [".key", ".value"]
+def test_rows_are_split_and_tables_gathered_only_under_a_mesh_with_the_axes_of_rows(cpu_devices):
+    def places(*shape_and_names):
+        mesh = jax.make_mesh(*shape_and_names, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            text = str(
+                jax.make_jaxpr(lambda x: layers.gather(layers.split_rows(x)))(jnp.ones((8, 1, 1)))
+            )
+            return layers.row_ways(), text.count("sharding_constraint")
 
-
-def test_families_are_found_by_file():
-    assert set(decoders.families()) >= {"llama", "gpt2", "gptj"}
-    assert set(encoders.families()) >= {"bert"}
-    assert decoders.family("llama").MODEL is decoders.families()["llama"].MODEL
-    assert decoders.family("mistral") is decoders.family("qwen2") is decoders.family("llama")
-    with pytest.raises(ValueError, match="unknown decoder family 'lama'; known: .*llama"):
-        decoders.family("lama")
-
-
-def test_an_unfinished_family_is_an_error(monkeypatch):
-    found = types.SimpleNamespace(name="half")
-    monkeypatch.setattr(registry.pkgutil, "iter_modules", lambda path: [found])
-    fake = types.SimpleNamespace(__path__=[], CONFIG=1)
-    monkeypatch.setattr(registry.importlib, "import_module", lambda name: fake)
-    with pytest.raises(TypeError, match="half looks like a family but does not define MODEL"):
-        registry.scan("anything", "CONFIG", "MODEL")
+    assert places((4, 2), ("data", "fsdp")) == (8, 2)
+    assert places((4, 2), ("cells", "tensor")) == (0, 0)
+    assert layers.row_ways() == 0 and layers.gather(jnp.ones(3)).shape == (3,)

@@ -45,7 +45,7 @@ def test_values_and_gradients_are_the_plain_ones(tied, bias, whole):
 
     def ours(kernel, bias, hidden, weights):
         mine = head._replace(kernel=kernel, bias=bias)
-        total, each = losses.weighted(mine, hidden, targets, weights, whole=whole)
+        total, each = losses.weighted_cross_entropy(mine, hidden, targets, weights, whole=whole)
         return 3.0 * total, each
 
     def plain(kernel, bias, hidden, weights):
@@ -70,14 +70,14 @@ def test_each_entropy_can_be_differentiated():
         )
 
     def beside(head, hidden, targets):
-        total, each = losses.weighted(head, hidden, targets, weights)
+        total, each = losses.weighted_cross_entropy(head, hidden, targets, weights)
         return each + total
 
     def plain_beside(head, hidden, targets):
         each = _plain(head, hidden, targets)
         return each + jnp.sum(each * weights)
 
-    for ours, plain in ((losses.entropies, _plain), (beside, plain_beside)):
+    for ours, plain in ((losses.cross_entropy, _plain), (beside, plain_beside)):
         found, expected = (jax.grad(of(f), (0, 1))(head.kernel, hidden) for f in (ours, plain))
         for a, b in zip(found, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(b).max()))
@@ -89,7 +89,7 @@ def test_against_numpy():
     logits = states @ kernel + bias
     chosen = np.take_along_axis(logits, np.asarray(targets)[..., None], -1)[..., 0]
     expected = np.log(np.exp(logits).sum(-1)) - chosen
-    found = losses.entropies(head, hidden, targets)
+    found = losses.cross_entropy(head, hidden, targets)
     # Of logits of up to 20, with a rounding error of 1e-6 each.
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-5)
 
@@ -98,7 +98,7 @@ def test_logits_far_from_zero_are_finite():
     head, hidden, targets, weights = _problem(True, False)
     head = head._replace(kernel=head.kernel * 1e4)
     (total, _), slope = jax.value_and_grad(
-        lambda hidden: losses.weighted(head, hidden, targets, weights), has_aux=True
+        lambda hidden: losses.weighted_cross_entropy(head, hidden, targets, weights), has_aux=True
     )(hidden)
     assert jnp.isfinite(total) and jnp.isfinite(slope).all()
 
@@ -106,7 +106,7 @@ def test_logits_far_from_zero_are_finite():
 def test_half_precision_accumulates_in_float32():
     head, hidden, targets, weights = _problem(True, False, dtype=jnp.bfloat16)
     (kernel, back) = jax.grad(
-        lambda kernel, hidden: losses.weighted(
+        lambda kernel, hidden: losses.weighted_cross_entropy(
             head._replace(kernel=kernel), hidden, targets, weights
         )[0],
         (0, 1),
@@ -125,7 +125,7 @@ def test_slopes_of_many_tokens_do_not_vanish_in_float16():
 
     def loss(kernel, dtype):
         mine = head._replace(kernel=kernel, dtype=dtype)
-        return losses.weighted(mine, hidden, targets, weights)[0]
+        return losses.weighted_cross_entropy(mine, hidden, targets, weights)[0]
 
     found, want = (jax.grad(loss)(head.kernel, dtype) for dtype in (jnp.float16, jnp.float32))
     assert jnp.linalg.norm(found - want) < 0.01 * jnp.linalg.norm(want)
@@ -136,7 +136,7 @@ def test_a_frozen_head_costs_no_gradient():
 
     def loss(kernel, hidden):
         mine = head._replace(kernel=kernel)
-        return losses.weighted(mine, hidden, targets, weights, whole=True)[0]
+        return losses.weighted_cross_entropy(mine, hidden, targets, weights, whole=True)[0]
 
     one = 2 * targets.size * head.kernel.size
     assert flops.count(jax.grad(loss, (0, 1)), head.kernel, hidden) == 3 * one

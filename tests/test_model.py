@@ -29,13 +29,13 @@ def batch_of(tiny, episodes=2, facts=3, length=16):
 
 
 def losses(tiny, batch, rng=None, beta=0.0, **weights):
-    """`objective.losses` compiled, as a step has it; weights that differ from the config's."""
+    """`objective.loss` compiled, as a step has it; weights that differ from the config's."""
     told = dataclasses.replace(tiny.config.objective, **weights)
     memory = config.make_memory(tiny.config)
 
     @jax.jit
     def run(batch, rng, beta):
-        return objective.losses(tiny.model, memory, batch, rng, told, beta)
+        return objective.loss(tiny.model, memory, batch, rng, told, beta)
 
     return run(batch, rng, jnp.float32(beta))
 

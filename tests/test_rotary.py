@@ -87,8 +87,8 @@ def test_what_is_written_is_read_back(scaling):
     [
         ({"rope_type": "longrope", "factor": 2.0}, "longrope"),
         ({"rope_type": "dynamic", "factor": 2.0}, "dynamic"),
-        ({"type": "linear"}, "does not say its 'factor'"),
-        ({"rope_type": "llama3", "factor": 8.0}, "does not say its 'low_freq_factor'"),
+        ({"type": "linear"}, "lacks its 'factor'"),
+        ({"rope_type": "llama3", "factor": 8.0}, "lacks its 'low_freq_factor'"),
         ({"type": "linear", "factor": 0}, "cannot be computed"),
         ({"type": "linear", "factor": -2.0}, "cannot be computed"),
         ({"type": "linear", "factor": float("nan")}, "cannot be computed"),

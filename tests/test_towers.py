@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from larimar_jax import decoders, encoders, generate, registry, weights
-from larimar_jax.layers import Prefix
+from larimar_jax import decoders, encoders, generate, weights
+from larimar_jax.decoders.base import Prefix
 from larimar_jax.weights import folder
 from larimar_jax.weights.fill import fill
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-FAMILIES = registry.by_type({**decoders.families(), **encoders.families()})
+FAMILIES = {
+    t: f for k in (decoders, encoders) for f in k.families().values() for t in f.model_types
+}
 KINDS = {path.name: folder.config(path)["model_type"] for path in sorted(GOLDEN.glob("tiny_*"))}
-DECODERS = [name for name, kind in KINDS.items() if hasattr(FAMILIES[kind].MODEL, "logits")]
+DECODERS = [name for name, kind in KINDS.items() if hasattr(FAMILIES[kind], "logits")]
 ENCODERS = [name for name in KINDS if name not in DECODERS]
 BOTH = [*DECODERS, *ENCODERS]
 
@@ -47,17 +49,17 @@ def family(name):
 
 @functools.cache
 def abstract(name, dtype="float32", remat="none"):
-    config = family(name).from_huggingface(folder.config(GOLDEN / name))
+    config = family(name).CONFIG.from_huggingface(folder.config(GOLDEN / name))
     config = dataclasses.replace(config, **folder.pooling(GOLDEN / name))
     return nnx.eval_shape(
-        lambda: family(name).MODEL(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0))
+        lambda: family(name)(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0))
     )
 
 
 @functools.cache
 def tiny(name, dtype="float32", remat="none"):
     source = folder.tensors(GOLDEN / name)
-    return fill(abstract(name, dtype, remat), family(name).KEYS, source)
+    return fill(abstract(name, dtype, remat), family(name).hf_keys, source)
 
 
 class Gradients:
@@ -166,7 +168,7 @@ def test_hidden_states_and_vectors_match_torch(name):
 def test_every_gradient_matches_torch(name):
     """Key biases without rotary positions have none: the softmax cancels them, up to rounding."""
     got = computed(name)[2]
-    want = by_path(nnx.state(fill(abstract(name), family(name).KEYS, Gradients(name))))
+    want = by_path(nnx.state(fill(abstract(name), family(name).hf_keys, Gradients(name))))
     assert got.keys() == want.keys()
     norms = {path: np.linalg.norm(gradient) for path, gradient in want.items()}
     rounding = 1e-6 * max(norms.values())
@@ -328,10 +330,10 @@ def test_too_many_tokens():
 
 @pytest.mark.parametrize("name", BOTH)
 def test_sizes_survive_the_way_to_hugging_face_and_back(name):
-    sizes = family(name).from_huggingface(folder.config(GOLDEN / name))
-    said = family(name).to_huggingface(sizes)
+    sizes = family(name).CONFIG.from_huggingface(folder.config(GOLDEN / name))
+    said = sizes.to_huggingface()
     assert said["model_type"] == KINDS[name]
-    assert family(name).from_huggingface(said) == sizes
+    assert family(name).CONFIG.from_huggingface(said) == sizes
 
 
 @pytest.mark.parametrize("name", ["tiny_llama_tied", "tiny_llama_biased", "tiny_qwen2"])
@@ -342,7 +344,7 @@ def test_rope_settings_in_their_older_form(name):
     scaling = dict(said["rope_parameters"])
     older["rope_theta"] = scaling.pop("rope_theta")
     older["rope_scaling"] = {"type": scaling.pop("rope_type"), **scaling}
-    assert family(name).from_huggingface(older) == family(name).from_huggingface(said)
+    assert family(name).CONFIG.from_huggingface(older) == family(name).CONFIG.from_huggingface(said)
 
 
 def rope(kind, **numbers):
@@ -353,9 +355,9 @@ def rope(kind, **numbers):
     ("name", "change", "message"),
     [
         ("llama", rope("dynamic", factor=2.0), "rope scaling 'dynamic'"),
-        ("llama", rope("llama3", factor=2.0), "'llama3' does not say its 'low_freq_factor'"),
+        ("llama", rope("llama3", factor=2.0), "'llama3' lacks its 'low_freq_factor'"),
         ("qwen2", rope("yarn", factor=2.0, truncate=False), "truncate=false"),
-        ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu', and only 'silu'"),
         (
             "qwen2_window",
             {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
@@ -368,19 +370,19 @@ def rope(kind, **numbers):
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ("gpt2", {"activation_function": "relu"}, "relu"),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scaling by layer"),
-        ("gpt2", {"scale_attn_weights": False}, "unscaled attention"),
-        ("gpt2", {"tie_word_embeddings": False}, "an untied head"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is False"),
+        ("gpt2", {"tie_word_embeddings": False}, "tie_word_embeddings is False"),
         ("gptj", {"activation_function": "relu"}, "relu"),
-        ("gptj", {"tie_word_embeddings": True}, "tie_word_embeddings=True"),
+        ("gptj", {"tie_word_embeddings": True}, "tie_word_embeddings is True"),
         ("bert", {"hidden_act": "relu"}, "relu"),
-        ("bert", {"position_embedding_type": "relative_key"}, "relative_key positions"),
+        ("bert", {"position_embedding_type": "relative_key"}, "relative_key"),
     ],
 )
 def test_settings_that_are_not_computed_are_errors(name, change, message):
     said = folder.config(GOLDEN / f"tiny_{name}")
     with pytest.raises(ValueError, match=message):
-        family(f"tiny_{name}").from_huggingface({**said, **change})
+        family(f"tiny_{name}").CONFIG.from_huggingface({**said, **change})
 
 
 @pytest.mark.parametrize(
@@ -395,7 +397,8 @@ def test_settings_that_are_not_computed_are_errors(name, change, message):
 )
 def test_what_is_not_said_is_as_hugging_face_has_it(name, left_out, sizes):
     said = folder.config(GOLDEN / f"tiny_{name}")
-    made = family(f"tiny_{name}").from_huggingface({n: v for n, v in said.items() if n not in left_out})
+    kept = {n: v for n, v in said.items() if n not in left_out}
+    made = family(f"tiny_{name}").CONFIG.from_huggingface(kept)
     assert {n: getattr(made, n) for n in sizes} == sizes
 
 

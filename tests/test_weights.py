@@ -29,11 +29,11 @@ LLAMA = decoders.family("llama")
 
 
 def llama_config(name="tiny_llama"):
-    return LLAMA.from_huggingface(json.loads((GOLDEN / name / "config.json").read_text()))
+    return LLAMA.CONFIG.from_huggingface(json.loads((GOLDEN / name / "config.json").read_text()))
 
 
 def abstract(config):
-    return nnx.eval_shape(lambda: LLAMA.MODEL(config, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: LLAMA(config, rngs=nnx.Rngs(0)))
 
 
 class Memory:
@@ -59,7 +59,7 @@ def tensors():
 
 
 def test_each_tensor_lands_in_its_layer(tensors):
-    model = fill(abstract(llama_config()), LLAMA.KEYS, Memory(tensors))
+    model = fill(abstract(llama_config()), LLAMA.hf_keys, Memory(tensors))
     for layer in range(3):
         want = tensors[f"model.layers.{layer}.mlp.up_proj.weight"].T
         np.testing.assert_array_equal(model.layers.up.kernel[...][layer], want)
@@ -73,7 +73,7 @@ def test_every_misfit_is_in_one_error_and_nothing_is_read(tensors):
     tensors["model.extra.weight"] = np.zeros(3, np.float32)
     source = Memory(tensors)
     with pytest.raises(WeightsError) as error:
-        fill(abstract(llama_config()), LLAMA.KEYS, source)
+        fill(abstract(llama_config()), LLAMA.hf_keys, source)
     for offence in (
         "missing: norm.scale",
         "missing: layers.up.kernel, layers [1]",
@@ -87,7 +87,7 @@ def test_every_misfit_is_in_one_error_and_nothing_is_read(tensors):
 
 
 def test_two_tensors_for_one_parameter(tensors):
-    keys = (*LLAMA.KEYS, ("again", "norm.scale", "copy"))
+    keys = (*LLAMA.hf_keys, ("again", "norm.scale", "copy"))
     source = Memory({**tensors, "again": tensors["model.norm.weight"]})
     with pytest.raises(WeightsError, match="filled twice: norm.scale, by model.norm.weight"):
         fill(abstract(llama_config()), keys, source)
@@ -96,9 +96,9 @@ def test_two_tensors_for_one_parameter(tensors):
 def test_an_optional_parameter_is_filled_where_there_is_one(tensors):
     """A tied model leaves the head of the file out; a row that is not optional would be named."""
     tied = dataclasses.replace(llama_config(), tied_head=True)
-    model = fill(abstract(tied), LLAMA.KEYS, Memory(tensors))
+    model = fill(abstract(tied), LLAMA.hf_keys, Memory(tensors))
     assert not hasattr(model, "head")
-    strict = [(source, target and target.rstrip("?"), how) for source, target, how in LLAMA.KEYS]
+    strict = [(source, target and target.rstrip("?"), how) for source, target, how in LLAMA.hf_keys]
     with pytest.raises(WeightsError, match=r"unused: lm_head.weight \(the model has no head.ker"):
         fill(abstract(tied), strict, Memory(tensors))
 
@@ -106,7 +106,7 @@ def test_an_optional_parameter_is_filled_where_there_is_one(tensors):
 def test_values_that_are_not_finite(tensors):
     tensors["model.norm.weight"] = np.full(24, np.nan, np.float32)
     with pytest.raises(WeightsError, match="model.norm.weight holds values that are not finite"):
-        fill(abstract(llama_config()), LLAMA.KEYS, Memory(tensors))
+        fill(abstract(llama_config()), LLAMA.hf_keys, Memory(tensors))
 
 
 @pytest.mark.parametrize("damage", [b"", b"\xff" * 4000, "cut"])
@@ -128,7 +128,7 @@ def test_safetensors_in_shards_and_in_bfloat16(tmp_path, tensors):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     shutil.copy(GOLDEN / "tiny_llama" / "config.json", tmp_path)
     source = weights.folder.tensors(tmp_path)
-    model = fill(abstract(llama_config()), LLAMA.KEYS, source)
+    model = fill(abstract(llama_config()), LLAMA.hf_keys, source)
     got = model.norm.scale[...]
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, tensors["model.norm.weight"], rtol=1e-2)

@@ -1,25 +1,15 @@
-"""Causal language models, one family per file: each defines what FAMILY names.
-
-`decoders/base.py` holds what they share and says what a family has to define.
-"""
+"""Causal language models: one family a file, a subclass of `decoders/base.py`'s `Decoder`."""
 
 from collections.abc import Mapping
-from types import ModuleType
 
 from larimar_jax import registry
 
-# Sizes, module, names in Hugging Face's files, where its parameters are split, and sizes from and to
-# Hugging Face's config.json.
-# A file may add MODEL_TYPES, if it computes other model types than the one it is called after, and
-# ADDED_TOKENS, if its vocabulary gets special tokens of ours (§2).
-FAMILY = ("CONFIG", "MODEL", "KEYS", "SHARDING", "from_huggingface", "to_huggingface")
+
+def families() -> Mapping[str, type]:
+    """Return every decoder family in this folder, by file name."""
+    return registry.families(__name__)
 
 
-def families() -> Mapping[str, ModuleType]:
-    """Every decoder family in this folder, by file name."""
-    return registry.scan(__name__, *FAMILY)
-
-
-def family(name: str) -> ModuleType:
-    """The family of that file name or Hugging Face model type; ValueError lists the known ones."""
-    return registry.lookup(registry.by_type(families()), name, "decoder family")
+def family(model_type: str) -> type:
+    """Return the decoder family that computes a Hugging Face model type; as `registry.family`."""
+    return registry.family(__name__, model_type)

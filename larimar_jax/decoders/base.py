@@ -11,27 +11,78 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import layers, losses, rotary
-from larimar_jax.layers import Cache, Context, Prefix
+from larimar_jax.layers import Context
+
+# A layer's own keys and values, as a cache stores them.
+KeysAndValues = tuple[Float[Array, "B G d T"], Float[Array, "B G T d"]]
 
 
-@layers.pytree
-@dataclasses.dataclass(frozen=True)
+def pytree(cls):
+    """Make a class a frozen dataclass and a pytree of its fields.
+
+    The pytree is rebuilt without the constructor: JAX rebuilds pytrees around placeholders, on which
+    a constructor that checks shapes would fail.
+    """
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+
+    def flatten_with_keys(tree):
+        return [(jax.tree_util.GetAttrKey(n), getattr(tree, n)) for n in names], None
+
+    def unflatten(_, leaves):
+        tree = object.__new__(cls)
+        tree.__dict__.update(zip(names, leaves, strict=True))
+        return tree
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten)
+    return cls
+
+
+@pytree
+class Prefix:
+    """How one latent per row enters a decoder (§2): a vector on every token, and past slots.
+
+    `key` and `value` are P past positions of each layer with the layer's key/value head layout,
+    unrotated, at position 0; tokens of an active row start at position 1. A row with `active`
+    False is decoded as by the untouched base LM, whatever its latent holds (to rounding: sums over
+    masked places run in another order; to the bit where no prefix is given). A zero latent is not
+    that: its slot is there and holds zeros.
+    """
+
+    embedding: Float[Array, "B D"]
+    key: Float[Array, "L B P H d"]
+    value: Float[Array, "L B P H d"]
+    active: Bool[Array, "B"]
+
+
+@pytree
+class Cache:
+    """Keys and values of every layer by token index; M, the capacity in tokens, is static.
+
+    Slots of a `Prefix` are not in the cache: they are passed again with every call.
+    """
+
+    key: Float[Array, "L B G d M"]
+    value: Float[Array, "L B G M d"]
+
+
+@pytree
 class Tree:
     """Tokens of a row that branch, or are of several texts: continuations and prompts side by side.
 
-    index: a token's place in its own text, counted from the text's start. seen: which tokens of
-    the row a token attends to: its ancestors and itself. owner: where texts of a row have latents of
+    index: a token's place in its own text, counted from the text's start. visible: which tokens of
+    the row a token attends to: its ancestors and itself. owner: where the texts of a row have latents of
     their own, which of the row's S a token is under; the prefix then has B·S rows, those of one row of
-    tokens after each other. Without it a row has one.
+    tokens after each other. Without `owner` a row has one latent.
     """
 
     index: Int[Array, "B T"]
-    seen: Bool[Array, "B T T"]
+    visible: Bool[Array, "B T T"]
     owner: Int[Array, "B T"] | None = None
 
 
 class WholeHeads:
-    """Of a config: heads that share the width evenly, each with its own key and value."""
+    """Sizes with heads that share the width evenly, each with its own key and value."""
 
     def __post_init__(self):
         if self.width % self.heads:
@@ -39,7 +90,7 @@ class WholeHeads:
 
     @property
     def kv_heads(self) -> int:
-        """Every query head has its own key and value."""
+        """The number of key and value heads: one for each query head."""
         return self.heads
 
     @property
@@ -51,18 +102,20 @@ class WholeHeads:
 class Decoder(nnx.Module):
     """A causal language model that a latent can condition through a `Prefix` (§2).
 
-    A family names its BLOCK, called as `block(x, context)` and returning x and what its
-    `layers.Attention` returned beside it; makes its `norm` (and `head`, where that is not tied to
-    the embeddings) in `top`; and says by `room`, `place`, `turn` and `windows` what its positions
-    do. Its config has width, depth, kv_heads, head_size, vocab_size and max_length.
+    A family (registry.py) names its BLOCK, called as `block(x, context)` and returning x and what its
+    `layers.Attention` returned beside it; creates its `norm` (and `head`, where that is not tied to
+    the embeddings) in `init_output`; and overrides `max_tokens`, `add_positions`, `rotation` and
+    `windows` as its positions need. Its sizes have width, depth, kv_heads, head_size, vocab_size and
+    max_length.
 
     Args:
-      config: the family's.
-      dtype: what it computes in; parameters are float32.
-      remat: what the backward pass computes again (`layers.scan_layers`).
+      config: the family's sizes.
+      dtype: the compute dtype; parameters are float32.
+      remat: what the backward pass recomputes (`layers.scan_layers`).
     """
 
     BLOCK: ClassVar[type[nnx.Module]]
+    added_tokens: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -73,33 +126,33 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
-        table = nnx.initializers.normal(0.02)
-        self.word = nnx.Embed(config.vocab_size, config.width, embedding_init=table, rngs=rngs)
+        draw = nnx.initializers.normal(0.02)
+        self.word = nnx.Embed(config.vocab_size, config.width, embedding_init=draw, rngs=rngs)
         self.layers = layers.stack(
             lambda rngs: self.BLOCK(config, dtype=dtype, rngs=rngs), config.depth, rngs
         )
-        self.top(rngs)
+        self.init_output(rngs)
 
-    def top(self, rngs: nnx.Rngs) -> None:
-        """Makes what comes before the first layer beside the embeddings, and after the last."""
-        raise NotImplementedError(f"{type(self).__name__} does not make its norm")
+    def init_output(self, rngs: nnx.Rngs) -> None:
+        """Create what comes before the first layer beside the embeddings, and after the last."""
+        raise NotImplementedError(f"{type(self).__name__} does not create its norm")
 
-    def room(self, prefix: Prefix | None) -> int:
-        """How many tokens a row may have."""
+    def max_tokens(self, prefix: Prefix | None) -> int:
+        """Return how many tokens a row takes."""
         return self.config.max_length
 
-    def place(
+    def add_positions(
         self, x: Float[Array, "B T D"], position: Int[Array, "B T"]
     ) -> Float[Array, "B T D"]:
-        """Adds learned positions, where the family has any."""
+        """Add learned positions, where the family has any."""
         return x
 
-    def turn(self, position: Int[Array, "B T"]) -> rotary.Turn | None:
-        """Rotary positions, where the family has any."""
+    def rotation(self, position: Int[Array, "B T"]) -> rotary.Rotation | None:
+        """Return rotary positions, where the family has any."""
         return None
 
     def windows(self) -> Int[np.ndarray, " L"] | None:
-        """How many tokens back each layer sees, itself included; None where all see everything."""
+        """Return how many tokens back each layer attends, itself included; None for all of them."""
         return None
 
     def hidden(
@@ -109,8 +162,9 @@ class Decoder(nnx.Module):
         cache: Cache | None = None,
         start: Int[Array, "B"] | None = None,
         tree: Tree | None = None,
+        product_dtype: DTypeLike | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Final, normalised hidden states in the compute dtype, and the cache with the tokens in.
+        """Return final, normalised hidden states in the compute dtype, and the cache with the tokens in.
 
         Token t of row b has index start[b] + t and attends to every index up to its own (within its
         layer's window) and, in rows where `prefix` is active, to the P past slots, however far.
@@ -122,68 +176,67 @@ class Decoder(nnx.Module):
         Args:
           tree: tokens that branch instead of following each other; then without cache and start, and
             the cache that is returned holds them as they lie in their row. Where it has an `owner`,
-            rows of the prefix are those of `Tree`, and what is said of rows holds for the tokens under
-            each.
+            rows of the prefix are those of `Tree`, and what holds for rows above holds for the tokens
+            under each.
+          product_dtype: what the factors of products with kernels are rounded to (`layers.product`).
 
         Raises:
-          ValueError: more tokens than there are positions, or than the cache has room for; a dynamic
-            `start` that runs past the cache cannot be seen here: callers size the cache.
+          ValueError: more tokens than there are positions, or than the cache takes; a dynamic `start`
+            that runs past the cache is not detected here: callers size the cache.
         """
         self._check(tokens.shape[1], prefix, cache, tree)
         batch, length = tokens.shape
-        index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-        seen = index[:, :, None] >= index[:, None, :]
-        if tree is not None:
-            index, seen = tree.index, tree.seen
+        if tree is None:
+            index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+            visible, owner = index[:, :, None] >= index[:, None, :], None
+        else:
+            index, visible, owner = tree.index, tree.visible, tree.owner
         if start is not None:
             index = index + start.astype(jnp.int32)[:, None]
-        owner = None if tree is None else tree.owner
-        active, shown = _latents(prefix, owner)
+        active, visible_slots = _latents(prefix, owner)
         position = index + active.astype(jnp.int32)
 
         x = embed(self.word, tokens, prefix, self.dtype, owner)
-        x = self.place(x, position)
-        turn, windows = self.turn(position), self.windows()
+        x = self.add_positions(x, position)
+        rotation, windows = self.rotation(position), self.windows()
         slots = None if prefix is None else _slots(prefix, batch)
         past = None if start is None or cache is None else (cache.key, cache.value)
 
         def near(mask, key_index, window):
-            if window is None:
-                return mask
-            return mask & (index[:, :, None] - key_index < window)
+            return mask if window is None else mask & (index[:, :, None] - key_index < window)
 
         def call(block, x, layer):
             slots, past, window = layer
             before = ()
             if slots is not None:
-                before += ((*slots, shown),)
+                before += ((*slots, visible_slots),)
             if past is not None:
                 stored = jnp.arange(past[1].shape[2], dtype=jnp.int32)
-                old = jnp.broadcast_to(
-                    stored < start[:, None, None], (batch, length, stored.shape[0])
-                )
-                before += ((*past, near(old, stored, window)),)
-            return block(x, Context(near(seen, index[:, None, :], window), turn, before))
-
-        with layers.changing(None if prefix is None else active):
-            x, new = layers.scan_layers(
-                self.layers,
-                call,
-                x,
-                (slots, past, None if windows is None else jnp.asarray(windows)),
-                remat=self.remat,
+                written = stored < start[:, None, None]
+                written = jnp.broadcast_to(written, (batch, length, stored.shape[0]))
+                before += ((*past, near(written, stored, window)),)
+            context = Context(
+                mask=near(visible, index[:, None, :], window),
+                rotation=rotation,
+                before=before,
+                adapted=prefix is not None and active,
+                product_dtype=product_dtype,
             )
+            return block(x, context)
+
+        inputs = (slots, past, None if windows is None else jnp.asarray(windows))
+        x, new = layers.scan_layers(self.layers, call, x, inputs, remat=self.remat)
         if tree is not None:
             return self.norm(x), Cache(*new)
         return self.norm(x), None if cache is None else _extend(cache, *new, start)
 
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
-        """Next-token logits, float32. Gather the rows that are needed first: V is large."""
+        """Return next-token logits, float32. Gather the rows that are needed first: V is large."""
         return losses.logits(self.to_logits, hidden)
 
     @property
     def to_logits(self) -> losses.Head:
-        """What makes logits of hidden states."""
+        """The map from hidden states to logits."""
         head = getattr(self, "head", None)
         if head is None:
             return losses.Head(self.embeddings, None, True, self.dtype)
@@ -191,7 +244,7 @@ class Decoder(nnx.Module):
         return losses.Head(head.kernel[...], bias, False, self.dtype)
 
     def empty_cache(self, batch: int, length: int) -> Cache:
-        """A cache for `length` tokens in all, prompt and continuation.
+        """Return a cache for `length` tokens in all, prompt and continuation.
 
         Raises:
           ValueError: length exceeds max_length.
@@ -204,7 +257,7 @@ class Decoder(nnx.Module):
 
     @property
     def decoder(self) -> "Decoder":
-        """Itself: generating and scoring take a bare decoder, the base LM, where they take a Larimar."""
+        """The decoder itself: generation and scoring take it, the base LM, in the place of a Larimar."""
         return self
 
     @property
@@ -213,22 +266,22 @@ class Decoder(nnx.Module):
         return self.word.embedding[...]
 
     def _check(self, length: int, prefix, cache: Cache | None, tree: Tree | None) -> None:
-        room = self.room(prefix)
+        limit = self.max_tokens(prefix)
         if cache is not None:
-            held = cache.value.shape[3]
+            capacity = cache.value.shape[3]
             if tree is not None:
                 raise ValueError("tokens that branch follow no cache: a cache is one sequence")
-            if length > held:
+            if length > capacity:
                 raise ValueError(
-                    f"{length} tokens do not fit a cache made for {held}; make it with"
-                    f" empty_cache(batch, length) for prompt and continuation together"
+                    f"{length} tokens do not fit a cache made for {capacity}; make it with"
+                    " empty_cache(batch, length) for prompt and continuation together"
                 )
-            length = held
-        if tree is None and length > room:
-            taken = f" (a memory slot takes one of {self.config.max_length})"
+            length = capacity
+        if tree is None and length > limit:
+            slot = f" (a memory slot takes one of {self.config.max_length})"
             raise ValueError(
-                f"{length} tokens exceed this decoder's {room} positions"
-                + (taken if room < self.config.max_length else "")
+                f"{length} tokens exceed this decoder's {limit} positions"
+                + (slot if limit < self.config.max_length else "")
             )
 
 
@@ -239,7 +292,7 @@ def embed(
     dtype: DTypeLike,
     owner: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """Token embeddings, plus its latent's vector on every token of an active row (§2)."""
+    """Return token embeddings, plus its latent's vector on every token of an active row (§2)."""
     x = layers.look_up(table, tokens).astype(dtype)
     if prefix is None:
         return x
@@ -252,7 +305,7 @@ def embed(
 def _latents(
     prefix: Prefix | None, owner: Int[Array, "B T"] | None
 ) -> tuple[Bool[Array, "#B #T"], Bool[Array, "#B #T S"] | None]:
-    """Which tokens have an active latent, and which of their row's slots they see."""
+    """Return which tokens have an active latent, and which of their row's slots they attend to."""
     if prefix is None:
         return jnp.zeros((1, 1), bool), None
     slots = prefix.key.shape[2]
@@ -260,14 +313,14 @@ def _latents(
         active = prefix.active[:, None]
         return active, jnp.repeat(active[:, None], slots, axis=2)
     active = prefix.active.reshape(owner.shape[0], -1)
-    mine = (owner[:, :, None] == jnp.arange(active.shape[1])) & active[:, None]
-    return mine.any(axis=2), jnp.repeat(mine, slots, axis=2)
+    own = (owner[:, :, None] == jnp.arange(active.shape[1])) & active[:, None]
+    return own.any(axis=2), jnp.repeat(own, slots, axis=2)
 
 
 def _slots(
     prefix: Prefix, batch: int
 ) -> tuple[Float[Array, "L B G d S"], Float[Array, "L B G S d"]]:
-    """The slots of each of so many rows of tokens, after each other."""
+    """Return the slots of each of `batch` rows of tokens, after each other."""
     active = prefix.active[None, :, None, None, None]
     # A masked slot gets weight 0, but 0 times what is not finite would still spread.
     key, value = (jnp.where(active, a, jnp.zeros_like(a)) for a in (prefix.key, prefix.value))
@@ -282,7 +335,7 @@ def _extend(
     value: Float[Array, "L B G T d"],
     start: Int[Array, "B"] | None,
 ) -> Cache:
-    """All layers' new keys and values in one write: the scan over layers only reads the cache."""
+    """Write all layers' new keys and values at once: the scan over layers only reads the cache."""
     key, value = key.astype(cache.key.dtype), value.astype(cache.value.dtype)
     if start is None:
         insert = jax.lax.dynamic_update_slice_in_dim

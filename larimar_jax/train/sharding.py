@@ -8,19 +8,18 @@ memory computes is mapped over them device by device, without a collective.
 import logging
 import math
 import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from larimar_jax.layers import Placement
+from larimar_jax.layers import ROW_AXES
 
 P = PartitionSpec
 AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))
+BATCH = P(ROW_AXES)
 
 # A regex on '/'-joined parameter paths, where what it finds is split, and whether a model may lack it.
 Rule = tuple[str, PartitionSpec, bool]
@@ -78,8 +77,7 @@ def rules(model: Any, memory_layout: str = "replicated") -> list[Rule]:
         (r"^to_(latent|slots|embedding)/kernel$", P("fsdp"), False),
     ]
     for name in ("encoder", "decoder"):
-        table = sys.modules[type(getattr(model, name)).__module__].SHARDING
-        for pattern, axes, *optional in table:
+        for pattern, axes, *optional in getattr(model, name).sharding_rules:
             # Every name of a tower begins with it; the pattern's own start is behind that.
             start = f"^{name}/" if pattern.startswith("^") else f"^{name}/.*"
             own.append((start + pattern.removeprefix("^"), P(*axes), bool(optional)))
@@ -114,7 +112,7 @@ def match(table: Sequence[Rule], names: Sequence[str]) -> dict[str, P]:
         raise ShardingRuleError(
             "Sharding rules and parameters do not fit:\n  "
             + "\n  ".join(lines)
-            + "\nThe table of a tower is SHARDING in its family's file; order counts, the first match"
+            + "\nThe table of a tower is its family's `sharding_rules`; order counts, the first match"
             " wins."
         )
     return found
@@ -160,27 +158,6 @@ def fitting(where: NamedSharding, shape: tuple[int, ...], like: tuple[int, ...])
     return where if shape == like else replicated(where.mesh)
 
 
-def per_episode(mesh: Mesh) -> Callable[[Callable], Callable]:
-    """Maps a function over episodes, each on the device where it lives: no device sees another's.
-
-    The mapped function takes what all episodes share (whole on every device) and then arrays that
-    lead with B.
-    """
-
-    def over(function: Callable) -> Callable:
-        def mapped(shared: Any, *episodes: Any) -> Any:
-            def local(shared: Any, *episodes: Any) -> Any:
-                rows = (None, *(0 for _ in episodes))
-                return jax.vmap(function, in_axes=rows)(shared, *episodes)
-
-            inner = (P(), *(BATCH for _ in episodes))
-            return jax.shard_map(local, mesh=mesh, in_specs=inner, out_specs=BATCH)(shared, *episodes)
-
-        return mapped
-
-    return over
-
-
 def _fit(mesh: Mesh, name: str, shape: tuple[int, ...], spec: PartitionSpec) -> PartitionSpec:
     kept = []
     for size, axes in zip(shape, spec, strict=False):  # a spec may be shorter
@@ -205,16 +182,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def part_sharding(mesh: Mesh) -> NamedSharding:
     """Parts of a batch, one after the other, each with its episodes over data and fsdp."""
     return NamedSharding(mesh, P(None, *BATCH))
-
-
-def placement(mesh: Mesh) -> Placement:
-    """Rows of activations stay with their episodes; a table is gathered before it is looked up in."""
-
-    def to(where: NamedSharding) -> Callable[[jax.Array], jax.Array]:
-        return lambda x: jax.lax.with_sharding_constraint(x, where)
-
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    return Placement(rows=to(batch_sharding(mesh)), whole=to(replicated(mesh)), ways=ways)
 
 
 def place(tree: Any, where: Any) -> Any:

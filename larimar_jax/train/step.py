@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
-from larimar_jax import layers, linalg, model, objective, products
+from larimar_jax import linalg, model, objective
 from larimar_jax.config import Config, make_memory
 from larimar_jax.model import AbstractModel
 from larimar_jax.train import edits, flops, optimizer, sharding
@@ -85,7 +85,6 @@ class TrainStep:
         self._flops: dict[int, int] = {}
         self._optimizer = optimizer.make(config.train)
         self._rate = optimizer.learning_rate(config.train)
-        self._over = sharding.per_episode(mesh)
         _check_parts(config, mesh)
         where = shardings(skeleton, config, mesh)
         split, self._frozen = optimizer.partition(where, config.train.frozen)
@@ -229,8 +228,8 @@ class TrainStep:
         divide = objective.counts(batch, config.objective)
 
         def loss_of(params: dict[str, Array], batch, keys):
-            with products.factors(config.train.products):
-                return self._losses(params, frozen, batch, keys, config.objective, beta, divide)
+            how = dict(divide=divide, product_dtype=config.train.products)
+            return self._loss(params, frozen, batch, keys, config.objective, beta, **how)
 
         graded = jax.value_and_grad(loss_of, has_aux=True)
         parts = config.train.accumulate
@@ -273,9 +272,9 @@ class TrainStep:
         weights = dataclasses.replace(
             self._config.objective, reconstruction=1.0, autoencoding=1.0, language=1.0
         )
-        terms = self._losses(params, frozen, batch, None, weights, jnp.float32(0.0), None)[1]
+        terms = self._loss(params, frozen, batch, None, weights, jnp.float32(0.0))[1]
         larimar = self._skeleton.model({**params, **frozen})
-        with layers.placed_by(sharding.placement(self._mesh)):
+        with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
             base = objective.untouched(larimar, batch, objective.counts(batch, weights))
         condition = linalg.matrix_condition(larimar.memory.prior_memory[...])
         return {**terms, "base": base, "memory_condition": condition}
@@ -286,12 +285,11 @@ class TrainStep:
         larimar = self._skeleton.model({**params, **frozen})
         return edits.score(larimar, texts, self._config.editing)
 
-    def _losses(self, params, frozen, batch, keys, weights, beta, divide):
+    def _loss(self, params, frozen, batch, keys, weights, beta, **how):
         larimar = self._skeleton.model({**params, **frozen})
-        with layers.placed_by(sharding.placement(self._mesh)):
-            return objective.losses(
-                larimar, self._memory, batch, keys, weights, beta, divide=divide, over=self._over
-            )
+        # Models know no mesh: they split rows over whichever JAX traces under.
+        with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
+            return objective.loss(larimar, self._memory, batch, keys, weights, beta, **how)
 
 
 def _count(slots: Any) -> Array:

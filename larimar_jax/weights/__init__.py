@@ -104,8 +104,8 @@ def load_tokenizer(source: str) -> Tokenizer:
     else:
         said = _gguf(path).config()
         found = Tokenizer.from_gguf(path)
-    family = registry.by_type(decoders.families()).get(said["model_type"])
-    added = getattr(family, "ADDED_TOKENS", ())
+    family = registry.by_model_type(decoders.__name__).get(said["model_type"])
+    added = getattr(family, "added_tokens", ())
     return found.with_specials(added) if added else found
 
 
@@ -126,7 +126,7 @@ def locate(source: str) -> pathlib.Path:
     )
 
 
-def describe(path: pathlib.Path, kind: ModuleType) -> tuple[ModuleType, Any, Source]:
+def describe(path: pathlib.Path, kind: ModuleType) -> tuple[type, Any, Source]:
     """The family, the sizes and the tensors of a folder or GGUF file; no tensor is read.
 
     Args:
@@ -143,7 +143,7 @@ def describe(path: pathlib.Path, kind: ModuleType) -> tuple[ModuleType, Any, Sou
     try:
         family = kind.family(said["model_type"])
         # Only a sentence encoder's folder speaks of pooling.
-        config = dataclasses.replace(family.from_huggingface(said), **extra)
+        config = dataclasses.replace(family.CONFIG.from_huggingface(said), **extra)
     except KeyError as error:
         raise WeightsError(f"the configuration of {path} does not say its {error}") from error
     except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
@@ -162,7 +162,7 @@ def _gguf(path: pathlib.Path) -> gguf.Gguf:
     return gguf.open_gguf(str(path))
 
 
-def sizes(source: str, kind: ModuleType) -> tuple[ModuleType, Any]:
+def sizes(source: str, kind: ModuleType) -> tuple[type, Any]:
     """The family and the sizes of what `load_encoder` and `load_decoder` make; no tensor is read.
 
     Args:
@@ -176,10 +176,10 @@ def sizes(source: str, kind: ModuleType) -> tuple[ModuleType, Any]:
     return family, _with_added(path, family, config, load_tokenizer(str(path)))
 
 
-def _with_added(path: pathlib.Path, family: ModuleType, config: Any, tokenizer: Tokenizer) -> Any:
+def _with_added(path: pathlib.Path, family: type, config: Any, tokenizer: Tokenizer) -> Any:
     """The sizes with rows for tokens that were added to the tokenizer (§2)."""
     more = max(tokenizer.vocab_size - config.vocab_size, 0)
-    if more > len(getattr(family, "ADDED_TOKENS", ())):
+    if more > len(getattr(family, "added_tokens", ())):
         raise WeightsError(
             f"{path}: the tokenizer has ids up to {tokenizer.vocab_size - 1} and the embedding table"
             f" {config.vocab_size} rows; they are of different models, or tokens were added to the"
@@ -204,10 +204,10 @@ def _load(
     config = _with_added(path, family, config, tokenizer)
     more = config.vocab_size - rows
     abstract = nnx.eval_shape(
-        lambda: family.MODEL(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0))
+        lambda: family(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0))
     )
     _keep_in(abstract, jnp.dtype(param_dtype))
-    return fill.fill(abstract, family.KEYS, tensors, where=where, more_rows=more), tokenizer
+    return fill.fill(abstract, family.hf_keys, tensors, where=where, more_rows=more), tokenizer
 
 
 def _keep_in(abstract: nnx.Module, dtype: jnp.dtype) -> None:

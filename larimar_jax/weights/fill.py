@@ -1,6 +1,6 @@
 """Tensors of a file into a module, strictly: every name accounted for, on both sides.
 
-A family's `KEYS` is a table of `(source, target, transform)`:
+A family's `hf_keys` is a table of `(source, target, transform)`:
 
 - `source`: the name in the file. `{layer}` is the number of a layer, which says what row of the
   stacked parameter the tensor fills; `[x]` may be missing; of `(x|y)` one is there; a `*`, in a row
@@ -78,7 +78,7 @@ def fill(
 
     Args:
       abstract: the module from `nnx.eval_shape`; its dtypes are those of the result.
-      keys: its family's `KEYS`.
+      keys: its family's `hf_keys`.
       source: where the tensors are.
       where: each parameter's sharding; None is the default device.
       more_rows: vocabulary that the module has beyond the file's, for special tokens of ours (§2).

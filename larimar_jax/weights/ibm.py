@@ -255,7 +255,7 @@ def _keys(family: str) -> Keys:
             for name, to, how in rows
         ]
 
-    encoder, decoder = encoders.family("bert").KEYS, decoders.family(family).KEYS
+    encoder, decoder = encoders.family("bert").hf_keys, decoders.family(family).hf_keys
     return (
         *beside(_ENCODER, "encoder.", encoder, "[bert.]", ""),
         *beside(_DECODER, "decoder.", decoder, "[transformer.]", "transformer."),

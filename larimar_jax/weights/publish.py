@@ -3,7 +3,6 @@
 import json
 import pathlib
 from collections.abc import Iterable, Mapping
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ SHARD_BYTES = 5_000_000_000  # as transformers itself cuts
 
 
 def encoder(
-    folder: pathlib.Path, module: nnx.Module, family: ModuleType, tokenizer: Tokenizer
+    folder: pathlib.Path, module: nnx.Module, family: type, tokenizer: Tokenizer
 ) -> None:
     """Writes an encoder of `encoders.family(…)` into a folder that exists and is empty.
 
@@ -50,7 +49,7 @@ def encoder(
 
 
 def decoder(
-    folder: pathlib.Path, module: nnx.Module, family: ModuleType, tokenizer: Tokenizer
+    folder: pathlib.Path, module: nnx.Module, family: type, tokenizer: Tokenizer
 ) -> None:
     """Writes a decoder of `decoders.family(…)` into a folder that exists and is empty.
 
@@ -106,15 +105,15 @@ def tensors(
 def _tower(
     folder: pathlib.Path,
     module: nnx.Module,
-    family: ModuleType,
+    family: type,
     tokenizer: Tokenizer,
     roles: Mapping[str, int],
 ) -> None:
     # config.json knows no [CLS] and [SEP].
     ids = {f"{r}_id": i for r, i in roles.items() if r in ("bos_token", "eos_token", "pad_token")}
-    said = family.to_huggingface(module.config) | {"torch_dtype": "float32"} | ids
+    said = module.config.to_huggingface() | {"torch_dtype": "float32"} | ids
     _json(folder / "config.json", said)
-    tensors(folder, fill.to_source(module, family.KEYS))
+    tensors(folder, fill.to_source(module, family.hf_keys))
     text = _framing(tokenizer).to_str(pretty=True)
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     named = {role: tokenizer.backend.id_to_token(i) for role, i in roles.items()}

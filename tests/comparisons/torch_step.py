@@ -116,7 +116,7 @@ class TorchLarimar:
     def loss(
         self, batch: Mapping[str, Tensor], beta: float, *, noisy: bool, rounded: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return Eq. 1 as `objective.losses` has it, and its terms by the same names.
+        """Return Eq. 1 as `objective.loss` has it, and its terms by the same names.
 
         Args:
             beta: weight of the KL term.

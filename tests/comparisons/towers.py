@@ -6,12 +6,11 @@ are added to what a linear map returns, as other programs that train them do.
 
 import dataclasses
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from larimar_jax import decoders, encoders, lora
+from larimar_jax import lora
 from larimar_jax import model as models
 from larimar_jax.config import Config
 from larimar_jax.model import Larimar
@@ -48,7 +47,7 @@ def build(config: Config, model: Larimar) -> Towers:
     modules = {name: from_ours(getattr(plain, name)) for name in ("encoder", "decoder")}
     parameters: Parameters = {}
     for name, module in modules.items():
-        parameters |= _paths(module, _family(getattr(plain, name)), name)
+        parameters |= _paths(module, type(getattr(plain, name)), name)
     if factors:
         parameters |= _add_factors(modules, parameters, factors, config.model.lora.scale)
     return Towers(**modules, parameters=parameters)
@@ -63,8 +62,8 @@ def from_ours(tower: Any) -> Any:
     import torch
     import transformers
 
-    family = _family(tower)
-    settings = dict(family.to_huggingface(tower.config))
+    family = type(tower)
+    settings = tower.config.to_huggingface()
     dropouts = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout")
     settings |= dict.fromkeys(dropouts, 0.0)
     settings |= dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -76,7 +75,7 @@ def from_ours(tower: Any) -> Any:
     prefix = _prefix(family)
     state = {
         name.removeprefix(prefix): torch.from_numpy(np.array(tensor))
-        for name, tensor in fill.to_source(tower, family.KEYS)
+        for name, tensor in fill.to_source(tower, family.hf_keys)
     }
     mismatch = module.load_state_dict(state, strict=False)
     # A tied head is not in ours, nor are tables of constants.
@@ -109,21 +108,16 @@ def round_frozen(module: Any, dtype: Any) -> None:
             part.weight = torch.nn.Parameter(part.weight.detach().to(dtype), requires_grad=False)
 
 
-def _family(tower: Any) -> ModuleType:
-    families = [*encoders.families().values(), *decoders.families().values()]
-    return next(family for family in families if isinstance(tower, family.MODEL))
-
-
-def _prefix(family: ModuleType) -> str:
+def _prefix(family: type) -> str:
     """Return what names in a file have before those of the module."""
-    return "bert." if family.__name__.endswith(".bert") else ""
+    return "bert." if "bert" in family.model_types else ""
 
 
-def _paths(module: Any, family: ModuleType, tower: str) -> Parameters:
+def _paths(module: Any, family: type, tower: str) -> Parameters:
     """Return a module's parameters by the paths of ours, each path's layers in order."""
     table = [
         (fill.pattern(template), target.removesuffix("?").replace(".", "/"))
-        for template, target, _ in family.KEYS
+        for template, target, _ in family.hf_keys
         if target is not None
     ]
     parameters: Parameters = {}

@@ -170,7 +170,7 @@ class OurStep:
 
         def loss(params, batch):
             model = self._abstract.model({**params, **self._frozen})
-            return objective.losses(model, memory, batch, None, goal, jnp.float32(goal.kl))
+            return objective.loss(model, memory, batch, None, goal, jnp.float32(goal.kl))
 
         @jax.jit
         def everything(params, batch):
