@@ -181,7 +181,7 @@ def model(
     facts = scope_questions(records, Paraphrases(records), others=OTHERS, seed=recipe.seed)
     loaded = pipeline.load(source)
     found = calibrate(lambda texts: loaded.encode(texts).pooled, facts, recipe)
-    path = pipeline.locate(source)
+    path = model_file.locate(source)
     _, meta = model_file.load_exported(path)
     threshold = f"editing.scope_threshold={found.threshold}"
     held = {"external": found.external, "internal": found.internal}

@@ -17,6 +17,7 @@ from larimar_jax.answer_code import TokenEvidence
 from larimar_jax.config import Config, make_memory
 from larimar_jax.decoders.base import Cache, Prefix, Tree
 from larimar_jax.memory.base import MemoryParams
+from larimar_jax.weights import model_file
 
 
 @jax.tree_util.register_dataclass
@@ -326,3 +327,33 @@ class AbstractModel:
             (path, leaf.replace(values["/".join(map(str, path))])) for path, leaf in self._flat
         )
         return nnx.merge(self._graph, state)
+
+
+def restore(
+    config: Config, towers: Mapping[str, nnx.Module], arrays: Mapping[str, Any], path: Any
+) -> Larimar:
+    """Return the model with the parameters of loaded towers, and all its others from a file's arrays.
+
+    Raises:
+      ExportError: file and model do not have the same parameters; names every one that does not fit.
+    """
+    # Every parameter is in a file, and drawing them first would be for nothing.
+    skeleton = AbstractModel(abstract(config, towers))
+    loaded = tuple(f"{name}/" for name in towers)
+    shapes = {name: leaf.shape for name, leaf in skeleton.parameters.items()}
+    problems = [f"{n}: missing" for n in shapes if n not in arrays and not n.startswith(loaded)]
+    problems += [
+        f"{name}: {array.shape} in the file, {shapes.get(name, 'no such parameter')} in the model"
+        for name, array in arrays.items()
+        if array.shape != shapes.get(name)
+    ]
+    if problems:
+        raise model_file.ExportError(
+            f"{path} does not fit its own config:\n  " + "\n  ".join(problems)
+        )
+    values = {
+        f"{name}/{place}": array
+        for name, tower in towers.items()
+        for place, array in parameters(tower).items()
+    }
+    return skeleton.model(values | jax.device_put(dict(arrays)))

@@ -218,7 +218,7 @@ def test_the_file_is_the_model_with_a_detector_in_it(counterfact, tmp_path, caps
     np.testing.assert_array_equal(mine.latent, theirs.latent)
     np.testing.assert_array_equal(mine.pooled, theirs.pooled)
     np.testing.assert_allclose(mine.embedding, mine.pooled @ np.asarray(after.projection), atol=1e-5)
-    old, _ = model_file.load_exported(pipeline.locate("smol"))
+    old, _ = model_file.load_exported(model_file.locate("smol"))
     new, meta = model_file.load_exported(out)
     assert new.keys() == old.keys() | {scope.PROJECTION}
     for name in old.keys() - {scope.PROJECTION}:
@@ -237,7 +237,7 @@ def test_tokenizers_beside_a_model_are_those_that_it_needs(tmp_path):
 
 def test_a_detector_of_another_width_is_refused(tmp_path):
     path = tmp_path / "wrong.safetensors"
-    source = pipeline.locate("smol")
+    source = model_file.locate("smol")
     _, meta = model_file.load_exported(source)
     model_file.amend(source, path, {scope.PROJECTION: jnp.eye(3)}, meta)
     with pytest.raises(model_file.ExportError, match=r"scope/projection: \(3, 3\) in the file, \(384, 38"):

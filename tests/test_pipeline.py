@@ -1,8 +1,10 @@
 """The checkpoint that ships: it loads by name, and a fact goes into a real language model and out."""
 
-import types
+import dataclasses
+import os
+import subprocess
+import sys
 
-import numpy as np
 import pytest
 
 from larimar_jax import pipeline, weights
@@ -17,20 +19,32 @@ def smol():
 
 
 def test_each_tokenizer_is_read_once(monkeypatch):
-    read, load = [], weights.load_tokenizer
-    monkeypatch.setattr(weights, "load_tokenizer", lambda source: read.append(source) or load(source))
+    sources, load = [], weights.load_tokenizer
+    monkeypatch.setattr(weights, "load_tokenizer", lambda name: sources.append(name) or load(name))
     pipeline.load("smol")
-    assert len(read) == len(set(read)) == 2
+    assert len(sources) == len(set(sources)) == 2
+
+
+def test_loading_a_model_imports_neither_the_trainer_nor_optax():
+    code = (
+        "import sys, flax.nnx; before = set(sys.modules)\n"  # which imports optax
+        "import larimar_jax; larimar_jax.load('smol')\n"
+        "roots = ('larimar_jax.train', 'optax', 'orbax', 'grain')\n"
+        "print(*[name for name in set(sys.modules) - before if name.startswith(roots)])"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.split() == [], done.stdout + done.stderr
 
 
 def test_a_fact_goes_in_and_out(smol):
     session = Session(smol)
-    prompt, other = "The capital of Japan is", "The capital city of Japan is called"
+    prompt, paraphrase = "The capital of Japan is", "The capital city of Japan is called"
     before = session.ask(prompt, max_tokens=4)
     assert "Tokyo" in before.text and not before.in_scope
     fact = session.write(prompt, "Berlin")
     after, paraphrased, unrelated = session.ask_all(
-        [prompt, other, "The largest ocean on Earth is the"], max_tokens=4
+        [prompt, paraphrase, "The largest ocean on Earth is the"], max_tokens=4
     )
     assert "Berlin" in after.text and "Berlin" in paraphrased.text
     assert after.fact == paraphrased.fact == fact.id and not unrelated.in_scope
@@ -39,7 +53,7 @@ def test_a_fact_goes_in_and_out(smol):
 
 
 def test_the_file_holds_what_was_trained_and_is_small(smol):
-    path = pipeline.locate("smol")
+    path = model_file.locate("smol")
     assert path.stat().st_size <= 40e6
     arrays, meta = model_file.load_exported(path)
     assert not any(name.startswith(("encoder/", "decoder/")) for name in arrays)
@@ -48,8 +62,8 @@ def test_the_file_holds_what_was_trained_and_is_small(smol):
     assert len(smol.fingerprint) == 64 and smol.source == "smol"
 
 
-def test_a_file_that_lacks_a_parameter_is_refused(smol, tmp_path):
-    arrays, meta = model_file.load_exported(pipeline.locate("smol"))
+def test_a_file_that_lacks_a_parameter_is_refused(tmp_path):
+    arrays, meta = model_file.load_exported(model_file.locate("smol"))
     del arrays["to_slots/kernel"]
     arrays["to_embedding/kernel"] = arrays["to_embedding/kernel"][:, :5]
     path = tmp_path / "model.safetensors"
@@ -67,34 +81,43 @@ def test_a_session_is_no_model(smol, tmp_path):
         pipeline.load(path)
 
 
+def test_a_model_that_is_not_there_or_damaged_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither a shipped name"):
+        pipeline.load("nothing-of-that-name")
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"{}")
+    with pytest.raises(ValueError, match="damaged"):
+        pipeline.load(path)
+
+
 def test_a_text_may_fill_all_positions_of_an_encoder(tiny, monkeypatch):
     """30 positions, which no bucket of 8 ends at."""
-    widths = []
+    widths, encode = [], pipeline._encode
 
-    def encode(graph, state, projection, ids, mask, features):
+    def counting(graph, state, projection, ids, *arguments):
         widths.append(ids.shape[1])
-        return tuple(np.ones((len(ids), size), np.float32) for size in (3, 2, 3))
+        return encode(graph, state, projection, ids, *arguments)
 
-    monkeypatch.setattr(pipeline, "_encode", encode)
-    config = types.SimpleNamespace(max_length=30)
-    stub = types.SimpleNamespace(
-        model=types.SimpleNamespace(encoder=types.SimpleNamespace(config=config)),
-        config=types.SimpleNamespace(editing=types.SimpleNamespace(key_features=None, answer_code=None)),
-        encoder_tokenizer=tiny.encoder_tokenizer,
-        graph=None,
-        state=None,
-        projection=None,
-    )
+    monkeypatch.setattr(pipeline, "_encode", counting)
+    encoder = tiny.model.encoder
+    monkeypatch.setattr(encoder, "config", dataclasses.replace(encoder.config, max_length=30))
     full = "0" * 28  # with bos and eos
     assert int(tiny.encoder_tokenizer.encode([full]).mask.sum()) == 30
-    assert pipeline.Pipeline.encode(stub, [full, "0"]).embedding.shape == (2, 3)
+    assert tiny.encode([full, "0"]).embedding.shape[0] == 2
     assert widths == [30]
 
 
+def test_a_model_with_another_memory_has_the_same_towers(tiny):
+    changed = tiny.with_memory(dataclasses.replace(tiny.memory, ridge=0.5), tiny.prepared)
+    assert changed.memory.ridge == 0.5 and changed.graph is tiny.graph
+    with pytest.raises(ValueError, match="give it that `latent`"):
+        tiny.with_memory(dataclasses.replace(tiny.memory, latent=3), tiny.prepared)
+
+
 def test_how_a_model_is_edited_can_be_set_anew_and_nothing_else(smol):
-    other = pipeline.load("smol", ["editing.key_features.count=128", "editing.ridge=0.5"])
-    assert other.memory.slots == 512 < smol.memory.slots and other.memory.ridge == 0.5
-    assert other.fingerprint != smol.fingerprint
+    changed = pipeline.load("smol", ["editing.key_features.count=128", "editing.ridge=0.5"])
+    assert changed.memory.slots == 512 < smol.memory.slots and changed.memory.ridge == 0.5
+    assert changed.fingerprint != smol.fingerprint
     with pytest.raises(ConfigError, match="'model.latent=3' is no setting of `editing`"):
         pipeline.load("smol", ["model.latent=3"])
     with pytest.raises(ConfigError, match="editing.ridge: must be above 0"):

@@ -13,10 +13,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from larimar_jax import scope
+from larimar_jax.decoding import row_keys
 from larimar_jax.memory.base import Memory, Prepared
 from larimar_jax.model import Condition
 from larimar_jax.pipeline import Pipeline
-from larimar_jax.sampling import one_each
 from larimar_jax.weights.tokenizers import bucket
 
 
@@ -160,7 +160,7 @@ class LarimarEditor:
         keys[owner, line], values[owner, line] = latents[rows_of(prompts)], latents[len(unique) :]
         query_keys = np.zeros((count, width, latents.shape[1]), np.float32)
         query_keys[fact, slot] = latents[rows_of(nearest)]
-        rng = None if rng is None else one_each(rng, len(facts), count)
+        rng = None if rng is None else row_keys(rng, len(facts), count)
         readout = np.asarray(
             _recall(self.model.dual, self.model.prepared, keys, values, query_keys, rng)
         )

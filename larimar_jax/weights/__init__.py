@@ -1,6 +1,7 @@
 """Pretrained towers, loaded strictly and without torch."""
 
 import dataclasses
+import hashlib
 import pathlib
 from types import ModuleType
 from typing import Any
@@ -25,6 +26,7 @@ __all__ = [
     "Where",
     "describe",
     "fill",
+    "fingerprint",
     "folder",
     "gguf",
     "hub",
@@ -124,6 +126,22 @@ def locate(source: str) -> pathlib.Path:
         f"there are no weights {source!r}: it is neither a packaged name"
         f" ({', '.join(PACKAGED)}) nor a folder, a GGUF file, or a hub id written as org/name"
     )
+
+
+def fingerprint(source: str) -> str:
+    """Return a sha256 that tells towers apart: of file names, sizes and safetensors headers alone.
+
+    Raises:
+      FileNotFoundError: as `load_decoder`.
+    """
+    path = locate(source)
+    digest = hashlib.sha256()
+    for file in sorted(file for file in path.rglob("*") if file.is_file()) or [path]:
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        if file.suffix == ".safetensors":
+            with file.open("rb") as opened:
+                digest.update(opened.read(int.from_bytes(opened.read(8), "little")))
+    return digest.hexdigest()
 
 
 def describe(path: pathlib.Path, kind: ModuleType) -> tuple[type, Any, Source]:

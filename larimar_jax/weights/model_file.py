@@ -5,6 +5,7 @@ file carries what it was trained on (its config, in `meta`) and a digest of its 
 """
 
 import hashlib
+import importlib.resources
 import json
 import math
 import os
@@ -30,6 +31,29 @@ _CODES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I32": "int32"
 
 class ExportError(ValueError):
     """An exported file that is damaged, half written, or of another model."""
+
+
+def shipped() -> dict[str, Path]:
+    """Return the checkpoints that ship with the package, by name."""
+    folder = Path(str(importlib.resources.files("larimar_jax"))) / "checkpoints"
+    return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
+
+
+def locate(source: str | Path) -> Path:
+    """Return the exported file of a shipped name, of a path, or of a training run's folder.
+
+    Raises:
+        FileNotFoundError: none of these; lists the names.
+    """
+    names = shipped()
+    path = names.get(str(source), Path(source))
+    path = path / "model.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no model {str(source)!r}: it is neither a shipped name "
+            f"({', '.join(names) or 'none'}) nor an exported file or the folder of a finished run."
+        )
+    return path
 
 
 def save_exported(
