@@ -14,9 +14,9 @@ from typing import Any
 _PUBLIC = {
     "Config": "config",
     "Larimar": "model",
-    "Pipeline": "pretrained",
+    "Pipeline": "pipeline",
     "Session": "session",
-    "load": "pretrained",
+    "load": "pipeline",
 }
 
 __all__ = [*_PUBLIC]
