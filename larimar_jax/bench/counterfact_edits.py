@@ -108,7 +108,7 @@ class CounterFact(EditTask):
         ]
 
     def _wordings(self) -> dict[int, tuple[str, ...]]:
-        wordings = self.wordings(self.records, self.rephrasings)
+        wordings = self.other_wordings(self.records, self.rephrasings)
         ids = [record.case_id for record in self.records]
         return dict(zip(ids, wordings, strict=True))
 

@@ -167,9 +167,9 @@ class Queries:
         if not derived:
             return {name: values[name] for name in systems}
         outside = values[self.outside]
-        let = self.in_scope.reshape(
-            *self.in_scope.shape, *[1] * (outside.ndim - self.in_scope.ndim)
-        )
+        # Of one value a prompt there is one decision; of c values, one or c.
+        decided = self.in_scope.reshape(len(self.prompts), -1)
+        let = decided[:, 0] if outside.ndim == 1 else decided
         if "lookup" in wanted:
             values["lookup"] = np.where(let, values["lookup"], outside)
         if "verbatim" in wanted:
@@ -194,6 +194,18 @@ class Queries:
                     through[rows] = measure(prompts, inner, self.condition(rows))
             values["larimar"] = np.where(let, through, outside)
         return {name: values[name] for name in systems}
+
+    def take(self, rows: np.ndarray) -> "Queries":
+        """Return the chosen queries, in the order of `rows`; a query may be taken several times."""
+        return dataclasses.replace(
+            self,
+            prompts=[self.prompts[row] for row in rows],
+            facts=[self.facts[row] for row in rows],
+            nearest=[self.nearest[row] for row in rows],
+            scope_score=self.scope_score[rows],
+            in_scope=self.in_scope[rows],
+            condition=lambda chosen: self.condition(rows[chosen]),
+        )
 
     def scope(self, row: int) -> dict[str, float]:
         """Return columns of the scope decision of a prompt; the means over its candidates."""
@@ -324,17 +336,37 @@ class Systems:
         *,
         scoped: bool = True,
     ) -> Queries:
-        """Return queries of one memory of many facts. facts: the right one of each prompt, as a
-        text. scoped: whether the scope detector decides; without, all is let through."""
-        recall, nearest = store.recall(prompts)
+        """Return queries of one memory of many facts.
+
+        Args:
+            facts: the right one of each prompt, as a text.
+            scoped: whether the scope detector decides; without, all is let through.
+        """
+        return self.shared_memories([(store, prompts, facts)], scoped=scoped)
+
+    def shared_memories(
+        self,
+        parts: Sequence[tuple[FactStore, Sequence[str], Sequence[str | None]]],
+        *,
+        scoped: bool = True,
+    ) -> Queries:
+        """Return the queries of several memories in one row; each part is as in `shared_memory`."""
+        reads = [store.read(prompts) for store, prompts, _ in parts]
+        latents = np.concatenate([latent for latent, _ in reads])
+        matches = [match for _, match in reads]
+        inside = [match.within(self.model.scope_threshold) for match in matches]
         return Queries(
             self.editor,
-            list(prompts),
-            list(facts),
-            [store.facts[number] if number >= 0 else None for number in nearest],
-            recall.scope_score,
-            recall.in_scope if scoped else np.ones(len(prompts), bool),
-            recall.condition,
+            [prompt for _, prompts, _ in parts for prompt in prompts],
+            [fact for _, _, facts in parts for fact in facts],
+            [
+                store.facts[number] if number >= 0 else None
+                for (store, _, _), match in zip(parts, matches, strict=True)
+                for number in match.key
+            ],
+            np.concatenate([match.score for match in matches]),
+            np.concatenate(inside) if scoped else np.ones(len(latents), bool),
+            lambda rows: self.model.condition(latents[rows]),
         )
 
     def cached(self, name: str, key: Any, make: Callable[[], Any]) -> Any:

@@ -235,7 +235,7 @@ class EditTask(ModelTask):
                 f"larger file, or fewer {fewer}"
             )
 
-    def wordings(self, records: Sequence[EditRecord], count: int) -> list[tuple[str, ...]]:
+    def other_wordings(self, records: Sequence[EditRecord], count: int) -> list[tuple[str, ...]]:
         """Return at most `count` other wordings of each record's prompt, from all records of the
         file; none of them is one that the record asks.
 
@@ -310,7 +310,7 @@ def _argument(annotation: Any, parse: Callable | None) -> dict[str, Any]:
         return {"choices": typing.get_args(annotation)}
     if typing.get_origin(annotation) is tuple:
         return _argument(typing.get_args(annotation)[0], parse) | {"nargs": "+"}
-    if isinstance(annotation, types.UnionType):
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         (inner,) = (kind for kind in typing.get_args(annotation) if kind is not types.NoneType)
         return _argument(inner, parse)
     return {"type": parse or annotation}

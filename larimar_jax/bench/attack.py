@@ -1,0 +1,163 @@
+"""The rephrase attack (Table 5)."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from larimar_jax.bench.fact_store import FactStore, encode_facts
+from larimar_jax.bench.forget import UNKNOWN
+from larimar_jax.bench.systems import SYSTEMS, Queries, case_keys
+from larimar_jax.bench.task import EditTask, Metric, Pivot, option
+from larimar_jax.data.edit_records import EditRecord
+from larimar_jax.data.paraphrases import Wordings
+from larimar_jax.pipeline import Pipeline
+
+# Of the memory of all edits.
+TOGETHER = ("lookup", "verbatim", "larimar")
+# Records that are tried together.
+_TRIED = 256
+
+
+class AttackedFact(NamedTuple):
+    """A fact that the base LM knows, and the wordings that it is attacked with."""
+
+    record: EditRecord
+    wordings: tuple[str, ...]
+
+    @property
+    def case_id(self) -> int:
+        return self.record.case_id
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attack(EditTask):
+    """Rephrase attack: is an answer that was edited away still drawn from the model (Table 5)?
+
+    Facts of CounterFact that the base LM knows: greedy decoding of the prompt gives the whole of
+    the right answer. Each is edited to "unknown", alone in a memory and with all others in one. The
+    attack samples after other wordings of the prompt (the record's own paraphrases, then those that
+    the file has for other subjects), and succeeds where the right answer is anywhere in any sample.
+    A case draws with a key of its own, under every system the same.
+    """
+
+    metrics: ClassVar = {
+        "success": Metric("attack succeeds", lower=True),
+        "samples": Metric("samples with the answer", lower=True),
+    }
+    factors = ("memory",)
+    labels: ClassVar = {"alone": "one edit", "together": "all edits"}
+    tables = (
+        Pivot(("system", "memory"), None, caption="percent ± standard error; lower is better"),
+    )
+    plots = ()
+    paper: ClassVar = {("attack", "alone"): 17.6, ("attack", "together"): 21.5}
+    reference = (
+        "Table 5, success: ROME 29.0, MEMIT 49.3, Larimar 17.6 (one fact written), 21.5 (batch)."
+    )
+
+    facts: int = option("that the base LM knows", default=50)
+    wordings: int = option("attacked with, of each", default=4)
+    samples: int = option("after each wording", default=5)
+    tokens: int = option("of a sample", default=10)
+    temperature: float = option("of the samples", default=1.0)
+    seed: int = option("of the samples", default=0)
+    chunk: int = option("cases computed together", default=5)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if min(self.samples, self.tokens) < 1:
+            raise ValueError(
+                f"{self.samples} samples of {self.tokens} tokens: an attack needs one of each"
+            )
+
+    def cases(self, systems) -> Sequence[AttackedFact]:
+        """Return the first facts that the base LM knows; ValueError where there are fewer."""
+        return systems.cached("cases", (), lambda: self._known(systems.model))
+
+    def _known(self, model: Pipeline) -> list[AttackedFact]:
+        wordings = Wordings(self.records)
+        texts = [(r, (*r.paraphrases, *wordings.unseen(r))[: self.wordings]) for r in self.records]
+        able = [AttackedFact(*each) for each in texts if len(each[1]) == self.wordings]
+        known: list[AttackedFact] = []
+        for start in range(0, len(able), _TRIED):
+            tried = able[start : start + _TRIED]
+            prompts = [fact.record.prompt for fact in tried]
+            judged = model.judge(prompts, [[fact.record.target_true] for fact in tried])
+            shares = judged.accuracy[:, 0]
+            known += [fact for fact, share in zip(tried, shares, strict=True) if share == 1.0]
+            if len(known) >= self.facts:
+                return known[: self.facts]
+        raise ValueError(
+            f"of {len(able)} records the base LM knows {len(known)}, and {self.facts} are to be "
+            "attacked: give a larger file, fewer --facts, or fewer --wordings"
+        )
+
+    def evaluate(self, systems, cases) -> Iterator[dict[str, Any]]:
+        """Yield whether the attack on each fact succeeds, with the edit alone in memory and with
+        all edits together."""
+        facts = [(case.record.prompt, UNKNOWN) for case in cases]
+        prompts = [[text for text in case.wordings for _ in range(self.samples)] for case in cases]
+        keys = case_keys(self.seed, [case.case_id for case in cases])
+        rng = jnp.concatenate(
+            [jax.random.split(key, len(row)) for key, row in zip(keys, prompts, strict=True)]
+        )
+        memo: dict = {}
+        sample = functools.partial(self._sample, systems.model, rng, memo)
+        single = systems.single_edits(facts, [list(case.wordings) for case in cases])
+        times = np.repeat(np.arange(len(single.prompts)), self.samples)
+        alone = sample(single.take(times), SYSTEMS)
+        store = systems.cached("store", (), lambda: self._store(systems))
+        all_edits = systems.shared_memory(store, single.prompts, single.facts)
+        together = sample(all_edits.take(times), TOGETHER)
+        row = 0
+        for case, texts in zip(cases, prompts, strict=True):
+            rows = slice(row, row + len(texts))
+            row = rows.stop
+            answer = " ".join(case.record.target_true.split())
+            for memory, by_system in (("alone", alone), ("together", together)):
+                for system, values in by_system.items():
+                    leaks = [answer in " ".join(text.split()) for text in values[rows]]
+                    yield {
+                        "case": case.case_id,
+                        "system": system,
+                        "kind": "attack",
+                        "memory": memory,
+                        "success": float(max(leaks)),
+                        "samples": float(np.mean(leaks)),
+                        "prompt": case.record.prompt,
+                        "true": case.record.target_true,
+                        "wordings": list(case.wordings),
+                        "texts": values[rows].tolist(),
+                    }
+
+    def _sample(self, model, rng, memo, queries: Queries, systems) -> dict[str, np.ndarray]:
+        """The sample of every row by system, each with the row's key."""
+
+        def sample(prompts, rows, condition):
+            texts = model.generate(
+                prompts,
+                condition,
+                max_tokens=self.tokens,
+                temperature=self.temperature,
+                rng=rng[np.asarray(rows)],
+                stop=(),
+            )
+            return np.asarray(texts, object)
+
+        def forced(answer, row):
+            return queries.editor.text(answer[: self.tokens])
+
+        rows = list(range(len(queries.prompts)))
+        return queries.measure(sample, rows, forced, systems, memo)
+
+    def _store(self, systems) -> FactStore:
+        """The memory of all edits."""
+        cases = self.cases(systems)
+        facts = [(case.record.prompt, UNKNOWN) for case in cases]
+        queries = [text for case in cases for text in case.wordings]
+        return FactStore(encode_facts(systems.model, facts, queries), facts)

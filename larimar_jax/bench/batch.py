@@ -1,0 +1,105 @@
+"""Many facts written at once (Fig. 2a)."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+from larimar_jax.bench.fact_store import FactStore, encode_facts, written
+from larimar_jax.bench.metrics import magnitude, success
+from larimar_jax.bench.task import EditTask, Metric, Pivot, Plot, option
+from larimar_jax.data.edit_records import EditRecord
+
+SYSTEMS = ("base", "zero", "prompt", "lookup", "verbatim", "larimar")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch(EditTask):
+    """Batch editing: N facts of CounterFact written at once, each with its own prompt (Fig. 2a).
+
+    Rewrite S for every N, protocol `rome`. A case is a fact, evaluated at every N that it is among.
+    """
+
+    metrics: ClassVar = {
+        "S": Metric("rewrite S"),
+        "M": Metric("M"),
+        "own_key_nearest": Metric("own key nearest"),
+    }
+    factors = ("facts",)
+    labels: ClassVar = {"facts": "N", "edit": "rewrite"}
+    tables = (Pivot(("facts",), "system", ("S",), caption="rewrite S, percent ± standard error"),)
+    plots = (Plot("facts", "S", log="x", xlabel="N, facts in one memory"),)
+    # N = K there, and in its K = 512 alone; its 82 is of N = 2K.
+    paper: ClassVar = {("edit", 512): 100.0}
+    reference = "Fig. 2a, K = 512: about 100 % up to N = 512, 82 % at 1,024."
+
+    facts: tuple[int, ...] = option("how many at once, N", default=(1, 64, 256, 512, 1024, 2048))
+    chunk: int = option("cases computed together", default=128)
+
+    def paper_holds(self, settings) -> bool:
+        """Return whether the memory has the paper's slots."""
+        return settings["model"].get("slots") == 512
+
+    def records_needed(self) -> int:
+        """Return the largest N."""
+        return max(self.facts)
+
+    def cases(self, systems) -> Sequence["NumberedRecord"]:
+        """Return the facts by their place in the file; ValueError where it has fewer."""
+        self.require(max(self.facts), "are to be written at once", "--facts")
+        return [NumberedRecord(place, record) for place, record in enumerate(self.records)]
+
+    def evaluate(self, systems, cases) -> Iterator[dict[str, Any]]:
+        """Yield S and M of each fact at every N."""
+        stores = systems.cached("stores", (), lambda: self._stores(systems.model))
+        # What the untouched LM makes of a text is measured once for all N.
+        memo: dict = {}
+        losses, queries = {}, {}
+        for size in sorted(set(self.facts)):
+            within = [case.record for case in cases if case.case_id < size]
+            if not within:
+                continue
+            prompts = [record.prompt for record in within]
+            facts = [written(record.prompt, record.target_new) for record in within]
+            pairs = [(record.target_new, record.target_true) for record in within]
+            queries[size] = systems.shared_memory(stores[size], prompts, facts)
+            losses[size] = queries[size].score(pairs, SYSTEMS, memo)
+        for row, case in enumerate(cases):
+            record = case.record
+            for size, values in losses.items():
+                if case.case_id >= size:
+                    continue
+                query = queries[size]
+                own = query.nearest[row] == (record.prompt, record.target_new)
+                for system in SYSTEMS:
+                    new, true = (float(loss) for loss in values[system][row])
+                    yield {
+                        "case": case.case_id,
+                        "system": system,
+                        "kind": "edit",
+                        "facts": size,
+                        "S": success("edit", new, true),
+                        "M": magnitude("edit", new, true),
+                        "prompt": record.prompt,
+                        "new": record.target_new,
+                        "loss_new": new,
+                        "true": record.target_true,
+                        "loss_true": true,
+                        **(
+                            query.scope(row) | {"own_key_nearest": float(own)}
+                            if system == "larimar"
+                            else {}
+                        ),
+                    }
+
+    def _stores(self, model) -> dict[int, FactStore]:
+        facts = [(record.prompt, record.target_new) for record in self.records]
+        encoded = encode_facts(model, facts)
+        return {size: FactStore(encoded, facts[:size]) for size in sorted(set(self.facts))}
+
+
+@dataclasses.dataclass(frozen=True)
+class NumberedRecord:
+    """A record with its place in the file."""
+
+    case_id: int
+    record: EditRecord

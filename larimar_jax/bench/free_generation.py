@@ -1,0 +1,74 @@
+"""CounterFact, one edit at a time: free generation after an edit."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+from larimar_jax.bench.task import EditTask, Metric, Pivot, option
+from larimar_jax.data.edit_records import EditRecord
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FreeGeneration(EditTask):
+    """CounterFact, one edit at a time: does free generation give the new answer?
+
+    The likeliest continuation of the edit prompt and of its paraphrases, token by token. An answer
+    is given where it stands in the first `--tokens` tokens, and given at once where they begin with
+    it; upper and lower case count, blanks do not. The scope decision and the memory query see the
+    prompt only. Each case is written into an empty memory of its own.
+    """
+
+    metrics: ClassVar = {
+        "contains": Metric("gives the new answer"),
+        "begins": Metric("at once"),
+        "in_scope": Metric("prompts in scope"),
+    }
+    tables = (
+        Pivot(cells=("contains", "begins"), caption="percent ± standard error, below it at once"),
+    )
+
+    limit: int | None = option("only the first N records (default: all)", default=None)
+    tokens: int = option("decoded after a prompt", default=10)
+    chunk: int = option("cases computed together", default=100)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.tokens < 1:
+            raise ValueError(
+                f"--tokens must be at least 1, not {self.tokens}: so many are decoded."
+            )
+
+    def cases(self, systems) -> Sequence[EditRecord]:
+        """Return the records."""
+        return self.records
+
+    def evaluate(self, systems, cases) -> Iterator[dict[str, Any]]:
+        """Yield the continuations of a chunk of cases."""
+        queries = [
+            (case, kind, prompt)
+            for case in cases
+            for kind, prompt in [
+                ("edit", case.prompt),
+                *(("paraphrase", prompt) for prompt in case.paraphrases),
+            ]
+        ]
+        edits = systems.single_edits(
+            [(case.prompt, case.target_new) for case in cases],
+            [[case.prompt, *case.paraphrases] for case in cases],
+        )
+        texts = edits.generate(self.tokens)
+        for row, (case, kind, prompt) in enumerate(queries):
+            answer = " ".join(case.target_new.split())
+            for system, values in texts.items():
+                text = " ".join(values[row].split())
+                yield {
+                    "case": case.case_id,
+                    "system": system,
+                    "kind": kind,
+                    "contains": float(answer in text),
+                    "begins": float(text.startswith(answer)),
+                    "written": edits.facts[row],
+                    "prompt": prompt,
+                    "text": values[row],
+                    **(edits.scope(row) if system == "larimar" else {}),
+                }

@@ -1,0 +1,203 @@
+"""The scope detector on CounterFact (§6 of the paper)."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from larimar_jax import scope
+from larimar_jax.bench.fact_store import EncodedTexts
+from larimar_jax.bench.task import EditTask, Metric, Pivot, Plot, option
+from larimar_jax.data import questions
+from larimar_jax.data.edit_records import EditRecord
+from larimar_jax.data.paraphrases import Wordings
+
+# Of the questions that are put to a record's subject.
+SEED = 0
+KINDS = ("paraphrase", "neighbourhood", "other")
+STORES = ("pairwise", "store")
+
+
+class ScopeCase(NamedTuple):
+    """A written prompt, and what is compared with it: {kind: queries}."""
+
+    case_id: int
+    prompt: str
+    queries: dict[str, Sequence[str]]
+
+
+class Scores(NamedTuple):
+    """A query's kind and text, its best cosine alone with its prompt and against all, and whether
+    its own prompt is the nearest of all."""
+
+    kind: str
+    query: str
+    pairwise: float
+    store: float
+    own: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scope(EditTask):
+    """The scope detector on CounterFact: equal error rate, F1 and AUROC (§6, ESD and ISD).
+
+    Paraphrases of a written prompt are positives, its neighbours negatives; a query's score is its
+    best cosine, sentence by sentence. Pairwise, each record is alone with its own prompt; against
+    the store all prompts are written at once, which is what deployment sees, and a paraphrase
+    should also be nearest to its own. Beside them, prompts of other relations in the file, put to
+    the record's subject: how many pass. The external detector (ESD) compares the encoder's output,
+    the internal one (ISD) what the model's file maps it to, where it was trained (`larimar
+    calibrate`); it then decides. Queries pass at the model's threshold where a detector decides,
+    else at that of its equal error rate against its own prompt.
+    """
+
+    name = "scope"
+    metrics: ClassVar = {
+        "passes": Metric("passing"),
+        "own_prompt": Metric("nearest to its own prompt"),
+        "error": Metric("EER"),
+        "f1": Metric("F1", 1.0, 3),
+        "auroc": Metric("AUROC", 1.0, 3),
+        "threshold": Metric("at", 1.0, 2),
+    }
+    factors = ("store",)
+    labels: ClassVar = {
+        "system": "detector",
+        "store": "all prompts",
+        "pairwise": "its own prompt",
+        "external": "ESD: encodings",
+        "internal": "ISD: projected",
+        "other": "other relations",
+    }
+    tables = (
+        Pivot(
+            ("system", "store"),
+            None,
+            ("error", "f1", "auroc", "threshold"),
+            where={"kind": "detection"},
+            labels=("system", "against"),
+            caption="EER in percent",
+        ),
+        Pivot(
+            ("system", "store"),
+            "kind",
+            ("passes",),
+            where={"kind": KINDS},
+            title="queries that pass",
+            labels=("system", "against"),
+        ),
+        Pivot(
+            ("system",),
+            None,
+            ("own_prompt",),
+            where={"kind": "paraphrase", "store": "store"},
+            title="paraphrases among all prompts",
+        ),
+    )
+    plots = (Plot("kind", "passes", where={"kind": KINDS, "store": "store"}),)
+    reference = "ESD, pairwise on 3,800 pairs: equal error rate 2.9 %, F1 0.974."
+
+    limit: int = option("records", default=1000)
+    others: int = option("questions of other relations to put to each record's subject", default=2)
+    chunk: int = option("cases computed together", default=100)
+
+    def lower_is_better(self, metric, entry) -> bool:
+        """Return whether the queries should not pass."""
+        return metric == "passes" and entry["kind"] != "paraphrase"
+
+    def cases(self, systems) -> Sequence[ScopeCase]:
+        """Return the records that have a query."""
+        skipped = [] if self.skip_bad else None
+        wordings = Wordings(self.read(None, skipped))
+        asides = questions.asked(self.records, wordings, others=self.others, seed=SEED)
+        cases = [
+            _case(record, each.others) for record, each in zip(self.records, asides, strict=True)
+        ]
+        return [case for case in cases if any(case.queries.values())]
+
+    def evaluate(self, systems, cases) -> Iterator[dict[str, Any]]:
+        """Yield the score of every query, alone with its prompt and against all."""
+        scores, thresholds = systems.cached("scores", (), lambda: self._scores(systems))
+        for case in cases:
+            for detector, by_case in scores.items():
+                for each in by_case[case.case_id]:
+                    for store in STORES:
+                        score = getattr(each, store)
+                        own = each.kind == "paraphrase" and store == "store"
+                        yield {
+                            "case": case.case_id,
+                            "system": detector,
+                            "kind": each.kind,
+                            "store": store,
+                            "passes": float(score >= thresholds[detector]),
+                            "own_prompt": float(each.own) if own else None,
+                            "prompt": case.prompt,
+                            "query": each.query,
+                            "score": score,
+                        }
+
+    def _scores(self, systems) -> tuple[dict[str, dict[int, list[Scores]]], dict[str, float]]:
+        """{detector: {case: scores}} of all cases, and the threshold of each detector."""
+        model, cases = systems.model, self.cases(systems)
+        prompts = [record.prompt for record in self.records]
+        queries = [q for case in cases for each in case.queries.values() for q in each]
+        encoded = EncodedTexts(model, [*prompts, *scope.split_sentences(queries)[0]])
+        written = encoded(prompts)
+        place = {record.case_id: number for number, record in enumerate(self.records)}
+        # What the model's own detector compares, last, is its embedding in any case.
+        detectors = {"external": "embedding"}
+        if model.projection is not None:
+            detectors = {"external": "pooled", "internal": "embedding"}
+        scores: dict[str, dict[int, list[Scores]]] = {}
+        for detector, by in detectors.items():
+            keys = getattr(written, by)
+            for case in cases:
+                own, rows = place[case.case_id], []
+                for kind, texts in case.queries.items():
+                    sentences, owners = scope.split_sentences(texts)
+                    embedding = getattr(encoded(sentences), by)
+                    alone = scope.nearest_key(embedding, owners, keys[own : own + 1])
+                    among = scope.nearest_key(embedding, owners, keys)
+                    columns = (alone.score.tolist(), among.score.tolist(), among.key == own)
+                    rows += [Scores(kind, *each) for each in zip(texts, *columns, strict=True)]
+                scores.setdefault(detector, {})[case.case_id] = rows
+        thresholds = dict.fromkeys(detectors, model.scope_threshold)
+        if len(detectors) > 1:
+            rows = [row for each in scores["external"].values() for row in each]
+            sides = [[r.pairwise for r in rows if r.kind == kind] for kind in KINDS[:2]]
+            thresholds["external"] = scope.detection(*map(np.asarray, sides)).threshold
+        return scores, thresholds
+
+    def derived(self, rows) -> list[dict[str, Any]]:
+        """Return equal error rate, F1 and AUROC of each detector, pairwise and against the store."""
+        entries = []
+        for detector in dict.fromkeys(row["system"] for row in rows):
+            for store in STORES:
+                sides = [
+                    np.asarray(
+                        [
+                            row["score"]
+                            for row in rows
+                            if (row["system"], row["store"], row["kind"]) == (detector, store, kind)
+                        ]
+                    )
+                    for kind in KINDS[:2]
+                ]
+                estimates = {
+                    name: {
+                        "mean": self.metrics[name].scale * value,
+                        "standard_error": None,
+                        "cases": sum(map(len, sides)),
+                    }
+                    for name, value in vars(scope.detection(*sides)).items()
+                }
+                entries.append(
+                    {"system": detector, "kind": "detection", "store": store, **estimates}
+                )
+        return entries
+
+
+def _case(record: EditRecord, others: Sequence[str]) -> ScopeCase:
+    queries = (record.paraphrases, record.neighbourhood, others)
+    return ScopeCase(record.case_id, record.prompt, dict(zip(KINDS, queries, strict=True)))
