@@ -183,7 +183,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _benchmarks(made: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
     from larimar_jax.bench import runner, tasks
-    from larimar_jax.bench.shares import share
+    from larimar_jax.bench.runner import share
 
     names = made.add_subparsers(title="benchmarks", metavar="NAME", dest="name", required=True)
     for name, task in tasks().items():
@@ -335,13 +335,10 @@ def _loading() -> None:
 def bench(arguments: argparse.Namespace) -> None:
     """larimar bench"""
     from larimar_jax import bench
-    from larimar_jax.bench import runner, shares
+    from larimar_jax.bench import runner
 
     task = runner.from_arguments(bench.task(arguments.name), arguments)
-    if arguments.share is None:
-        runner.run(task, arguments.out)
-    else:
-        shares.run(task, arguments.out, arguments.share)
+    runner.run(task, arguments.out, arguments.share)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ import numpy as np
 
 from larimar_jax.bench.fact_store import FactStore, encode_facts
 from larimar_jax.bench.forget import UNKNOWN
-from larimar_jax.bench.systems import SYSTEMS, Queries, case_keys
+from larimar_jax.bench.queries import SYSTEMS, Queries
+from larimar_jax.bench.systems import case_keys
 from larimar_jax.bench.task import EditTask, Metric, Pivot, option
 from larimar_jax.data.edit_records import EditRecord
-from larimar_jax.data.paraphrases import Wordings
+from larimar_jax.data.paraphrases import Paraphrases
 from larimar_jax.pipeline import Pipeline
 
 # Of the memory of all edits.
@@ -80,7 +81,7 @@ class Attack(EditTask):
         return systems.cached("cases", (), lambda: self._known(systems.model))
 
     def _known(self, model: Pipeline) -> list[AttackedFact]:
-        wordings = Wordings(self.records)
+        wordings = Paraphrases(self.records)
         texts = [(r, (*r.paraphrases, *wordings.unseen(r))[: self.wordings]) for r in self.records]
         able = [AttackedFact(*each) for each in texts if len(each[1]) == self.wordings]
         known: list[AttackedFact] = []

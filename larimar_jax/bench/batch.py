@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 from larimar_jax.bench.fact_store import FactStore, encode_facts, written
-from larimar_jax.bench.metrics import magnitude, success
+from larimar_jax.bench.metrics import rewrite_columns
 from larimar_jax.bench.task import EditTask, Metric, Pivot, Plot, option
 from larimar_jax.data.edit_records import EditRecord
 
@@ -53,43 +53,37 @@ class Batch(EditTask):
         stores = systems.cached("stores", (), lambda: self._stores(systems.model))
         # What the untouched LM makes of a text is measured once for all N.
         memo: dict = {}
-        losses, queries = {}, {}
+        rows: dict[int, list[dict]] = {case.case_id: [] for case in cases}
         for size in sorted(set(self.facts)):
-            within = [case.record for case in cases if case.case_id < size]
-            if not within:
+            within = [case for case in cases if case.case_id < size]
+            columns = [
+                dict(
+                    case=case.case_id,
+                    kind="edit",
+                    facts=size,
+                    prompt=case.record.prompt,
+                    new=case.record.target_new,
+                    true=case.record.target_true,
+                )
+                for case in within
+            ]
+            facts = [(column["prompt"], column["new"]) for column in columns]
+            if not columns:
                 continue
-            prompts = [record.prompt for record in within]
-            facts = [written(record.prompt, record.target_new) for record in within]
-            pairs = [(record.target_new, record.target_true) for record in within]
-            queries[size] = systems.shared_memory(stores[size], prompts, facts)
-            losses[size] = queries[size].score(pairs, SYSTEMS, memo)
-        for row, case in enumerate(cases):
-            record = case.record
-            for size, values in losses.items():
-                if case.case_id >= size:
-                    continue
-                query = queries[size]
-                own = query.nearest[row] == (record.prompt, record.target_new)
-                for system in SYSTEMS:
-                    new, true = (float(loss) for loss in values[system][row])
-                    yield {
-                        "case": case.case_id,
-                        "system": system,
-                        "kind": "edit",
-                        "facts": size,
-                        "S": success("edit", new, true),
-                        "M": magnitude("edit", new, true),
-                        "prompt": record.prompt,
-                        "new": record.target_new,
-                        "loss_new": new,
-                        "true": record.target_true,
-                        "loss_true": true,
-                        **(
-                            query.scope(row) | {"own_key_nearest": float(own)}
-                            if system == "larimar"
-                            else {}
-                        ),
-                    }
+            queries = systems.shared_memory(
+                stores[size], [prompt for prompt, _ in facts], [written(*fact) for fact in facts]
+            )
+            losses = queries.score(
+                [(column["new"], column["true"]) for column in columns], SYSTEMS, memo
+            )
+            own = [
+                {"own_key_nearest": float(fact == nearest)}
+                for fact, nearest in zip(facts, queries.nearest, strict=True)
+            ]
+            for row in queries.rows(columns, losses, rewrite_columns, own):
+                rows[row["case"]].append(row)
+        for case in cases:
+            yield from rows[case.case_id]
 
     def _stores(self, model) -> dict[int, FactStore]:
         facts = [(record.prompt, record.target_new) for record in self.records]

@@ -64,17 +64,10 @@ class Editor(Protocol):
         """Return ℓ of c candidates after each of n prompts, in nats, float32 [n, c]; None is the
         base LM."""
 
-    def accuracy(
-        self, prompts: Sequence[str], targets: Sequence[str], condition: Any
-    ) -> np.ndarray:
-        """Return the share of each target's tokens that are the likeliest, teacher-forced, float32
-        [n]."""
-
     def hits(
-        self, prompts: Sequence[str], targets: Sequence[str], places: Sequence[int], condition: Any
-    ) -> np.ndarray:
-        """Return whether the token at a place of each target is the likeliest, teacher-forced,
-        float32 [n]."""
+        self, prompts: Sequence[str], targets: Sequence[str], condition: Any
+    ) -> list[np.ndarray]:
+        """Return of each target's tokens, teacher-forced, whether they are the likeliest."""
 
     def generate(self, prompts: Sequence[str], condition: Any, tokens: Sequence[int]) -> list[str]:
         """Return greedy continuations of n prompts, each of so many tokens at the most."""
@@ -84,6 +77,11 @@ class Editor(Protocol):
 
     def text(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens."""
+
+
+def written(prompt: str, answer: str) -> str:
+    """Return the text that a written fact consists of: both with one space between them."""
+    return f"{prompt.strip()} {answer.strip()}"
 
 
 # Rows and queries are padded to these, so that few shapes are compiled.
@@ -103,8 +101,8 @@ class LarimarEditor:
         }
 
     def written(self, prompt: str, answer: str) -> str:
-        """Return prompt and answer with one space between them."""
-        return f"{prompt.strip()} {answer.strip()}"
+        """Return `written` of a fact."""
+        return written(prompt, answer)
 
     def recall(
         self,
@@ -184,22 +182,13 @@ class LarimarEditor:
         """Return `scoring.score` of this model."""
         return self.model.score(prompts, candidates, condition)
 
-    def accuracy(
-        self, prompts: Sequence[str], targets: Sequence[str], condition: Condition | None
-    ) -> np.ndarray:
-        """Return `scoring.judge` of this model."""
-        return self.model.judge(prompts, [[t] for t in targets], condition).accuracy[:, 0]
-
     def hits(
-        self,
-        prompts: Sequence[str],
-        targets: Sequence[str],
-        places: Sequence[int],
-        condition: Condition | None,
-    ) -> np.ndarray:
-        """Return `scoring.judge` of this model, a token of each target."""
-        hits = self.model.judge(prompts, [[t] for t in targets], condition).hits[:, 0]
-        return hits[np.arange(len(places)), np.asarray(places, np.int64)].astype(np.float32)
+        self, prompts: Sequence[str], targets: Sequence[str], condition: Condition | None
+    ) -> list[np.ndarray]:
+        """Return `hits` of `scoring.judge`."""
+        hits = self.model.judge(prompts, [[target] for target in targets], condition).hits[:, 0]
+        lengths = [len(self.tokens(target)) for target in targets]
+        return [row[:length] for row, length in zip(hits, lengths, strict=True)]
 
     def generate(
         self, prompts: Sequence[str], condition: Condition | None, tokens: Sequence[int]

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from larimar_jax import scope
-from larimar_jax.bench.editor import Recall
+from larimar_jax.bench.editor import written
 from larimar_jax.memory.base import Prepared
 from larimar_jax.memory.streaming import Streaming
 from larimar_jax.pipeline import Encodings, Pipeline
@@ -21,11 +21,6 @@ from larimar_jax.weights.tokenizers import bucket
 _FACTS, _QUERIES = 8, 32
 
 Fact = tuple[str, str]
-
-
-def written(prompt: str, answer: str) -> str:
-    """Return the text that a written fact consists of."""
-    return f"{prompt.strip()} {answer.strip()}"
 
 
 class EncodedTexts:
@@ -111,17 +106,6 @@ class FactStore:
         keys, values = np.pad(self.keys[rows], padding), np.pad(self.values[rows], padding)
         memory, prepared = self.model.memory, self.model.prepared
         self.state = _write(memory, prepared, self.state, keys, values, np.int32(sign))
-
-    def recall(self, queries: Sequence[str]) -> tuple[Recall, list[int]]:
-        """Return what it answers to each query, and the number of the fact that is nearest; −1
-        where it is empty."""
-        latent, match = self.read(queries)
-        recall = Recall(
-            scope_score=match.score,
-            in_scope=match.within(self.model.scope_threshold),
-            condition=lambda chosen: self.model.condition(latent[chosen]),
-        )
-        return recall, [int(key) for key in match.key]
 
     def read(self, queries: Sequence[str]) -> tuple[Float[np.ndarray, "Q C"], scope.Match]:
         """Return the readouts of queries, each by its sentence that is nearest to a fact."""

@@ -115,7 +115,7 @@ class Forget(EditTask):
 
     def evaluate(self, systems, cases) -> Iterator[dict[str, Any]]:
         """Yield what each forgotten fact and the others are recalled by, and the certificates."""
-        parts, owners, certificates = [], [], {}
+        parts, columns, certificates = [], [], []
         for case in cases:
             records = [self.records[index] for index in (case.index, *case.others)]
             prompts = [record.prompt for record in records]
@@ -123,27 +123,25 @@ class Forget(EditTask):
             full = self._full(systems, case.facts)
             after = full.without([case.index])
             replaced = after.plus([(prompts[0], UNKNOWN)])
-            certificates[case.case_id] = self._certificate(systems, case, full, after)
+            certificate = self._certificate(systems, case, full, after)
             for moment, store in zip(MOMENTS, (full, after, replaced), strict=True):
                 parts.append((store, prompts, facts))
-                owners += [(case, moment, place, r) for place, r in enumerate(records)]
+                for place, record in enumerate(records):
+                    certified = moment == "forgotten" and not place
+                    certificates.append(certificate if certified else {})
+                    columns.append(
+                        dict(
+                            case=case.case_id,
+                            kind="others" if place else "forgotten",
+                            moment=moment,
+                            facts=case.facts,
+                            prompt=record.prompt,
+                            target=record.target_new,
+                        )
+                    )
         queries = systems.shared_memories(parts, scoped=False)
-        recall = queries.accuracy([record.target_new for *_, record in owners], SYSTEMS)
-        for row, (case, moment, place, record) in enumerate(owners):
-            for system in SYSTEMS:
-                certified = (place, system, moment) == (0, "open", "forgotten")
-                yield {
-                    "case": case.case_id,
-                    "system": system,
-                    "kind": "others" if place else "forgotten",
-                    "moment": moment,
-                    "facts": case.facts,
-                    "recall": recall[system][row],
-                    "prompt": record.prompt,
-                    "target": record.target_new,
-                    "nearest": " ".join(queries.nearest[row] or ()),
-                    **(certificates[case.case_id] if certified else {}),
-                }
+        recall = queries.accuracy([column["target"] for column in columns], SYSTEMS)
+        yield from queries.rows(columns, recall, lambda _, share: {"recall": share}, certificates)
 
     def _certificate(self, systems, case: ForgottenFact, full, after: FactStore) -> dict[str, Any]:
         """How far the memory is from the float64 solution that never saw the fact, and what it

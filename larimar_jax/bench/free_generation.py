@@ -44,31 +44,20 @@ class FreeGeneration(EditTask):
 
     def evaluate(self, systems, cases) -> Iterator[dict[str, Any]]:
         """Yield the continuations of a chunk of cases."""
-        queries = [
-            (case, kind, prompt)
+        columns = [
+            dict(case=case.case_id, kind=kind, prompt=prompt, new=case.target_new)
             for case in cases
-            for kind, prompt in [
-                ("edit", case.prompt),
-                *(("paraphrase", prompt) for prompt in case.paraphrases),
-            ]
+            for kind, prompts in (("edit", [case.prompt]), ("paraphrase", case.paraphrases))
+            for prompt in prompts
         ]
         edits = systems.single_edits(
             [(case.prompt, case.target_new) for case in cases],
             [[case.prompt, *case.paraphrases] for case in cases],
         )
-        texts = edits.generate(self.tokens)
-        for row, (case, kind, prompt) in enumerate(queries):
-            answer = " ".join(case.target_new.split())
-            for system, values in texts.items():
-                text = " ".join(values[row].split())
-                yield {
-                    "case": case.case_id,
-                    "system": system,
-                    "kind": kind,
-                    "contains": float(answer in text),
-                    "begins": float(text.startswith(answer)),
-                    "written": edits.facts[row],
-                    "prompt": prompt,
-                    "text": values[row],
-                    **(edits.scope(row) if system == "larimar" else {}),
-                }
+
+        def measured(column, text):
+            words, answer = " ".join(text.split()), " ".join(column["new"].split())
+            contains, begins = float(answer in words), float(words.startswith(answer))
+            return {"contains": contains, "begins": begins, "text": text}
+
+        yield from edits.rows(columns, edits.generate(self.tokens), measured)

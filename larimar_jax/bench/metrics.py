@@ -7,7 +7,8 @@ prompt p with one separating space.
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -47,6 +48,14 @@ def magnitude(kind: str, new: float, true: float) -> float:
     """Return M of a prompt in [−1, 1]: e^−ℓ(wanted) − e^−ℓ(unwanted)."""
     wanted, unwanted = _wanted_first(kind, new, true)
     return math.exp(-wanted) - math.exp(-unwanted)
+
+
+def rewrite_columns(column: Mapping[str, Any], losses: Float[np.ndarray, "2"]) -> dict[str, float]:
+    """Return S, M and both ℓ of a row whose kind is one of `KINDS`."""
+    new, true = (float(loss) for loss in losses)
+    kind = column["kind"]
+    success_and_magnitude = {"S": success(kind, new, true), "M": magnitude(kind, new, true)}
+    return success_and_magnitude | {"loss_new": new, "loss_true": true}
 
 
 def _wanted_first(kind: str, new: float, true: float) -> tuple[float, float]:

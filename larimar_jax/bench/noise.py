@@ -10,7 +10,8 @@ import numpy as np
 
 from larimar_jax.bench.editor import LarimarEditor
 from larimar_jax.bench.metrics import success
-from larimar_jax.bench.systems import Queries, Systems, case_keys
+from larimar_jax.bench.queries import Queries
+from larimar_jax.bench.systems import Systems, case_keys
 from larimar_jax.bench.task import EditTask, Metric, Pivot, Plot, option
 from larimar_jax.data.edit_records import EditRecord
 from larimar_jax.pipeline import Pipeline
@@ -37,7 +38,6 @@ class Noise(EditTask):
         "S": Metric("S"),
         "perplexity": Metric("perplexity", 1.0, lower=True, exponential=True),
         "silent": Metric("without words", lower=True),
-        "in_scope": Metric("prompts in scope"),
     }
     factors = ("sigma",)
     labels: ClassVar = {"sigma": "σ_W", "open": "Larimar"}
@@ -117,8 +117,6 @@ class Noise(EditTask):
                     nats = surprise[system, sigma][number]
                     columns |= {"perplexity": nats, "text": texts[system, sigma][number]}
                     columns["silent"] = float(nats is None) if system != "verbatim" else None
-                if system == "lookup":
-                    columns |= plain.scope(row)
                 yield columns
 
     def _surprise(

@@ -12,7 +12,6 @@ import numpy as np
 
 from larimar_jax.bench.fact_store import EncodedTexts, FactStore, encode_facts, written
 from larimar_jax.bench.task import ZSRE, EditTask, Metric, Pivot, Plot, option
-from larimar_jax.data import zsre
 from larimar_jax.data.edit_records import EditRecord
 from larimar_jax.memory.base import MemoryParams
 from larimar_jax.memory.streaming import Streaming
@@ -90,10 +89,6 @@ class Rephrase(EditTask):
     seed: int = option("which facts", default=0)
     chunk: int = option("cases computed together", default=40)
 
-    def read(self, limit: int | None, skipped: list[str] | None) -> list[EditRecord]:
-        """Return the records of the file."""
-        return zsre.load(self.data, limit, skipped=skipped)
-
     @functools.cached_property
     def facts(self) -> list[tuple[EditRecord, tuple[str, ...]]]:
         """Records that have a paraphrase, each with the prompts that it may be written in."""
@@ -142,25 +137,22 @@ class Rephrase(EditTask):
         recall["own"] = recall.pop("open")
         for keys in ("pinv", "gaussian"):
             recall[keys] = queries[keys].accuracy(targets, ("open",))["open"]
-        for row, (case, record) in enumerate(zip(cases, records, strict=True)):
+        columns, own = [], []
+        for case, record, nearest in zip(cases, records, queries["own"].nearest, strict=True):
             facts = self._written(case.index, case.wordings)
-            nearest = queries["own"].nearest[row]
-            for system, values in recall.items():
-                ours = system == "larimar"
-                yield {
-                    "case": case.case_id,
-                    "system": system,
-                    "kind": "unseen",
-                    "facts": len(case.together),
-                    "wordings": case.wordings,
-                    "recall": values[row],
-                    "written": "; ".join(written(*fact) for fact in facts),
-                    "prompt": record.paraphrases[0],
-                    "target": record.target_new,
-                    "nearest": written(*nearest),
-                    **(queries["own"].scope(row) if ours else {}),
-                    **({"own_fact_nearest": float(nearest in facts)} if ours else {}),
-                }
+            own.append({"own_fact_nearest": float(nearest in facts)})
+            columns.append(
+                dict(
+                    case=case.case_id,
+                    kind="unseen",
+                    facts=len(case.together),
+                    wordings=case.wordings,
+                    written="; ".join(written(*fact) for fact in facts),
+                    prompt=record.paraphrases[0],
+                    target=record.target_new,
+                )
+            )
+        yield from queries["own"].rows(columns, recall, lambda _, share: {"recall": share}, own)
 
     def _written(self, index: int, count: int) -> list[tuple[str, str]]:
         record, prompts = self.facts[index]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from larimar_jax import bench
-from larimar_jax.bench import figures, metrics, runner, systems
+from larimar_jax.bench import figures, metrics, queries, runner
 from larimar_jax.bench import summary as summaries
 from larimar_jax.bench.tables import Grid, grids, noted, notes, number
 from larimar_jax.bench.task import Metric, Task, from_settings
@@ -123,7 +123,7 @@ def overview(runs: Sequence[FinishedRun]) -> Section:
     """Return the first table of a report: a row for each group of a run's first metric, controls
     and the paper beside it."""
     rows = [row for run in runs for row in _headlines(run)]
-    labels = [*(systems.LABELS[name] for name in OVERVIEW[:-1]), "Larimar"]
+    labels = [*(queries.LABELS[name] for name in OVERVIEW[:-1]), "Larimar"]
     caption = "percent ± standard error; the paper: Larimar-1.3B, of GPT-2 large"
     return Section("Overview", [Grid("", ["", *labels, "the paper"], rows, caption)])
 
@@ -188,7 +188,7 @@ def cases(run: FinishedRun) -> list[CaseText]:
     scored = []
     for case, groups in values.items():
         ours = [v for key, v in groups.items() if key[0] == "larimar"]
-        ours = ours or [v for key, v in groups.items() if key[0] not in systems.CONTROLS]
+        ours = ours or [v for key, v in groups.items() if key[0] not in queries.CONTROLS]
         base = [v for key, v in groups.items() if key[0] == "base"]
         if ours:
             score = sign * float(np.mean(ours))

@@ -1,14 +1,17 @@
-"""Run a task into a folder that survives being killed.
+"""Run a task into a folder that survives being killed, in one process or in several.
 
-    settings.json   what decides the numbers; a folder never mixes two of them
-    rows.jsonl      one line a row, appended and flushed chunk by chunk
-    summary.json    recomputed from rows.jsonl at the end, replaced atomically
+    settings.json      what decides the numbers; a folder never mixes two of them
+    chunks/0.jsonl …   the rows of each chunk of cases, written whole or not at all
+    rows.jsonl         all rows, once every chunk is there; then chunks/ is removed
+    summary.json       recomputed from rows.jsonl at the end
 
-A killed run is taken up where its file ends: a line that was cut off is dropped, finished lines
-stay. Chunks are cut at fixed case numbers, so a case is always computed in the same company and
-resumed numbers equal uninterrupted ones bit for bit.
+Chunks are cut at fixed case numbers, so a case is always computed in the same company and the
+numbers of a run that was taken up, or was computed in shares, equal those of an uninterrupted one
+bit for bit. Share I of N computes every Nth chunk, from the Ith on, on one machine or on many that
+see the folder; the process that is done last puts all together.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import fcntl
@@ -18,21 +21,23 @@ import json
 import math
 import os
 import platform
+import re
+import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import track
 
 from larimar_jax.bench import metrics, systems, tables
 from larimar_jax.bench import summary as summaries
 from larimar_jax.bench.task import Task, add_arguments, from_arguments  # noqa: F401
 
-SETTINGS, ROWS, SUMMARY = "settings.json", "rows.jsonl", "summary.json"
+SETTINGS, CHUNKS, ROWS, SUMMARY = "settings.json", "chunks", "rows.jsonl", "summary.json"
 Record = dict[str, Any]
 
 
@@ -45,21 +50,40 @@ class BrokenRun(ValueError):
 
 
 class FolderBusy(ValueError):
-    """Another process is writing the run folder."""
+    """Another process computes the same share of the run."""
 
 
-@dataclasses.dataclass
+class Share(NamedTuple):
+    """Share `index` of `count`, from 0."""
+
+    index: int = 0
+    count: int = 1
+
+
+def share(text: str) -> Share:
+    """Return "I/N" as a Share, for argparse; ArgumentTypeError where it is none."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no share: give I/N, such as 0/4 for the first of four processes and 3/4 "
+            "for the last"
+        )
+    return Share(int(match[1]), int(match[2]))
+
+
+@dataclasses.dataclass(frozen=True)
 class Work:
     """A task with its model, its cases and the settings of its folder."""
 
     task: Task
     systems: systems.Systems | None
     cases: Sequence[Any]
-    settings: dict[str, Any]
+    settings: Record
 
-    @property
-    def case_ids(self) -> list[Any]:
-        return [as_json(case.case_id) for case in self.cases]
+    def chunks(self) -> list[Sequence[Any]]:
+        """Return the cases that are computed together."""
+        size = self.task.chunk
+        return [self.cases[n : n + size] for n in range(0, len(self.cases), size)]
 
     def rows(self, cases: Sequence[Any]) -> list[Record]:
         """Return the rows of a chunk of cases, checked.
@@ -68,13 +92,11 @@ class Work:
             RuntimeError: the task yields rows of other cases, or in another order.
             UnusableScore: a number in a row is not finite; names case, kind and system.
         """
-        rows = [as_json(row) for row in self.task.evaluate(self.systems, cases)]
-        yielded = [case for case, _ in itertools.groupby(row["case"] for row in rows)]
-        wanted = [as_json(case.case_id) for case in cases]
-        if yielded != wanted:
+        rows = as_json(list(self.task.evaluate(self.systems, cases)))
+        if cases_of(rows) != ids_of(cases):
             raise RuntimeError(
-                f"{self.task.name} yielded rows of cases {yielded} for cases {wanted}: `evaluate` "
-                "must yield rows case by case, in order, and at least one of each."
+                f"{self.task.name} yielded rows of cases {cases_of(rows)} for cases {ids_of(cases)}: "
+                "`evaluate` must yield rows case by case, in order, and at least one of each."
             )
         for row in rows:
             for name, value in row.items():
@@ -87,8 +109,18 @@ class Work:
         return rows
 
 
+def cases_of(rows: Sequence[Record]) -> list[Any]:
+    """Return the cases of rows, each once where its rows stand together."""
+    return [case for case, _ in itertools.groupby(row["case"] for row in rows)]
+
+
+def ids_of(cases: Sequence[Any]) -> list[Any]:
+    """Return the ids of cases, as JSON gives them back."""
+    return as_json([case.case_id for case in cases])
+
+
 def start(task: Task, editor: Any = None) -> Work:
-    """Return the work of a task: loads its model, unless an editor or a pipeline is handed over."""
+    """Return the work of a task: load its model, unless an editor or a pipeline is handed over."""
     edited = None
     if task.needs_model:
         edited = systems.of_task(task) if editor is None else systems.Systems(editor)
@@ -99,88 +131,70 @@ def start(task: Task, editor: Any = None) -> Work:
 
 
 def run(
-    task: Task, folder: str | Path, *, editor: Any = None, quiet: bool = False
-) -> dict[str, Any]:
-    """Run a task to its end, or take it up, and return its summary.
+    task: Task,
+    folder: str | Path,
+    part: Share | None = None,
+    *,
+    editor: Any = None,
+    quiet: bool = False,
+) -> Record | None:
+    """Run a task to its end, or take it up, and return its summary; None while other shares
+    compute.
 
     Args:
         folder: made where it is missing; an earlier run with the same settings is resumed.
+        part: the share of this process; None for all.
         editor: an `Editor` or a `Pipeline` in the place of the model that the task names.
         quiet: no progress bar and no table.
     Raises:
         DifferentSettings: the folder's run differs in its settings; names each difference.
-        BrokenRun: `rows.jsonl` is damaged before its last line, or is of other cases.
-        FolderBusy: another process holds the folder.
+        BrokenRun: a file of the folder is damaged, or is of other cases.
+        FolderBusy: another process computes the same share.
     """
-    return finish(start(task, editor), Path(folder), quiet=quiet)
-
-
-def finish(work: Work, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
-    """Compute what the folder lacks, and write and show the summary; raises as `run`."""
-    console, began = Console(stderr=True, quiet=quiet), time.perf_counter()
-    done = complete(work, folder, console)
+    folder, console = Path(folder), Console(stderr=True, quiet=quiet)
+    began, work = time.perf_counter(), start(task, editor)
+    folder.mkdir(parents=True, exist_ok=True)
+    claim(folder, work.settings)
+    finished, done = (folder / ROWS).exists(), len(work.cases)
+    if not finished:
+        done = _compute(work, folder, part or Share(), console)
+        if missing := _merge(work, folder):
+            console.print(
+                f"done; the result comes when other shares have computed {missing} chunks"
+            )
+            return None
     rows = read_rows(folder)
-    summary = _end(work, len(rows), began, done) | {
-        "results": summaries.summarise(work.task, rows),
+    if cases_of(rows) != ids_of(work.cases):
+        raise BrokenRun(
+            f"{folder / ROWS} is not of this run's {len(work.cases)} cases: lines were added, removed "
+            "or reordered. Remove the file to start again."
+        )
+    summary = {
+        "benchmark": task.name,
+        "cases": len(work.cases),
+        "results": summaries.summarise(task, rows),
         "settings": work.settings,
+        "environment": environment(),
+        "run": {"seconds": round(time.perf_counter() - began, 1), "resumed_at_case": done},
     }
-    if done == len(work.cases) and (folder / SUMMARY).is_file():
+    if finished and (folder / SUMMARY).is_file():
         # Of a run that was finished, the machine and the time are those of then.
-        before = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        before = _json(folder / SUMMARY)
         summary |= {name: before[name] for name in ("environment", "run")}
     replace(folder / SUMMARY, json.dumps(as_json(summary), indent=2) + "\n")
     if not quiet:
-        for item in tables.shown(work.task, summary):
+        for item in tables.shown(task, summary):
             Console().print(item)
         console.print(f"written: {folder / SUMMARY}")
     return summary
 
 
-def _end(work: Work, rows: int, began: float, done: int) -> dict[str, Any]:
-    """What every summary.json holds, which is written when all rows are there."""
-    return {
-        "benchmark": work.task.name,
-        "cases": len(work.cases),
-        "rows": rows,
-        "environment": environment(),
-        "run": {"seconds": round(time.perf_counter() - began, 1), "resumed_at_case": done},
-    }
-
-
-def complete(work: Work, folder: Path, console: Console, *, mark: bool = False) -> int:
-    """Compute the cases that a folder does not have, and return how many it had; raises as `run`.
-
-    Args:
-        mark: write a summary.json without results, which says that all rows are there.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
-    with only_writer(folder / ROWS) as file:
-        fresh = os.fstat(file.fileno()).st_size == 0
-        claim(folder / SETTINGS, work.settings, fresh=fresh)
-        rows, done = _resume(file, work)
-        if done:
-            console.print(f"resuming {folder}: {done} of {len(work.cases)} cases are there")
-        if done < len(work.cases):
-            rows = _fill(work, file, rows, done, console)
-    if mark:
-        mark_end(work, folder, len(rows), began, done)
-    return done
-
-
-def mark_end(work: Work, folder: Path, rows: int, began: float, done: int) -> None:
-    """Write a summary.json without results: it says that all rows are there."""
-    text = json.dumps(_end(work, rows, began, done), indent=2) + "\n"
-    replace(folder / SUMMARY, text)
-
-
 def read_rows(folder: str | Path) -> list[Record]:
-    """Return the complete rows of a run folder, in order; a cut-off last line is left out."""
-    path = Path(folder) / ROWS
-    return [row for row, _ in _lines(path.read_bytes(), path)]
+    """Return the rows of a finished run, in order; BrokenRun where a line is no JSON."""
+    return _rows(Path(folder) / ROWS)
 
 
-def environment() -> dict[str, Any]:
+def environment() -> Record:
     """Return what numbers are computed on: Python, platform, devices, and versions that matter."""
     versions = {}
     for name in ("larimar-jax", "jax", "jaxlib", "flax", "numpy", "tokenizers"):
@@ -196,142 +210,117 @@ def environment() -> dict[str, Any]:
     }
 
 
-# Appending
+# Chunks
+
+
+def _compute(work: Work, folder: Path, part: Share, console: Console) -> int:
+    """Compute the chunks of a share that the folder lacks; return how many cases it had."""
+    chunks, done = work.chunks(), 0
+    own = list(enumerate(chunks))[part.index :: part.count]
+    with _locked(folder / CHUNKS / f"share-{part.index}-of-{part.count}.lock"):
+        missing = []
+        for number, cases in own:
+            path = folder / CHUNKS / f"{number}.jsonl"
+            if not path.exists():
+                missing.append((path, cases))
+            elif cases_of(_rows(path)) != ids_of(cases):
+                raise BrokenRun(
+                    f"{path} is of other cases than those of this run: lines were added, removed or "
+                    "reordered. Remove it to compute them again."
+                )
+            else:
+                done += len(cases)
+        if done:
+            total = sum(len(cases) for _, cases in own)
+            console.print(f"resuming {folder}: {done} of {total} cases are there")
+        for path, cases in track(missing, work.task.name, console=console, disable=console.quiet):
+            rows = work.rows(cases)
+            replace(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    return done
+
+
+def _merge(work: Work, folder: Path) -> int:
+    """Put all chunks together, and return how many are missing."""
+    with _locked(folder / SETTINGS, wait=True):
+        paths = [folder / CHUNKS / f"{number}.jsonl" for number in range(len(work.chunks()))]
+        if not (folder / ROWS).exists():
+            if missing := sum(not path.exists() for path in paths):
+                return missing
+            replace(folder / ROWS, "".join(path.read_text("utf-8") for path in paths))
+        shutil.rmtree(folder / CHUNKS, ignore_errors=True)
+    return 0
 
 
 @contextlib.contextmanager
-def only_writer(path: Path) -> Iterator[IO[bytes]]:
-    """Open `path` for reading and appending, locked until this process ends, even if killed."""
-    with path.open("a+b") as file:
+def _locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Lock a file until the block or the process ends, even if killed."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("ab") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise FolderBusy(
-                f"another process is writing {path}. Wait for it to end, or give this run another "
-                "--out folder."
+                f"another process is writing {path.parent}. Wait for it to end, or give this run "
+                "another --out folder."
             ) from error
-        yield file
+        yield
 
 
-def _fill(work: Work, file: IO[bytes], rows: list[Record], done: int, console: Console) -> list[Record]:
-    total, chunk = len(work.cases), work.task.chunk
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(work.task.name, total=total, completed=done)
-        first = done - done % chunk
-        # A chunk that was cut off is computed whole again, for the same numbers, but only its
-        # missing lines are appended.
-        ids = {as_json(case.case_id) for case in work.cases[first : first + chunk]}
-        written = sum(row["case"] in ids for row in rows)
-        for begin in range(first, total, chunk):
-            cases = work.cases[begin : begin + chunk]
-            computed = work.rows(cases)[written:]
-            lines = [json.dumps(row, allow_nan=False) + "\n" for row in computed]
-            file.write("".join(lines).encode())
-            file.flush()
-            os.fsync(file.fileno())
-            rows.extend(computed)
-            written = 0
-            progress.update(bar, completed=begin + len(cases))
-    return rows
-
-
-# Resuming
-
-
-def claim(path: Path, settings: Mapping[str, Any], fresh: bool) -> None:
-    """Write the folder's settings, or check that they are this run's."""
+def claim(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write the folder's settings, or check that they are this run's; raises as `run`."""
+    path = folder / SETTINGS
     if not path.exists():
-        if not fresh:
+        if (folder / CHUNKS).exists() or (folder / ROWS).exists():
             raise BrokenRun(
-                f"{path.parent} holds {ROWS} but no {SETTINGS}, so what it was run with is "
-                "unknown. Give another --out folder, or remove this one."
+                f"{folder} holds rows but no {SETTINGS}, so what it was run with is unknown. Give "
+                "another --out folder, or remove this one."
             )
         replace(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
-        return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise BrokenRun(
-            f"{path} is not valid JSON ({error}). Give another --out folder, or remove this one."
-        ) from error
-    if differences := _differences(before, settings):
+    if differences := list(_differences(_json(path), settings)):
         raise DifferentSettings(
-            f"{path.parent} holds a run with other settings, which would mix two experiments:\n"
+            f"{folder} holds a run with other settings, which would mix two experiments:\n"
             + "\n".join(f"  {line}" for line in differences)
             + "\nGive another --out folder, or remove this one."
         )
 
 
-def _differences(before: Any, now: Any, trail: str = "") -> list[str]:
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        lines = []
-        for name in sorted({*before, *now}):
-            inner = f"{trail}.{name}" if trail else name
-            if name not in before or name not in now:
-                side = "there but not now" if name in before else "now but not there"
-                lines.append(f"{inner}: {json.dumps(before.get(name, now.get(name)))} {side}")
-            else:
-                lines += _differences(before[name], now[name], inner)
-        return lines
-    return [] if before == now else [f"{trail}: {json.dumps(before)} there, {json.dumps(now)} now"]
-
-
-def _resume(file: IO[bytes], work: Work) -> tuple[list[Record], int]:
-    """Cut off an unfinished last line; return the rows and how many cases are known to be whole."""
-    file.seek(0)
-    path = Path(file.name)
-    lines = list(_lines(file.read(), path))
-    rows, wanted = [row for row, _ in lines], work.case_ids
-    cases = [case for case, _ in itertools.groupby(row["case"] for row in rows)]
-    if cases != wanted[: len(cases)]:
-        place = next(
-            (n for n, (a, b) in enumerate(zip(cases, wanted, strict=False)) if a != b), len(wanted)
-        )
-        line = next(n for n, row in enumerate(rows, 1) if row["case"] == cases[place])
-        raise BrokenRun(
-            f"{path}, line {line}: case {cases[place]} does not belong there. Lines were "
-            "added, removed or reordered; remove the file to start again."
-        )
-    file.truncate(lines[-1][1] if lines else 0)
-    file.seek(0, os.SEEK_END)
-    if len(cases) == len(wanted) and rows_at_end(path.parent) == len(rows):
-        return rows, len(cases)
-    # The last case may lack rows.
-    return rows, max(0, len(cases) - 1)
-
-
-def rows_at_end(folder: Path) -> int | None:
-    """Return how many rows a finished folder has; None of a folder that is not finished."""
-    path = folder / SUMMARY
-    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else None
-
-
-def _lines(raw: bytes, path: Path) -> Iterator[tuple[Record, int]]:
-    """Each complete row and where its line ends. Only the last line may be damaged."""
-    lines, end = raw.splitlines(keepends=True), 0
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            if not line.endswith(b"\n") or "case" not in row:
-                raise ValueError("incomplete")
-        except (ValueError, TypeError) as error:
-            if number == len(lines):
-                return
-            raise BrokenRun(
-                f"{path}, line {number} is damaged ({error}), and it is not the last one, so no "
-                "kill cut it off. Remove it and what follows to compute those cases again."
-            ) from error
-        end += len(line)
-        yield row, end
+def _differences(before: Any, now: Any, trail: str = "") -> Iterator[str]:
+    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
+        if before != now:
+            yield f"{trail}: {json.dumps(before)} there, {json.dumps(now)} now"
+        return
+    for name in sorted({*before, *now}):
+        inner = f"{trail}.{name}" if trail else name
+        if name in before and name in now:
+            yield from _differences(before[name], now[name], inner)
+        else:
+            side = "there but not now" if name in before else "now but not there"
+            yield f"{inner}: {json.dumps(before.get(name, now.get(name)))} {side}"
 
 
 # JSON
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise BrokenRun(
+            f"{path} is not valid JSON ({error}). Give another --out folder, or remove this one."
+        ) from error
+
+
+def _rows(path: Path) -> list[Record]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise BrokenRun(
+                f"{path}, line {number} is damaged ({error}), which no kill does: files are written "
+                "whole. Remove the file to compute its cases again."
+            ) from error
+    return rows
 
 
 def replace(path: Path, text: str) -> None:
@@ -351,8 +340,6 @@ def as_json(value: Any) -> Any:
     def convert(item: Any) -> Any:
         if hasattr(item, "tolist"):
             return item.tolist()
-        if isinstance(item, Path):
-            return str(item)
         raise TypeError(f"a row may hold only JSON values, not {type(item).__name__}: {item!r}")
 
     return json.loads(json.dumps(value, default=convert))

@@ -9,9 +9,8 @@ import numpy as np
 from larimar_jax import scope
 from larimar_jax.bench.fact_store import EncodedTexts
 from larimar_jax.bench.task import EditTask, Metric, Pivot, Plot, option
-from larimar_jax.data import questions
 from larimar_jax.data.edit_records import EditRecord
-from larimar_jax.data.paraphrases import Wordings
+from larimar_jax.data.paraphrases import Paraphrases, scope_questions
 
 # Of the questions that are put to a record's subject.
 SEED = 0
@@ -109,8 +108,8 @@ class Scope(EditTask):
     def cases(self, systems) -> Sequence[ScopeCase]:
         """Return the records that have a query."""
         skipped = [] if self.skip_bad else None
-        wordings = Wordings(self.read(None, skipped))
-        asides = questions.asked(self.records, wordings, others=self.others, seed=SEED)
+        wordings = Paraphrases(self.read(None, skipped))
+        asides = scope_questions(self.records, wordings, others=self.others, seed=SEED)
         cases = [
             _case(record, each.others) for record, each in zip(self.records, asides, strict=True)
         ]
@@ -170,7 +169,8 @@ class Scope(EditTask):
         return scores, thresholds
 
     def derived(self, rows) -> list[dict[str, Any]]:
-        """Return equal error rate, F1 and AUROC of each detector, pairwise and against the store."""
+        """Return equal error rate, F1 and AUROC of each detector, pairwise and against the
+        store."""
         entries = []
         for detector in dict.fromkeys(row["system"] for row in rows):
             for store in STORES:

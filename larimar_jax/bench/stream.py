@@ -12,8 +12,7 @@ import numpy as np
 from larimar_jax.bench.fact_store import EncodedTexts, FactStore, encode_facts, written
 from larimar_jax.bench.metrics import answer_words, first_line, token_f1, token_f1_grace
 from larimar_jax.bench.task import ZSRE, EditTask, Metric, Pivot, Plot, option
-from larimar_jax.data import zsre
-from larimar_jax.data.edit_records import EditRecord
+from larimar_jax.data.edit_records import EditRecord, load
 from larimar_jax.memory import rls
 
 SYSTEMS = ("base", "zero", "prompt", "lookup", "verbatim", "larimar")
@@ -22,8 +21,8 @@ MARGIN = 3
 
 
 class StreamQuestion(NamedTuple):
-    """`prompt` after `edits` edits, whose right answer is `gold`. fact: what was written of it, as a
-    text; None where nothing was."""
+    """`prompt` after `edits` edits, whose right answer is `gold`. fact: what was written of it, as
+    a text; None where nothing was."""
 
     case_id: str
     kind: str
@@ -48,7 +47,8 @@ class Edits(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stream(EditTask):
-    """A stream of ZsRE edits, one after the other, with no knowledge of the future (Table 3, Fig. 2b).
+    """A stream of ZsRE edits, one after the other, with no knowledge of the future (Table 3, Fig.
+    2b).
 
     Every edit is streamed into one memory (Eqs. 2–4). An edit is a fact in one wording: with
     `--wordings N` each fact is written in its prompt and in N − 1 wordings that the file has for
@@ -112,12 +112,9 @@ class Stream(EditTask):
                 "less than 0: they are numbers of edits, of wordings and of facts"
             )
 
-    def read(self, limit: int | None, skipped: list[str] | None) -> list[EditRecord]:
-        """Return the first `limit` records of the file."""
-        return zsre.load(self.data, limit, skipped=skipped)
-
     def records_needed(self) -> int | None:
-        """Return the facts of the stream; which have enough wordings is known from the whole file."""
+        """Return the facts of the stream; which have enough wordings is known from the whole
+        file."""
         return self.edits + self.unwritten if self.wordings == 1 else None
 
     def paper_holds(self, settings) -> bool:
@@ -148,7 +145,7 @@ class Stream(EditTask):
                 f"{self.unwritten} need more: give a larger file, or fewer of them"
             )
         # The right answer of what was never written, whatever the file proposes to write.
-        right = zsre.load(self.data, None, "answer", skipped=[] if self.skip_bad else None)
+        right = load(self.data, None, "answer", skipped=[] if self.skip_bad else None)
         right = {record.case_id: record for record in right}
         unwritten = [right[record.case_id] for record in records[facts : facts + self.unwritten]]
         prompts = [
@@ -168,8 +165,8 @@ class Stream(EditTask):
         return [*self._curve(), *self._end()]
 
     def _curve(self) -> Iterator[StreamQuestion]:
-        """At every point, `queries` of the facts so far that have a rephrasing which no edit writes:
-        another record may have it for its prompt."""
+        """At every point, `queries` of the facts so far that have a rephrasing which no edit
+        writes: another record may have it for its prompt."""
         draw, (records, edits, _) = np.random.default_rng(0), self.stream
         prompts = {prompt for _, prompt in edits}
         for point in self.points:
@@ -206,26 +203,24 @@ class Stream(EditTask):
         queries = systems.shared_memories(parts)
         ids = systems.model.decoder_tokenizer.ids
         limits = [len(ids(f" {case.gold}")) + MARGIN for case in cases]
-        texts = queries.generate(limits, SYSTEMS)
-        for row, case in enumerate(cases):
-            gold = answer_words(case.gold)
-            for system in SYSTEMS:
-                if system == "prompt" and case.fact is None:
-                    continue
-                text = texts[system][row]
-                words = answer_words(first_line(text), len(gold))
-                yield {
-                    "case": case.case_id,
-                    "system": system,
-                    "kind": case.kind,
-                    "edits": case.edits,
-                    "f1": token_f1(words, gold),
-                    "f1_grace": token_f1_grace(words, gold),
-                    "prompt": case.prompt,
-                    "gold": case.gold,
-                    "text": text,
-                    **(queries.scope(row) if system == "larimar" else {}),
-                }
+        columns = [
+            dict(
+                case=case.case_id,
+                kind=case.kind,
+                edits=case.edits,
+                prompt=case.prompt,
+                gold=case.gold,
+            )
+            for case in cases
+        ]
+
+        def measured(column, text):
+            gold = answer_words(column["gold"])
+            words = answer_words(first_line(text), len(gold))
+            f1, f1_grace = token_f1(words, gold), token_f1_grace(words, gold)
+            return {"f1": f1, "f1_grace": f1_grace, "text": text}
+
+        yield from queries.rows(columns, queries.generate(limits, SYSTEMS), measured)
 
     def _after(self, systems, edits: int) -> FactStore:
         """The store after so many edits, streamed one by one."""

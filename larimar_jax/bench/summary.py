@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from larimar_jax.bench import metrics, systems
+from larimar_jax.bench import metrics, queries
 from larimar_jax.bench.task import Metric, Task
 
 Row = Mapping[str, Any]
@@ -34,7 +34,7 @@ def summarise(task: Task, rows: Sequence[Row]) -> list[dict[str, Any]]:
         entry = dict(zip(("system", "kind", *task.factors), key, strict=True))
         for name, values in columns.items():
             estimate = estimate_of(task.metrics[name], values)
-            if key[0] not in systems.CONTROLS:
+            if key[0] not in queries.CONTROLS:
                 estimate |= _versus(task, groups, entry, key, name)
             entry[name] = estimate
         entries.append(entry)
@@ -86,7 +86,7 @@ def _versus(
     sign = -1.0 if task.lower_is_better(name, entry) else 1.0
     versus: dict[str, Any] = {}
     behind = []
-    for control, label in systems.LOOKUPS.items():
+    for control, label in queries.LOOKUPS.items():
         theirs = control_values(groups, (control, *key[1:]), name)
         both = [case for case in ours if case in theirs]
         if not both or metric.median:
@@ -128,10 +128,10 @@ def harmonic_score(
     for system, estimate in score.items():
         behind = [
             words
-            for control, words in systems.LOOKUPS.items()
+            for control, words in queries.LOOKUPS.items()
             if control in score and estimate["cases"] and estimate["mean"] <= score[control]["mean"]
         ]
-        if system not in systems.CONTROLS and behind:
+        if system not in queries.CONTROLS and behind:
             estimate["note"] = f"does not beat {' or '.join(behind)}"
     return entries
 
@@ -157,7 +157,7 @@ def by_case(rows: Sequence[Row]) -> dict[Any, list[Row]]:
 
 def label(task: Task, value: Any) -> str:
     """Return the name of a system, kind or factor's value, for people."""
-    return str(task.labels.get(value, systems.LABELS.get(value, value)))
+    return str(task.labels.get(value, queries.LABELS.get(value, value)))
 
 
 def group_label(task: Task, key: Key) -> str:

@@ -192,8 +192,9 @@ class EditTask(ModelTask):
     )
 
     def read(self, limit: int | None, skipped: list[str] | None) -> list[EditRecord]:
-        """Return the first `limit` records of the file; tasks of another data set override this."""
-        return edit_records.load(self.data, limit, skipped=skipped)
+        """Return the first `limit` records of the file."""
+        target = getattr(self, "target", None)
+        return edit_records.load(self.data, limit, target, skipped=skipped)
 
     def records_needed(self) -> int | None:
         """Return how many records are read; None for all."""

@@ -6,9 +6,8 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from larimar_jax.bench.systems import MODE, Mode, Queries
+from larimar_jax.bench.systems import MODE, Mode
 from larimar_jax.bench.task import ZSRE, EditTask, Metric, Pivot, option
-from larimar_jax.data import zsre
 from larimar_jax.data.edit_records import EditRecord
 
 
@@ -45,10 +44,6 @@ class ZsRE(EditTask):
     limit: int | None = option("only the first N records (default: all)", default=None)
     mode: Mode = option(MODE, default="rome")
 
-    def read(self, limit: int | None, skipped: list[str] | None) -> list[EditRecord]:
-        """Return the first `limit` records of the file."""
-        return zsre.load(self.data, limit, self.target, skipped=skipped)
-
     def paper_holds(self, settings) -> bool:
         """Return whether it is the paper's protocol."""
         return self.mode == "rome"
@@ -60,67 +55,57 @@ class ZsRE(EditTask):
     def evaluate(self, systems, cases) -> Iterator[dict[str, Any]]:
         """Yield the accuracy on every prompt of a chunk of cases."""
         facts = [(case.prompt, case.target_new) for case in cases]
-        questions = [_questions(case) for case in cases]
-        measure = self._by_prompt if self.mode == "rome" else self._by_token
-        edits, accuracy, columns = measure(systems, facts, questions)
-        rows = [(case, *each) for case, row in zip(cases, questions, strict=True) for each in row]
-        for row, (case, kind, prompt, target) in enumerate(rows):
-            for system, values in accuracy.items():
-                yield {
-                    "case": case.case_id,
-                    "system": system,
-                    "kind": kind,
-                    "accuracy": values[row],
-                    "written": edits.editor.written(case.prompt, case.target_new),
-                    "prompt": prompt,
-                    "target": target,
-                    **(columns(row) if system == "larimar" else {}),
-                }
+        groups = [_queries(case) for case in cases]
+        edits, accuracy = (self._by_prompt if self.mode == "rome" else self._by_token)(
+            systems, facts, groups
+        )
+        columns = [column for group in groups for column in group]
+        yield from edits.rows(columns, accuracy, lambda _, share: {"accuracy": share})
 
-    def _by_prompt(self, systems, facts, questions):
-        """The queries, their accuracy, and the columns of the scope decision."""
-        edits = systems.single_edits(facts, [[prompt for _, prompt, _ in row] for row in questions])
-        targets = [target for row in questions for _, _, target in row]
-        return edits, edits.accuracy(targets), edits.scope
+    def _by_prompt(self, systems, facts, groups):
+        prompts = [[column["prompt"] for column in group] for group in groups]
+        edits = systems.single_edits(facts, prompts)
+        return edits, edits.accuracy([column["target"] for group in groups for column in group])
 
-    def _by_token(self, systems, facts, questions):
+    def _by_token(self, systems, facts, groups):
         """Each token apart; then the mean of a query's tokens, and the share of them in scope."""
         prompts, asking, targets, places, counts = [], [], [], [], []
         editor = systems.editor
-        for row in questions:
+        for group in groups:
             prompts.append([])
             asking.append([])
-            for _, prompt, target in row:
-                tokens = editor.tokens(target)
+            for column in group:
+                tokens = editor.tokens(column["target"])
                 counts.append(len(tokens))
                 for place in range(len(tokens)):
                     before = editor.text(tokens[:place]).strip() if place else ""
-                    prompts[-1].append(prompt)
-                    asking[-1].append(f"{prompt} {before}".strip())
-                    targets.append(target)
-                    places.append(place)
-        edits: Queries = systems.single_edits(
-            facts,
-            prompts,
-            mode="released",
-            asking=asking,
-            scoped=[[text] for row in asking for text in row],
-        )
+                    prompts[-1].append(column["prompt"])
+                    asking[-1].append(f"{column['prompt']} {before}".strip())
+                targets += [column["target"]] * len(tokens)
+                places += range(len(tokens))
+        scoped = [[text] for row in asking for text in row]
+        edits = systems.single_edits(facts, prompts, mode="released", asking=asking, scoped=scoped)
         begins = np.cumsum([0, *counts[:-1]])
 
         def mean(values):
             return np.add.reduceat(np.asarray(values, np.float64).reshape(-1), begins) / counts
 
-        hits = {name: mean(values) for name, values in edits.hits(targets, places).items()}
-        scope = {"scope_score": mean(edits.scope_score), "in_scope": mean(edits.in_scope)}
-        return edits, hits, lambda row: {name: values[row] for name, values in scope.items()}
+        accuracy = edits.accuracy(targets, places=places)
+        queries = dataclasses.replace(
+            edits.take(begins), scope_score=mean(edits.scope_score), in_scope=mean(edits.in_scope)
+        )
+        return queries, {name: mean(values) for name, values in accuracy.items()}
 
 
-def _questions(case: EditRecord) -> list[tuple[str, str, str]]:
-    """(kind, prompt, the answer that is scored) of every prompt of a case."""
-    neighbours = zip(case.neighbourhood, case.neighbourhood_targets, strict=True)
-    return [
+def _queries(case: EditRecord) -> list[dict[str, Any]]:
+    """The columns of every prompt of a case."""
+    near = zip(case.neighbourhood, case.neighbourhood_targets, strict=True)
+    prompts = [
         ("rewrite", case.prompt, case.target_new),
         *(("paraphrase", prompt, case.target_new) for prompt in case.paraphrases),
-        *(("neighbourhood", prompt, target) for prompt, target in neighbours),
+        *(("neighbourhood", *pair) for pair in near),
+    ]
+    return [
+        dict(case=case.case_id, kind=kind, prompt=prompt, target=target)
+        for kind, prompt, target in prompts
     ]

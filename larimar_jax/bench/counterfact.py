@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
-from larimar_jax.bench.metrics import KINDS, magnitude, success
+from larimar_jax.bench.metrics import KINDS, rewrite_columns
 from larimar_jax.bench.summary import harmonic_score
 from larimar_jax.bench.systems import MODE, Mode
 from larimar_jax.bench.task import EditTask, Metric, Pivot, Plot, option
@@ -59,52 +59,37 @@ class CounterFact(EditTask):
 
     def evaluate(self, systems, cases) -> Iterator[dict[str, Any]]:
         """Yield S and M of every prompt of a chunk of cases, from ℓ of its two answers."""
-        queries = [self.queries(case) for case in cases]
-        prompts = [[prompt for _, prompt, _ in row] for row in queries]
-        rows = [(case, *query) for case, row in zip(cases, queries, strict=True) for query in row]
-        pairs = [(case.target_new, true) for case, _, _, true in rows]
+        columns = [column for case in cases for column in self.queries(case)]
+        pairs = [(column["new"], column["true"]) for column in columns]
         scoped = None
         if self.mode == "released":
             scoped = [
-                [f"{prompt} {answer}" for answer in pair]
-                for (_, _, prompt, _), pair in zip(rows, pairs, strict=True)
+                [f"{each['prompt']} {answer}" for answer in pair]
+                for each, pair in zip(columns, pairs, strict=True)
             ]
         wordings = systems.cached("wordings", (), self._wordings)
         edits = systems.single_edits(
             [(case.prompt, case.target_new) for case in cases],
-            prompts,
+            [[column["prompt"] for column in self.queries(case)] for case in cases],
             mode=self.mode,
             scoped=scoped,
             wordings=[wordings[case.case_id] for case in cases],
         )
-        losses = edits.score(pairs)
-        for row, (case, kind, prompt, true) in enumerate(rows):
-            for system, values in losses.items():
-                new, unwanted = (float(loss) for loss in values[row])
-                yield {
-                    "case": case.case_id,
-                    "system": system,
-                    "kind": kind,
-                    "S": success(kind, new, unwanted),
-                    "M": magnitude(kind, new, unwanted),
-                    "written": edits.facts[row],
-                    "prompt": prompt,
-                    "new": case.target_new,
-                    "loss_new": new,
-                    "true": true,
-                    "loss_true": unwanted,
-                    **(edits.scope(row) if system == "larimar" else {}),
-                }
+        yield from edits.rows(columns, edits.score(pairs), rewrite_columns)
 
-    def queries(self, case: EditRecord) -> list[tuple[str, str, str]]:
-        """Return (kind, prompt, true target) of every prompt of a case."""
+    def queries(self, case: EditRecord) -> list[dict[str, Any]]:
+        """Return the columns of every prompt of a case."""
         paraphrases = case.paraphrases
         if self.mode == "released":
             paraphrases = tuple(prompt.split(". ")[-1] for prompt in paraphrases)
-        edits = [("edit", case.prompt), *(("paraphrase", prompt) for prompt in paraphrases)]
-        neighbours = zip(case.neighbourhood, case.neighbourhood_targets, strict=True)
-        return [(kind, prompt, case.target_true) for kind, prompt in edits] + [
-            ("neighbourhood", prompt, true) for prompt, true in neighbours
+        prompts = [("edit", case.prompt, case.target_true)]
+        prompts += [("paraphrase", prompt, case.target_true) for prompt in paraphrases]
+        near = zip(case.neighbourhood, case.neighbourhood_targets, strict=True)
+        prompts += [("neighbourhood", *pair) for pair in near]
+        new = case.target_new
+        return [
+            dict(case=case.case_id, kind=kind, prompt=prompt, new=new, true=true)
+            for kind, prompt, true in prompts
         ]
 
     def _wordings(self) -> dict[int, tuple[str, ...]]:
