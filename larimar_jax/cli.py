@@ -1,23 +1,25 @@
-"""The command line, and the only file that reads argv.
+"""The command line: every command, and the only reader of argv.
 
-Everything heavy is imported inside its command, so that `--help` answers at once.
+A command is a plain function: parameters before the `*` are its arguments, the others its options, and
+its docstring is its help. What is heavy to import is imported inside, so that `--help` answers at once.
 """
 
 import argparse
-import inspect
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin
 
-from larimar_jax import formats, runs
+from larimar_jax.bench import bench_commands
+from larimar_jax.train import train_commands
 
 PACKAGE = Path(__file__).resolve().parent
-DEFAULT_SESSION = "larimar-session.safetensors"
-DEFAULT_MODEL = "smol"
-
+SESSION, MODEL = "larimar-session.safetensors", "smol"
 EXAMPLES = """\
 examples:
   larimar demo
@@ -28,55 +30,56 @@ examples:
   larimar train --config=configs/tiny.py --run runs/tiny
   larimar bench counterfact --data counterfact.json --limit 200 --out runs/counterfact
 """
+# Commands that a second call takes up where the first was stopped.
+RESUMABLE = ("bench", "sweep", "reproduce", "train")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code.
+    """Run one command and return the exit code.
 
-    0, 1 where a plan does not fit, 2 for an error that it explains, 75 where a run was told to stop
-    and wants to go on later, 130 when interrupted.
+    0; 1 for a plan that does not fit; 2 for an error with an explanation; 75 for a run that was stopped
+    and asks to be run again; 130 after an interrupt.
     """
     # LAPACK calls here are small, and its threads would wait for those of XLA on the same cores.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    arguments = parser().parse_args(argv)
+    arguments = vars(parser().parse_args(argv))
+    name, debug = arguments.pop("command"), arguments.pop("debug", False)
     try:
-        return arguments.command(arguments) or 0
+        return COMMANDS[name](**arguments) or 0
     except KeyboardInterrupt:
-        print(f"\nlarimar: stopped. {arguments.resume}".rstrip(), file=sys.stderr)
+        resume = "The same command goes on where it was stopped." if name in RESUMABLE else ""
+        print(f"\nlarimar: stopped. {resume}".rstrip(), file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of a pipe, such as `head`, has seen enough. What is still buffered goes
-        # nowhere, so that the interpreter does not fail again when it flushes at its end.
+        # The reader of a pipe, such as `head`, has ended. What is still buffered goes nowhere, so that
+        # the interpreter does not fail again when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if getattr(arguments, "debug", False) or not explained(error):
+        if debug or not is_explained(error):
             raise
         print(f"larimar: {error}", file=sys.stderr)
         return 2
 
 
-def explained(error: Exception) -> bool:
-    """Whether `error` is this package's own word to a person, and no slip inside it.
+def is_explained(error: Exception) -> bool:
+    """Return whether the message of `error` was written for users, so that it needs no traceback.
 
-    Its exceptions are, and so is a ValueError or an OSError that its code raises itself; anything
-    that comes up from a library keeps its traceback, since its message was written for programmers.
+    True for this package's exceptions, for a ValueError or ImportError that its code raises, and for
+    every OSError, which names its file. Any other error of a library keeps its traceback.
     """
-    if type(error).__module__.split(".")[0] == __package__:
+    if type(error).__module__.split(".")[0] == __package__ or isinstance(error, OSError):
         return True
-    if not isinstance(error, (ValueError, OSError, ImportError)):
-        return False
     frames = list(traceback.walk_tb(error.__traceback__))
     origin = Path(frames[-1][0].f_code.co_filename).resolve()
-    # An OSError names its file and what was wrong with it, wherever it was raised.
-    return isinstance(error, OSError) or origin.is_relative_to(PACKAGE)
+    return isinstance(error, ValueError | ImportError) and origin.is_relative_to(PACKAGE)
+
+
+# From a function to its parser
 
 
 class _LateParser(argparse.ArgumentParser):
-    """A parser that adds its own commands, by `fill(parser)`, only when it is the one chosen.
-
-    Benchmarks are found by importing them, and they import JAX.
-    """
+    """A parser that adds options, by `fill(parser)`, only when it is the one chosen."""
 
     fill: Callable[[argparse.ArgumentParser], None] | None = None
 
@@ -88,221 +91,165 @@ class _LateParser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of every command."""
+    """Return the parser of every command."""
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument(
-        "--debug",
-        action="store_true",
-        # A default of a nested command would overwrite what stands before it on the line.
-        default=argparse.SUPPRESS,
-        help="show the traceback of an error instead of one message",
-    )
-    top = argparse.ArgumentParser(
-        prog="larimar",
-        description="A language model with a memory for facts that come and go.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[shared],
-    )
-    said = f"larimar-jax {metadata.version('larimar-jax')}"
-    top.add_argument("--version", action="version", version=said)
-    commands = top.add_subparsers(
-        title="commands", metavar="COMMAND", required=True, parser_class=_LateParser
-    )
-
-    def add(
-        name: str, command: Callable | None, summary: str, example: str, resume: str = ""
-    ) -> argparse.ArgumentParser:
-        made = commands.add_parser(
-            name,
-            help=summary,
-            description=f"{summary[0].upper()}{summary[1:]}.",
-            epilog=f"example:\n  {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            parents=[shared],
-        )
-        made.set_defaults(command=command, resume=resume)
-        return made
-
-    made = add("demo", demo, "edit a real language model and see what changes", "larimar demo")
-    _model(made)
-    made.add_argument(
-        "--picture", default="demo.png", metavar="FILE", help="where the picture goes (%(default)s)"
-    )
-
-    made = add(
-        "edit",
-        edit,
-        "write a fact into a session's memory",
-        'larimar edit "The Eiffel Tower is in the city of" "Rome"',
-    )
-    made.add_argument("prompt", help="the fact up to its answer")
-    made.add_argument("answer", help="what the model shall say from now on")
-    _session(made)
-    _model(made, None)
-
-    made = add(
-        "ask",
-        ask,
-        "continue a prompt with what was written in mind",
-        'larimar ask "In which city is the Eiffel Tower? It is in"',
-    )
-    made.add_argument("prompt", help="the text to be continued")
-    made.add_argument(
-        "--tokens", type=_positive, default=12, metavar="N", help="answer's length (%(default)s)"
-    )
-    _session(made)
-
-    made = add("forget", forget, "take a fact out of a session's memory", "larimar forget 1")
-    made.add_argument("fact", type=int, help="its number, as `larimar list` shows it")
-    _session(made)
-
-    made = add("list", show, "show what a session has in memory", "larimar list --history")
-    made.add_argument("--history", action="store_true", help="every write and forget, in order")
-    _session(made)
-
-    made = add(
-        "bench",
-        bench,
-        "run a benchmark, or go on with one that was stopped",
-        "larimar bench counterfact --data counterfact.json --limit 200 --out runs/counterfact",
-        "The same command goes on where the cases end.",
-    )
-    made.fill = lambda made: _benchmarks(made, shared)
-
-    resumes = {
-        "train": "The same command goes on from the last checkpoint.",
-        "sweep": "The same command goes on where the cells end.",
-        "reproduce": "The same command goes on where it was stopped.",
-    }
-    for name, (summary, example, fill) in (runs.COMMANDS | formats.COMMANDS).items():
-        # What runs is theirs to say.
-        fill(add(name, None, summary, example, resumes.get(name, "")), shared)
+    # A default of a nested command would overwrite what stands before it on the line.
+    text = "show the traceback of an error instead of one message"
+    shared.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=text)
+    common = dict(formatter_class=argparse.RawDescriptionHelpFormatter, parents=[shared])
+    text = "A language model with a memory for facts that come and go."
+    top = argparse.ArgumentParser(prog="larimar", description=text, epilog=EXAMPLES, **common)
+    version = f"larimar-jax {metadata.version('larimar-jax')}"
+    top.add_argument("--version", action="version", version=version)
+    places = dict(title="commands", metavar="COMMAND", required=True, parser_class=_LateParser)
+    parents = {"": top.add_subparsers(**places)}
+    for name, function in COMMANDS.items():
+        group, _, leaf = name.rpartition(" ")
+        if group not in parents:
+            outer = parents[""].add_parser(group, help=GROUPS[group], **common)
+            parents[group] = outer.add_subparsers(title="formats", metavar="FORMAT", required=True)
+        about, _, rest = (function.__doc__ or "").partition("Args:")
+        helps, _, example = rest.partition("Example:")
+        lines = [line.strip() for line in about.strip().splitlines()]
+        summary = lines[0][0].lower() + lines[0][1:].removesuffix(".")
+        texts = dict(help=summary, description="\n".join(lines))
+        texts["epilog"] = f"example:\n  {' '.join(example.split())}"
+        single = parents[group].add_parser(leaf, **texts, **common)
+        single.set_defaults(command=name)
+        _add_arguments(single, function, helps)
+        if fill := FILL.get(name):
+            single.fill = lambda chosen, fill=fill: fill(chosen, common)
     return top
 
 
-def _benchmarks(made: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
-    from larimar_jax.bench import runner, tasks
-    from larimar_jax.bench.runner import share
-
-    names = made.add_subparsers(title="benchmarks", metavar="NAME", dest="name", required=True)
-    for name, task in tasks().items():
-        if not task.listed:
+def _add_arguments(single: argparse.ArgumentParser, function: Callable, helps: str) -> None:
+    """Add an argument for each parameter of a command; `helps` has lines "name METAVAR: text"."""
+    entries = re.findall(r"^ +(\w+)(?: (\S+))?: (.+(?:\n {8,}.+)*)", helps, re.M)
+    texts = {name: (metavar or None, " ".join(text.split())) for name, metavar, text in entries}
+    code, defaults = function.__code__, function.__kwdefaults__ or {}
+    count = code.co_argcount + code.co_kwonlyargcount
+    for index, name in enumerate(code.co_varnames[:count]):
+        metavar, text = texts[name]
+        settings: dict[str, Any] = dict(help=text, metavar=metavar)
+        kind = function.__annotations__[name]
+        kind = get_args(kind)[0] if isinstance(kind, UnionType) else kind
+        if kind is bool:
+            action = "store_false" if defaults[name] else "store_true"
+            settings = dict(help=text, action=action)
+        elif get_origin(kind) is tuple:
+            settings |= dict(nargs="+", action="extend")
+        else:
+            settings["type"] = kind
+        if index < code.co_argcount:
+            single.add_argument(name, **settings)
             continue
-        text = inspect.cleandoc(task.__doc__)
-        single = names.add_parser(
-            name,
-            help=text.partition("\n")[0],
-            description=text,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            parents=[shared],
+        if defaults.get(name) not in (None, False, True, ()):
+            settings["help"] += " (%(default)s)"
+        flag = {"overrides": "set", "texts": "no-texts"}.get(name, name.replace("_", "-"))
+        required = name not in defaults
+        default = (
+            list(defaults[name])
+            if get_origin(kind) is tuple and not required
+            else defaults.get(name)
         )
-        runner.add_arguments(single, task)
-        single.add_argument(
-            "--out", required=True, metavar="DIR", help="folder of the run; resumed if it exists"
-        )
-        single.add_argument(
-            "--share",
-            type=share,
-            metavar="I/N",
-            help="compute the Ith of N shares, from 0, in a folder that all N processes see; the one "
-            "that is done last makes the result",
-        )
+        single.add_argument(f"--{flag}", dest=name, required=required, default=default, **settings)
 
 
-def _session(made: argparse.ArgumentParser) -> None:
-    made.add_argument(
-        "--session", default=DEFAULT_SESSION, metavar="FILE", help="its file (%(default)s)"
-    )
+# Sessions
 
 
-def _model(made: argparse.ArgumentParser, default: str | None = DEFAULT_MODEL) -> None:
-    shown = "%(default)s" if default else f"the session's own, or {DEFAULT_MODEL} for a new one"
-    made.add_argument(
-        "--model",
-        default=default,
-        metavar="NAME",
-        help=f"a checkpoint that ships, or the path of one ({shown})",
-    )
+def demo(*, model: str = MODEL, picture: str = "demo.png") -> None:
+    """Edit a real language model and see what changes.
 
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
-
-
-# Commands
-
-
-def demo(arguments: argparse.Namespace) -> None:
-    """larimar demo"""
+    Args:
+      model NAME: a checkpoint that ships, or the path of one
+      picture FILE: where the picture goes
+    Example: larimar demo
+    """
     from larimar_jax import demo
 
-    demo.run(model=arguments.model, picture=arguments.picture)
+    demo.run(model=model, picture=picture)
 
 
-def edit(arguments: argparse.Namespace) -> None:
-    """larimar edit: starts the session where there is none."""
+def edit(prompt: str, answer: str, *, session: str = SESSION, model: str | None = None) -> None:
+    """Write a fact into a session's memory; the first one starts the session.
+
+    Args:
+      prompt: the fact up to its answer
+      answer: what the model answers from now on
+      session FILE: its file
+      model NAME: a checkpoint that ships, or the path of one (the session's own; smol for a new one)
+    Example: larimar edit "The Eiffel Tower is in the city of" "Rome"
+    """
     from larimar_jax.session import Session, load
 
-    path = Path(arguments.session)
+    path = Path(session)
     _loading()
-    model = None if arguments.model is None else load(arguments.model)
-    session = Session.load(path, model) if path.exists() else Session(model or DEFAULT_MODEL)
-    fact = session.write(arguments.prompt, arguments.answer)
-    session.save(path)
+    loaded = None if model is None else load(model)
+    opened = Session.load(path, loaded) if path.exists() else Session(loaded or MODEL)
+    fact = opened.write(prompt, answer)
+    opened.save(path)
     print(fact)
-    if note := session.history()[-1].note:
+    if note := opened.history()[-1].note:
         print(f"({note})", file=sys.stderr)
 
 
-def ask(arguments: argparse.Namespace) -> None:
-    """larimar ask: the answer on the standard output as it comes, where it came from beside it."""
-    said = ""
+def ask(prompt: str, *, tokens: train_commands.count = 12, session: str = SESSION) -> None:
+    """Continue a prompt, from memory where a written fact applies.
+
+    Args:
+      prompt: the text to be continued
+      tokens N: length of the answer
+      session FILE: its file
+    Example: larimar ask "In which city is the Eiffel Tower? It is in"
+    """
+    begun = False
 
     def show(piece: str) -> None:
-        nonlocal said
-        text = piece if said else piece.lstrip()  # the blank between prompt and answer
-        said += text
+        nonlocal begun
+        text = piece if begun else piece.lstrip()  # the blank between prompt and answer
+        begun = begun or bool(text)
         print(text, end="", flush=True)
 
-    session = _open(arguments.session)
-    answer = session.ask(arguments.prompt, max_tokens=arguments.tokens, on_text=show)
+    opened = _open(session)
+    answer = opened.ask(prompt, max_tokens=tokens, on_text=show)
     print()
-    if not session.list():
-        print("(nothing is written)", file=sys.stderr)
-        return
     source = f"from fact {answer.fact}" if answer.in_scope else "nothing written applies"
-    print(f"({source}; likeness {answer.score:.2f})", file=sys.stderr)
+    note = f"({source}; likeness {answer.score:.2f})" if opened.list() else "(nothing is written)"
+    print(note, file=sys.stderr)
 
 
-def forget(arguments: argparse.Namespace) -> None:
-    """larimar forget"""
-    session = _open(arguments.session)
-    gone = session.forget(arguments.fact)
-    session.save(Path(arguments.session))
-    print(f"forgotten {gone.fact}")
-    print(
-        f"(the memory is {gone.distance:.0e} from one that never saw it; other facts explain "
-        f"{gone.leverage:.0%} of its key)",
-        file=sys.stderr,
-    )
+def forget(fact: int, *, session: str = SESSION) -> None:
+    """Take a fact out of a session's memory.
+
+    Args:
+      fact: its number, as `larimar list` shows it
+      session FILE: its file
+    Example: larimar forget 1
+    """
+    opened = _open(session)
+    forgotten = opened.forget(fact)
+    opened.save(Path(session))
+    print(f"forgotten {forgotten.fact}")
+    distance = f"the memory is {forgotten.distance:.0e} from one that never saw it"
+    leverage = f"other facts explain {forgotten.leverage:.0%} of its key"
+    print(f"({distance}; {leverage})", file=sys.stderr)
 
 
-def show(arguments: argparse.Namespace) -> None:
-    """larimar list; needs no model."""
+def list_facts(*, history: bool = False, session: str = SESSION) -> None:
+    """Show what a session has in memory; needs no model.
+
+    Args:
+      history: every write and forget, in order
+      session FILE: its file
+    Example: larimar list --history
+    """
     from larimar_jax import session_file
 
-    saved = session_file.load(_existing(arguments.session))
-    if arguments.history:
-        for event in saved.history:
-            print(event)
-        return
-    for fact in saved.facts:
-        print(fact)
-    if not saved.facts:
+    saved = session_file.load(_existing(session))
+    for line in saved.history if history else saved.facts:
+        print(line)
+    if not (saved.facts or history):
         print("(nothing written)", file=sys.stderr)
 
 
@@ -315,13 +262,12 @@ def _open(name: str):
 
 
 def _existing(name: str) -> Path:
-    path = Path(name)
-    if not path.exists():
+    if not Path(name).exists():
         raise FileNotFoundError(
-            f"there is no session at {path}. `larimar edit PROMPT ANSWER` starts one there; "
+            f"there is no session at {name}. `larimar edit PROMPT ANSWER` starts one there; "
             "--session names another file."
         )
-    return path
+    return Path(name)
 
 
 def _loading() -> None:
@@ -332,14 +278,29 @@ def _loading() -> None:
         print("loading the model …", file=sys.stderr)
 
 
-def bench(arguments: argparse.Namespace) -> None:
-    """larimar bench"""
-    from larimar_jax import bench
-    from larimar_jax.bench import runner
-
-    task = runner.from_arguments(bench.task(arguments.name), arguments)
-    runner.run(task, arguments.out, arguments.share)
-
+COMMANDS: dict[str, Callable[..., int | None]] = {
+    "demo": demo,
+    "edit": edit,
+    "ask": ask,
+    "forget": forget,
+    "list": list_facts,
+    "bench": bench_commands.bench,
+    "train": train_commands.train,
+    "plan": train_commands.plan,
+    "sweep": bench_commands.sweep,
+    "report": bench_commands.report,
+    "reproduce": bench_commands.reproduce,
+    "calibrate": train_commands.calibrate,
+    "convert ibm": train_commands.convert_ibm,
+    "export hf": train_commands.export_hf,
+}
+# Commands with a format below them.
+GROUPS = {
+    "convert": "turn a checkpoint of the authors' code into a model of ours",
+    "export": "write a model's towers as folders that transformers loads",
+}
+# Options that are expensive to know, added once the command is chosen.
+FILL = {"bench": bench_commands.add_benchmarks, "calibrate": train_commands.add_recipe}
 
 if __name__ == "__main__":
     sys.exit(main())

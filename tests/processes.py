@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 _SCRIPT = """
 import json, os, signal, sys
 values, run, place, death, dying = map(json.loads, sys.argv[1:])
-from larimar_jax import config, runs
+from larimar_jax import config
 from larimar_jax.train import distributed, loop, step
 place = distributed.Place(*place) if place else None
 distributed.LEAVE = 4
@@ -34,7 +34,7 @@ if death:
             return inner(*arguments)
         self.step = stepped
     step.Stepper.__init__ = mortal
-sys.exit(runs.outcome(lambda: loop.train(config.parse(values), run, progress=False)))
+sys.exit(train_commands.exit_code(lambda: loop.train(config.parse(values), run, progress=False)))
 """
 
 

@@ -14,7 +14,7 @@ import pytest
 import world
 
 from larimar_jax import config as configs
-from larimar_jax import runs
+from larimar_jax.train import train_commands
 from larimar_jax.train import distributed, metrics
 from larimar_jax.weights import model_file
 
@@ -156,14 +156,14 @@ def test_a_process_that_fails_ends_all(brief, tmp_path):
 def test_a_peer_that_is_lost_in_any_program_asks_to_be_run_again():
     """With a device each, programs are called the quick way, which raises no JaxRuntimeError."""
     script = (
-        "import sys; from larimar_jax import runs; from larimar_jax.train import distributed as d\n"
+        "import sys; from larimar_jax.train import train_commands; from larimar_jax.train import distributed as d\n"
         "from jax.experimental import multihost_utils as hosts\n"
         "def train():\n"
         "    for step in range(1000):\n"
         "        if step == {failing}: raise OSError('no space left on device')\n"
         "        hosts.sync_global_devices(str(step))\n"
         "d.LEAVE = 4; d.initialise(d.Place('127.0.0.1:{port}', 2, {index}), heartbeat=10, start=60)\n"
-        "sys.exit(runs.outcome(train))"
+        "sys.exit(train_commands.exit_code(train))"
     )
     port = processes.free_port()
     scripts = [script.format(port=port, index=i, failing=(-1, 3)[i]) for i in range(2)]
@@ -200,7 +200,7 @@ def test_what_counts_as_a_peer_that_is_lost(monkeypatch, error, code):
     monkeypatch.setattr(os, "_exit", left)
     monkeypatch.setattr(distributed, "leave", begun.append)
     with pytest.raises(_Left if code == distributed.RETRY else type(error)) as raised:
-        runs.outcome(run)
+        train_commands.exit_code(run)
     told = [raised.value.args[0]] if code == distributed.RETRY else begun
     assert told == [code]
 

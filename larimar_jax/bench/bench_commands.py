@@ -1,0 +1,112 @@
+"""The commands of `larimar` that measure: bench, sweep, report and reproduce; see cli.py.
+
+What is heavy to import is imported inside them.
+"""
+
+import argparse
+import inspect
+import sys
+from typing import Any
+
+
+def add_benchmarks(bench: argparse.ArgumentParser, common: dict[str, Any]) -> None:
+    """Add a parser for each benchmark, with the options of its task."""
+    from larimar_jax.bench import runner, tasks
+    from larimar_jax.bench.shares import share
+
+    names = bench.add_subparsers(title="benchmarks", metavar="NAME", dest="name", required=True)
+    out = "folder of the run; resumed if it exists"
+    part = "compute the Ith of N shares, from 0, in a folder that all N processes see; the one that is "
+    part += "done last writes the result"
+    for name, task in tasks().items():
+        if not task.listed:
+            continue
+        text = inspect.cleandoc(task.__doc__)
+        single = names.add_parser(name, help=text.partition("\n")[0], description=text, **common)
+        runner.add_arguments(single, task)
+        single.add_argument("--out", required=True, metavar="DIR", help=out)
+        single.add_argument("--share", type=share, metavar="I/N", help=part)
+
+
+def bench(**options: Any) -> None:
+    """Run a benchmark, or go on with one that was stopped.
+
+    Example: larimar bench counterfact --data counterfact.json --limit 200 --out runs/counterfact
+    """
+    from larimar_jax import bench
+    from larimar_jax.bench import runner, shares
+
+    name, out, part = (options.pop(key) for key in ("name", "out", "share"))
+    task = runner.from_arguments(bench.task(name), argparse.Namespace(**options))
+    if part is None:
+        runner.run(task, out)
+    else:
+        shares.run(task, out, part)
+
+
+def sweep(*, config: str, out: str, overrides: tuple[str, ...] = ()) -> None:
+    """Measure every memory over a grid of settings, sizes and noise.
+
+    A variant is compiled once for a shape, and all its cells run in that program. Writes cases.jsonl,
+    summary.json and pictures.
+
+    Args:
+      config FILE: a file with get_config()
+      out DIR: folder of the run; resumed if it exists
+      overrides KEY=VALUE: settings that differ from the file, such as slots=[64]
+    Example: larimar sweep --config=configs/sweep_memory.py --out runs/sweep
+    """
+    from larimar_jax import config as configs
+    from larimar_jax import schema
+    from larimar_jax.bench import pictures, runner
+    from larimar_jax.bench import sweep as sweeps
+
+    values = schema.override(configs.load_dict(config), overrides)
+    runner.run(sweeps.Sweep(sweeps.parse(values)), out)
+    for path in pictures.draw(runner.read_cases(out), out):
+        print(f"drawn: {path}", file=sys.stderr)
+
+
+def report(
+    folders: tuple[str, ...], *, out: str, title: str = "Larimar: results", texts: bool = True
+) -> None:
+    """Make a report of finished benchmark runs, and compare them.
+
+    Tables beside the paper's numbers, pictures, and the worst and best cases with their texts. Where two
+    runs are of one benchmark, each later one is compared with the first, case by case, and what differs
+    by more than chance is marked. The page needs nothing beside it.
+
+    Args:
+      folders RUN: folders of runs that have ended, or folders of such folders
+      out DIR: where report.md and report.html go
+      title TEXT: of the report
+      texts: leave out cases with their texts, which are the benchmark's data
+    Example: larimar report runs/counterfact runs/batch --out runs/report
+    """
+    from larimar_jax.bench import web_page
+    from larimar_jax.bench import report as reports
+
+    runs = [reports.read(run) for folder in folders for run in reports.inside(folder)]
+    for path in web_page.write(reports.sections(runs, texts), out, title):
+        print(f"written: {path}", file=sys.stderr)
+
+
+def reproduce(*, config: str, out: str, overrides: tuple[str, ...] = ()) -> None:
+    """Run all the benchmarks of a config, and make their report.
+
+    Each runs in a folder of its own. A finished run is not repeated.
+
+    Args:
+      config FILE: a file with get_config()
+      out DIR: the folders, and the report
+      overrides KEY=VALUE: settings that differ from the file, such as data.zsre=FILE
+    Example: larimar reproduce --config=configs/bench_paper.py --out runs/paper
+        --set data.counterfact=FILE data.zsre=FILE
+    """
+    from larimar_jax import config as configs
+    from larimar_jax import schema
+    from larimar_jax.bench import reproduce as reproduces
+
+    plan = reproduces.parse(schema.override(configs.load_dict(config), overrides))
+    for path in reproduces.run(plan, out):
+        print(f"written: {path}", file=sys.stderr)

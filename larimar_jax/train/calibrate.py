@@ -1,0 +1,360 @@
+"""Training of the internal scope detector (§6, ISD) and of its threshold.
+
+The external detector compares pooled encodings as they are: a neighbour that shares words with the fact
+is near it. The internal one compares them after a linear map W, fitted as a classifier of pairs,
+
+    p(query q means the fact written as k) = sigmoid(a (cos(k W, q W) − b)),
+
+on paraphrases against neighbours and against questions that ask something else of the same subject;
+and a paraphrase must retrieve its own prompt among those of its batch.
+
+A W that is fitted freely learns the relations of its records by heart, and is worse than none for
+others. So W is drawn back to where it started, W = I + s (fitted − I), and the share s and the threshold
+are those that do best on relations whose facts the fit has not seen, a fold of relations at a time.
+(Questions of other relations are of all of them: a wording may be an "other" on both sides.)
+"""
+
+import dataclasses
+import functools
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from larimar_jax import config as configs
+from larimar_jax import pipeline, scope
+from larimar_jax.data import counterfact, questions, vocabulary
+from larimar_jax.data.edit_records import provenance
+from larimar_jax.data.paraphrases import Wordings
+from larimar_jax.data.questions import Asked
+from larimar_jax.weights import model_file
+
+# Questions of other relations that a record gets.
+OTHERS = 4
+# s, of which one is chosen; 0 is the external detector.
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+# Inverse temperature of the softmax over a batch's prompts.
+_SHARPNESS = 20.0
+
+Encode = Callable[[Sequence[str]], Float[np.ndarray, "n H"]]
+
+
+def _label(text: str) -> Any:
+    return dataclasses.field(metadata=dict(label=text))
+
+
+def _option(default: Any, least: Any, text: str) -> Any:
+    return dataclasses.field(default=default, metadata=dict(help=text, least=least))
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How W is fitted."""
+
+    steps: int = _option(300, 0, "steps of Adam")
+    batch: int = _option(256, 1, "facts a step")
+    rate: float = _option(2e-4, 0.0, "learning rate at the start; it falls to 0 as a cosine")
+    others: float = _option(0.5, 0.0, "weight of questions that ask else of the same subject")
+    retrieval: float = _option(0.3, 0.0, "weight of retrieving one's own prompt from a batch's")
+    folds: int = _option(4, 2, "parts of the relations, each judged by a W fitted on the rest")
+    seed: int = _option(0, 0, "of batches, and of what else is asked of a subject")
+
+    def __post_init__(self):
+        """Raise ValueError for numbers that make no sense; the message names all of them."""
+        fields = {field.name: field.metadata["least"] for field in dataclasses.fields(self)}
+        wrong = [
+            f"{n} must be at least {low}" for n, low in fields.items() if getattr(self, n) < low
+        ]
+        if wrong:
+            raise ValueError(f"this recipe makes no sense: {', '.join(wrong)}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Quality:
+    """Error rates of a detector on relations that it was not fitted on, in [0, 1]."""
+
+    pairwise: float = _label("equal error rate, own prompt")
+    store: float = _label("equal error rate, all prompts")
+    missed: float = _label("at the threshold: paraphrases missed")
+    neighbours: float = _label("neighbours taken for it")
+    others: float = _label("other questions taken for it")
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """A fitted detector, beside the quality of the external and of the internal one."""
+
+    projection: Float[np.ndarray, "H H"]  # W
+    share: float  # s
+    threshold: float  # of the cosine after W
+    external: Quality
+    internal: Quality
+
+
+class _Rows(NamedTuple):
+    """n facts: unit encodings of the prompt, of a paraphrase, of a neighbour and of o other questions,
+    whether these exist, and a number that facts of the same subject share."""
+
+    prompt: Float[Array, "n H"]
+    paraphrase: Float[Array, "n H"]
+    neighbour: Float[Array, "n H"]
+    other: Float[Array, "n o H"]
+    exists: Bool[Array, "n o"]
+    subject: Int[Array, " n"]
+
+
+# Cosines of a fold's questions by kind: with their own fact's prompt, and the best of all of the fold.
+Scores = dict[str, tuple[Float[np.ndarray, " Q"], Float[np.ndarray, " Q"]]]
+KINDS = ("paraphrases", "neighbours", "others")
+
+
+def calibrate(encode: Encode, facts: Sequence[Asked], recipe: Recipe | None = None) -> Calibration:
+    """Fit W, and choose s and the threshold.
+
+    Args:
+        encode: texts to pooled encodings; called once.
+        facts: each with a paraphrase and a neighbour at least.
+    Raises:
+        ValueError: of fewer relations than folds, or a fact without paraphrase or neighbour.
+        FloatingPointError: the fit diverged.
+    """
+    recipe = Recipe() if recipe is None else recipe
+    for fact in facts:
+        if not fact.paraphrases or not fact.neighbours:
+            raise ValueError(
+                f"The record of {fact.prompt!r} has no paraphrase or no neighbour: leave it out."
+            )
+    folds = _folds(facts, recipe.folds)
+    look = _lookup(encode, facts)
+    rows, owner = _rows(facts, look)
+    rows, identity = jax.device_put(rows), np.eye(rows.prompt.shape[1], dtype=np.float32)
+
+    def fitted_change(chosen: Bool[np.ndarray, " n"]) -> Float[np.ndarray, "H H"]:
+        # Of one length for all folds, so that one program fits them.
+        places = np.flatnonzero(chosen)
+        fitted = _fit(rows, np.resize(places, len(chosen)), np.int32(len(places)), recipe)
+        return np.asarray(fitted) - identity
+
+    changes = [fitted_change(~np.isin(owner, fold)) for fold in folds]
+    unseen = [[facts[n] for n in fold] for fold in folds]
+    judged = {}
+    for share in SHARES:
+        pairs = zip(unseen, changes, strict=True)
+        scores = [_scores(fold, look, identity + share * change) for fold, change in pairs]
+        judged[share] = _judge(scores, recipe)
+    # Of shares that do as well, the least; at the equal-error threshold one kind of error ranks them.
+    share = min(SHARES, key=lambda share: judged[share][1].missed)
+    projection = identity + share * fitted_change(np.ones(len(owner), bool))
+    if not np.isfinite(projection).all():
+        raise FloatingPointError(
+            "the scope detector's map is not finite: its fit diverged. Lower the rate, and look for "
+            "texts whose encodings are zero."
+        )
+    return Calibration(projection, share, judged[share][0], judged[0.0][1], judged[share][1])
+
+
+def model(
+    source: str | Path, out: str | Path, data: str | Path, recipe: Recipe | None = None
+) -> Calibration:
+    """Write the model at `source` with a scope detector that is trained on CounterFact's records.
+
+    Args:
+        source: as `pipeline.load`; a detector that it has is replaced.
+        out: the file to write; tokenizers of the model's own are put beside it.
+        data: as `counterfact.load`. Records without paraphrase or neighbour are left out.
+    Raises:
+        ValueError: as `calibrate`, `pipeline.load` and `counterfact.load`.
+    """
+    recipe = Recipe() if recipe is None else recipe
+    records = [r for r in counterfact.load(data) if r.paraphrases and r.neighbourhood]
+    facts = questions.asked(records, Wordings(records), others=OTHERS, seed=recipe.seed)
+    loaded = pipeline.load(source)
+    result = calibrate(lambda texts: loaded.encode(texts).pooled, facts, recipe)
+    path = pipeline.locate(source)
+    _, meta = model_file.load_exported(path)
+    threshold = f"editing.scope_threshold={result.threshold}"
+    meta |= {
+        "config": configs.to_dict(configs.load(configs.to_dict(loaded.config), [threshold])),
+        "scope": {
+            "recipe": dataclasses.asdict(recipe),
+            "share": result.share,
+            "data": provenance(data),
+            "records": len(records),
+            "unseen_relations": {
+                name: dataclasses.asdict(getattr(result, name)) for name in ("external", "internal")
+            },
+        },
+    }
+    model_file.amend(path, out, {scope.PROJECTION: result.projection}, meta)
+    for tokenizer in vocabulary.files(path.parent):
+        if not (Path(out).parent / tokenizer.name).exists():
+            shutil.copyfile(tokenizer, Path(out).parent / tokenizer.name)
+    return result
+
+
+def show(result: Calibration) -> str:
+    """Return a table of both detectors' errors, and what was chosen."""
+    lines = [f"{'on relations that it was not fitted on':40} {'as encoded':>12} {'projected':>12}"]
+    for field in dataclasses.fields(Quality):
+        values = (getattr(quality, field.name) for quality in (result.external, result.internal))
+        lines.append(f"{field.metadata['label']:40}" + "".join(f" {v:12.1%}" for v in values))
+    lines.append(f"{result.share:.0%} of the fitted change; threshold {result.threshold:.3f}")
+    return "\n".join(lines)
+
+
+def _lookup(encode: Encode, facts: Sequence[Asked]) -> Encode:
+    """Return a function from texts of the facts to unit encodings, each of which is computed once."""
+    places: dict[str, int] = {}
+    for fact in facts:
+        asked = [*fact.paraphrases, *fact.neighbours, *fact.others]
+        for text in (fact.prompt, *scope.split_sentences(asked)[0]):
+            places.setdefault(text, len(places))
+    encoded = np.asarray(encode(list(places)), np.float32)
+    encoded /= np.maximum(np.linalg.norm(encoded, axis=1, keepdims=True), 1e-9)
+    return lambda texts: encoded[[places[text] for text in texts]]
+
+
+def _folds(facts: Sequence[Asked], count: int) -> list[list[int]]:
+    """Return facts in `count` parts of about one size that share no relation; those of no known
+    relation are of one together.
+
+    Raises:
+        ValueError: there are fewer relations.
+    """
+    relations: dict[int | None, list[int]] = {}
+    for number, fact in enumerate(facts):
+        relations.setdefault(fact.relation, []).append(number)
+    if len(relations) < count:
+        raise ValueError(
+            f"{len(facts)} records of {len(relations)} relations do not make {count} folds of "
+            "relations: give more of them, better thousands."
+        )
+    folds: list[list[int]] = [[] for _ in range(count)]
+    for members in sorted(relations.values(), key=len, reverse=True):
+        min(folds, key=len).extend(members)
+    return folds
+
+
+def _rows(facts: Sequence[Asked], look: Encode) -> tuple[_Rows, Int[np.ndarray, " n"]]:
+    """Return a row for each paraphrase or neighbour of a fact, whichever are more (the fewer take
+    turns), and which fact each row is of."""
+    parts, owners, subjects = [], [], {}
+    width = max(1, *(len(fact.others) for fact in facts))
+    for number, fact in enumerate(facts):
+        key = look([fact.prompt])
+
+        def nearest(queries: Sequence[str], key=key) -> Float[np.ndarray, "q H"]:
+            """Return of each query the sentence that the detector goes by."""
+            sentences, owner = scope.split_sentences(queries)
+            encoded = look(sentences)
+            return encoded[scope.nearest_key(encoded, owner, key).sentence]
+
+        others, count = nearest(fact.others), max(len(fact.paraphrases), len(fact.neighbours))
+        # Padding is the prompt, as the gradient of a zero vector's length is NaN, masked or not.
+        padded = np.concatenate([others, np.repeat(key, width - len(others), axis=0)])
+        row = _Rows(
+            np.repeat(key, count, axis=0),
+            np.resize(nearest(fact.paraphrases), (count, key.shape[1])),
+            np.resize(nearest(fact.neighbours), (count, key.shape[1])),
+            np.repeat(padded[None], count, axis=0),
+            np.repeat((np.arange(width) < len(others))[None], count, axis=0),
+            np.repeat(np.int32(subjects.setdefault(fact.subject, len(subjects))), count),
+        )
+        parts.append(row)
+        owners += [number] * count
+    return _Rows(*map(np.concatenate, zip(*parts, strict=True))), np.int32(owners)
+
+
+@functools.partial(jax.jit, static_argnames="recipe")
+def _fit(
+    rows: _Rows, chosen: Int[Array, " n"], count: Int[Array, ""], recipe: Recipe
+) -> Float[Array, "H H"]:
+    """Return W after `recipe.steps` of Adam from the identity, in float32, on the first `count` rows of
+    `chosen`."""
+    adam = optax.adam(optax.cosine_decay_schedule(recipe.rate, max(1, recipe.steps)))
+    # a and b start where the encoder's own cosines of paraphrases and neighbours part.
+    start = (jnp.eye(rows.prompt.shape[1]), jnp.float32(10.0), jnp.float32(0.6))
+
+    def step(carry, key):
+        params, state = carry
+        rows_key, other_key = jax.random.split(key)
+        drawn = chosen[jax.random.randint(rows_key, (recipe.batch,), 0, count)]
+        batch = jax.tree.map(lambda a: a[drawn], rows)
+        # One of a fact's other questions.
+        at = jax.random.randint(other_key, (recipe.batch, 1), 0, rows.other.shape[1])
+        batch = batch._replace(
+            other=jnp.take_along_axis(batch.other, at[:, :, None], axis=1),
+            exists=jnp.take_along_axis(batch.exists, at, axis=1),
+        )
+        gradient = jax.grad(_loss)(params, batch, recipe)
+        # Optax raises float decays to integer step counts, which strict promotion forbids.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = adam.update(gradient, state)
+        return (optax.apply_updates(params, updates), state), None
+
+    keys = jax.random.split(jax.random.key(recipe.seed), recipe.steps)
+    ((projection, _, _), _), _ = jax.lax.scan(step, (start, adam.init(start)), keys)
+    return projection
+
+
+def _loss(params, batch: _Rows, recipe: Recipe) -> Float[Array, ""]:
+    projection, sharpness, boundary = params
+
+    def unit(encodings):
+        mapped = jnp.matmul(encodings, projection, precision="highest")
+        return mapped / jnp.maximum(jnp.linalg.norm(mapped, axis=1, keepdims=True), 1e-9)
+
+    def margin(query):
+        return sharpness * ((key * query).sum(axis=1) - boundary)
+
+    key, paraphrase = unit(batch.prompt), unit(batch.paraphrase)
+    loss = jax.nn.softplus(-margin(paraphrase)) + jax.nn.softplus(margin(unit(batch.neighbour)))
+    other = jax.nn.softplus(margin(unit(batch.other[:, 0])))
+    loss += recipe.others * jnp.where(batch.exists[:, 0], other, 0.0)
+    # Facts of the same subject may be the very same fact.
+    same = batch.subject[:, None] == batch.subject
+    likeness = _SHARPNESS * jnp.matmul(paraphrase, key.T, precision="highest")
+    likeness = jnp.where(same & ~jnp.eye(len(same), dtype=bool), -jnp.inf, likeness)
+    retrieved = jax.nn.log_softmax(likeness, axis=1).diagonal()
+    return (loss - recipe.retrieval * retrieved).mean()
+
+
+def _scores(facts: Sequence[Asked], look: Encode, projection: Float[np.ndarray, "H H"]) -> Scores:
+    """Return the scores of all questions of the facts, under a projection."""
+    keys = look([fact.prompt for fact in facts]) @ projection
+    result = {}
+    for kind in KINDS:
+        asked = [(n, text) for n, fact in enumerate(facts) for text in getattr(fact, kind)]
+        texts, owners = scope.split_sentences([text for _, text in asked])
+        own = np.zeros((len(asked), len(facts)), bool)
+        own[np.arange(len(asked)), [n for n, _ in asked]] = True
+        embedded = look(texts) @ projection
+        matches = (scope.nearest_key(embedded, owners, keys, by) for by in (own, None))
+        result[kind] = tuple(match.score for match in matches)
+    return result
+
+
+def _judge(folds: Sequence[Scores], recipe: Recipe) -> tuple[float, Quality]:
+    """Return the threshold where the share of paraphrases that are missed is nearest to that of
+    neighbours and others that are let through, the latter weighing `recipe.others` beside the former;
+    and a detector's quality there."""
+    positives, neighbours, others = (np.concatenate([f[kind][0] for f in folds]) for kind in KINDS)
+    pairs = [(a, weight) for a, weight in ((neighbours, 1.0), (others, recipe.others)) if len(a)]
+    total = sum(weight for _, weight in pairs)
+    weights = np.concatenate([np.full(len(a), weight / len(a) / total) for a, weight in pairs])
+    negatives = np.concatenate([a for a, _ in pairs])
+    threshold = scope.equal_error_threshold(positives, negatives, weights)
+    store = [scope.detection(f["paraphrases"][1], f["neighbours"][1]).error for f in folds]
+    return threshold, Quality(
+        pairwise=scope.detection(positives, neighbours).error,
+        store=float(np.mean(store)),
+        missed=float(np.mean(positives < threshold)),
+        neighbours=float(np.mean(neighbours >= threshold)),
+        others=float(np.mean(others >= threshold)) if len(others) else 0.0,
+    )

@@ -1,0 +1,277 @@
+"""The commands of `larimar` that train, plan, calibrate, convert and export a model; see cli.py.
+
+What is heavy to import is imported inside them.
+"""
+
+import argparse
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from json import dumps
+from typing import Any
+
+# An A100's peak in dense bfloat16, and one direction of its NVLink 3 (data sheet).
+A100_FLOPS, A100_LINK = 312e12, 300e9
+# What a runtime's message begins with where a peer may be lost, and what a connection that breaks is
+# reported as; any other error would come again.
+_STATUS = "UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|INTERNAL|UNKNOWN"
+_LOST = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "Gloo", "NCCL", "Connection")
+
+
+def count(text: str) -> int:
+    """Return a number that is at least 1, for argparse."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return int(text)
+
+
+def rate(text: str) -> float:
+    """Return a finite number above 0, for argparse."""
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+    return float(text)
+
+
+def train(
+    *,
+    config: str,
+    run: str,
+    overrides: tuple[str, ...] = (),
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+) -> int:
+    """Train a model, or go on with a run that was stopped.
+
+    SIGTERM saves and ends with exit code 75, which asks to be run again; so does a run whose peers have
+    died. Several processes, on one host or on many, are one run: each gets the same command and its
+    place, by the last three options, by LARIMAR_COORDINATOR, LARIMAR_PROCESSES and LARIMAR_PROCESS, or
+    by SLURM.
+
+    Args:
+      config FILE: a file with get_config()
+      run DIR: folder of the run, seen by all processes
+      overrides KEY=VALUE: settings that differ from the file, such as train.steps=200
+      coordinator HOST:PORT: where process 0 listens
+      processes N: how many there are
+      process I: which of them this is, from 0
+    Example: larimar train --config=configs/tiny.py --run runs/tiny --set train.steps=200
+    """
+    from larimar_jax import config as configs
+    from larimar_jax.train import distributed
+
+    where = distributed.place(coordinator, processes, process, os.environ)
+    # Before the other processes are met, which would wait for one that has no config.
+    settings = configs.load(config, overrides)
+    distributed.initialise(where)
+    if where is None:
+        # Before the first step there is nothing to save.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(distributed.RETRY))
+    from larimar_jax.train import loop
+
+    return exit_code(lambda: loop.train(settings, run))
+
+
+def exit_code(run: Callable[[], Any]) -> int:
+    """Return the exit code of a run: 0 for a finished one, RETRY (75), which asks to be run again.
+
+    That is after SIGTERM, and where a peer was lost: the collective that waits for it fails then, and
+    nothing here can be waited for any more, not even at exit. Where this process alone fails, it ends
+    with 1 and does not wait for the others either.
+    """
+    import jax
+
+    from larimar_jax.train import distributed
+
+    try:
+        code = 0 if run().finished else distributed.RETRY
+        if jax.process_count() > 1:
+            distributed.end(code)
+        return code
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        # Where a program is called the quick way, a runtime's status comes as a ValueError.
+        status = re.match(rf"({_STATUS}): ", str(error)) is not None
+        of_jax = (
+            isinstance(error, jax.errors.JaxRuntimeError) or type(error) is ValueError and status
+        )
+        if not (of_jax and any(word in str(error) for word in _LOST)):
+            distributed.leave(1)
+            raise
+        message = " ".join(str(error).split())[:300]
+        print(f"larimar: a peer was lost ({message}); this asks to be run again", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(distributed.RETRY)
+
+
+def plan(
+    *,
+    config: str,
+    devices: count,
+    overrides: tuple[str, ...] = (),
+    memory: str = "80GB",
+    flops: rate = A100_FLOPS,
+    link: rate = A100_LINK,
+    json: bool = False,
+) -> int:
+    """Compute whether a run fits its devices, and how long it takes.
+
+    Compiles the real training step for devices that need not exist, and shows what each holds, sends and
+    computes. Weights are not needed where the config gives the towers' sizes. Where the step does not
+    fit, the exit code is 1, and settings with which it fits are searched for.
+
+    Args:
+      config FILE: a file with get_config()
+      devices N: how many
+      overrides KEY=VALUE: settings that differ from the file, such as data.batch=64
+      memory SIZE: of each device
+      flops RATE: FLOP/s that a device reaches; the default is an A100's peak in bfloat16
+      link RATE: bytes/s that a device sends; the default is NVLink 3
+      json: numbers for a program
+    Example: larimar plan --config=configs/larimar_6b.py --devices 8 --memory 80GB
+    """
+    # Before JAX starts, which fixes the number of devices.
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from larimar_jax.train import plan
+
+    size = plan.parse(memory)
+    settings = plan.load(config, overrides, devices)
+    print("compiling the step", file=sys.stderr)
+    step = plan.plan(settings)
+    if json:
+        print(dumps(plan.numbers(step, size, flops, link), indent=1))
+    else:
+        print(plan.show(step, size, flops, link))
+    if step.fits(size):
+        return 0
+    print(f"\n{_advice(step, size)}")
+    return 1
+
+
+def _advice(step: Any, memory: float) -> str:
+    """Return the first settings with which a step that does not fit fits, from compiling each."""
+    from larimar_jax.train import plan
+
+    least, best = step.total, "the config as it is"
+    for settings, config in plan.changes(step.config):
+        line = " ".join(f"{key}={value}" for key, value in settings.items())
+        print(f"compiling with {line}", file=sys.stderr)
+        changed = plan.plan(config)
+        if changed.fits(memory):
+            return f"it fits ({changed.total / 1e9:.2f} GB) with\n  --set {line}"
+        if changed.total < least:
+            least, best = changed.total, f"--set {line}"
+    return (
+        f"nothing makes it fit ({least / 1e9:.2f} GB at the least, with {best}). Take more "
+        "devices, a smaller data.batch, or train less of it (train.frozen, model.lora)."
+    )
+
+
+def add_recipe(parser: argparse.ArgumentParser, common: dict[str, Any]) -> None:
+    """Add the fields of `calibrate.Recipe` as options."""
+    import dataclasses
+
+    from larimar_jax.train import calibrate
+
+    for field in dataclasses.fields(calibrate.Recipe):
+        text = f"{field.metadata['help']} (%(default)s)"
+        settings = dict(type=field.type, default=field.default, metavar="N", help=text)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", **settings)
+
+
+def calibrate(model: str, *, data: str, out: str, **recipe: Any) -> None:
+    """Train a model's scope detector on questions that mean a fact and on others.
+
+    The detector decides whether a question is about a written fact: a linear map of the encoder's
+    output, and the threshold of the cosine after it. The model's other parameters stay. How far the map
+    goes from the identity, the threshold, and the error rates that are shown come from relations that it
+    was not fitted on. Sessions of the original file stay with that file.
+
+    Args:
+      model MODEL: a shipped name, an exported file or a run
+      data FILE: CounterFact, either schema; for training only
+      out FILE: the model to write
+    Example: larimar calibrate runs/smol --data counterfact-train.json --out smol.safetensors
+    """
+    from larimar_jax.train import calibrate
+
+    settings = calibrate.Recipe(**recipe)
+    print("encoding the records' questions, and fitting", file=sys.stderr)
+    print(calibrate.show(calibrate.model(model, out, data, settings)))
+    print(f"written: {out}")
+
+
+def convert_ibm(
+    file: str,
+    out: str,
+    *,
+    encoder_tokenizer: str,
+    decoder_tokenizer: str,
+    encoder_head_size: int | None = None,
+    decoder_head_size: int | None = None,
+    rotary: int | None = None,
+    scope_threshold: float | None = None,
+) -> None:
+    """A Lightning checkpoint of IBM/larimar, with BERT and GPT-2 or GPT-J.
+
+    It is read without torch, and becomes a folder that `larimar edit --model` takes. Sizes are read off
+    the tensors. All that does not fit is named in one error, and nothing is written then; what the
+    checkpoint holds and is not used is named at the end. The tokenizers are those of the base models:
+    folders with tokenizer.json, as fetched from Hugging Face. <PAD>, <BOS> and <EOS> are added to the
+    decoder's.
+
+    Args:
+      file FILE: the checkpoint
+      out OUT: the folder to write
+      encoder_tokenizer DIR: folder with the encoder's tokenizer.json, such as bert-large-cased
+      decoder_tokenizer DIR: folder with the decoder's tokenizer.json, such as gpt2-large
+      encoder_head_size N: width of one attention head, which shapes do not tell (64)
+      decoder_head_size N: width of one attention head (64 for GPT-2, 256 for GPT-J)
+      rotary N: how many numbers of a GPT-J head positions rotate (64)
+      scope_threshold X: cosine from which a query counts as a written prompt (0.95; try yours)
+    Example: larimar convert ibm larimar.ckpt models/larimar
+        --encoder-tokenizer bert-large-cased --decoder-tokenizer gpt2-large
+    """
+    from larimar_jax import convert
+    from larimar_jax.weights import ibm
+
+    assumptions = dict(
+        encoder_head=encoder_head_size,
+        decoder_head=decoder_head_size,
+        rotary=rotary,
+        scope_threshold=scope_threshold,
+    )
+    unused = convert.from_ibm(
+        file,
+        out,
+        encoder_tokenizer=encoder_tokenizer,
+        decoder_tokenizer=decoder_tokenizer,
+        assumptions=ibm.Assumptions(**{n: v for n, v in assumptions.items() if v is not None}),
+        progress=True,
+    )
+    for name in unused:
+        print(f"left: {name}", file=sys.stderr)
+    print(f"{out}: larimar edit PROMPT ANSWER --model {out}")
+
+
+def export_hf(model: str, out: str) -> None:
+    """Folders laid out as on Hugging Face.
+
+    Writes OUT/encoder and OUT/decoder: config.json, model.safetensors (in parts of at most 5 GB) and the
+    tokenizer. The memory and what lies between the towers stay in our own file.
+
+    Args:
+      model MODEL: a shipped name, an exported file or a run
+      out OUT: the folder to write
+    Example: larimar export hf smol towers
+    """
+    from larimar_jax import convert
+
+    print("loading the model and writing its towers", file=sys.stderr)
+    convert.to_huggingface(model, out)
+    print(f"{out}/encoder and {out}/decoder")
