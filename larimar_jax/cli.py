@@ -5,6 +5,7 @@ its docstring is its help. What is heavy to import is imported inside, so that `
 """
 
 import argparse
+import inspect
 import os
 import re
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 from larimar_jax.bench import bench_commands
 from larimar_jax.train import train_commands
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     arguments = vars(parser().parse_args(argv))
     name, debug = arguments.pop("command"), arguments.pop("debug", False)
+    arguments = {n: tuple(v) if isinstance(v, list) else v for n, v in arguments.items()}
     try:
         return COMMANDS[name](**arguments) or 0
     except KeyboardInterrupt:
@@ -108,12 +110,12 @@ def parser() -> argparse.ArgumentParser:
         if group not in parents:
             outer = parents[""].add_parser(group, help=GROUPS[group], **common)
             parents[group] = outer.add_subparsers(title="formats", metavar="FORMAT", required=True)
-        about, _, rest = (function.__doc__ or "").partition("Args:")
-        helps, _, example = rest.partition("Example:")
-        lines = [line.strip() for line in about.strip().splitlines()]
-        summary = lines[0][0].lower() + lines[0][1:].removesuffix(".")
-        texts = dict(help=summary, description="\n".join(lines))
-        texts["epilog"] = f"example:\n  {' '.join(example.split())}"
+        about, _, rest = inspect.cleandoc(function.__doc__ or "").partition("Args:\n")
+        helps, _, example = (rest or about).partition("Example: ")
+        about = about.partition("Example: ")[0].strip()
+        summary = about.partition("\n")[0].removesuffix(".")
+        texts = dict(help=summary[0].lower() + summary[1:], description=about)
+        texts["epilog"] = "example:\n  " + " \\\n      ".join(map(str.strip, example.splitlines()))
         single = parents[group].add_parser(leaf, **texts, **common)
         single.set_defaults(command=name)
         _add_arguments(single, function, helps)
@@ -123,35 +125,31 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_arguments(single: argparse.ArgumentParser, function: Callable, helps: str) -> None:
-    """Add an argument for each parameter of a command; `helps` has lines "name METAVAR: text"."""
-    entries = re.findall(r"^ +(\w+)(?: (\S+))?: (.+(?:\n {8,}.+)*)", helps, re.M)
+    """Add an argument for each parameter of a command; `helps` has their "name METAVAR: text"."""
+    entries = re.findall(r"^  (\w+)(?: (\S+))?: (.+(?:\n {4,}.+)*)", helps, re.M)
     texts = {name: (metavar or None, " ".join(text.split())) for name, metavar, text in entries}
-    code, defaults = function.__code__, function.__kwdefaults__ or {}
-    count = code.co_argcount + code.co_kwonlyargcount
-    for index, name in enumerate(code.co_varnames[:count]):
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            continue
         metavar, text = texts[name]
-        settings: dict[str, Any] = dict(help=text, metavar=metavar)
-        kind = function.__annotations__[name]
+        kind, default = parameter.annotation, parameter.default
         kind = get_args(kind)[0] if isinstance(kind, UnionType) else kind
+        settings: dict[str, Any] = dict(help=text, metavar=metavar)
         if kind is bool:
-            action = "store_false" if defaults[name] else "store_true"
-            settings = dict(help=text, action=action)
+            settings = dict(help=text, action="store_false" if default else "store_true")
         elif get_origin(kind) is tuple:
             settings |= dict(nargs="+", action="extend")
+            default = list(default) if isinstance(default, tuple) else default
         else:
-            settings["type"] = kind
-        if index < code.co_argcount:
+            settings["type"] = get_args(kind)[1] if get_origin(kind) is Annotated else kind
+        if parameter.kind is not parameter.KEYWORD_ONLY:
             single.add_argument(name, **settings)
             continue
-        if defaults.get(name) not in (None, False, True, ()):
+        if isinstance(default, str | int | float) and kind is not bool:
             settings["help"] += " (%(default)s)"
         flag = {"overrides": "set", "texts": "no-texts"}.get(name, name.replace("_", "-"))
-        required = name not in defaults
-        default = (
-            list(defaults[name])
-            if get_origin(kind) is tuple and not required
-            else defaults.get(name)
-        )
+        required = default is parameter.empty
+        default = None if required else default
         single.add_argument(f"--{flag}", dest=name, required=required, default=default, **settings)
 
 
@@ -194,7 +192,7 @@ def edit(prompt: str, answer: str, *, session: str = SESSION, model: str | None 
         print(f"({note})", file=sys.stderr)
 
 
-def ask(prompt: str, *, tokens: train_commands.count = 12, session: str = SESSION) -> None:
+def ask(prompt: str, *, tokens: train_commands.Count = 12, session: str = SESSION) -> None:
     """Continue a prompt, from memory where a written fact applies.
 
     Args:

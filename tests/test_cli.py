@@ -5,12 +5,8 @@ import sys
 
 import pytest
 
-from larimar_jax import cli, runs
-
-COMMANDS = (
-    "demo", "edit", "ask", "forget", "list", "train", "bench", "bench counterfact", "bench memory",
-    "convert", "convert ibm", "export", "export hf",
-)
+from larimar_jax import cli
+from larimar_jax.train import train_commands
 
 
 @pytest.fixture
@@ -21,13 +17,16 @@ def session(monkeypatch, tiny):
     monkeypatch.setattr(session, "load", lambda source: tiny)
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS, *cli.GROUPS, "bench counterfact"])
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main([*command.split(), "--help"])
     assert caught.value.code == 0
     shown = capsys.readouterr().out
     assert "larimar" in shown and "--debug" in shown
+    if command in cli.COMMANDS:
+        assert "example:\n  larimar " + command in shown and "Args" not in shown
+        assert max(map(len, shown.splitlines())) <= 110
 
 
 def test_help_imports_nothing_heavy():
@@ -43,12 +42,40 @@ def test_help_imports_nothing_heavy():
         assert done.stdout.endswith("\n[]\n"), done.stdout + done.stderr
 
 
-def test_no_command_and_an_unknown_benchmark_name_what_there_is(capsys):
-    for line, named in (([], "COMMAND"), (["bench", "x"], "counterfact"), (["bench"], "NAME")):
-        with pytest.raises(SystemExit) as caught:
-            cli.main(line)
-        assert caught.value.code == 2
-        assert named in capsys.readouterr().err
+def test_arguments_and_options_are_a_functions_parameters():
+    line = "plan --config a --devices 8 --set x.y=1 z=2 --set w=3 --flops 2e12 --json"
+    arguments = vars(cli.parser().parse_args(line.split()))
+    assert arguments == dict(
+        command="plan",
+        config="a",
+        devices=8,
+        overrides=["x.y=1", "z=2", "w=3"],
+        memory="80GB",
+        flops=2e12,
+        link=train_commands.A100_LINK,
+        json=True,
+    )
+    arguments = cli.parser().parse_args("report a b --out c --no-texts".split())
+    assert (arguments.folders, arguments.texts) == (["a", "b"], False)
+    assert cli.parser().parse_args(["report", "a", "--out", "c"]).texts is True
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("", "COMMAND"),
+        ("bench", "NAME"),
+        ("bench x", "counterfact"),
+        ("ask x --tokens 0", "must be at least 1, not 0"),
+        ("plan --config a --devices 1 --link inf", "must be above 0, not inf"),
+        ("plan --devices 1", "required: --config"),
+    ],
+)
+def test_a_line_that_makes_no_sense_names_what_does(line, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(line.split())
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err
 
 
 def test_a_session_from_the_first_edit_to_the_last_forget(session, tmp_path, capsys):
@@ -65,11 +92,8 @@ def test_a_session_from_the_first_edit_to_the_last_forget(session, tmp_path, cap
     assert "from fact 2" in run("ask", "The capital of France is", "--tokens", "3").err
     assert run("forget", "2").out == "forgotten 2: The capital of France is Japan\n"
     assert "nothing written applies" in run("ask", "The capital of France is", "--tokens", "3").err
-    assert [line.split()[1] for line in run("list", "--history").out.splitlines()] == [
-        "write",
-        "write",
-        "forget",
-    ]
+    events = [line.split()[1] for line in run("list", "--history").out.splitlines()]
+    assert events == ["write", "write", "forget"]
     assert cli.main(["forget", "2", "--session", path]) == 2
     assert "forgotten before" in capsys.readouterr().err
     assert cli.main(["edit", "Fact 3 is", " ", "--session", path]) == 2
@@ -77,19 +101,24 @@ def test_a_session_from_the_first_edit_to_the_last_forget(session, tmp_path, cap
     assert run("list").out == "1: Fact 1 is new\n"
 
 
-def test_a_missing_session_says_how_to_start_one(tmp_path, capsys):
+def test_a_missing_session_and_missing_data_are_one_message(tmp_path, capsys):
     for line in (["ask", "x"], ["forget", "1"], ["list"]):
         assert cli.main([*line, "--session", str(tmp_path / "none")]) == 2
         shown = capsys.readouterr().err
         assert "there is no session at" in shown and "larimar edit" in shown
         assert "Traceback" not in shown
+    line = ["bench", "counterfact", "--data", str(tmp_path / "no.json"), "--out", str(tmp_path)]
+    assert cli.main(line) == 2
+    assert "no.json" in capsys.readouterr().err
 
 
-def test_errors_of_libraries_and_debug_keep_their_traceback(monkeypatch, tmp_path):
-    def slip(arguments):
+def test_errors_of_libraries_and_debug_show_a_traceback(monkeypatch, tmp_path):
+    def slip(**options):
         int("not a number, in a library's words")
 
-    monkeypatch.setattr(cli, "show", slip)
+    monkeypatch.setitem(cli.COMMANDS, "list", slip)
+    slip.__doc__, slip.__kwdefaults__ = "Slip.", {}
+    monkeypatch.setattr(cli, "_add_arguments", lambda *_: None)
     with pytest.raises(ValueError, match="invalid literal"):
         cli.main(["list"])
     monkeypatch.undo()
@@ -98,16 +127,16 @@ def test_errors_of_libraries_and_debug_keep_their_traceback(monkeypatch, tmp_pat
             cli.main([*line, "--session", str(tmp_path / "none")])
 
 
-def test_a_benchmarks_missing_data_is_one_message(tmp_path, capsys):
-    line = ["bench", "counterfact", "--data", str(tmp_path / "no.json"), "--out", str(tmp_path)]
-    assert cli.main(line) == 2
-    assert "no.json" in capsys.readouterr().err
+def test_stopping_by_hand_tells_how_to_go_on(monkeypatch, capsys):
+    def stop(*, config: str, run: str):
+        """Stop.
 
-
-def test_stopping_by_hand_says_how_to_go_on(monkeypatch, capsys):
-    def stopped(arguments):
+        Args:
+          config FILE: a file
+          run DIR: a folder
+        """
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "train", stopped)
+    monkeypatch.setitem(cli.COMMANDS, "train", stop)
     assert cli.main(["train", "--config", "a", "--run", "b"]) == 130
-    assert "goes on from the last checkpoint" in capsys.readouterr().err
+    assert "goes on where it was stopped" in capsys.readouterr().err

@@ -36,17 +36,17 @@ def test_every_script_is_tested():
     assert SCRIPTS == sorted([*ARGUMENTS, "bench.sh"])
 
 
-BENCH = ["3", "speed", "runs/a b"]
+BENCH = ["3", "counterfact", "runs/a b"]
 
 
 def test_a_benchmark_has_a_process_and_a_share_for_each_gpu():
-    done = _run("bench.sh", "--dry-run", *BENCH, "--data", "it's", "--cases", "2")
+    done = _run("bench.sh", "--dry-run", *BENCH, "--data", "it's", "--limit", "2")
     assert done.returncode == 0, done.stderr
     for index, line in enumerate(done.stdout.splitlines()):
         device, *words = shlex.split(line)
         assert device == f"CUDA_VISIBLE_DEVICES={index}" and words[0] == "larimar"
         taken = cli.parser().parse_args(words[1:])
-        assert (taken.out, taken.data, taken.cases) == ("runs/a b", "it's", 2)
+        assert (taken.out, taken.data, taken.limit) == ("runs/a b", "it's", 2)
         assert (taken.share.index, taken.share.count) == (index, 3)
     assert index == 2
 

@@ -12,7 +12,6 @@ from typing import Any
 def add_benchmarks(bench: argparse.ArgumentParser, common: dict[str, Any]) -> None:
     """Add a parser for each benchmark, with the options of its task."""
     from larimar_jax.bench import runner, tasks
-    from larimar_jax.bench.shares import share
 
     names = bench.add_subparsers(title="benchmarks", metavar="NAME", dest="name", required=True)
     out = "folder of the run; resumed if it exists"
@@ -25,7 +24,7 @@ def add_benchmarks(bench: argparse.ArgumentParser, common: dict[str, Any]) -> No
         single = names.add_parser(name, help=text.partition("\n")[0], description=text, **common)
         runner.add_arguments(single, task)
         single.add_argument("--out", required=True, metavar="DIR", help=out)
-        single.add_argument("--share", type=share, metavar="I/N", help=part)
+        single.add_argument("--share", type=runner.share, metavar="I/N", help=part)
 
 
 def bench(**options: Any) -> None:
@@ -33,15 +32,11 @@ def bench(**options: Any) -> None:
 
     Example: larimar bench counterfact --data counterfact.json --limit 200 --out runs/counterfact
     """
-    from larimar_jax import bench
-    from larimar_jax.bench import runner, shares
+    from larimar_jax.bench import runner, tasks
 
     name, out, part = (options.pop(key) for key in ("name", "out", "share"))
-    task = runner.from_arguments(bench.task(name), argparse.Namespace(**options))
-    if part is None:
-        runner.run(task, out)
-    else:
-        shares.run(task, out, part)
+    task = runner.from_arguments(tasks()[name], argparse.Namespace(**options))
+    runner.run(task, out, part)
 
 
 def sweep(*, config: str, out: str, overrides: tuple[str, ...] = ()) -> None:
@@ -83,8 +78,8 @@ def report(
       texts: leave out cases with their texts, which are the benchmark's data
     Example: larimar report runs/counterfact runs/batch --out runs/report
     """
-    from larimar_jax.bench import web_page
     from larimar_jax.bench import report as reports
+    from larimar_jax.bench import web_page
 
     runs = [reports.read(run) for folder in folders for run in reports.inside(folder)]
     for path in web_page.write(reports.sections(runs, texts), out, title):

@@ -29,10 +29,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import config as configs
 from larimar_jax import pipeline, scope
-from larimar_jax.data import counterfact, questions, vocabulary
+from larimar_jax.data import edit_records, vocabulary
 from larimar_jax.data.edit_records import provenance
-from larimar_jax.data.paraphrases import Wordings
-from larimar_jax.data.questions import Asked
+from larimar_jax.data.paraphrases import Paraphrases, ScopeQuestions, scope_questions
 from larimar_jax.weights import model_file
 
 # Questions of other relations that a record gets.
@@ -98,38 +97,34 @@ class Calibration:
 
 
 class _Rows(NamedTuple):
-    """n facts: unit encodings of the prompt, of a paraphrase, of a neighbour and of o other questions,
-    whether these exist, and a number that facts of the same subject share."""
+    """Unit encodings of n facts' prompts and of questions."""
 
     prompt: Float[Array, "n H"]
     paraphrase: Float[Array, "n H"]
     neighbour: Float[Array, "n H"]
     other: Float[Array, "n o H"]
-    exists: Bool[Array, "n o"]
-    subject: Int[Array, " n"]
+    exists: Bool[Array, "n o"]  # of `other`; the rest is padding
+    subject: Int[Array, " n"]  # facts of one subject have one number
 
 
 # Cosines of a fold's questions by kind: with their own fact's prompt, and the best of all of the fold.
-Scores = dict[str, tuple[Float[np.ndarray, " Q"], Float[np.ndarray, " Q"]]]
+Scores = dict[str, tuple[Float[np.ndarray, "_"], Float[np.ndarray, "_"]]]
 KINDS = ("paraphrases", "neighbours", "others")
 
 
-def calibrate(encode: Encode, facts: Sequence[Asked], recipe: Recipe | None = None) -> Calibration:
+def calibrate(encode: Encode, facts: Sequence[ScopeQuestions], recipe: Recipe) -> Calibration:
     """Fit W, and choose s and the threshold.
 
     Args:
         encode: texts to pooled encodings; called once.
-        facts: each with a paraphrase and a neighbour at least.
     Raises:
         ValueError: of fewer relations than folds, or a fact without paraphrase or neighbour.
         FloatingPointError: the fit diverged.
     """
-    recipe = Recipe() if recipe is None else recipe
     for fact in facts:
         if not fact.paraphrases or not fact.neighbours:
-            raise ValueError(
-                f"The record of {fact.prompt!r} has no paraphrase or no neighbour: leave it out."
-            )
+            lacks = "has no paraphrase or no neighbour: leave it out."
+            raise ValueError(f"The record of {fact.prompt!r} {lacks}")
     folds = _folds(facts, recipe.folds)
     look = _lookup(encode, facts)
     rows, owner = _rows(facts, look)
@@ -159,37 +154,31 @@ def calibrate(encode: Encode, facts: Sequence[Asked], recipe: Recipe | None = No
     return Calibration(projection, share, judged[share][0], judged[0.0][1], judged[share][1])
 
 
-def model(
-    source: str | Path, out: str | Path, data: str | Path, recipe: Recipe | None = None
-) -> Calibration:
+def model(source: str | Path, out: str | Path, data: str | Path, recipe: Recipe) -> Calibration:
     """Write the model at `source` with a scope detector that is trained on CounterFact's records.
 
     Args:
         source: as `pipeline.load`; a detector that it has is replaced.
         out: the file to write; tokenizers of the model's own are put beside it.
-        data: as `counterfact.load`. Records without paraphrase or neighbour are left out.
+        data: as `edit_records.load`. Records without paraphrase or neighbour are left out.
     Raises:
-        ValueError: as `calibrate`, `pipeline.load` and `counterfact.load`.
+        ValueError: as `calibrate`, `pipeline.load` and `edit_records.load`.
     """
-    recipe = Recipe() if recipe is None else recipe
-    records = [r for r in counterfact.load(data) if r.paraphrases and r.neighbourhood]
-    facts = questions.asked(records, Wordings(records), others=OTHERS, seed=recipe.seed)
+    records = [r for r in edit_records.load(data) if r.paraphrases and r.neighbourhood]
+    facts = scope_questions(records, Paraphrases(records), others=OTHERS, seed=recipe.seed)
     loaded = pipeline.load(source)
     result = calibrate(lambda texts: loaded.encode(texts).pooled, facts, recipe)
-    path = pipeline.locate(source)
+    path = model_file.locate(source)
     _, meta = model_file.load_exported(path)
     threshold = f"editing.scope_threshold={result.threshold}"
-    meta |= {
-        "config": configs.to_dict(configs.load(configs.to_dict(loaded.config), [threshold])),
-        "scope": {
-            "recipe": dataclasses.asdict(recipe),
-            "share": result.share,
-            "data": provenance(data),
-            "records": len(records),
-            "unseen_relations": {
-                name: dataclasses.asdict(getattr(result, name)) for name in ("external", "internal")
-            },
-        },
+    qualities = {"external": result.external, "internal": result.internal}
+    meta["config"] = configs.to_dict(configs.load(configs.to_dict(loaded.config), [threshold]))
+    meta["scope"] = {
+        "recipe": dataclasses.asdict(recipe),
+        "share": result.share,
+        "data": provenance(data),
+        "records": len(records),
+        "unseen_relations": {name: dataclasses.asdict(each) for name, each in qualities.items()},
     }
     model_file.amend(path, out, {scope.PROJECTION: result.projection}, meta)
     for tokenizer in vocabulary.files(path.parent):
@@ -208,7 +197,7 @@ def show(result: Calibration) -> str:
     return "\n".join(lines)
 
 
-def _lookup(encode: Encode, facts: Sequence[Asked]) -> Encode:
+def _lookup(encode: Encode, facts: Sequence[ScopeQuestions]) -> Encode:
     """Return a function from texts of the facts to unit encodings, each of which is computed once."""
     places: dict[str, int] = {}
     for fact in facts:
@@ -220,7 +209,7 @@ def _lookup(encode: Encode, facts: Sequence[Asked]) -> Encode:
     return lambda texts: encoded[[places[text] for text in texts]]
 
 
-def _folds(facts: Sequence[Asked], count: int) -> list[list[int]]:
+def _folds(facts: Sequence[ScopeQuestions], count: int) -> list[list[int]]:
     """Return facts in `count` parts of about one size that share no relation; those of no known
     relation are of one together.
 
@@ -241,7 +230,7 @@ def _folds(facts: Sequence[Asked], count: int) -> list[list[int]]:
     return folds
 
 
-def _rows(facts: Sequence[Asked], look: Encode) -> tuple[_Rows, Int[np.ndarray, " n"]]:
+def _rows(facts: Sequence[ScopeQuestions], look: Encode) -> tuple[_Rows, Int[np.ndarray, " n"]]:
     """Return a row for each paraphrase or neighbour of a fact, whichever are more (the fewer take
     turns), and which fact each row is of."""
     parts, owners, subjects = [], [], {}
@@ -325,7 +314,9 @@ def _loss(params, batch: _Rows, recipe: Recipe) -> Float[Array, ""]:
     return (loss - recipe.retrieval * retrieved).mean()
 
 
-def _scores(facts: Sequence[Asked], look: Encode, projection: Float[np.ndarray, "H H"]) -> Scores:
+def _scores(
+    facts: Sequence[ScopeQuestions], look: Encode, projection: Float[np.ndarray, "H H"]
+) -> Scores:
     """Return the scores of all questions of the facts, under a projection."""
     keys = look([fact.prompt for fact in facts]) @ projection
     result = {}

@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 from json import dumps
-from typing import Any
+from typing import Annotated, Any
 
 # An A100's peak in dense bfloat16, and one direction of its NVLink 3 (data sheet).
 A100_FLOPS, A100_LINK = 312e12, 300e9
@@ -20,18 +20,20 @@ _STATUS = "UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|INTERNAL|UNKNOWN"
 _LOST = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "Gloo", "NCCL", "Connection")
 
 
-def count(text: str) -> int:
-    """Return a number that is at least 1, for argparse."""
+def _count(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
     return int(text)
 
 
-def rate(text: str) -> float:
-    """Return a finite number above 0, for argparse."""
+def _rate(text: str) -> float:
     if not 0 < float(text) < float("inf"):
         raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
     return float(text)
+
+
+# Types of options, with what reads them from a text.
+Count, Rate = Annotated[int, _count], Annotated[float, _rate]
 
 
 def train(
@@ -110,11 +112,11 @@ def exit_code(run: Callable[[], Any]) -> int:
 def plan(
     *,
     config: str,
-    devices: count,
+    devices: Count,
     overrides: tuple[str, ...] = (),
     memory: str = "80GB",
-    flops: rate = A100_FLOPS,
-    link: rate = A100_LINK,
+    flops: Rate = A100_FLOPS,
+    link: Rate = A100_LINK,
     json: bool = False,
 ) -> int:
     """Compute whether a run fits its devices, and how long it takes.
