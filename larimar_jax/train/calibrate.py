@@ -34,7 +34,7 @@ from larimar_jax.data.edit_records import provenance
 from larimar_jax.data.paraphrases import Paraphrases, ScopeQuestions, scope_questions
 from larimar_jax.weights import model_file
 
-# Questions of other relations that a record gets.
+# Questions of other relations for a record.
 OTHERS = 4
 # s, of which one is chosen; 0 is the external detector.
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -147,9 +147,9 @@ def calibrate(encode: Encode, facts: Sequence[ScopeQuestions], recipe: Recipe) -
     share = min(SHARES, key=lambda share: judged[share][1].missed)
     projection = identity + share * fitted_change(np.ones(len(owner), bool))
     if not np.isfinite(projection).all():
+        advice = "Lower the rate, and look for texts whose encodings are zero."
         raise FloatingPointError(
-            "the scope detector's map is not finite: its fit diverged. Lower the rate, and look for "
-            "texts whose encodings are zero."
+            f"the scope detector's map is not finite: its fit diverged. {advice}"
         )
     return Calibration(projection, share, judged[share][0], judged[0.0][1], judged[share][1])
 
