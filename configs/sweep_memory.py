@@ -22,15 +22,13 @@ def get_config() -> ConfigDict:
                 streaming_plain=dict(variant="streaming", ridge=ridges, query_noise=0.0),
                 streaming_gaussian=dict(
                     variant="streaming",
-                    addressing="gaussian",
+                    addressing=dict(kind="gaussian", width=[1e-3, 1e-2, 1e-1]),
                     initial="normal",
-                    width=[1e-3, 1e-2, 1e-1],
                 ),
                 streaming_features=dict(
                     variant="streaming",
-                    addressing="features",
+                    addressing=dict(kind="random_features", length=[0.5, 1.0, 2.0]),
                     initial="normal",
-                    width=[0.5, 1.0, 2.0],
                 ),
                 growing=dict(variant="growing", ridge=ridges),
                 square_root=dict(variant="square_root", ridge=ridges),

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    keys = dict(gaussian=dict(addressing="gaussian", width=1e-3), pinv=dict(addressing="pinv"))
+    keys = dict(gaussian=dict(addressing="gaussian"), pinv=dict(addressing="pseudo_inverse"))
     stores = dict(direct=dict(variant="direct", query="prior"), streaming=dict(variant="streaming"))
     variants = {
         f"{store}_{kind}": dict(

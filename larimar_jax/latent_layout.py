@@ -3,7 +3,7 @@
     [ e(text) : C | s·φ(e(text)) : F | spelling : S ]
 
 Linear keys of C dimensions tell at most C facts apart, whatever K is. With random features φ of the
-encoding (`addressing.features`) the product of two keys becomes
+encoding (`RandomFeatures`) the product of two keys becomes
 
     z·z' + s² exp(−‖z − z'‖² / (2ℓ²))
 
@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from larimar_jax import answer_code
 from larimar_jax.config import Config, KeyFeaturesConfig
-from larimar_jax.memory import addressing
+from larimar_jax.memory.addressing import RandomFeatures
 from larimar_jax.memory.base import MemoryParams
 
 
@@ -53,7 +53,7 @@ def features(
         return jnp.zeros((len(encodings), 0), jnp.float32)
     key = jax.random.key(0, impl="threefry2x32")
     directions = jax.random.normal(key, (config.count, encodings.shape[1]), jnp.float32)
-    return config.scale * addressing.features(encodings, directions, config.length)
+    return config.scale * RandomFeatures(config.length).weigh(directions, encodings)
 
 
 @functools.partial(jax.jit, static_argnums=1)

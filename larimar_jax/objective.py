@@ -102,7 +102,7 @@ def read_back(
     # and devices that come to them in different orders would wait for each other for ever.
     params = jax.tree.map(layers.gather, model.memory.params())
     with jax.named_scope("memory"):
-        prepared = memory.prepare(params, brief=True)
+        prepared = memory.prepare(params, few_encodings=True)
 
         def read_episode(prepared, episode, key=None):
             noise, weight = (None, None) if key is None else jax.random.split(key)

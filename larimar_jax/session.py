@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from larimar_jax import packing, scope, session_file
-from larimar_jax.memory import health, rls
+from larimar_jax.memory import diagnostics, rls
 from larimar_jax.memory.base import Prepared
 from larimar_jax.memory.streaming import Streaming, StreamingState
 from larimar_jax.model import Condition
@@ -109,9 +109,9 @@ class Session:
             note = f"its prompt is hard to tell from that of fact {near[0]} (cosine {near[1]:.2f})"
         now, events = self._now, []
         if old is not None:
-            now, taken = self._update(now, self._keys[old.id], -1)
+            now, taken = self._forgotten(now, self._keys[old.id])
             events.append(event("forget", old, taken))
-        now, taken = self._update(now, keys, +1)
+        now, taken = self._written(now, keys)
         fact = Fact(self._next_id, prompts[0], answer, prompts[1:])
         events.append(event("write", fact, taken, note))
         self._now = now
@@ -137,22 +137,20 @@ class Session:
                 f"{'forgotten before' if forgotten else 'never written'}. Facts in memory: {known}."
             )
         fact, keys = self._facts[fact_id], self._keys[fact_id]
-        now, taken = self._update(self._now, keys, -1)
-        # What is certified is what will be read: M solved anew.
-        now = _refresh(self.model.memory, self.model.prepared, now)
-        distance, leverage = _certify(
-            self.model.memory, self.model.prepared, now.state, keys.key[:1]
-        )
+        now, taken = self._forgotten(self._now, keys)
+        certified = (self.model.memory, self.model.prepared, now.state, keys.key[:1])
+        distance = diagnostics.distance(*certified[:3])
+        [leverage] = diagnostics.leverage(*certified)
         self._now = now
         del self._facts[fact_id], self._keys[fact_id]
         self._events.append(event("forget", fact, taken))
         return Forgotten(fact, float(distance), float(leverage))
 
-    def health(self) -> health.Health:
-        """What the memory says of itself: condition, distance to a fresh solve, load, the error to be
-        expected, and whether it is full."""
-        found = _health(self.model.memory, self.model.prepared, self._state)
-        return health.Health(*(np.asarray(value).item() for value in found))
+    def health(self) -> diagnostics.Diagnostics:
+        """Return diagnostics: condition number, distance to an exact solve, load, expected read error,
+        and whether the memory is full."""
+        values = diagnostics.diagnose(self.model.memory, self.model.prepared, self._state)
+        return diagnostics.Diagnostics(*(np.asarray(value).item() for value in values))
 
     def _nearest(self, keys: "_Keys") -> tuple[int, float] | None:
         """(id, cosine) of the fact whose prompt is nearest to the first of these, if it is very near."""
@@ -221,7 +219,7 @@ class Session:
         # Padded, so that few numbers of queries are compiled for.
         more = packing.steps_bucket(len(queries), 1) - len(queries)
         asked = np.pad(queries, ((0, more), (0, 0)))
-        read = _read(self.model.memory, self.model.prepared, self._now, asked)
+        read = rls.read(self.model.memory, self.model.prepared, self._now, asked)
         latent = np.asarray(read)[: len(queries)]
         milliseconds = {
             "encode": 1e3 * (encoded - begin),
@@ -289,40 +287,50 @@ class Session:
             self._keys[fact.id] = _Keys(**rows)
         self._events, self._next_id = saved.history, saved.next_id
         names = [f"memory/{name}" for name in _named(self._state)]
-        if not set(names) <= set(saved.arrays):
-            # Of a version whose memory kept less: the facts are here, and written again they are it.
-            for keys in self._keys.values():
-                self._now, _ = self._update(self._now, keys, +1)
-            return
         leaves = [jax.device_put(saved.arrays[name]) for name in names]
         self._begin(jax.tree.unflatten(jax.tree.structure(self._now.state), leaves))
 
     @property
     def _state(self) -> StreamingState:
         """The memory, solved anew."""
-        return _settle(self.model.memory, self.model.prepared, self._now)
+        return rls.to_state(self.model.memory, self.model.prepared, self._now)
 
     def _begin(self, state: StreamingState) -> None:
-        self._now = _begin(self.model.memory, self.model.prepared, state)
+        self._now = rls.init(self.model.memory, self.model.prepared, state)
 
-    def _update(self, now: rls.RLSState, keys: _Keys, sign: int) -> tuple[rls.RLSState, float]:
-        """The memory with a fact's rows added or taken away, and the milliseconds it took."""
+    def _written(self, now: rls.RLSState, keys: _Keys) -> tuple[rls.RLSState, float]:
+        """Return the memory with a fact's rows, and the milliseconds that writing took."""
         memory, prepared = self.model.memory, self.model.prepared
         begin = time.perf_counter()
         for key, value in zip(keys.key, keys.value, strict=True):
             # The statistics and the solution stay where they are: what moves is a few rows.
-            recent, due, finite = _move(memory, prepared, now, key, value, jnp.int32(sign))
-            now = dataclasses.replace(now, recent=recent)
-            if due:
-                now = _refresh(memory, prepared, now)
-                finite = jnp.isfinite(now.state.solution).all()
-            if not finite:
-                raise MemoryNotFinite(
-                    f"The memory could not {'write' if sign > 0 else 'forget'} this in float32, and "
-                    f"stays as it was. Its ridge ({float(memory.ridge):g}) is too small for what is "
-                    "written: load the model with a larger editing.ridge and write the facts again."
-                )
+            pending, is_due, is_finite = _write(memory, prepared, now, key, value)
+            now = dataclasses.replace(now, pending=pending)
+            if is_due:
+                now = rls.refactorize(memory, prepared, now)
+                is_finite = jnp.isfinite(now.state.solution).all()
+            if not is_finite:
+                raise self._not_finite("write")
         return now, 1e3 * (time.perf_counter() - begin)
+
+    def _forgotten(self, now: rls.RLSState, keys: _Keys) -> tuple[rls.RLSState, float]:
+        """Return the memory without a fact's rows, and the milliseconds that forgetting took."""
+        begin = time.perf_counter()
+        # Padded, so that few numbers of rows are compiled for.
+        more = packing.steps_bucket(len(keys.key), 1) - len(keys.key)
+        rows = (np.pad(x, ((0, more), (0, 0))) for x in (keys.key, keys.value))
+        after = rls.forget(self.model.memory, self.model.prepared, now, *rows)
+        is_finite = jnp.isfinite(after.state.solution).all()
+        if not is_finite or after.state.refused > now.state.refused:
+            raise self._not_finite("forget")
+        return after, 1e3 * (time.perf_counter() - begin)
+
+    def _not_finite(self, action: str) -> MemoryNotFinite:
+        return MemoryNotFinite(
+            f"The memory could not {action} this in float32, and stays as it was. Its ridge "
+            f"({float(self.model.memory.ridge):g}) is too small for what is written: load the model "
+            "with a larger editing.ridge and write the facts again."
+        )
 
     # Last in the class: below it, `list` in an annotation would be this method.
     def list(self) -> list[Fact]:
@@ -331,52 +339,18 @@ class Session:
 
 
 @jax.jit
-def _begin(memory: Streaming, prepared: Prepared, state: StreamingState) -> rls.RLSState:
-    return rls.init(memory, prepared, state)
-
-
-@jax.jit
-def _settle(memory: Streaming, prepared: Prepared, now: rls.RLSState) -> StreamingState:
-    return rls.to_state(memory, prepared, now)
-
-
-@jax.jit
-def _refresh(memory: Streaming, prepared: Prepared, now: rls.RLSState) -> rls.RLSState:
-    return rls.refactorize(memory, prepared, now)
-
-
-@jax.jit
-def _move(
-    memory: Streaming, prepared: Prepared, now: rls.RLSState, key: Array, value: Array, sign: Array
-) -> tuple[rls.Recent, Array, Array]:
-    """The recent facts with one more, whether a refresh is due, and whether all of it is finite."""
-    moved, _, due = rls.update(memory, prepared, now, key, value, sign)
-    finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(moved.recent)]
-    return moved.recent, due, jnp.stack(finite).all()
-
-
-@jax.jit
-def _certify(
-    memory: Streaming, prepared: Prepared, state: StreamingState, key: Array
-) -> tuple[Array, Array]:
-    return health.distance(memory, prepared, state), health.leverage(memory, prepared, state, key)[
-        0
-    ]
-
-
-@jax.jit
-def _health(memory: Streaming, prepared: Prepared, state: StreamingState) -> health.Health:
-    return health.health(memory, prepared, state)
+def _write(
+    memory: Streaming, prepared: Prepared, now: rls.RLSState, key: Array, value: Array
+) -> tuple[rls.Pending, Array, Array]:
+    """Return the pending writes with this one, whether to factorise, and whether all is finite."""
+    written, _, is_due = rls.write(memory, prepared, now, key, value)
+    finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(written.pending)]
+    return written.pending, is_due, jnp.stack(finite).all()
 
 
 def _cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     sizes = np.linalg.norm(one, axis=1)[:, None] * np.linalg.norm(other, axis=1)[None]
     return one @ other.T / np.maximum(sizes, np.finfo(np.float32).tiny)
-
-
-@jax.jit
-def _read(memory: Streaming, prepared: Prepared, now: rls.RLSState, queries: Array) -> Array:
-    return rls.read(memory, prepared, now, queries)
 
 
 def _named(state: Any) -> dict[str, np.ndarray]:

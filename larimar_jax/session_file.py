@@ -82,7 +82,7 @@ class Saved:
 
 @dataclasses.dataclass(frozen=True)
 class Forgotten:
-    """A fact that was taken out, with its certificate (memory/health.py). distance: of the memory to one
+    """A fact that was taken out, with its certificate (memory/diagnostics.py). distance: of the memory to one
     that never saw the fact, relative. leverage: the share of the fact's key that other facts explain:
     near 1 where a near-duplicate is still in, and may still be answered."""
 

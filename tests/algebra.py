@@ -5,15 +5,25 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from larimar_jax import memory
+
 K, C, N = 6, 9, 4  # one shape for the contract: each variant compiles once
 seeds = st.integers(0, 2**31 - 1)
 check = settings(deadline=None, max_examples=8)
 
 
-def close(got, want, tolerance):
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    assert got.shape == want.shape
-    assert np.linalg.norm(got - want) <= tolerance * np.linalg.norm(want) + 1e-12, (got, want)
+def distance(actual, expected):
+    """Return the relative distance of two arrays, in float64."""
+    actual, expected = np.float64(actual), np.float64(expected)
+    assert actual.shape == expected.shape
+    return np.linalg.norm(actual - expected) / (np.linalg.norm(expected) + 1e-300)
+
+
+def close(actual, expected, tolerance):
+    actual, expected = np.float64(actual), np.float64(expected)
+    assert actual.shape == expected.shape
+    error = np.linalg.norm(actual - expected)
+    assert error <= tolerance * np.linalg.norm(expected) + 1e-12, (actual, expected)
 
 
 def matrix(seed, rows, columns, rank=None, low=2.0, high=6.0):
@@ -27,3 +37,20 @@ def matrix(seed, rows, columns, rank=None, low=2.0, high=6.0):
 
 def facts(seed, n=N):
     return jnp.float32(matrix(seed, n, C)), jnp.float32(matrix(seed + 1, n, C))
+
+
+def unit(seed, rows, columns):
+    """Rows of length 1, float64 numbers that float32 holds."""
+    normal = np.random.default_rng(seed).standard_normal((rows, columns))
+    return np.float64(np.float32(normal / np.linalg.norm(normal, axis=1, keepdims=True)))
+
+
+def prepare(variant, m0, **params):
+    params = memory.MemoryParams(jnp.float32(m0), jnp.zeros(()), **params)
+    return variant.prepare(params)
+
+
+def ridge_solution(m0, weights, values, ridge, shrink=0.0):
+    """§4 in float64: the least Σ‖Z − WM‖² + λ‖M − M₀‖² + μ‖M‖²."""
+    gram = weights.T @ weights + (ridge + shrink) * np.eye(len(m0))
+    return np.linalg.solve(gram, weights.T @ values + ridge * np.asarray(m0, np.float64))

@@ -25,8 +25,8 @@ class Plain:
     def __init__(self, model):
         self.model = model
         prepared, memory = model.prepared, model.memory
-        self.before = np.float64(prepared.memory)
-        self.inverse = np.linalg.pinv(np.float64(prepared.reference))
+        self.before = np.float64(prepared.prior_memory)
+        self.inverse = np.linalg.pinv(np.float64(prepared.reference_memory))
         self.ridge, self.noise = float(np.float32(memory.ridge)), float(memory.query_noise)
         self._encode = functools.cache(self._encode_one)
 

@@ -50,7 +50,7 @@ def test_the_sweep_finds_it(fading, tmp_path):
         latent=8,
         paired=False,
         zsre="",
-        variants=dict(fading=dict(variant="fading", keep=[0.5, 1.0])),
+        variants=dict(fading=dict(variant="fading", decay=[0.5, 1.0])),
         slots=[8],
         facts=[8],
         rephrasings=[0],
@@ -59,9 +59,9 @@ def test_the_sweep_finds_it(fading, tmp_path):
     )
     made = sweep.Sweep(sweep.parse(values))
     runner.run(made, tmp_path / "run", quiet=True)
-    ages = {record["keep"]: [] for record in runner.read_cases(tmp_path / "run")}
+    ages = {record["decay"]: [] for record in runner.read_cases(tmp_path / "run")}
     for record in runner.read_cases(tmp_path / "run"):
-        ages[record["keep"]].append(record["recall_by_age"])
+        ages[record["decay"]].append(record["recall_by_age"])
     early, late = np.mean(ages[0.5], axis=0)[[0, 3]]
     assert made.compiled == 1 and late == 1.0 and early <= late
     assert np.mean(ages[1.0]) == 1.0

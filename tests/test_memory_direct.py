@@ -6,18 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from algebra import C, K, N, check, close, matrix, seeds
+from algebra import C, K, N, check, close, matrix, prepare, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from larimar_jax import memory
 from larimar_jax.memory.direct import Direct
 from larimar_jax.memory.newton_schulz import NewtonSchulz
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def write_and_read(variant, m0, keys, values, queries):
-    prepared = variant.prepare(memory.MemoryParams(m0, jnp.zeros(())))
+    prepared = prepare(variant, m0)
     state = variant.write(prepared, variant.empty(prepared), keys, values)
     return variant.matrix(prepared, state), variant.read(prepared, state, queries)
 
@@ -40,20 +39,18 @@ def algorithm_1(m0, keys, values, queries, posterior=True):
 )
 def test_direct_is_algorithm_1(address, sizes, paired, seed):
     slots, n, key_rank, value_rank = sizes
-    rng = np.random.default_rng(seed)
     m0 = matrix(seed, slots, 8)
-    # Keys inside M₀'s row space keep W₀ as well conditioned as they are.
+    # Keys inside M₀'s row space leave W₀ as well conditioned as they are.
     basis = np.linalg.qr(m0.T)[0]
     keys = matrix(seed + 1, n, basis.shape[1], key_rank) @ basis.T
     values = keys if paired else matrix(seed + 2, n, 8, value_rank)
-    queries = rng.standard_normal((5, 8))
+    queries = np.random.default_rng(seed).standard_normal((5, 8))
     m, weights, latent = algorithm_1(m0, keys, values, queries, address == "posterior")
-    got_m, reading = write_and_read(
-        Direct(slots, 8, query=address), *map(jnp.float32, (m0, keys, values, queries))
-    )
+    arguments = map(jnp.float32, (m0, keys, values, queries))
+    ours, reading = write_and_read(Direct(slots, 8, query=address), *arguments)
     # float32 leaves its epsilon times the condition numbers passed through.
     tolerance = 1e-5 if n < slots else 1e-4
-    close(got_m, m, tolerance)
+    close(ours, m, tolerance)
     close(reading.latent, latent, tolerance * 3)
     close(reading.weights, weights, tolerance * 3)
 
@@ -64,8 +61,8 @@ def test_direct_projects_on_what_is_written(seed):
     """§3: read∘write is the orthogonal projection on the span of the encodings, and M₀ cancels."""
     z, queries = matrix(seed, 3, 8), np.random.default_rng(seed).standard_normal((5, 8))
     want = queries @ np.linalg.pinv(z) @ z
-    for other in (1, 2):
-        m0 = np.random.default_rng(seed + other).standard_normal((6, 8)) + 3 * np.eye(6, 8)
+    for more in (1, 2):
+        m0 = np.random.default_rng(seed + more).standard_normal((6, 8)) + 3 * np.eye(6, 8)
         _, reading = write_and_read(Direct(6, 8), *map(jnp.float32, (m0, z, z, queries)))
         close(reading.latent, want, 1e-4)
 
@@ -78,7 +75,8 @@ def test_direct_never_inverts_a_k_by_c_matrix(n):
     prepared = variant.prepare(variant.init(jax.random.key(0)))
 
     def episode(z):
-        return variant.read(prepared, variant.write(prepared, variant.empty(prepared), z, z), z).latent
+        state = variant.write(prepared, variant.empty(prepared), z, z)
+        return variant.read(prepared, state, z).latent
 
     sizes = factored(jax.make_jaxpr(jax.vmap(episode))(jnp.ones((2, n, latent))).jaxpr)
     assert sizes["qr"] and sizes["svd"]
@@ -89,31 +87,27 @@ def test_direct_never_inverts_a_k_by_c_matrix(n):
         assert all(sorted(shape[-2:]) != [slots, latent] for shape in sizes["qr"])
 
 
-def factored(jaxpr, found=None):
+def factored(jaxpr, shapes=None):
     """Operand shapes of all factorisations in a jaxpr, inner ones included."""
-    found = {"qr": [], "svd": []} if found is None else found
+    shapes = {"qr": [], "svd": []} if shapes is None else shapes
     for equation in jaxpr.eqns:
-        name = {"geqrf": "qr", "householder_product": None}.get(
-            equation.primitive.name, equation.primitive.name
-        )
-        if name in found:
-            found[name].append(equation.invars[0].aval.shape)
-        for value in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
+        name = {"geqrf": "qr"}.get(equation.primitive.name, equation.primitive.name)
+        if name in shapes:
+            shapes[name].append(equation.invars[0].aval.shape)
+        parameters = list(equation.params.values())
+        for value in jax.tree.leaves(parameters, is_leaf=lambda x: hasattr(x, "eqns")):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
-                factored(inner, found)
-    return found
+                factored(inner, shapes)
+    return shapes
 
 
 def test_newton_schulz_is_direct_within_its_range():
-    m0, z, queries = matrix(1, K, C), matrix(2, N, C), matrix(3, 5, C)
-    arguments = [jnp.float32(x) for x in (m0, z, z, queries)]
-    exact = write_and_read(Direct(K, C), *arguments)[1].latent
-    close(write_and_read(NewtonSchulz(K, C), *arguments)[1].latent, exact, 1e-3)
+    m0, z, queries = (jnp.float32(matrix(*sizes)) for sizes in ((1, K, C), (2, N, C), (3, 5, C)))
+    exact = write_and_read(Direct(K, C), m0, z, z, queries)[1].latent
+    close(write_and_read(NewtonSchulz(K, C), m0, z, z, queries)[1].latent, exact, 1e-3)
     # A small latent falls out of the range of 15 steps (§3), and the exact memory does not mind.
-    arguments[1:3] = [0.02 * x for x in arguments[1:3]]
-    small = write_and_read(NewtonSchulz(K, C), *arguments)[1].latent
+    z = 0.02 * z
+    small = write_and_read(NewtonSchulz(K, C), m0, z, z, queries)[1].latent
     assert np.linalg.norm(small - exact) > 0.2 * np.linalg.norm(exact)
-    close(write_and_read(Direct(K, C), *arguments)[1].latent, exact, 1e-4)
+    close(write_and_read(Direct(K, C), m0, z, z, queries)[1].latent, exact, 1e-4)

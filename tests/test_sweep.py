@@ -122,7 +122,7 @@ def test_a_config_that_does_not_fit_names_everything():
 
 def test_a_reference_of_prompts_known_beforehand():
     kinds = {f"by_{r}": dict(variant="direct", query="prior", initial="normal", addressing="gaussian",
-                             width=1e-3, reference=r) for r in ("prior", "prompts")}
+                             reference=r) for r in ("prior", "prompts")}
     made = sweep.Sweep(sweep.parse(changed(variants=kinds, facts=[4], noises=[0.0], seeds=[0])))
     found = {record["label"]: record for record in made.run(made.cases)}
     assert {record["reference"] for record in found.values()} == {"prior", "prompts"}

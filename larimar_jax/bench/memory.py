@@ -130,7 +130,7 @@ class MemorySpeed:
             name: statistics.median(record["seconds"][name] for record in records)
             for name in records[0]["seconds"]
         }
-        seconds["stream"] /= rls.RECENT
+        seconds["stream"] /= rls.MAX_PENDING
         ratios = {name: seconds[plain] / seconds[ours] for name, plain, ours in RATIOS}
         rate = self.settings["scan"] / seconds["scan"]
         return {"seconds": seconds, "ratios": ratios, "facts_per_second": rate}
@@ -150,7 +150,7 @@ _SIZES = ("slots", "latent", "facts", "scan", "tenants")
 
 
 def sides(slots: int, latent: int, facts: int, scan: int, tenants: int) -> dict[str, Callable]:
-    """What is timed, by name; all compiled by their first call. `stream` does `live.RECENT` facts, with
+    """What is timed, by name; all compiled by their first call. `stream` does `rls.MAX_PENDING` facts, with
     the factorisation that comes with so many."""
     draw = np.random.default_rng(0)
 
@@ -188,11 +188,11 @@ def _streams(streaming, direct, prepared, keys, values, unit) -> dict[str, Calla
 
     written = jax.jit(streaming.write)(prepared, streaming.empty(prepared), keys, values)
     now = [jax.jit(functools.partial(rls.init, streaming))(prepared, written)]
-    new = (unit(rls.RECENT), unit(rls.RECENT))
+    new = (unit(rls.MAX_PENDING), unit(rls.MAX_PENDING))
 
     def advance():
         now[0] = stream(now[0], *new)
-        return now[0].recent
+        return now[0].pending
 
     return {
         "solve again": lambda: again(keys, values),
@@ -205,14 +205,14 @@ def _scan(streaming, prepared, keys, values) -> dict[str, Callable]:
     @jax.jit
     def scan(keys, values):
         start = rls.init(streaming, prepared, streaming.empty(prepared))
-        return rls.stream(streaming, prepared, start, keys, values)[0].recent
+        return rls.stream(streaming, prepared, start, keys, values)[0].pending
 
     return {"scan": lambda: scan(keys, values)}
 
 
 def _episodes(build, params, unit) -> dict[str, Callable]:
     def read_back(variant, m0, episodes):
-        prepared = variant.prepare(MemoryParams(m0, params.log_variance), brief=True)
+        prepared = variant.prepare(MemoryParams(m0, params.log_variance), few_encodings=True)
 
         def one(facts):
             state = variant.write(prepared, variant.empty(prepared), facts, facts)

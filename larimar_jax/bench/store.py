@@ -147,7 +147,7 @@ def _write(
     values: Float[Array, "N C"],
     sign: Any,
 ) -> Any:
-    return memory.write(prepared, state, keys, values, sign)
+    return memory.update(prepared, state, keys, values, sign)
 
 
 @jax.jit

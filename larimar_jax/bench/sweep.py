@@ -22,7 +22,7 @@ from rich.table import Table
 from larimar_jax import memory, schema
 from larimar_jax.bench import sweep_data
 from larimar_jax.bench.runner import Record
-from larimar_jax.memory.addressing import from_prompts
+from larimar_jax.memory.addressing import UnknownAddressing, from_prompts
 
 # Cells computed together; a multiple of it for each device.
 CHUNK = 16
@@ -119,15 +119,41 @@ def _offences(label: str, settings: Any) -> list[str]:
         if reference not in REFERENCES:
             found.append(f"variants.{label}.reference: must be one of {', '.join(REFERENCES)}")
         try:
-            memory.build(settings["variant"], slots=2, latent=2, **chosen)
-        except (memory.UnknownVariant, TypeError) as error:
+            _built(settings["variant"], 2, 2, chosen)
+        except (memory.UnknownVariant, UnknownAddressing, TypeError) as error:
             found.append(f"variants.{label}: {' '.join(str(error).split())}")
     return list(dict.fromkeys(found))
 
 
 def _choices(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    listed = [v if isinstance(v, (list, tuple)) else [v] for v in settings.values()]
-    return [dict(zip(settings, chosen, strict=True)) for chosen in itertools.product(*listed)]
+    """Return every combination of settings; those of a section have names such as addressing.width."""
+    flat = {}
+    for name, value in settings.items():
+        section = value if isinstance(value, Mapping) else {"": value}
+        flat |= {f"{name}.{key}".strip("."): item for key, item in section.items()}
+    listed = [v if isinstance(v, (list, tuple)) else [v] for v in flat.values()]
+    return [dict(zip(flat, chosen, strict=True)) for chosen in itertools.product(*listed)]
+
+
+def _built(variant: str, slots: int, latent: int, settings: Mapping[str, Any]) -> memory.Memory:
+    """Return the memory of settings as `_choices` names them."""
+    sections: dict[str, Any] = {}
+    for name, value in settings.items():
+        section, _, key = name.partition(".")
+        if key:
+            sections.setdefault(section, {})[key] = value
+        else:
+            sections[name] = value
+    return memory.build(variant, slots=slots, latent=latent, **sections)
+
+
+def _is_real(variant: type[memory.Memory], name: str) -> bool:
+    """Return whether a setting is a real number, an axis of the `vmap`."""
+    section, _, key = name.partition(".")
+    if section == "addressing":
+        return key not in ("", "kind")
+    field = variant.__dataclass_fields__.get(name)
+    return field is not None and not field.metadata.get("static")
 
 
 def cells(config: SweepConfig) -> list[Cell]:
@@ -136,13 +162,8 @@ def cells(config: SweepConfig) -> list[Cell]:
     sources = [n for n, on in (("synthetic", config.latent), ("zsre", config.zsre)) if on]
     for label, settings in config.variants.items():
         variant = memory.variants()[settings["variant"]]
-        fields = {f.name: f for f in dataclasses.fields(variant)}
         for chosen in _choices({k: v for k, v in settings.items() if k != "variant"}):
-            real = {
-                n: v
-                for n, v in chosen.items()
-                if n in fields and not fields[n].metadata.get("static")
-            }
+            real = {n: v for n, v in chosen.items() if _is_real(variant, n)}
             fixed = {n: v for n, v in chosen.items() if n not in real}
             grid = itertools.product(
                 sources, config.slots, config.facts, config.rephrasings, config.noises, config.seeds
@@ -232,11 +253,9 @@ class Sweep:
             for i, cell in enumerate(group)
         ]
 
-    def _variant(self, cell: Cell, **real: Any):
+    def _variant(self, cell: Cell, real: Mapping[str, Any]) -> memory.Memory:
         fixed = {name: value for name, value in cell.fixed if name != "reference"}
-        return memory.build(
-            cell.variant, slots=cell.slots, latent=self._latent(cell), **fixed, **real
-        )
+        return _built(cell.variant, cell.slots, self._latent(cell), fixed | real)
 
     def _latent(self, cell: Cell) -> int:
         return self.config.latent if cell.source == "synthetic" else self._real().prompts.shape[1]
@@ -244,7 +263,10 @@ class Sweep:
     def _real(self) -> sweep_data.Encodings:
         if self._encodings is None:
             self._encodings = sweep_data.encode(self.config.zsre)
-            have, want = len(self._encodings.prompts), max(bucket(cell.facts) for cell in self.cases)
+            have, want = (
+                len(self._encodings.prompts),
+                max(bucket(cell.facts) for cell in self.cases),
+            )
             if have < want:
                 raise ValueError(
                     f"{self.config.zsre} has {have} records with a rephrasing, and cells of so many "
@@ -254,7 +276,7 @@ class Sweep:
 
     def _bytes(self, cell: Cell) -> int:
         """Of the state after writing."""
-        variant, latent = self._variant(cell, **dict(cell.real)), self._latent(cell)
+        variant, latent = self._variant(cell, dict(cell.real)), self._latent(cell)
         rows = cell.facts * (1 + cell.rephrasings)
 
         def written():
@@ -293,7 +315,7 @@ class Sweep:
             facts = sweep_data.synthetic(draws[0], *sizes, noise, paired=self.config.paired)
         else:
             facts = sweep_data.real(draws[0], encodings, size, rephrasings, noise)
-        variant = self._variant(cell, **numbers)
+        variant = self._variant(cell, numbers)
         params, there = variant.init(draws[1]), jnp.arange(size) < count
         if dict(cell.fixed).get("reference") == "prompts":
             params = _known(params, facts.keys[:: 1 + rephrasings], there)
@@ -336,7 +358,9 @@ class Sweep:
         """A row a variant."""
         results, shown = summary["results"], []
         for source, means in results["means"].items():
-            table = Table(source, "cells", "recall, written", "recall, held out", "error", "kB", "ms")
+            table = Table(
+                source, "cells", "recall, written", "recall, held out", "error", "kB", "ms"
+            )
             for label, found in sorted(means.items(), key=lambda item: -item[1]["recall"]):
                 broken = f", {found['not_finite']} not finite" if found["not_finite"] else ""
                 table.add_row(
@@ -362,7 +386,9 @@ def _known(params: memory.MemoryParams, prompts, there) -> memory.MemoryParams:
     slots = params.prior_memory.shape[0]
     most = min(slots, len(prompts))
     rows = jnp.where(there[:most, None], prompts[:most], params.prior_memory[:most])
-    return dataclasses.replace(params, reference_memory=from_prompts(rows, slots, params.prior_memory))
+    return dataclasses.replace(
+        params, reference_memory=from_prompts(rows, slots, params.prior_memory)
+    )
 
 
 def _recall(latent, targets, there):

@@ -1,41 +1,51 @@
 """Episodic memories. A file here that defines a `Memory` is a variant, named by the file."""
 
+import dataclasses
 import importlib
 import pkgutil
 
+from larimar_jax.memory import addressing
 from larimar_jax.memory.base import Memory, MemoryParams, Prepared, Reading
 
 __all__ = ["Memory", "MemoryParams", "Prepared", "Reading", "UnknownVariant", "build", "variants"]
 
 
 class UnknownVariant(ValueError):
-    """There is no memory of that name, or it has no such setting."""
+    """A variant that does not exist, or a setting that the variant does not have."""
 
 
 def variants() -> dict[str, type[Memory]]:
-    """Every variant in this folder, {file name: class}; found by looking: no list to edit."""
-    found = {}
+    """Return every variant of this folder, {file name: class}, without a list to edit.
+
+    Raises:
+      ValueError: a file defines two variants.
+    """
+    classes: dict[str, type[Memory]] = {}
     for module in pkgutil.iter_modules(__path__):
         if module.name.startswith("_"):
-            continue  # What variants share.
-        names = vars(importlib.import_module(f"{__name__}.{module.name}"))
-        for value in names.values():
-            own = isinstance(value, type) and value.__module__ == f"{__name__}.{module.name}"
-            if own and issubclass(value, Memory) and value is not Memory:
-                if module.name in found:
+            continue  # Shared by variants.
+        path = f"{__name__}.{module.name}"
+        for value in vars(importlib.import_module(path)).values():
+            is_own = isinstance(value, type) and value.__module__ == path
+            if is_own and issubclass(value, Memory) and value is not Memory:
+                if module.name in classes:
                     raise ValueError(
                         f"memory/{module.name}.py defines two variants, "
-                        f"{found[module.name].__name__} and {value.__name__}: give each a file, "
+                        f"{classes[module.name].__name__} and {value.__name__}: give each a file, "
                         "whose name is the variant's name."
                     )
-                found[module.name] = value
-    return found
+                classes[module.name] = value
+    return classes
 
 
 def build(name: str, **settings) -> Memory:
-    """The variant of that name with these settings, e.g. build('streaming', slots=512, latent=768).
+    """Build the variant of that name, e.g. build('streaming', slots=512, latent=768, ridge=0.1).
 
-    Raises UnknownVariant naming the known variants, or the settings that the variant has.
+    `addressing` may be an `Addressing`, or what a config holds (`addressing.build`).
+
+    Raises:
+      UnknownVariant: naming the known variants, or the settings that the variant has.
+      addressing.UnknownAddressing: naming the known kinds, or the numbers that the kind has.
     """
     known = variants()
     if name not in known:
@@ -43,10 +53,11 @@ def build(name: str, **settings) -> Memory:
             f"there is no memory variant {name!r}; known: {', '.join(sorted(known))}. A new one is "
             "a file in larimar_jax/memory/."
         )
-    fields = set(known[name].__dataclass_fields__)
-    if unknown := sorted(set(settings) - fields):
+    fields = sorted(field.name for field in dataclasses.fields(known[name]))
+    if unknown := sorted(set(settings) - set(fields)):
         raise UnknownVariant(
-            f"the memory {name!r} has no setting {', '.join(unknown)}; it has "
-            f"{', '.join(sorted(fields))}."
+            f"the memory {name!r} has no setting {', '.join(unknown)}; it has {', '.join(fields)}."
         )
+    if "addressing" in settings:
+        settings["addressing"] = addressing.build(settings["addressing"])
     return known[name](**settings)

@@ -1,13 +1,13 @@
-"""What a memory is: the parameters, the reading, and the functions that every variant offers.
+"""The contract of a memory: its parameters, its reading, and the functions that every variant offers.
 
 A variant is a frozen dataclass of hyperparameters in a file of its own in this folder, registered
 as a pytree by `@pytree`: sizes and choices are `static()` fields, real numbers are leaves, so that
 a sweep over a ridge is one `vmap` and one compilation. All functions are pure and act on **one**
-memory; each is one compiled program for its shapes, wherever it is called from (`compiled`).
+memory; each is one compiled program for its shapes, wherever it is called from.
 
     memory = Streaming(slots=512, latent=768)
-    params = memory.init(key)                        # M₀ and log σ_W²: learned
-    prior = memory.prepare(params)                   # + M_ref†: once per batch of episodes
+    params = memory.init(key)                             # M₀ and log σ_W²: learned
+    prepared = memory.prepare(params)                     # + M_ref†: once per batch of episodes
     state = memory.write(prepared, memory.empty(prepared), keys, values)
     reading = memory.read(prepared, state, queries)
 
@@ -20,8 +20,6 @@ it changes nothing.
 import abc
 import dataclasses
 import functools
-import inspect
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -29,67 +27,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from larimar_jax.linalg import dot
-from larimar_jax.memory import addressing, variance
+from larimar_jax.memory import variance
+from larimar_jax.memory.addressing import Addressing, PseudoInverse
+from larimar_jax.memory.pytrees import Latents, Real, Weights, pytree, static
 from larimar_jax.memory.variance import Setting
 
-Real = float | Float[Array, ""]
-Sign = int | Int[Array, ""] | Int[Array, "N"]
+Signs = int | Int[Array, ""] | Int[Array, "N"]
 State = Any  # each variant's own pytree
-
-
-def static(**options) -> Any:
-    """A dataclass field that is part of the compiled program: a size or a choice, never a real."""
-    return dataclasses.field(metadata={"static": True}, **options)
-
-
-def compiled(function: Callable) -> Callable:
-    """`jax.jit` of a function of memories: called op by op it would take 40 times as long. A `sign`
-    that is a Python int is known to the program, and may be branched on; an array's is not."""
-    signature = inspect.signature(function)
-    if "sign" not in signature.parameters:
-        return jax.jit(function)
-    known, any_sign = jax.jit(function, static_argnames="sign"), jax.jit(function)
-
-    @functools.wraps(function)
-    def call(*arguments, **named):
-        told = signature.bind(*arguments, **named).arguments
-        return (known if isinstance(told.get("sign", 1), int) else any_sign)(*arguments, **named)
-
-    return call
-
-
-def pytree(cls):
-    """Makes a class a frozen dataclass and a pytree whose `static()` fields are auxiliary data.
-
-    Unlike `jax.tree_util.register_dataclass` it rebuilds without calling the constructor: inside
-    `vmap`, `jit` and `in_axes` trees the fields hold batched arrays, axis numbers or placeholders,
-    which the constructor's annotations (checked in tests) rightly refuse from people.
-    """
-    cls = dataclasses.dataclass(frozen=True)(cls)
-    fields = dataclasses.fields(cls)
-    data = tuple(f.name for f in fields if not f.metadata.get("static"))
-    meta = tuple(f.name for f in fields if f.metadata.get("static"))
-
-    def flatten(self):
-        return tuple(getattr(self, n) for n in data), tuple(getattr(self, n) for n in meta)
-
-    def flatten_with_keys(self):
-        leaves, aux = flatten(self)
-        return tuple(zip(map(jax.tree_util.GetAttrKey, data), leaves, strict=True)), aux
-
-    def unflatten(aux, leaves):
-        self = object.__new__(cls)
-        for name, value in (*zip(data, leaves, strict=True), *zip(meta, aux, strict=True)):
-            object.__setattr__(self, name, value)
-        return self
-
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-    return cls
 
 
 @pytree
 class MemoryParams:
-    """What is learned: M₀, log σ_W² (§3), and M_ref (§4) where it is not M₀ itself.
+    """The learned parameters: M₀, log σ_W² (§3), and M_ref (§4) where it is not M₀ itself.
 
     log_variance is b of memory/variance.py, a scalar or [K]; variance_by_query and
     variance_by_memory are its A and B, None where log σ_W² does not depend on query or memory.
@@ -103,20 +52,15 @@ class MemoryParams:
 
 
 @pytree
-class Prepared:
-    """Parameters and what every episode of a batch shares: M_ref, and what addressing makes of it."""
+class Prepared(MemoryParams):
+    """Float32 parameters with their M_ref, and what addressing computes of M_ref (`address`)."""
 
-    memory: Float[Array, "K C"]
-    log_variance: Float[Array, "*K"]
-    variance_by_query: Float[Array, "C K"] | None
-    variance_by_memory: Float[Array, "K C K"] | None
-    reference: Float[Array, "K C"]
-    address: Any
+    address: Any = None
 
 
 @pytree
 class Reading:
-    """What a read returns, one row per query.
+    """The result of a read, one row per query.
 
     latent: Z_read = W M. weights: the mean W̄ of q(W), whether or not W was sampled.
     log_variance: that of q(W), for the KL of Eq. 1. confidence: in [0, 1], the share of the query's
@@ -133,21 +77,18 @@ class Reading:
 def sample(
     mean: Float[Array, "Q K"], log_variance: Float[Array, "Q K"], rng: PRNGKeyArray | None
 ) -> Float[Array, "Q K"]:
-    """W ~ N(W̄, σ_W²), elementwise (Algorithm 1); W̄ itself without a key."""
+    """Sample W ~ N(W̄, σ_W²), elementwise (Algorithm 1); without a key return W̄ itself."""
     if rng is None:
         return mean
     return mean + jnp.exp(0.5 * log_variance) * jax.random.normal(rng, mean.shape, mean.dtype)
 
 
 def observe(
-    keys: Float[Array, "N C"],
-    values: Float[Array, "N C"],
-    noise: Real,
-    rng: PRNGKeyArray | None,
-) -> tuple[Float[Array, "N C"], Float[Array, "N C"]]:
-    """Z' = Z + ξ, ξ ~ N(0, noise² I) (Algorithm 1), without a key Z itself; float32.
+    keys: Latents, values: Latents, noise: Real, rng: PRNGKeyArray | None
+) -> tuple[Latents, Latents]:
+    """Return Z' = Z + ξ, ξ ~ N(0, noise² I) (Algorithm 1), in float32; without a key, Z itself.
 
-    One ξ for key and value, because in Algorithm 1 they are the same Z'. Padding stays zero.
+    Key and value share one ξ, because in Algorithm 1 they are the same Z'. Padding stays zero.
     """
     keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
     if rng is None:
@@ -158,9 +99,21 @@ def observe(
 
 
 def share(part: Float[Array, "Q"], whole: Float[Array, "Q"]) -> Float[Array, "Q"]:
-    """part / whole within [0, 1], and 0 for an empty whole; both are squared norms."""
-    nothing = whole <= 0
-    return jnp.where(nothing, 0.0, jnp.clip(part / jnp.where(nothing, 1.0, whole), 0.0, 1.0))
+    """Return part / whole within [0, 1], and 0 for an empty whole; both are squared norms."""
+    is_empty = whole <= 0
+    return jnp.where(is_empty, 0.0, jnp.clip(part / jnp.where(is_empty, 1.0, whole), 0.0, 1.0))
+
+
+def _compiled_update(update):
+    """Compile `update`: a sign that is a Python int is a constant, on which a variant may branch."""
+    of_constant, of_array = jax.jit(update, static_argnames="signs"), jax.jit(update)
+
+    @functools.wraps(update)
+    def call(self, prepared, state, keys, values, signs):
+        run = of_constant if isinstance(signs, int) else of_array
+        return run(self, prepared, state, keys, values, signs=signs)
+
+    return call
 
 
 @pytree
@@ -171,22 +124,17 @@ class Memory(abc.ABC):
     noise: the standard deviation of ξ at writing, used only where a write is given a random key.
     initial_log_variance: log σ_W² at the start; 0 is the variance of the prior over W.
     variance: what log σ_W² depends on (memory/variance.py; the released code's 0 to 4). It decides
-    what `init` makes; a read goes by the parameters that it is given.
-    addressing: how encodings become weights over M_ref, and width: its number (addressing.py).
+    what `init` creates; a read uses the parameters that it is given.
+    addressing: how encodings become weights over M_ref (addressing.py).
 
-    A variant says what holds of it, and the contract's tests hold it to that. SAME: what is the same
-    whatever the order and grouping of facts, and after forgetting as if never written: the "matrix",
-    only what is read ("reads"), or "nothing". STORES: whether a written fact can be read back at all.
+    A variant defines `empty`, `update` and `matrix`, and `residual` or `confidence`. It declares what
+    the contract's tests hold it to. SAME: what is the same whatever the order and grouping of facts,
+    and after forgetting as if never written: the "matrix", only what is read ("reads"), or "nothing".
+    STORES: whether a written fact can be read back at all.
     """
 
     SAME: ClassVar[Literal["matrix", "reads", "nothing"]] = "matrix"
     STORES: ClassVar[bool] = True
-
-    def __init_subclass__(cls, **options):
-        super().__init_subclass__(**options)
-        for name in ("empty", "write", "read", "matrix"):
-            if name in vars(cls):
-                setattr(cls, name, compiled(vars(cls)[name]))
 
     slots: int = static()
     latent: int = static()
@@ -194,66 +142,77 @@ class Memory(abc.ABC):
     noise: Real = dataclasses.field(default=1e-6, kw_only=True)
     initial_log_variance: Real = dataclasses.field(default=0.0, kw_only=True)
     variance: Setting = static(default="scalar", kw_only=True)
-    addressing: Literal["pinv", "gaussian", "features", "whitened", "linear"] = static(
-        default="pinv", kw_only=True
-    )
-    width: Real = dataclasses.field(default=1e-3, kw_only=True)
+    addressing: Addressing = dataclasses.field(default=PseudoInverse(), kw_only=True)
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        # Called op by op these would take 40 times as long.
+        for name, compiled in (
+            *((name, jax.jit) for name in ("empty", "read", "matrix")),
+            ("update", _compiled_update),
+        ):
+            if name in vars(cls):
+                setattr(cls, name, compiled(vars(cls)[name]))
 
     def init(self, key: PRNGKeyArray) -> MemoryParams:
-        """M₀ [K, C] and what log σ_W² is made of."""
+        """Create M₀ [K, C] and the parameters of log σ_W²."""
         if self.initial == "identity":
-            prior_memory = jnp.eye(self.slots, self.latent, dtype=jnp.float32)
+            prior = jnp.eye(self.slots, self.latent, dtype=jnp.float32)
         else:
-            prior_memory = jax.random.normal(key, (self.slots, self.latent), jnp.float32)
+            prior = jax.random.normal(key, (self.slots, self.latent), jnp.float32)
         constant, by_query, by_memory = variance.init(
             self.variance, self.slots, self.latent, self.initial_log_variance
         )
-        return MemoryParams(
-            prior_memory, constant, variance_by_query=by_query, variance_by_memory=by_memory
-        )
+        return MemoryParams(prior, constant, None, by_query, by_memory)
 
-    @functools.partial(jax.jit, static_argnames="brief")
-    def prepare(self, params: MemoryParams, *, brief: bool = False) -> Prepared:
-        """What depends on the parameters alone, so that a batch of episodes shares it.
+    @functools.partial(jax.jit, static_argnames="few_encodings")
+    def prepare(self, params: MemoryParams, *, few_encodings: bool = False) -> Prepared:
+        """Compute what depends on the parameters alone, which a batch of episodes shares.
 
         Args:
-          brief: the parameters change soon, as in training: prepare for a few encodings, and not for
-            many. The weights are the same, to rounding.
+          few_encodings: prepare for few encodings and not for many, as in training, where the
+            parameters change soon. The weights are the same, to rounding.
+        Raises:
+          ValueError: a parameter has a shape of other sizes than this memory's.
         """
         self._check(params)
-        memory = params.prior_memory.astype(jnp.float32)
-        reference = (
-            memory
-            if params.reference_memory is None
-            else params.reference_memory.astype(jnp.float32)
+        reference = params.reference_memory
+        params = dataclasses.replace(
+            params, reference_memory=params.prior_memory if reference is None else reference
         )
-        parts = (params.log_variance, params.variance_by_query, params.variance_by_memory)
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
         return Prepared(
-            memory,
-            *(None if part is None else part.astype(jnp.float32) for part in parts),
-            reference,
-            self._address(reference, brief),
+            **vars(params), address=self._address(params.reference_memory, few_encodings)
         )
 
-    def _address(self, reference: Float[Array, "K C"], brief: bool) -> Any:
-        """What addressing needs of M_ref."""
-        kind = addressing.KINDS[self.addressing]
-        return (brief and kind.brief or kind.prepare)(reference, self.width)
+    def _address(self, reference: Float[Array, "K C"], few_encodings: bool) -> Any:
+        """Compute what addressing needs of M_ref."""
+        kind = self.addressing
+        return kind.prepare_few(reference) if few_encodings else kind.prepare(reference)
 
-    @compiled
-    def address(self, prepared: Prepared, encodings: Float[Array, "N C"]) -> Float[Array, "N K"]:
-        """W of N encodings, float32: by M_ref, so that a key can be computed again to forget it."""
-        return addressing.KINDS[self.addressing].weigh(prepared.address, encodings, self.width)
+    @jax.jit
+    def address(self, prepared: Prepared, encodings: Latents) -> Weights:
+        """Return W of N encodings, float32: by M_ref, so that a key is recomputed to forget it."""
+        return self.addressing.weigh(prepared.address, encodings.astype(jnp.float32))
+
+    def address_facts(
+        self, prepared: Prepared, keys: Latents, values: Latents, signs: Signs
+    ) -> tuple[Float[Array, "N K"], Float[Array, "N C"], Float[Array, "N"]]:
+        """Return the addressing weights, values and signs of N facts, float32; padding has sign 0."""
+        weights = self.address(prepared, keys)
+        signs = jnp.broadcast_to(jnp.asarray(signs, jnp.float32), keys.shape[:1])
+        signs = jnp.where(jnp.any(weights != 0, axis=1), signs, 0.0)
+        return weights, values.astype(jnp.float32), signs
 
     def _check(self, params: MemoryParams) -> None:
         k, c = self.slots, self.latent
         if params.prior_memory.shape != (k, c):
             raise ValueError(
-                f"the prior memory has shape {params.prior_memory.shape}, this memory expects {(k, c)} "
-                "(slots, latent). Parameters of another model? Build the memory with the sizes of "
-                "its file."
+                f"the prior memory has shape {params.prior_memory.shape}, this memory expects "
+                f"{(k, c)} (slots, latent). Parameters of another model? Build the memory with the "
+                "sizes of its file."
             )
-        # One element of a wrong shape would broadcast, and σ_W be another than was learned.
+        # One element of a wrong shape would broadcast, and σ_W differ from what was learned.
         expected = {
             "log_variance": ((), (k,)),
             "variance_by_query": ((c, k),),
@@ -269,56 +228,83 @@ class Memory(abc.ABC):
 
     @abc.abstractmethod
     def empty(self, prepared: Prepared) -> State:
-        """The state before anything is written; its memory is M₀."""
+        """Return the state before anything is written; its memory is M₀."""
 
     @abc.abstractmethod
+    def update(
+        self, prepared: Prepared, state: State, keys: Latents, values: Latents, signs: Signs
+    ) -> State:
+        """Write N facts (sign +1), forget them (−1), or leave them out (0); one sign each, or for all.
+
+        A batch at once, one by one, or in any other order gives the same memory; a fact written
+        twice must be forgotten twice. `state.refused` counts the forgets of what was not in the
+        memory (each variant documents how far it can tell), which leave the memory as it was.
+        """
+
     def write(
         self,
         prepared: Prepared,
         state: State,
-        keys: Float[Array, "N C"],
-        values: Float[Array, "N C"],
-        sign: Sign = 1,
+        keys: Latents,
+        values: Latents,
         rng: PRNGKeyArray | None = None,
     ) -> State:
-        """Writes N facts (sign +1), forgets them (−1), or leaves them out (0).
+        """Write N facts (α = +1), with observation noise where a random key is given."""
+        return self.update(prepared, state, *observe(keys, values, self.noise, rng), 1)
 
-        A batch at once, one by one, or in any other order gives the same memory; a fact written
-        twice must be forgotten twice. `state.refused` counts the forgets that found nothing to
-        forget (each variant says how far it can tell) and left the memory as it was.
-        """
+    def forget(self, prepared: Prepared, state: State, keys: Latents, values: Latents) -> State:
+        """Forget N facts (α = −1), as if they had never been written."""
+        return self.update(prepared, state, *observe(keys, values, self.noise, None), -1)
 
-    @abc.abstractmethod
+    @jax.jit
     def read(
-        self,
-        prepared: Prepared,
-        state: State,
-        queries: Float[Array, "Q C"],
-        rng: PRNGKeyArray | None = None,
+        self, prepared: Prepared, state: State, queries: Latents, rng: PRNGKeyArray | None = None
     ) -> Reading:
-        """Reads Q queries; with a random key W ~ N(W̄, σ_W² I), else deterministic."""
+        """Read Q queries, Z_read = W M; with a random key W ~ N(W̄, σ_W² I), else W = W̄."""
+        mean = self.query_weights(prepared, state, queries)
+        log_variance = self.log_variance(prepared, state, queries)
+        latent = self.recall(prepared, state, sample(mean, log_variance, rng))
+        return Reading(latent, mean, log_variance, self.confidence(prepared, state, queries, mean))
 
     @abc.abstractmethod
     def matrix(self, prepared: Prepared, state: State) -> Float[Array, "K C"]:
-        """The posterior memory M."""
+        """Return the posterior memory M."""
 
-    def log_variance(
-        self, prepared: Prepared, state: State, queries: Float[Array, "Q C"]
-    ) -> Float[Array, "Q K"]:
-        """log σ_W² of Q reads (§3), float32; see memory/variance.py."""
-        memory = None if prepared.variance_by_memory is None else self.matrix(prepared, state)
+    def query_weights(self, prepared: Prepared, state: State, queries: Latents) -> Weights:
+        """Return W̄ of Q queries; by M_ref, unless a variant addresses otherwise."""
+        return self.address(prepared, queries)
+
+    def recall(self, prepared: Prepared, state: State, weights: Weights) -> Latents:
+        """Return W M."""
+        return dot(weights, self.matrix(prepared, state))
+
+    def confidence(
+        self, prepared: Prepared, state: State, queries: Latents, weights: Weights
+    ) -> Float[Array, "Q"]:
+        """Return 1 − ‖residual‖² / ‖w‖² of queries with these weights."""
+        squared = jnp.sum(jnp.square(weights), axis=1)
+        left = jnp.sum(jnp.square(self.residual(prepared, state, weights)), axis=1)
+        return share(squared - left, squared)
+
+    def residual(self, prepared: Prepared, state: State, weights: Weights) -> Weights:
+        """Return what no written key explains of addressing weights."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither residual nor confidence")
+
+    def log_variance(self, prepared: Prepared, state: State, queries: Latents) -> Weights:
+        """Return log σ_W² of Q reads (§3), float32; see memory/variance.py."""
+        by_memory = prepared.variance_by_memory
         return variance.log_variance(
             prepared.log_variance,
             prepared.variance_by_query,
-            prepared.variance_by_memory,
+            by_memory,
             queries.astype(jnp.float32),
-            memory,
+            None if by_memory is None else self.matrix(prepared, state),
             self.slots,
         )
 
     def generate(
         self, prepared: Prepared, state: State, n: int, rng: PRNGKeyArray
     ) -> Float[Array, "n C"]:
-        """Z = W M with W ~ N(0, I) (Algorithm 1)."""
+        """Generate Z = W M with W ~ N(0, I) (Algorithm 1)."""
         weights = jax.random.normal(rng, (n, self.slots), jnp.float32)
         return dot(weights, self.matrix(prepared, state))

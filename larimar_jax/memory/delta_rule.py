@@ -11,20 +11,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
 from larimar_jax.linalg import dot
-from larimar_jax.memory.base import (
-    Memory,
-    Prepared,
-    Reading,
-    Real,
-    Sign,
-    observe,
-    pytree,
-    sample,
-    share,
-)
+from larimar_jax.memory.base import Memory, Prepared, Signs
+from larimar_jax.memory.pytrees import Latents, Real, Weights, pytree
 
 
 @pytree
@@ -47,58 +38,40 @@ class DeltaRule(Memory):
     rate: Real = dataclasses.field(default=1.0, kw_only=True)
 
     def empty(self, prepared: Prepared) -> DeltaRuleState:
-        """M₀."""
-        zero = jnp.zeros((), jnp.int32)
-        return DeltaRuleState(prepared.memory, jnp.eye(self.slots, dtype=jnp.float32), zero, zero)
+        """Return M₀."""
+        zero, identity = jnp.zeros((), jnp.int32), jnp.eye(self.slots, dtype=jnp.float32)
+        return DeltaRuleState(prepared.prior_memory, identity, zero, zero)
 
-    def write(
+    def update(
         self,
         prepared: Prepared,
         state: DeltaRuleState,
-        keys: Float[Array, "N C"],
-        values: Float[Array, "N C"],
-        sign: Sign = 1,
-        rng: PRNGKeyArray | None = None,
+        keys: Latents,
+        values: Latents,
+        signs: Signs,
     ) -> DeltaRuleState:
-        """One step for each fact, in their order."""
-        keys, values = observe(keys, values, self.noise, rng)
-        weights = self.address(prepared, keys)
-        signs = jnp.broadcast_to(jnp.asarray(sign, jnp.int32), keys.shape[:1])
+        """Take one step for each fact, in their order."""
 
-        def one(state: DeltaRuleState, fact):
+        def step(state: DeltaRuleState, fact):
             w, z, sign = fact
             size = jnp.sum(jnp.square(w))
-            step = jnp.where(
-                (size > 0) & (sign != 0), self.rate / jnp.where(size > 0, size, 1.0), 0.0
-            )
-            wanted = jnp.where(sign > 0, z, dot(w, prepared.memory))
-            change = step * w[:, None]
-            kept = state.left - change * dot(w, state.left)[None, :]
-            undone = state.left + change * (w - dot(w, state.left))[None, :]
+            rate = jnp.where(sign != 0, self.rate / jnp.where(size > 0, size, 1.0), 0.0)
+            target = jnp.where(sign > 0, z, dot(w, prepared.prior_memory))
+            change = rate * w[:, None]
+            # A write leaves less of M₀; a forget brings it back.
+            left = jnp.where(sign > 0, 0.0, w) - dot(w, state.left)
             return DeltaRuleState(
-                state.solution + change * (wanted - dot(w, state.solution))[None, :],
-                jnp.where(sign > 0, kept, undone),
-                state.count + jnp.where(size > 0, sign, 0),
+                state.solution + change * (target - dot(w, state.solution))[None, :],
+                state.left + change * left[None, :],
+                state.count + sign.astype(jnp.int32),
                 state.refused,
             ), None
 
-        return jax.lax.scan(one, state, (weights, values, signs))[0]
-
-    def read(
-        self,
-        prepared: Prepared,
-        state: DeltaRuleState,
-        queries: Float[Array, "Q C"],
-        rng: PRNGKeyArray | None = None,
-    ) -> Reading:
-        """Z_read = W M. Confidence: how much of the query's weights no longer reads M₀."""
-        mean = self.address(prepared, queries)
-        log_variance = self.log_variance(prepared, state, queries)
-        latent = dot(sample(mean, log_variance, rng), state.solution)
-        squared = jnp.sum(jnp.square(mean), axis=1)
-        left = jnp.sum(jnp.square(dot(mean, state.left)), axis=1)
-        return Reading(latent, mean, log_variance, share(squared - left, squared))
+        return jax.lax.scan(step, state, self.address_facts(prepared, keys, values, signs))[0]
 
     def matrix(self, prepared: Prepared, state: DeltaRuleState) -> Float[Array, "K C"]:
-        """M."""
         return state.solution
+
+    def residual(self, prepared: Prepared, state: DeltaRuleState, weights: Weights) -> Weights:
+        """Return the part of the query's weights that still reads M₀."""
+        return dot(weights, state.left)

@@ -20,14 +20,15 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax.linalg import all_in_batch, dot, pinv
 from larimar_jax.memory._rows import Rows
-from larimar_jax.memory.base import Prepared, Reading, pytree, sample, share, static
+from larimar_jax.memory.base import Prepared, share
+from larimar_jax.memory.pytrees import Latents, Weights, pytree, static
 
-# How far apart Π and Π_Z may be, by their largest number, to be the same: 10 times what rounding does.
-_SAME = 1e-5
+# How far apart Π and Π_Z may be, by their largest number, to count as equal: 10 times rounding.
+_EQUAL = 1e-5
 
 
 @pytree
@@ -38,8 +39,8 @@ class DirectState:
     None where reading does not address by the posterior.
     """
 
-    weights: Float[Array, "N K"]
-    values: Float[Array, "N C"]
+    weights: Weights
+    values: Latents
     inverse: Float[Array, "K N"]
     outer: Float[Array, "C n"] | None
     inner: Float[Array, "n K"] | None
@@ -53,73 +54,64 @@ class Direct(Rows):
 
     query: what a query is addressed by. 'posterior' is Algorithm 1's W̄ = Q M†; 'prior' is
     W̄ = Q M_ref†, the protocol of §4, for which keys are prompts and values prompts with answers.
+    A memory without facts is read as M₀.
     """
 
     query: Literal["posterior", "prior"] = static(default="posterior", kw_only=True)
 
     def solve(
-        self,
-        prepared: Prepared,
-        weights: Float[Array, "N K"],
-        values: Float[Array, "N C"],
-        refused: Int[Array, ""],
+        self, prepared: Prepared, weights: Weights, values: Latents, refused: Int[Array, ""]
     ) -> DirectState:
-        """Algorithm 1's write."""
+        """Solve Algorithm 1's write."""
         inverse, outer, inner = self._factors(weights, values)
         return DirectState(weights, values, inverse, outer, inner, jnp.any(weights != 0), refused)
 
-    def read(
-        self,
-        prepared: Prepared,
-        state: DirectState,
-        queries: Float[Array, "Q C"],
-        rng: PRNGKeyArray | None = None,
-    ) -> Reading:
-        """Algorithm 1's read; from a memory without facts, that of M₀."""
-        queries = queries.astype(jnp.float32)
-        asked = self.address(prepared, queries)
-        mean = asked
-        if state.outer is not None:
-            found = dot(queries, state.outer)
-            found = found if state.inner is None else dot(found, state.inner)
-            # Addressed anew: where only the latent is asked for, `asked` is never computed.
-            mean = jax.lax.cond(
-                all_in_batch(state.written),
-                lambda: found,
-                lambda: jnp.where(state.written, found, self.address(prepared, queries)),
-            )
-        log_variance = self.log_variance(prepared, state, queries)
-        weights = sample(mean, log_variance, rng)
-        latent = jnp.where(
+    def query_weights(self, prepared: Prepared, state: DirectState, queries: Latents) -> Weights:
+        """Return Q M†, or Q M_ref† (see `query`)."""
+        if state.outer is None:
+            return self.address(prepared, queries)
+        posterior = dot(queries.astype(jnp.float32), state.outer)
+        posterior = posterior if state.inner is None else dot(posterior, state.inner)
+        return jax.lax.cond(
+            all_in_batch(state.written),
+            lambda: posterior,
+            lambda: jnp.where(state.written, posterior, self.address(prepared, queries)),
+        )
+
+    def recall(self, prepared: Prepared, state: DirectState, weights: Weights) -> Latents:
+        """Return W W₀† Z; W M₀ where no fact is left."""
+        return jnp.where(
             state.written,
             dot(dot(weights, state.inverse), state.values),
-            dot(weights, prepared.memory),
+            dot(weights, prepared.prior_memory),
         )
-        explained = dot(dot(asked, state.inverse), state.weights)
-        return Reading(
-            latent,
-            mean,
-            log_variance,
-            share(jnp.sum(jnp.square(explained), axis=1), jnp.sum(jnp.square(asked), axis=1)),
-        )
+
+    def confidence(
+        self, prepared: Prepared, state: DirectState, queries: Latents, weights: Weights
+    ) -> Float[Array, "Q"]:
+        """Return the share of the query's weights under M_ref in the span of the written ones."""
+        # Addressed again: where only the latent is used, XLA drops all of this.
+        weights = self.address(prepared, queries)
+        explained = dot(dot(weights, state.inverse), state.weights)
+        return share(jnp.sum(jnp.square(explained), axis=1), jnp.sum(jnp.square(weights), axis=1))
 
     def matrix(self, prepared: Prepared, state: DirectState) -> Float[Array, "K C"]:
-        """M = W₀† Z, the least-squares memory of least norm; M₀ where no fact is left."""
-        return jnp.where(state.written, dot(state.inverse, state.values), prepared.memory)
+        """Return M = W₀† Z, the least-squares memory of least norm; M₀ where no fact is left."""
+        return jnp.where(state.written, dot(state.inverse, state.values), prepared.prior_memory)
 
-    def _factors(self, weights: Float[Array, "N K"], values: Float[Array, "N C"]):
-        """W₀†, and the two factors of M† (see the head of this file)."""
+    def _factors(self, weights: Weights, values: Latents):
+        """Return W₀†, and the two factors of M† (see the head of this file)."""
         inverse = pinv(weights)
         if self.query == "prior":
             return inverse, None, None
         if weights.shape[0] > self.slots:  # M itself is now the thin matrix
             return inverse, pinv(dot(inverse, values)), None
-        back = pinv(values)
-        fitted, told = dot(weights, inverse), dot(values, back)  # Π, Π_Z
-        ordinary = jnp.all(jnp.abs(fitted - told) <= _SAME)
+        value_inverse = pinv(values)
+        projector, value_projector = dot(weights, inverse), dot(values, value_inverse)  # Π, Π_Z
+        is_ordinary = jnp.all(jnp.abs(projector - value_projector) <= _EQUAL)
         outer, inner = jax.lax.cond(
-            all_in_batch(ordinary),
-            lambda: (back, weights),
-            lambda: (pinv(dot(fitted, values)), pinv(dot(inverse, told))),
+            all_in_batch(is_ordinary),
+            lambda: (value_inverse, weights),
+            lambda: (pinv(dot(projector, values)), pinv(dot(inverse, value_projector))),
         )
         return inverse, outer, inner

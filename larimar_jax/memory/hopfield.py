@@ -7,22 +7,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from larimar_jax.memory._list import Listed
-from larimar_jax.memory.base import Real, pytree
+from larimar_jax.memory.nearest import Nearest
+from larimar_jax.memory.pytrees import Real, Weights, pytree
 
 
 @pytree
-class Hopfield(Listed):
-    """Weights are softmax(β · cosine) over the rows in use.
+class Hopfield(Nearest):
+    """The list of `nearest`, read with weights softmax(β · cosine) over the rows in use.
 
     beta: β, the inverse temperature: towards infinity it is `nearest`, at 0 the mean of all values.
     """
 
     beta: Real = dataclasses.field(default=32.0, kw_only=True)
 
-    def weigh(self, similarity: Float[Array, "Q K"], used: Bool[Array, "K"]) -> Float[Array, "Q K"]:
-        """The softmax."""
+    def weigh(self, similarity: Float[Array, "Q K"], used: Bool[Array, "K"]) -> Weights:
+        """Return the softmax."""
         scores = jnp.where(used[None, :], self.beta * similarity, -jnp.inf)
-        # Where no row is in use nothing is weighed, and the weights are never looked at.
+        # Where no row is in use the weights are not used, and have to be finite.
         scores = jnp.where(jnp.any(used), scores, 0.0)
         return jax.nn.softmax(scores, axis=1)

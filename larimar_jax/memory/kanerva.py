@@ -15,21 +15,11 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
-from larimar_jax.linalg import dot, eigh, general_solve
-from larimar_jax.memory.base import (
-    Memory,
-    Prepared,
-    Reading,
-    Real,
-    Sign,
-    observe,
-    pytree,
-    sample,
-    share,
-    static,
-)
+from larimar_jax.linalg import dot, eigenvalues, general_solve
+from larimar_jax.memory.base import Memory, Prepared, Signs
+from larimar_jax.memory.pytrees import Latents, Real, Weights, pytree, static
 
 # A forget is refused where less than this share of a is left of a − w U wᵀ: its key was never written.
 _LEFT = 1e-6
@@ -49,9 +39,9 @@ class KanervaState:
 class Kanerva(Memory):
     """The posterior over M, mean and covariance.
 
-    observation: a, the variance of a value's noise, in units of the prior's. update: facts of a write
-    "sequential", one after the other, or as one "block": the same to rounding, but that a block is
-    made or refused as a whole.
+    observation: a, the variance of a value's noise, in units of the prior's. rule: the facts of a
+    write "sequential", one after the other, or as one "block": the same to rounding, except that a
+    block is accepted or refused as a whole.
 
     Covariances lose digits where `streaming` does not: forgetting subtracts numbers that agree to a
     share of a / ‖w‖², and what was written and forgotten thousands of times drifts. It is here to be
@@ -59,45 +49,35 @@ class Kanerva(Memory):
     """
 
     observation: Real = dataclasses.field(default=0.1, kw_only=True)
-    update: Literal["sequential", "block"] = static(default="sequential", kw_only=True)
+    rule: Literal["sequential", "block"] = static(default="sequential", kw_only=True)
 
     def empty(self, prepared: Prepared) -> KanervaState:
-        """The prior: mean M₀, covariance I."""
-        zero = jnp.zeros((), jnp.int32)
-        return KanervaState(prepared.memory, jnp.eye(self.slots, dtype=jnp.float32), zero, zero)
+        """Return the prior: mean M₀, covariance I."""
+        zero, identity = jnp.zeros((), jnp.int32), jnp.eye(self.slots, dtype=jnp.float32)
+        return KanervaState(prepared.prior_memory, identity, zero, zero)
 
-    def write(
-        self,
-        prepared: Prepared,
-        state: KanervaState,
-        keys: Float[Array, "N C"],
-        values: Float[Array, "N C"],
-        sign: Sign = 1,
-        rng: PRNGKeyArray | None = None,
+    def update(
+        self, prepared: Prepared, state: KanervaState, keys: Latents, values: Latents, signs: Signs
     ) -> KanervaState:
-        """Kalman's update for N facts, their noise variance a·sign."""
-        keys, values = observe(keys, values, self.noise, rng)
-        weights = self.address(prepared, keys)
-        signs = jnp.broadcast_to(jnp.asarray(sign, jnp.int32), keys.shape[:1])
-        signs = jnp.where(jnp.any(weights != 0, axis=1), signs, 0)
-        facts = (weights, values, signs.astype(jnp.float32))
-        if self.update == "block":
+        """Apply Kalman's update to N facts, their noise variance a·sign."""
+        facts = self.address_facts(prepared, keys, values, signs)
+        if self.rule == "block":
             return self._block(state, *facts)
         return jax.lax.scan(lambda s, fact: (self._one(s, *fact), None), state, facts)[0]
 
     def _one(self, state: KanervaState, w, z, alpha) -> KanervaState:
         spread = dot(state.covariance, w)
         total = dot(w, spread) + alpha * self.observation
-        refused = (alpha < 0) & (-total <= _LEFT * self.observation)
-        total = jnp.where((alpha == 0) | refused, 1.0, total)
-        used = jnp.where(refused, 0.0, jnp.abs(alpha))
+        is_refused = (alpha < 0) & (-total <= _LEFT * self.observation)
+        total = jnp.where((alpha == 0) | is_refused, 1.0, total)
+        used = jnp.where(is_refused, 0.0, jnp.abs(alpha))
         gain = used * spread / total
         return KanervaState(
             state.mean + gain[:, None] * (z - dot(w, state.mean))[None, :],
             # Both factors alike, so that it stays symmetric.
             state.covariance - used / total * spread[:, None] * spread[None, :],
-            state.count + jnp.where(refused, 0.0, alpha).astype(jnp.int32),
-            state.refused + refused.astype(jnp.int32),
+            state.count + jnp.where(is_refused, 0.0, alpha).astype(jnp.int32),
+            state.refused + is_refused.astype(jnp.int32),
         )
 
     def _block(self, state: KanervaState, w, z, alpha) -> KanervaState:
@@ -105,42 +85,31 @@ class Kanerva(Memory):
         spread = dot(w, state.covariance)
         noise = jnp.where(alpha == 0, 1.0, alpha * self.observation)
         total = dot(spread, w.T) + jnp.diag(noise)
-        found = general_solve(total, jnp.concatenate([spread, z - dot(w, state.mean)], axis=1))
-        k = self.slots
-        covariance = state.covariance - dot(spread.T, found[:, :k])
-        mean = state.mean + dot(spread.T, found[:, k:])
+        innovation = z - dot(w, state.mean)
+        solved = general_solve(total, jnp.concatenate([spread, innovation], axis=1))
+        covariance = state.covariance - dot(spread.T, solved[:, : self.slots])
+        mean = state.mean + dot(spread.T, solved[:, self.slots :])
         # U stays positive where Σ has as many negative eigenvalues as there are forgets (Haynsworth).
-        negative = jnp.sum(eigh(total)[0] < -_LEFT * self.observation)
-        sound = jnp.all(jnp.isfinite(mean)) & (negative == jnp.sum(alpha < 0))
+        negative = jnp.sum(eigenvalues(total) < -_LEFT * self.observation)
+        is_sound = jnp.all(jnp.isfinite(mean)) & (negative == jnp.sum(alpha < 0))
         symmetric = 0.5 * (covariance + covariance.T)
         count = state.count + jnp.sum(alpha).astype(jnp.int32)
         written = KanervaState(mean, symmetric, count, state.refused)
-        gone = state.refused + jnp.sum(alpha < 0).astype(jnp.int32)
-        kept = dataclasses.replace(state, refused=gone)
-        return jax.tree.map(lambda new, old: jnp.where(sound, new, old), written, kept)
-
-    def read(
-        self,
-        prepared: Prepared,
-        state: KanervaState,
-        queries: Float[Array, "Q C"],
-        rng: PRNGKeyArray | None = None,
-    ) -> Reading:
-        """Z_read = W R. Confidence: 1 − ‖w U‖² / ‖w‖²; U = I where nothing is written."""
-        mean = self.address(prepared, queries)
-        log_variance = self.log_variance(prepared, state, queries)
-        latent = dot(sample(mean, log_variance, rng), state.mean)
-        squared = jnp.sum(jnp.square(mean), axis=1)
-        left = jnp.sum(jnp.square(dot(mean, state.covariance)), axis=1)
-        return Reading(latent, mean, log_variance, share(squared - left, squared))
-
-    def posterior_variance(
-        self, prepared: Prepared, state: KanervaState, queries: Float[Array, "Q C"]
-    ):
-        """The posterior variance w U wᵀ + a of each number of a readout, [Q]."""
-        w = self.address(prepared, queries)
-        return jnp.sum(dot(w, state.covariance) * w, axis=1) + self.observation
+        refused = state.refused + jnp.sum(alpha < 0).astype(jnp.int32)
+        before = dataclasses.replace(state, refused=refused)
+        return jax.tree.map(lambda a, b: jnp.where(is_sound, a, b), written, before)
 
     def matrix(self, prepared: Prepared, state: KanervaState) -> Float[Array, "K C"]:
-        """The posterior mean R."""
+        """Return the posterior mean R."""
         return state.mean
+
+    def residual(self, prepared: Prepared, state: KanervaState, weights: Weights) -> Weights:
+        """Return w U; U = I where nothing is written."""
+        return dot(weights, state.covariance)
+
+    def posterior_variance(
+        self, prepared: Prepared, state: KanervaState, queries: Latents
+    ) -> Float[Array, "N"]:
+        """Return the posterior variance w U wᵀ + a of each number of a readout."""
+        w = self.address(prepared, queries)
+        return jnp.sum(dot(w, state.covariance) * w, axis=1) + self.observation

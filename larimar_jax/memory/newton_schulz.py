@@ -8,8 +8,9 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from larimar_jax.linalg import dot, newton_schulz_pinv
-from larimar_jax.memory.base import pytree, static
+from larimar_jax.memory.addressing import PseudoInverse
 from larimar_jax.memory.direct import Direct
+from larimar_jax.memory.pytrees import Latents, Weights, pytree, static
 
 
 @pytree
@@ -24,14 +25,16 @@ class NewtonSchulz(Direct):
     steps: int = static(default=15, kw_only=True)
     log_start: float = static(default=-5.0, kw_only=True)
 
-    def _address(self, reference: Float[Array, "K C"], brief: bool) -> Any:
-        if self.addressing == "pinv":
-            return newton_schulz_pinv(reference, self.steps, self.log_start)
-        return super()._address(reference, brief)
+    def _address(self, reference: Float[Array, "K C"], few_encodings: bool) -> Any:
+        if isinstance(self.addressing, PseudoInverse):
+            return self._inverse(reference)
+        return super()._address(reference, few_encodings)
 
-    def _factors(self, weights: Float[Array, "N K"], values: Float[Array, "N C"]):
-        inverse = newton_schulz_pinv(weights, self.steps, self.log_start)
+    def _factors(self, weights: Weights, values: Latents):
+        inverse = self._inverse(weights)
         if self.query == "prior":
             return inverse, None, None
-        posterior = dot(inverse, values)
-        return inverse, newton_schulz_pinv(posterior, self.steps, self.log_start), None
+        return inverse, self._inverse(dot(inverse, values)), None
+
+    def _inverse(self, matrix: Float[Array, "m n"]) -> Float[Array, "n m"]:
+        return newton_schulz_pinv(matrix, self.steps, self.log_start)

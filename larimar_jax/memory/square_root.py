@@ -9,20 +9,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
 from larimar_jax.linalg import dot, factor_update, product_solve
-from larimar_jax.memory.base import (
-    Memory,
-    Prepared,
-    Reading,
-    Real,
-    Sign,
-    observe,
-    pytree,
-    sample,
-    share,
-)
+from larimar_jax.memory.base import Memory, Prepared, Signs
+from larimar_jax.memory.pytrees import Latents, Real, Weights, pytree
 
 
 @pytree
@@ -49,7 +40,7 @@ class SquareRoot(Memory):
     ridge: Real = dataclasses.field(default=0.1, kw_only=True)
 
     def empty(self, prepared: Prepared) -> SquareRootState:
-        """Nothing written: A = λI, M = M₀."""
+        """Return the state with nothing written: A = λI, M = M₀."""
         zero = jnp.zeros((), jnp.int32)
         diagonal = jnp.sqrt(jnp.asarray(self.ridge, jnp.float32))
         return SquareRootState(
@@ -59,56 +50,39 @@ class SquareRoot(Memory):
             zero,
         )
 
-    def write(
+    def update(
         self,
         prepared: Prepared,
         state: SquareRootState,
-        keys: Float[Array, "N C"],
-        values: Float[Array, "N C"],
-        sign: Sign = 1,
-        rng: PRNGKeyArray | None = None,
+        keys: Latents,
+        values: Latents,
+        signs: Signs,
     ) -> SquareRootState:
-        """A rotation of L for each fact."""
-        keys, values = observe(keys, values, self.noise, rng)
-        weights = self.address(prepared, keys)
-        signs = jnp.broadcast_to(jnp.asarray(sign, jnp.int32), keys.shape[:1])
-        signs = jnp.where(jnp.any(weights != 0, axis=1), signs, 0).astype(jnp.float32)
+        """Rotate L for each fact."""
+        weights, values, signs = self.address_facts(prepared, keys, values, signs)
 
-        def one(state: SquareRootState, fact):
+        def rotate(state: SquareRootState, fact):
             w, error, alpha = fact
-            factor, sound = factor_update(state.factor, w, alpha)
-            used = jnp.where(sound, alpha, 0.0)
+            factor, is_sound = factor_update(state.factor, w, alpha)
+            used = jnp.where(is_sound, alpha, 0.0)
             return SquareRootState(
                 factor,
                 state.cross + used * w[:, None] * error[None, :],
                 state.count + used.astype(jnp.int32),
-                state.refused + (~sound).astype(jnp.int32),
+                state.refused + (~is_sound).astype(jnp.int32),
             ), None
 
-        facts = (weights, values - dot(weights, prepared.memory), signs)
-        return jax.lax.scan(one, state, facts)[0]
+        facts = (weights, values - dot(weights, prepared.prior_memory), signs)
+        return jax.lax.scan(rotate, state, facts)[0]
 
-    def read(
-        self,
-        prepared: Prepared,
-        state: SquareRootState,
-        queries: Float[Array, "Q C"],
-        rng: PRNGKeyArray | None = None,
-    ) -> Reading:
-        """Z_read = W M. Confidence as in `streaming`: 1 − ‖λ w A⁻¹‖² / ‖w‖²."""
-        mean = self.address(prepared, queries)
-        log_variance = self.log_variance(prepared, state, queries)
-        weights = sample(mean, log_variance, rng)
+    def recall(self, prepared: Prepared, state: SquareRootState, weights: Weights) -> Latents:
+        """Return wM₀ + w A⁻¹ B."""
         solved = product_solve(state.factor, weights.T).T
-        left = self.ridge * (solved if rng is None else product_solve(state.factor, mean.T).T)
-        squared = jnp.sum(jnp.square(mean), axis=1)
-        return Reading(
-            dot(weights, prepared.memory) + dot(solved, state.cross),
-            mean,
-            log_variance,
-            share(squared - jnp.sum(jnp.square(left), axis=1), squared),
-        )
+        return dot(weights, prepared.prior_memory) + dot(solved, state.cross)
+
+    def residual(self, prepared: Prepared, state: SquareRootState, weights: Weights) -> Weights:
+        """Return λ w A⁻¹."""
+        return self.ridge * product_solve(state.factor, weights.T).T
 
     def matrix(self, prepared: Prepared, state: SquareRootState) -> Float[Array, "K C"]:
-        """The posterior memory M."""
-        return prepared.memory + product_solve(state.factor, state.cross)
+        return prepared.prior_memory + product_solve(state.factor, state.cross)

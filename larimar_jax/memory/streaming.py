@@ -8,13 +8,13 @@ sufficient statistics are sums over facts, so α = ±1 adds and takes away:
 Solving for M − M₀ keeps M₀ to the last bit while nothing has been written. With μ = 0 and λ → 0 this
 is Eq. 4's M (the pseudo-inverse solution nearest to M₀).
 
-μ is chosen by the memory itself, for queries that are not quite the keys: where a query's weights are a
+μ follows from the statistics, for queries that are not quite the keys: where a query's weights are a
 key's plus noise of covariance σ²I, the expected error of N reads is Σ ‖Z − WM‖² + Nσ²‖M‖², least with
 μ = Nσ². Noise of a share ρ of the keys' own size has σ² = ρ² mean‖W‖² / K, so that
 
     μ = ρ² tr(Σ α WᵀW) / K
 
-follows from the statistics. Without it (ρ = 0) the error of such reads peaks where N ≈ K (§3). The
+is known without the facts. Without it (ρ = 0) the error of such reads peaks where N ≈ K (§3). The
 trace is taken to the nearest power of two: the minimum is flat, and μ then stays from one fact to the
 next, so that facts can be streamed (rls.py).
 
@@ -33,7 +33,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax.compensated import Sum, rank_update, zero_sum
 from larimar_jax.linalg import (
@@ -45,26 +45,15 @@ from larimar_jax.linalg import (
     is_positive_definite,
     spd_solve,
 )
-from larimar_jax.memory.base import (
-    Memory,
-    Prepared,
-    Reading,
-    Real,
-    Sign,
-    compiled,
-    observe,
-    pytree,
-    sample,
-    share,
-)
+from larimar_jax.memory.base import Memory, Prepared, Signs
+from larimar_jax.memory.pytrees import Latents, Real, Weights, pytree
 
 # See `Streaming._slack`.
 _SLACK = 1e-3
 
 
-def level(trace: Float[Array, ""], slots: int) -> Float[Array, ""]:
-    """tr(Σ α WᵀW) / K to the nearest power of two, 0 where nothing is in; a constant to
-    differentiation."""
+def power_of_two_scale(trace: Float[Array, ""], slots: int) -> Float[Array, ""]:
+    """Return tr(Σ α WᵀW) / K rounded to a power of two, 0 for an empty memory; without a derivative."""
     size = jax.lax.stop_gradient(trace) / slots
     power = jnp.exp2(jnp.round(jnp.log2(jnp.maximum(size, jnp.finfo(jnp.float32).tiny))))
     return jnp.where(size > 0, power, 0.0)
@@ -86,25 +75,40 @@ class StreamingState:
     count: Int[Array, ""]
     refused: Int[Array, ""]
 
+    def add(self, weights: Weights, errors: Latents, signs: Float[Array, "N"]) -> "StreamingState":
+        """Add N rows to the sums (Eq. 3); `factor` and `solution` stay."""
+        gram, cross = rank_update((self.gram, self.cross), weights, errors, signs)
+        energy = self.energy.plus(jnp.sum(signs * jnp.sum(jnp.square(errors), axis=1))[None, None])
+        count = self.count + jnp.sum(signs).astype(jnp.int32)
+        return dataclasses.replace(self, gram=gram, cross=cross, energy=energy, count=count)
+
+    def unless_refused(
+        self, is_sound: Bool[Array, ""], before: "StreamingState", number: Int[Array, ""]
+    ) -> "StreamingState":
+        """Return this state where it is sound, else the one before with `number` more refused."""
+        refused = dataclasses.replace(before, refused=before.refused + number)
+        return jax.tree.map(lambda a, b: jnp.where(is_sound, a, b), self, refused)
+
 
 @pytree
 class Streaming(Memory):
     """Recursive least squares with a ridge towards M₀, in the information form.
 
-    ridge: λ, in units of a squared norm of addressing weights ‖w‖². query_noise: ρ, how far queries are
-    expected to lie from keys, relative to them; 0 is for keys that come back as they were written.
+    ridge: λ, in units of a squared norm of addressing weights ‖w‖². query_noise: ρ, the expected
+    distance of queries to keys, relative to keys; 0 is for keys that come back as they were written.
 
     A forget is refused, and counted in `refused`, where the statistics show that its fact cannot have
-    been in (`possible`): a key outside the span of the written ones, or a written key with another
-    value that no other fact explains. Where other facts span its key, a fact that was never written
-    can not be told from a written one: statistics keep no list. A batch is refused as a whole.
+    been in (`is_consistent`): a key outside the span of the written ones, or a written key with
+    another value that no other fact explains. Where other facts span its key, a fact that was never
+    written can not be told from a written one: statistics keep no list. A batch is refused as a whole,
+    and so is a write that float32 cannot solve for.
     """
 
     ridge: Real = dataclasses.field(default=1e-2, kw_only=True)
     query_noise: Real = dataclasses.field(default=0.5, kw_only=True)
 
     def empty(self, prepared: Prepared) -> StreamingState:
-        """Nothing written: A = λI, M = M₀."""
+        """Return the state with nothing written: A = λI, M = M₀."""
         zero = jnp.zeros((), jnp.int32)
         diagonal = jnp.sqrt(jnp.asarray(self.ridge, jnp.float32))
         return StreamingState(
@@ -112,68 +116,73 @@ class Streaming(Memory):
             cross=zero_sum(self.slots, self.latent),
             energy=zero_sum(1, 1),
             factor=diagonal * jnp.eye(self.slots, dtype=jnp.float32),
-            solution=prepared.memory,
+            solution=prepared.prior_memory,
             count=zero,
             refused=zero,
         )
 
-    def write(
+    def update(
         self,
         prepared: Prepared,
         state: StreamingState,
-        keys: Float[Array, "N C"],
-        values: Float[Array, "N C"],
-        sign: Sign = 1,
-        rng: PRNGKeyArray | None = None,
+        keys: Latents,
+        values: Latents,
+        signs: Signs,
     ) -> StreamingState:
-        """Eqs. 3–4 for N facts and one factorisation: `accumulate`, then `solve`."""
-        facts = self._facts(prepared, keys, values, sign, rng)
-        updated = self.solve(prepared, _added(state, *facts))
-        if isinstance(sign, int) and sign >= 0:
-            sound = is_positive_definite(updated.factor)
+        """Apply Eqs. 3–4 to N facts with one factorisation."""
+        facts = self.facts(prepared, keys, values, signs)
+        updated = self.solve(prepared, state.add(*facts))
+        if isinstance(signs, int) and signs >= 0:
+            is_sound = is_positive_definite(updated.factor)
         else:
-            sound = self.possible(prepared, state, updated, *facts)
+            is_sound = self.is_consistent(prepared, state, updated, *facts)
         number = jnp.sum(jnp.abs(facts[2])).astype(jnp.int32)
-        refused = dataclasses.replace(state, refused=state.refused + number)
-        return jax.tree.map(lambda new, old: jnp.where(sound, new, old), updated, refused)
+        return updated.unless_refused(is_sound, state, number)
 
-    @compiled
+    @jax.jit
     def accumulate(
         self,
         prepared: Prepared,
         state: StreamingState,
-        keys: Float[Array, "N C"],
-        values: Float[Array, "N C"],
-        sign: Sign = 1,
-        rng: PRNGKeyArray | None = None,
+        keys: Latents,
+        values: Latents,
+        signs: Float[Array, "N"] | Int[Array, "N"],
     ) -> StreamingState:
-        """Eq. 3 alone: adds the facts to the statistics and leaves `factor` and `solution` stale,
-        so that a long stream (a `lax.scan` over batches) pays for one factorisation at its end."""
-        return _added(state, *self._facts(prepared, keys, values, sign, rng))
+        """Add facts to the statistics (Eq. 3) and leave `factor` and `solution` stale, so that a long
+        stream (a `lax.scan` over batches) pays for one factorisation at its end (`solve`)."""
+        return state.add(*self.facts(prepared, keys, values, signs))
 
-    def _facts(self, prepared: Prepared, keys, values, sign: Sign, rng: PRNGKeyArray | None):
-        """w [N, K], z − wM₀ [N, C] and α [N] of facts, α = 0 for padding."""
-        keys, values = observe(keys, values, self.noise, rng)
-        weights = self.address(prepared, keys)
-        signs = jnp.broadcast_to(jnp.asarray(sign, jnp.float32), keys.shape[:1])
-        signs = jnp.where(jnp.any(weights != 0, axis=1), signs, 0.0)
-        return weights, values - dot(weights, prepared.memory), signs
+    def facts(
+        self, prepared: Prepared, keys: Latents, values: Latents, signs: Signs
+    ) -> tuple[Weights, Latents, Float[Array, "N"]]:
+        """Return w [N, K], z − wM₀ [N, C] and α [N] of facts, α = 0 for padding."""
+        weights, values, signs = self.address_facts(prepared, keys, values, signs)
+        return weights, values - dot(weights, prepared.prior_memory), signs
 
-    def possible(
+    def solve(self, prepared: Prepared, state: StreamingState) -> StreamingState:
+        """Solve for M and the factor of A; NaN where A is not positive definite."""
+        gram = state.gram.total()
+        shrink = self.shrink(gram)
+        matrix = add_ridge(gram, self.ridge + shrink)
+        factor = cholesky(matrix)
+        change = spd_solve(matrix, factor, state.cross.total() - shrink * prepared.prior_memory)
+        return dataclasses.replace(state, factor=factor, solution=prepared.prior_memory + change)
+
+    def is_consistent(
         self,
         prepared: Prepared,
         before: StreamingState,
         after: StreamingState,
-        weights: Float[Array, "N K"],
-        errors: Float[Array, "N C"],
+        weights: Weights,
+        errors: Latents,
         signs: Float[Array, "N"],
     ) -> Bool[Array, ""]:
-        """Whether facts can have the statistics of `after`: `before` with these rows, and solved.
+        """Return whether facts can have the statistics of `after`: `before` with these rows, solved.
 
         A sum over facts has no negative direction: A is positive definite, J ≥ 0 (`objective`), and
         so is u G uᵀ, for each forgotten row along u = wA⁻¹, which leans to where little is in.
         """
-        ridge = self.ridge + self.shrink(after.gram.total())
+        ridge = self.total_ridge(after)
         slack = self._slack(after)
         written = jnp.maximum(signs, 0.0) * jnp.sum(jnp.square(errors), axis=1)
         energy = before.energy.total()[0, 0] + jnp.sum(written)
@@ -189,106 +198,78 @@ class Streaming(Memory):
         )
 
     def _slack(self, state: StreamingState) -> Float[Array, ""]:
-        """What rounding may do to a number that is not negative, relative to what it is a difference of:
-        A⁻¹ enlarges that of G by up to ‖G‖ / (λ + μ), here with the largest row's sum for ‖G‖."""
-        gram = state.gram.total()
-        size = jnp.max(jnp.sum(jnp.abs(gram), axis=1)) / (self.ridge + self.shrink(gram))
+        """Bound the rounding of a non-negative number, relative to what it is a difference of: A⁻¹
+        enlarges that of G by up to ‖G‖ / (λ + μ), here with the largest row's sum for ‖G‖."""
+        rows = jnp.sum(jnp.abs(state.gram.total()), axis=1)
+        size = jnp.max(rows) / self.total_ridge(state)
         return _SLACK + 4.0 * jnp.finfo(jnp.float32).eps * size
 
     def unexplained(self, prepared: Prepared, state: StreamingState) -> Float[Array, ""]:
-        """Σ α ‖Z − WM‖² = E − 2⟨Δ, B⟩ + ⟨Δ, GΔ⟩ with Δ = M − M₀; to rounding at least 0."""
-        change = state.solution - prepared.memory
+        """Return Σ α ‖Z − WM‖² = E − 2⟨Δ, B⟩ + ⟨Δ, GΔ⟩ with Δ = M − M₀; at least 0 to rounding."""
+        change = state.solution - prepared.prior_memory
         cross, gram = state.cross.total(), state.gram.total()
-        found = state.energy.total()[0, 0] - 2.0 * jnp.sum(change * cross)
-        return found + jnp.sum(change * dot(gram, change))
+        linear = state.energy.total()[0, 0] - 2.0 * jnp.sum(change * cross)
+        return linear + jnp.sum(change * dot(gram, change))
 
     def objective(self, prepared: Prepared, state: StreamingState) -> Float[Array, ""]:
-        """J = Σ α ‖Z − WM‖² + λ‖M − M₀‖² + μ‖M‖² at its minimum; to rounding at least 0.
+        """Return J = Σ α ‖Z − WM‖² + λ‖M − M₀‖² + μ‖M‖² at its minimum; at least 0 to rounding.
 
         Of M as it is, and not as E − ⟨B, A⁻¹B⟩: there terms cancel to what rounding left of them.
         """
         shrink = self.shrink(state.gram.total())
-        moved = jnp.sum(jnp.square(state.solution - prepared.memory))
+        moved = jnp.sum(jnp.square(state.solution - prepared.prior_memory))
         whole = jnp.sum(jnp.square(state.solution))
         return self.unexplained(prepared, state) + self.ridge * moved + shrink * whole
 
     def shrink(self, gram: Float[Array, "K K"]) -> Float[Array, ""]:
-        """μ of Σ α WᵀW; a constant to differentiation."""
-        return self.shrink_of(jnp.trace(gram))
+        """Return μ of Σ α WᵀW, without a derivative."""
+        return self.shrink_of_trace(jnp.trace(gram))
 
-    def shrink_of(self, trace: Float[Array, ""]) -> Float[Array, ""]:
-        """μ of the trace of Σ α WᵀW."""
-        return jnp.square(self.query_noise) * level(trace, self.slots)
+    def shrink_of_trace(self, trace: Float[Array, ""]) -> Float[Array, ""]:
+        """Return μ of the trace of Σ α WᵀW."""
+        return jnp.square(self.query_noise) * power_of_two_scale(trace, self.slots)
 
-    def solve(self, prepared: Prepared, state: StreamingState) -> StreamingState:
-        """M and the factor of A from the statistics; NaN where A is not positive definite."""
-        gram = state.gram.total()
-        shrink = self.shrink(gram)
-        matrix = add_ridge(gram, self.ridge + shrink)
-        factor = cholesky(matrix)
-        change = spd_solve(matrix, factor, state.cross.total() - shrink * prepared.memory)
-        return dataclasses.replace(state, factor=factor, solution=prepared.memory + change)
+    def total_ridge(self, state: StreamingState) -> Float[Array, ""]:
+        """Return λ + μ."""
+        return self.ridge + self.shrink(state.gram.total())
 
-    @compiled
+    @jax.jit
     def combine(
-        self, prepared: Prepared, state: StreamingState, other: StreamingState, sign: int = 1
-    ) -> StreamingState:
-        """The memory of the facts of both (sign +1), or of those of `state` without those of `other`
-        (−1): statistics are sums. Both have to be of this prior.
-
-        Where facts cannot have the statistics of a difference (A is indefinite, or J negative),
-        `other` held what `state` does not: the result is `state`, and `refused` counts the facts of
-        `other`.
-        """
-        alpha = jnp.float32(sign)
-
-        def total(one: Sum, another: Sum) -> Sum:
-            return one.plus(alpha * another.high).plus(alpha * another.low)
-
-        sums = {n: total(getattr(state, n), getattr(other, n)) for n in ("gram", "cross", "energy")}
-        count = state.count + jnp.int32(sign) * other.count
-        solved = self.solve(prepared, dataclasses.replace(state, **sums, count=count))
-        least = -self._slack(solved) * state.energy.total()[0, 0]
-        sound = is_positive_definite(solved.factor) & (self.objective(prepared, solved) >= least)
-        refused = dataclasses.replace(state, refused=state.refused + other.count)
-        return jax.tree.map(lambda new, old: jnp.where(sound, new, old), solved, refused)
-
-    def read(
         self,
         prepared: Prepared,
         state: StreamingState,
-        queries: Float[Array, "Q C"],
-        rng: PRNGKeyArray | None = None,
-    ) -> Reading:
-        """Z_read = W M with W addressed by M_ref. Confidence: 1 − ‖w − w G A⁻¹‖² / ‖w‖², G = Σ α WᵀW."""
-        mean = self.address(prepared, queries)
-        log_variance = self.log_variance(prepared, state, queries)
-        latent = dot(sample(mean, log_variance, rng), state.solution)
-        squared = jnp.sum(jnp.square(mean), axis=1)
-        # w − w G A⁻¹ = (λ + μ) w A⁻¹ is what no fact has claimed of the weights.
-        gram = state.gram.total()
-        ridge = self.ridge + self.shrink(gram)
-        left = ridge * spd_solve(add_ridge(gram, ridge), state.factor, mean.T)
-        unclaimed = jnp.sum(jnp.square(left), axis=0)
-        return Reading(
-            latent,
-            mean,
-            log_variance,
-            share(squared - unclaimed, squared),
-        )
+        operand: StreamingState,
+        sign: int | Int[Array, ""] = 1,
+    ) -> StreamingState:
+        """Return the memory of the facts of both states (sign +1), or of those of `state` without those
+        of `operand` (−1): statistics are sums. Both have to be of the same prior memory.
+
+        Where facts cannot have the statistics of a difference (A is indefinite, or J negative),
+        `operand` held what `state` does not: the result is `state`, and `refused` counts the facts of
+        `operand`.
+        """
+        alpha = jnp.asarray(sign, jnp.float32)
+
+        def total(a: Sum, b: Sum) -> Sum:
+            return a.plus(alpha * b.high).plus(alpha * b.low)
+
+        names = ("gram", "cross", "energy")
+        sums = {name: total(getattr(state, name), getattr(operand, name)) for name in names}
+        count = state.count + jnp.asarray(sign, jnp.int32) * operand.count
+        solved = self.solve(prepared, dataclasses.replace(state, **sums, count=count))
+        least = -self._slack(solved) * state.energy.total()[0, 0]
+        is_sound = is_positive_definite(solved.factor) & (self.objective(prepared, solved) >= least)
+        return solved.unless_refused(is_sound, state, operand.count)
 
     def matrix(self, prepared: Prepared, state: StreamingState) -> Float[Array, "K C"]:
-        """The posterior memory M."""
         return state.solution
 
+    def residual(self, prepared: Prepared, state: StreamingState, weights: Weights) -> Weights:
+        """Return w − w G A⁻¹ = (λ + μ) w A⁻¹, G = Σ α WᵀW."""
+        ridge = self.total_ridge(state)
+        matrix = add_ridge(state.gram.total(), ridge)
+        return ridge * spd_solve(matrix, state.factor, weights.T).T
+
     def condition(self, state: StreamingState) -> Float[Array, ""]:
-        """An estimate of κ(A); float32 keeps about 7 − log₁₀ κ digits of M."""
+        """Estimate κ(A); float32 keeps about 7 − log₁₀ κ digits of M."""
         return condition(state.factor)
-
-
-def _added(state: StreamingState, weights, errors, signs) -> StreamingState:
-    """The sums with N rows more; `factor` and `solution` stay."""
-    gram, cross = rank_update((state.gram, state.cross), weights, errors, signs)
-    energy = state.energy.plus(jnp.sum(signs * jnp.sum(jnp.square(errors), axis=1))[None, None])
-    count = state.count + jnp.sum(signs).astype(jnp.int32)
-    return dataclasses.replace(state, gram=gram, cross=cross, energy=energy, count=count)

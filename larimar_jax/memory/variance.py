@@ -7,7 +7,7 @@
     4 both     log σ_W² = b + z A + vec(M) B
 
 z is the query, M the memory that is read. A and B start at zero, so that σ_W starts as the config
-says in every one of them. B has K²C numbers: 805 MB in float32 at the paper's sizes.
+sets it in every one of them. B has K²C numbers: 805 MB in float32 at the paper's sizes.
 """
 
 from typing import Literal
@@ -25,7 +25,7 @@ SETTINGS: tuple[Setting, ...] = ("scalar", "slot", "query", "memory", "both")
 def init(
     setting: Setting, slots: int, latent: int, start: float | Float[Array, ""]
 ) -> tuple[Float[Array, "*K"], Float[Array, "C K"] | None, Float[Array, "K C K"] | None]:
-    """b (a scalar for 'scalar', else [K]), A and B, float32; None for what the setting lacks."""
+    """Return b (a scalar for 'scalar', else [K]), A and B, float32; None for what is not used."""
     constant = jnp.full(() if setting == "scalar" else (slots,), start, jnp.float32)
     by_query = jnp.zeros((latent, slots), jnp.float32)
     return (
@@ -43,10 +43,10 @@ def log_variance(
     memory: Float[Array, "K C"] | None,
     slots: int,
 ) -> Float[Array, "Q K"]:
-    """log σ_W² of Q reads, float32. `memory` is M, and may be None where B is."""
-    found = jnp.broadcast_to(constant, (queries.shape[0], slots))
+    """Return log σ_W² of Q reads, float32. `memory` is M, and may be None where B is."""
+    total = jnp.broadcast_to(constant, (queries.shape[0], slots))
     if by_query is not None:
-        found = found + dot(queries, by_query)
+        total = total + dot(queries, by_query)
     if by_memory is not None:
-        found = found + dot(memory.reshape(-1), by_memory.reshape(-1, slots))
-    return found
+        total = total + dot(memory.reshape(-1), by_memory.reshape(-1, slots))
+    return total

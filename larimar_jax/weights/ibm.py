@@ -122,8 +122,6 @@ def describe(source: Source, hyper: Mapping[str, Any] | None, assumptions: Assum
             initial_log_variance=0.0,
             variance=setting,
             query="posterior",
-            addressing="pinv",
-            width=1e-3,
             steps=steps,
             log_start=float(source.read(start).item()) if start in sizes.shapes else -5.0,
         ),
