@@ -10,7 +10,7 @@ import scipy.linalg
 
 from larimar_jax.bench.fact_store import EncodedTexts, FactStore, encode_facts, written
 from larimar_jax.bench.task import EditTask, Metric, Pivot, Plot, option
-from larimar_jax.memory import health
+from larimar_jax.memory import diagnostics
 
 UNKNOWN = "unknown"
 MOMENTS = ("before", "forgotten", "replaced")
@@ -164,7 +164,7 @@ class Forget(EditTask):
             return weights, np.float64(full.values), weights.T @ weights
 
         weights, values, gram = systems.cached("sums", case.facts, sums)
-        before, gone = np.float64(prepared.memory), weights[case.index]
+        before, gone = np.float64(prepared.prior_memory), weights[case.index]
         left = np.delete(weights, case.index, axis=0)
         shrink = float(memory.shrink(after.state.gram.total()))
         ridge = float(np.float32(memory.ridge)) + shrink
@@ -194,6 +194,5 @@ def _address(memory, prepared, keys):
 
 @jax.jit
 def _certify(memory, prepared, state, key):
-    return health.distance(memory, prepared, state), health.leverage(memory, prepared, state, key)[
-        0
-    ]
+    distance = diagnostics.distance(memory, prepared, state)
+    return distance, diagnostics.leverage(memory, prepared, state, key)[0]

@@ -13,13 +13,14 @@ import numpy as np
 from larimar_jax.bench.fact_store import EncodedTexts, FactStore, encode_facts, written
 from larimar_jax.bench.task import ZSRE, EditTask, Metric, Pivot, Plot, option
 from larimar_jax.data.edit_records import EditRecord
+from larimar_jax.memory.addressing import Addressing, Gaussian, PseudoInverse
 from larimar_jax.memory.base import MemoryParams
 from larimar_jax.memory.streaming import Streaming
 from larimar_jax.pipeline import Pipeline
 
 KEYS = {"own": "keys of the model", "pinv": "pseudo-inverse", "gaussian": "Gaussian"}
-# α of Eq. 7, as in Fig. 2b of the paper.
-WIDTH = 1e-3
+# α of Eq. 7 as in Fig. 2b of the paper.
+ADDRESSINGS = {"pinv": PseudoInverse(), "gaussian": Gaussian(width=1e-3)}
 
 
 def cell(text: str) -> tuple[int, int]:
@@ -135,7 +136,7 @@ class Rephrase(EditTask):
         queries = {keys: systems.shared_memories(each) for keys, each in parts.items()}
         recall = queries["own"].accuracy(targets)
         recall["own"] = recall.pop("open")
-        for keys in ("pinv", "gaussian"):
+        for keys in ADDRESSINGS:
             recall[keys] = queries[keys].accuracy(targets, ("open",))["open"]
         columns, own = [], []
         for case, record, nearest in zip(cases, records, queries["own"].nearest, strict=True):
@@ -164,8 +165,9 @@ class Rephrase(EditTask):
         facts = [fact for index in together for fact in self._written(index, count)]
         known = encoded([self.facts[index][0].prompt for index in together]).latent
         stores = {"own": FactStore(encoded, facts)}
-        for keys in ("pinv", "gaussian"):
-            stores[keys] = FactStore(encoded, facts, model=keyed(systems.model, keys, known))
+        for keys in ADDRESSINGS:
+            model = keyed(systems.model, ADDRESSINGS[keys], known)
+            stores[keys] = FactStore(encoded, facts, model=model)
         return stores
 
     def _encode(self, systems) -> EncodedTexts:
@@ -179,7 +181,7 @@ class Rephrase(EditTask):
         return encode_facts(systems.model, facts, queries)
 
 
-def keyed(model: Pipeline, addressing: str, known: np.ndarray) -> Pipeline:
+def keyed(model: Pipeline, addressing: Addressing, known: np.ndarray) -> Pipeline:
     """Return the model with an empty memory whose slots are known prompts, addressed by Eqs. 7–8
     ("gaussian") or by their pseudo-inverse ("pinv").
 
@@ -194,7 +196,6 @@ def keyed(model: Pipeline, addressing: str, known: np.ndarray) -> Pipeline:
         ridge=own.ridge,
         query_noise=own.query_noise,
         addressing=addressing,
-        width=WIDTH,
     )
     zero = jnp.zeros((slots, latent), jnp.float32)
     params = MemoryParams(zero, jnp.zeros((), jnp.float32), reference_memory=jnp.asarray(known))
