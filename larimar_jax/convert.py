@@ -16,9 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from larimar_jax import config as configs
 from larimar_jax import decoders, lora, model, pipeline
 from larimar_jax.data import vocabulary
-from larimar_jax.weights import fill, folder, ibm, model_file, publish
-from larimar_jax.weights.fill import Source, WeightsError
-from larimar_jax.weights.tokenizers import Tokenizer
+from larimar_jax.weights import export, huggingface, ibm, key_table, model_file
+from larimar_jax.weights.key_table import Source, WeightsError
+from larimar_jax.weights.tokenizer import Tokenizer
+from larimar_jax.weights.torch_checkpoint import TorchCheckpoint
 
 
 def from_ibm(
@@ -51,11 +52,11 @@ def from_ibm(
         checkpoint, or all that was trained in another way than is computed here, or tokenizers of
         other vocabularies. Nothing is written then.
     """
-    from larimar_jax.weights.torch_files import TorchFile
-
     with _made(Path(out)) as made:
-        tokenizers = [folder.tokenizer(Path(path)) for path in (encoder_tokenizer, decoder_tokenizer)]
-        source = TorchFile(file)
+        tokenizers = [
+            huggingface.Folder(path).tokenizer() for path in (encoder_tokenizer, decoder_tokenizer)
+        ]
+        source = TorchCheckpoint(file)
         found = ibm.describe(source, source.hyper_parameters, assumptions or ibm.Assumptions())
         config = configs.parse(found.config)
         added = decoders.family(config.model.decoder.family).added_tokens
@@ -64,7 +65,7 @@ def from_ibm(
         abstract = nnx.eval_shape(lambda: model.build(config, jax.random.key(0)))
         host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         with _Watched(found.source, progress) as watched:
-            filled = fill.fill(abstract, found.keys, watched, where=lambda *_: host)
+            filled = key_table.fill(abstract, found.keys, watched, where=lambda *_: host)
         _check_head(source, filled)
         names = ("encoder", "decoder")
         hashes = {name: t.hash for name, t in zip(names, tokenizers, strict=True)}
@@ -95,13 +96,12 @@ def to_huggingface(source: str | Path, out: str | Path) -> None:
         loaded = pipeline.load(source)
         lora.merge(loaded.model)  # Such a folder knows whole kernels.
         towers = (
-            ("encoder", publish.encoder, loaded.encoder_tokenizer),
-            ("decoder", publish.decoder, loaded.decoder_tokenizer),
+            ("encoder", export.write_encoder, loaded.encoder_tokenizer),
+            ("decoder", export.write_decoder, loaded.decoder_tokenizer),
         )
         for name, write, tokenizer in towers:
-            module = getattr(loaded.model, name)
             (made / name).mkdir()
-            write(made / name, module, type(module), tokenizer)
+            write(made / name, getattr(loaded.model, name), tokenizer)
 
 
 @contextlib.contextmanager
@@ -122,7 +122,7 @@ def _made(out: Path) -> Iterator[Path]:
 
 
 class _Watched:
-    """A `fill.Source` that shows on a bar how much of another one has been read."""
+    """A `key_table.Source` that shows on a bar how much of another one has been read."""
 
     def __init__(self, source: Source, shown: bool):
         self.path, self._source, self._seen = source.path, source, set()
@@ -160,7 +160,8 @@ def _check_vocabularies(config: configs.Config, tokenizers: list[Tokenizer]) -> 
     ]
     if problems:
         raise WeightsError(
-            "; ".join(problems) + ". Give the tokenizers of the base models that the checkpoint was "
+            "; ".join(problems)
+            + ". Give the tokenizers of the base models that the checkpoint was "
             "made from, such as bert-large-cased and gpt2-large (its special tokens are added here)."
         )
 

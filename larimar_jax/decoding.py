@@ -19,7 +19,7 @@ from larimar_jax import packing
 from larimar_jax.decoders.base import Cache
 from larimar_jax.model import Condition
 from larimar_jax.packing import ConditionRows, LanguageModel, Packed, Text, Trie, steps_bucket
-from larimar_jax.weights.tokenizers import bucket
+from larimar_jax.weights.tokenizer import bucket
 
 CACHE_BUCKET = 32
 PIECE_BUCKET = 16

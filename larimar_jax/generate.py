@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int
 from larimar_jax.decoding import Decoding, sampling
 from larimar_jax.model import Condition
 from larimar_jax.packing import ConditionRows, LanguageModel
-from larimar_jax.weights.tokenizers import Tokenizer
+from larimar_jax.weights.tokenizer import Tokenizer
 
 # How many prompts are decoded together.
 BATCH = 128

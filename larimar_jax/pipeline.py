@@ -30,7 +30,7 @@ from larimar_jax.memory.streaming import Streaming
 from larimar_jax.model import Condition, Larimar, load_towers, restore
 from larimar_jax.packing import steps_bucket
 from larimar_jax.weights import model_file
-from larimar_jax.weights.tokenizers import TextTooLong, Tokenizer, bucket
+from larimar_jax.weights.tokenizer import TextTooLong, Tokenizer, bucket
 
 # Texts of one encoder call; a long list goes through it in slices.
 _TEXTS = 32

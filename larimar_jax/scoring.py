@@ -16,7 +16,7 @@ from larimar_jax.answer_code import TokenEvidence
 from larimar_jax.generate import PromptTooLong, prompt_ids
 from larimar_jax.model import Condition
 from larimar_jax.packing import ConditionRows, LanguageModel, Place, Text, Trie, steps_bucket
-from larimar_jax.weights.tokenizers import Tokenizer
+from larimar_jax.weights.tokenizer import Tokenizer
 
 # How many places go through the vocabulary's product at a time.
 HEAD = 64

@@ -80,7 +80,7 @@ def tiny():
 
     from larimar_jax import config, model
     from larimar_jax.pipeline import Pipeline
-    from larimar_jax.weights.tokenizers import Tokenizer
+    from larimar_jax.weights.tokenizer import Tokenizer
 
     words = "Fact Neighbour Says says of fact is new true the capital France Japan city"
     tokenizer = Tokenizer.train([f"{words} 0 1 2 3 4 5 6 7"] * 3, 420)

@@ -20,7 +20,7 @@ from larimar_jax.bench import counterfact, editor, given, metrics, runner, syste
 from larimar_jax.data import edit_records as data
 from larimar_jax.data.edit_records import EditRecord
 from larimar_jax.data.record_fields import MalformedRecord
-from larimar_jax.weights.tokenizers import TextTooLong
+from larimar_jax.weights.tokenizer import TextTooLong
 
 
 def fraction(*parts) -> float:

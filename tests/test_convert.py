@@ -14,8 +14,9 @@ from larimar_jax import cli, config, convert, pipeline
 from larimar_jax.data import vocabulary
 from larimar_jax.memory.variance import SETTINGS
 from larimar_jax.session import Session
-from larimar_jax.weights import ibm, model_file, torch_files, torch_pickle
-from larimar_jax.weights.fill import WeightsError
+from larimar_jax.weights import ibm, model_file
+from larimar_jax.weights.torch_checkpoint import Record, TorchCheckpoint
+from larimar_jax.weights.key_table import WeightsError
 
 numbers = range(5)
 
@@ -166,7 +167,7 @@ def changed(monkeypatch):
     """`changed(change, hyper)`: files are read with their tensors and hyperparameters changed."""
 
     def apply(change, hyper=None):
-        class Changed(torch_files.TorchFile):
+        class Changed(TorchCheckpoint):
             def __init__(self, path):
                 super().__init__(path)
                 self.tensors = {name: super(Changed, self).read(name) for name in super().shapes()}
@@ -182,7 +183,7 @@ def changed(monkeypatch):
             def read(self, name):
                 return self.tensors[name]
 
-        monkeypatch.setattr(torch_files, "TorchFile", Changed)
+        monkeypatch.setattr(convert, "TorchCheckpoint", Changed)
 
     return apply
 
@@ -252,7 +253,7 @@ def test_a_lone_name_does_not_make_a_model_of_as_many_layers(changed, tmp_path, 
 
 
 def test_odd_hyperparameters_are_in_the_one_error(changed, tmp_path, bases):
-    nested = torch_pickle.Opaque(torch_pickle.Global("pathlib", "PosixPath"), ())
+    nested = Record()
     for _ in range(60):
         nested = (nested, nested)
     odd = {"ordering": nested, "beta": "much", "learning_rate": None, "episode_sizes": [3, nested],

@@ -1,9 +1,11 @@
-"""GGUF files: every quantisation, every architecture, and metadata that no model has."""
+"""GGUF files: every quantisation, every architecture, metadata that no model has, headers that lie."""
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
+import struct
 
 import gguf
 import numpy as np
@@ -11,31 +13,110 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from larimar_jax import decoders, rotary
-from larimar_jax.weights import WeightsError
-from larimar_jax.weights.gguf import Gguf
-from larimar_jax.weights.safetensors import Safetensors
+from larimar_jax import decoders, rotary, weights
+from larimar_jax.weights import Tokenizer, WeightsError
+from larimar_jax.weights.gguf import NAMES, Gguf, open_gguf
+from larimar_jax.weights.safetensors_files import Safetensors
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 KINDS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 
-def write(path, tensors, architecture="llama", raw=None, **metadata):
-    """A GGUF file of tensors (arrays, or (bytes, kind) pairs) and metadata."""
+def write(path, tensors, architecture="llama", tokenizer=None, **metadata):
+    """A GGUF file of tensors (arrays, or (bytes, kind) pairs), metadata and a tokenizer."""
     writer = gguf.GGUFWriter(path, architecture)
+    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in metadata.items():
-        key = f"{architecture}.{key.replace('__', '.')}"
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-        add[type(value)](key, value)
+        add[type(value)](f"{architecture}.{key.replace('__', '.')}", value)
+    if tokenizer is not None:
+        vocabulary = tokenizer.backend.get_vocab()
+        merges = json.loads(tokenizer.backend.to_str())["model"]["merges"]
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("smollm")
+        writer.add_token_list(sorted(vocabulary, key=vocabulary.get))
+        writer.add_token_types([3] * 3 + [1] * (len(vocabulary) - 3))
+        writer.add_token_merges([" ".join(merge) for merge in merges])
     for name, tensor in tensors.items():
         data, kind = tensor if isinstance(tensor, tuple) else (tensor, None)
-        writer.add_tensor(name, data, raw_dtype=kind)
+        writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+SIZES = dict(
+    embedding_length=8,
+    block_count=1,
+    feed_forward_length=8,
+    context_length=64,
+    attention__head_count=2,
+    attention__layer_norm_rms_epsilon=1e-5,
+)
+
+
+def small(path, tensors=None, **changed):
+    """A Llama of one matrix, with a head of four numbers."""
+    ones = np.ones((8, 8), np.float32)
+    tensors = {"token_embd.weight": ones, "blk.0.attn_q.weight": ones, **(tensors or {})}
+    return write(path, tensors, **{**SIZES, **changed})
+
+
+def golden(name):
+    """The configuration and tensors of a golden folder."""
+    source = Safetensors(GOLDEN / name / "model.safetensors")
+    config = json.loads((GOLDEN / name / "config.json").read_text())
+    return config, {n: source.read(n) for n in source.shapes()}
+
+
+def renamed(tensors, architecture):
+    """Tensors under llama.cpp's names."""
+    names = {theirs: own for own, theirs in NAMES[architecture].items()}
+    result = {}
+    for name, tensor in tensors.items():
+        stem, _, suffix = name.rpartition(".")
+        layer = next((part for part in stem.split(".") if part.isdigit()), "")
+        own = names.get(stem.replace(f".{layer}.", ".{layer}.", 1) if layer else stem, stem)
+        result[own.replace("{layer}", layer) + "." + suffix] = tensor
+    return result
+
+
+def llama_like(path, config, tensors, architecture, **more):
+    heads = config["num_attention_heads"]
+    return write(
+        path,
+        renamed(tensors, architecture),
+        architecture,
+        embedding_length=config["hidden_size"],
+        block_count=config["num_hidden_layers"],
+        feed_forward_length=config["intermediate_size"],
+        context_length=config["max_position_embeddings"],
+        attention__head_count=heads,
+        attention__head_count_kv=config["num_key_value_heads"],
+        attention__key_length=config.get("head_dim") or config["hidden_size"] // heads,
+        attention__layer_norm_rms_epsilon=config["rms_norm_eps"],
+        rope__freq_base=float(config["rope_parameters"]["rope_theta"]),
+        **more,
+    )
+
+
+def interleaved(config, name, tensor):
+    """llama.cpp's order of query and key rows, which `Gguf` undoes."""
+    if not ("q_proj" in name or "k_proj" in name):
+        return tensor
+    heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
+    return tensor.reshape(heads, 2, -1, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
+
+
+def same_tensors(source, tensors):
+    assert source.shapes() == {name: tensor.shape for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(source.read(name), tensor)
+
+
+# Numbers and architectures ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS + K_QUANTS)
@@ -46,117 +127,67 @@ def test_every_kind_of_number(tmp_path, kind):
         data = gguf.quantize(rng.normal(size=(3, 256)).astype(np.float32), kind)
     else:
         data = rng.integers(0, 255, (3, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
-        # Scales are float16 among the bytes; any of them may be infinite.
-        data = data & 0x3B if kind.name != "F16" else data
+        data = data & 0x3B  # scales are float16 among the bytes; any of them may be infinite
     want = gguf.dequantize(data, kind)
-    path = write(tmp_path / "x.gguf", {"blk.0.ffn_up.weight": (data, kind)})
-    source = Gguf(path)
+    source = Gguf(write(tmp_path / "x.gguf", {"blk.0.ffn_up.weight": (data, kind)}))
     name = "model.layers.0.mlp.up_proj.weight"
     assert source.shapes() == {name: (3, 256)}
-    got = source.read(name)
-    assert got.dtype == np.float32 and np.abs(want).max() > 0
-    np.testing.assert_array_equal(got, want)
-
-
-def converted(name):
-    """A golden folder as llama.cpp's converter would write it: tensors and metadata."""
-    said = json.loads((GOLDEN / name / "config.json").read_text())
-    source = Safetensors(GOLDEN / name / "model.safetensors")
-    return said, {n: source.read(n) for n in source.shapes()}
+    assert source.read(name).dtype == np.float32 and np.abs(want).max() > 0
+    np.testing.assert_array_equal(source.read(name), want)
 
 
 def test_gpt2(tmp_path):
-    said, tensors = converted("tiny_gpt2")
-    parts = {
-        "ln_1": "attn_norm",
-        "attn.c_attn": "attn_qkv",
-        "attn.c_proj": "attn_output",
-        "ln_2": "ffn_norm",
-        "mlp.c_fc": "ffn_up",
-        "mlp.c_proj": "ffn_down",
-    }
-    top = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm"}
-    named = {}
-    for name, tensor in tensors.items():
-        short, _, suffix = name.removeprefix("transformer.").rpartition(".")
-        if short.startswith("h."):
-            _, layer, part = short.split(".", 2)
-            tensor = tensor.T if "c_" in part and tensor.ndim == 2 else tensor
-            named[f"blk.{layer}.{parts[part]}.{suffix}"] = np.ascontiguousarray(tensor)
-        else:
-            named[f"{top[short]}.{suffix}"] = tensor
+    config, tensors = golden("tiny_gpt2")
+    tensors = {"transformer." + n.removeprefix("transformer."): t for n, t in tensors.items()}
     path = write(
         tmp_path / "x.gguf",
-        named,
+        renamed({n: t.T if "c_" in n and t.ndim == 2 else t for n, t in tensors.items()}, "gpt2"),
         "gpt2",
-        embedding_length=said["n_embd"],
-        block_count=said["n_layer"],
-        feed_forward_length=said.get("n_inner") or 4 * said["n_embd"],
-        context_length=said["n_positions"],
-        attention__head_count=said["n_head"],
+        embedding_length=config["n_embd"],
+        block_count=config["n_layer"],
+        feed_forward_length=config.get("n_inner") or 4 * config["n_embd"],
+        context_length=config["n_positions"],
+        attention__head_count=config["n_head"],
         attention__layer_norm_epsilon=1e-5,
     )
     source = Gguf(path)
-    assert set(source.shapes()) == {
-        f"transformer.{n.removeprefix('transformer.')}" for n in tensors
-    }
-    for name, tensor in tensors.items():
-        name = f"transformer.{name.removeprefix('transformer.')}"
-        assert source.shapes()[name] == tensor.shape
-        np.testing.assert_array_equal(source.read(name), tensor)
-    family = decoders.family("gpt2")
-    got, want = family.CONFIG.from_huggingface(source.config()), family.CONFIG.from_huggingface(said)
-    assert got == dataclasses.replace(want, norm_eps=got.norm_eps)
-    assert got.norm_eps == pytest.approx(want.norm_eps)  # float32 in the file
+    same_tensors(source, tensors)
+    family = decoders.family("gpt2").CONFIG
+    sizes, want = family.from_huggingface(source.config()), family.from_huggingface(config)
+    assert sizes == dataclasses.replace(want, norm_eps=sizes.norm_eps)
+    assert sizes.norm_eps == pytest.approx(want.norm_eps)  # float32 in the file
 
 
-def llama_like(path, said, tensors, architecture, **more):
-    parts = {
-        "input_layernorm": "attn_norm",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "post_attention_layernorm": "ffn_norm",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    }
-    top = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
-    named = {}
-    for name, tensor in tensors.items():
-        short, _, suffix = name.removeprefix("model.").rpartition(".")
-        if short.startswith("layers."):
-            _, layer, part = short.split(".", 2)
-            named[f"blk.{layer}.{parts[part]}.{suffix}"] = tensor
-        elif short in top:
-            named[f"{top[short]}.{suffix}"] = tensor
-        else:
-            named[name] = tensor
-    return write(
-        path,
-        named,
-        architecture,
-        embedding_length=said["hidden_size"],
-        block_count=said["num_hidden_layers"],
-        feed_forward_length=said["intermediate_size"],
-        context_length=said["max_position_embeddings"],
-        attention__head_count=said["num_attention_heads"],
-        attention__head_count_kv=said["num_key_value_heads"],
-        attention__key_length=said.get("head_dim")
-        or said["hidden_size"] // said["num_attention_heads"],
-        attention__layer_norm_rms_epsilon=said["rms_norm_eps"],
-        rope__freq_base=float(said["rope_parameters"]["rope_theta"]),
-        **more,
+def test_a_llama_with_its_tokenizer_is_the_model_of_its_folder(tmp_path):
+    config, tensors = golden("tiny_llama")
+    tokenizer = Tokenizer.train(["a few words of text to learn from, a few words"], 300)
+    more = [(0, tokenizer.vocab_size - config["vocab_size"]), (0, 0)]
+    longer = ("model.embed_tokens.weight", "lm_head.weight")
+    tensors = {n: np.pad(t, more) if n in longer else t for n, t in tensors.items()}
+    turned = {n: interleaved(config, n, t) for n, t in tensors.items()}
+    path = llama_like(tmp_path / "x.gguf", config, turned, "llama", tokenizer=tokenizer)
+    model, loaded = weights.load_decoder(str(path))
+    want = decoders.family("llama").CONFIG.from_huggingface(config)
+    assert model.config == dataclasses.replace(
+        want, norm_eps=model.config.norm_eps, vocab_size=tokenizer.vocab_size
     )
+    same_tensors(Gguf(path), tensors)
+    assert loaded.decode(loaded.ids("a few 123")) == "a few 123"
+    assert len(loaded.ids("123")) == 3  # digits stand alone
+    for key, field in gguf.GGUFReader(path).fields.items():
+        assert key.startswith("GGUF.") or Gguf(path).metadata[key] == field.contents()
+    opened = open_gguf(str(path))
+    assert open_gguf(str(path)) is opened  # parsed once, until it changes
+    os.utime(path, ns=(0, 0))
+    assert open_gguf(str(path)) is not opened
 
 
 def test_qwen2_has_biases_and_rows_in_their_own_order(tmp_path):
-    said, tensors = converted("tiny_qwen2")
-    rope = said["rope_parameters"]
+    config, tensors = golden("tiny_qwen2")
+    rope = config["rope_parameters"]
     path = llama_like(
         tmp_path / "x.gguf",
-        said,
+        config,
         tensors,
         "qwen2",
         rope__scaling__type="yarn",
@@ -166,41 +197,113 @@ def test_qwen2_has_biases_and_rows_in_their_own_order(tmp_path):
         rope__scaling__yarn_beta_slow=float(rope["beta_slow"]),
     )
     source = Gguf(path)
-    assert set(source.shapes()) == set(tensors)
-    for name, tensor in tensors.items():
-        np.testing.assert_array_equal(source.read(name), tensor)
-    family = decoders.family("qwen2")
-    got, want = family.CONFIG.from_huggingface(source.config()), family.CONFIG.from_huggingface(said)
-    assert got.rope_scaling == want.rope_scaling and got.attention_bias == "qkv"
-    assert got.kv_heads == want.kv_heads and got.tied_head == want.tied_head
+    same_tensors(source, tensors)
+    family = decoders.family("qwen2").CONFIG
+    sizes, want = family.from_huggingface(source.config()), family.from_huggingface(config)
+    assert sizes.rope_scaling == want.rope_scaling and sizes.attention_bias == "qkv"
+    assert sizes.kv_heads == want.kv_heads and sizes.tied_head == want.tied_head
+
+
+def test_biases_of_llama_are_permuted_with_their_rows(tmp_path):
+    config, tensors = golden("tiny_llama_biased")
+    turned = {n: interleaved(config, n, t) for n, t in tensors.items()}
+    source = Gguf(llama_like(tmp_path / "x.gguf", config, turned, "llama"))
+    same_tensors(source, tensors)
+    family = decoders.family("llama").CONFIG
+    sizes, want = family.from_huggingface(source.config()), family.from_huggingface(config)
+    biases = (sizes.attention_bias, sizes.mlp_bias)
+    assert biases == (want.attention_bias, want.mlp_bias) == ("all", True)
 
 
 def test_a_real_llama_3_head_is_recognised(tmp_path):
-    said, tensors = converted("tiny_llama")
+    config, tensors = golden("tiny_llama")
     rule = rotary.RopeScaling("llama3", 8.0, 8192, 1.0, 4.0, 1.0)
     divisors = rotary.frequencies(128, 500000.0) / rotary.frequencies(128, 500000.0, rule)
-    said = {**said, "head_dim": 128, "rope_parameters": {"rope_theta": 500000.0}}
+    config = {**config, "head_dim": 128, "rope_parameters": {"rope_theta": 500000.0}}
     path = tmp_path / "x.gguf"
-    llama_like(path, said, {**tensors, "rope_freqs.weight": divisors}, "llama")
-    source = Gguf(path)
+    source = Gguf(llama_like(path, config, {**tensors, "rope_freqs.weight": divisors}, "llama"))
     assert rotary.from_huggingface(source.config()) == (500000.0, rule)
     assert "rope_freqs.weight" not in source.shapes()  # no parameter
-    other = divisors * np.linspace(1, 1.1, 64, dtype=np.float32)
-    llama_like(path, said, {**tensors, "rope_freqs.weight": other}, "llama")
+    divisors = divisors * np.linspace(1, 1.1, 64, dtype=np.float32)
+    llama_like(path, config, {**tensors, "rope_freqs.weight": divisors}, "llama")
     with pytest.raises(WeightsError, match="a rule that is not known"):
         Gguf(path).config()
 
 
+@pytest.mark.parametrize(
+    ("head", "tied"), [("equal", True), ("Q4_0", True), ("other", False), ("Q8_0 of other", False)]
+)
+def test_the_head_of_gpt2_repeats_its_embedding(tmp_path, head, tied):
+    rows, other = np.random.default_rng(0).normal(size=(2, 1500, 32)).astype(np.float32)
+    numbers = other if "other" in head else rows
+    if head[0] == "Q":
+        kind = gguf.GGMLQuantizationType[head[:4]]
+        numbers = (gguf.quantize(numbers, kind), kind)
+    tensors = {"token_embd.weight": rows, "output.weight": numbers}
+    epsilon = dict(attention__layer_norm_epsilon=1e-5)
+    config = Gguf(write(tmp_path / "x.gguf", tensors, "gpt2", **(SIZES | epsilon))).config()
+    assert config["tie_word_embeddings"] is tied
+    if not tied:
+        with pytest.raises(ValueError, match="an untied head"):
+            decoders.family("gpt2").CONFIG.from_huggingface(config)
+
+
+# Metadata --------------------------------------------------------------------------------------
+
+
 def test_other_architectures_are_named(tmp_path):
-    path = write(tmp_path / "x.gguf", {"a": np.zeros(4, np.float32)}, "gemma")
+    tensors = {"a": np.zeros(4, np.float32)}
     with pytest.raises(WeightsError, match="'gemma' model; GGUF files of llama, qwen2, gpt2"):
-        Gguf(path)
-    path = write(tmp_path / "y.gguf", {"a": np.zeros(4, np.float32)}, expert_count=8)
+        Gguf(write(tmp_path / "x.gguf", tensors, "gemma"))
     with pytest.raises(WeightsError, match="mixture of experts"):
-        Gguf(path).config()
-    path = write(tmp_path / "z.gguf", {"a": np.zeros(4, np.float32)})
+        Gguf(write(tmp_path / "y.gguf", tensors, expert_count=8)).config()
     with pytest.raises(WeightsError, match="does not say its"):
-        Gguf(path).config()
+        Gguf(write(tmp_path / "z.gguf", tensors)).config()
+
+
+ONES = {"rope_freqs.weight": np.ones(2, np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(attention__head_count="2"), "head_count is '2'"),
+        (dict(attention__head_count=2.0), "head_count is '2.0'"),
+        (dict(context_length="long"), "context_length is 'long'"),
+        (dict(attention__layer_norm_rms_epsilon=math.nan), "epsilon is 'nan'"),
+        (dict(rope__freq_base=math.inf), "freq_base is 'inf'"),
+        (dict(rope__freq_base=0.0), "freq_base of 0.0"),
+        (dict(rope__dimension_count=2), "turns 2 of the 4 numbers"),
+        (dict(rope__scaling__type="longrope"), "by 'longrope'; none, linear, yarn"),
+        (dict(rope__scaling__type="linear"), "linear rope.scaling.factor is missing or 0"),
+        (dict(rope__scaling__type="yarn", rope__scaling__factor=0.0), "is missing or 0"),
+        (dict(rope__scaling__attn_factor=0.5), "sets rope.scaling.attn_factor"),
+        (dict(rope__scaling__type=3), "scaling.type is '3'"),
+        (dict(tensors=ONES, attention__key_length=1 << 31), "by a rule that is not known"),
+        (dict(tensors=ONES, rope__scale_linear=4.0), "by a rule that is not known"),
+        *(
+            (dict(tensors={"rope_freqs.weight": np.float32(odd)}), "by a rule that is not known")
+            for odd in ([1, 1, 1], [1, 0.5], [1, math.nan])
+        ),
+    ],
+)
+def test_metadata_that_no_model_has(tmp_path, changed, message):
+    with pytest.raises(WeightsError, match=message):
+        Gguf(small(tmp_path / "x.gguf", **changed)).config()
+
+
+def test_linear_scaling_in_its_newer_and_older_form(tmp_path):
+    rule = rotary.RopeScaling("linear", 4.0, 64, 0.0, 0.0, 1.0)
+    newer = dict(rope__scaling__type="linear", rope__scaling__factor=4.0)
+    for changed in (newer, dict(rope__scaling__factor=4.0), dict(rope__scale_linear=4.0)):
+        config = Gguf(small(tmp_path / "x.gguf", **changed)).config()
+        assert rotary.from_huggingface(config) == (10000.0, rule)
+    for changed in (dict(rope__scaling__type="none"), dict(rope__scale_linear=1.0), {}):
+        plain = Gguf(small(tmp_path / "x.gguf", **changed)).config()
+        assert rotary.from_huggingface(plain) == (10000.0, None)
+
+
+# Damaged files ---------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=200)
@@ -221,133 +324,97 @@ def test_bytes_changed_anywhere_are_read_or_refused(tmp_path_factory, data):
         assert str(path) in str(error)
 
 
-SIZES = dict(
-    embedding_length=8,
-    block_count=1,
-    feed_forward_length=8,
-    context_length=64,
-    attention__head_count=2,
-    attention__layer_norm_rms_epsilon=1e-5,
-)
-
-
-def small(path, tensors=None, **changed):
-    """A Llama of one matrix, with a head of four numbers."""
-    ones = np.ones((8, 8), np.float32)
-    given = {"token_embd.weight": ones, "blk.0.attn_q.weight": ones, **(tensors or {})}
-    return write(path, given, **{**SIZES, **changed})
-
-
-def test_nothing_of_a_file_stays_mapped(tmp_path):
+def test_nothing_of_a_file_stays_mapped_and_a_later_cut_is_noticed(tmp_path):
+    source = Gguf(small(tmp_path / "x.gguf"))
+    assert source.read("model.embed_tokens.weight").shape == (8, 8)
     maps = pathlib.Path("/proc/self/maps")
-    if not maps.exists():
-        pytest.skip("only Linux tells")
-    source = Gguf(small(tmp_path / "x.gguf"))
-    table = source.read("model.embed_tokens.weight")
-    assert table.shape == (8, 8) and "x.gguf" not in maps.read_text()
-
-
-def test_a_file_cut_after_it_was_opened(tmp_path):
-    source = Gguf(small(tmp_path / "x.gguf"))
+    assert not maps.exists() or "x.gguf" not in maps.read_text()
     os.truncate(tmp_path / "x.gguf", 600)
     with pytest.raises(WeightsError, match="shorter than when it was opened"):
         source.read("model.layers.0.self_attn.q_proj.weight")
 
 
+def header(version=3, tensors=(), metadata=(), counts=None):
+    """A file written by hand: metadata (name, type, bytes), tensors (name, shape, kind, offset)."""
+
+    def text(value):
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    count = counts or (len(tensors), len(metadata) + 1)
+    out = b"GGUF" + struct.pack("<IQQ", version, *count)
+    out += text("general.architecture") + struct.pack("<I", 8) + text("llama")
+    for name, kind, raw in metadata:
+        out += text(name) + struct.pack("<I", kind) + raw
+    for name, shape, kind, offset in tensors:
+        out += text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+    return out + bytes(-len(out) % 32) + bytes(256)
+
+
+GOOD = ("a", (4,), 0, 0)
+
+
 @pytest.mark.parametrize(
-    ("changed", "message"),
+    ("content", "message"),
     [
-        (dict(attention__head_count="2"), "head_count is '2'"),
-        (dict(attention__head_count=2.0), "head_count is '2.0'"),
-        (dict(context_length="long"), "context_length is 'long'"),
-        (dict(attention__layer_norm_rms_epsilon=float("nan")), "epsilon is 'nan'"),
-        (dict(rope__freq_base=float("inf")), "freq_base is 'inf'"),
-        (dict(rope__freq_base=0.0), "freq_base of 0.0"),
-        (dict(rope__dimension_count=2), "turns 2 of the 4 numbers"),
-        (dict(rope__scaling__type="longrope"), "by 'longrope'; none, linear, yarn"),
-        (dict(rope__scaling__type="linear"), "linear rope.scaling.factor is missing or 0"),
-        (dict(rope__scaling__type="yarn", rope__scaling__factor=0.0), "is missing or 0"),
-        (dict(rope__scaling__attn_factor=0.5), "sets rope.scaling.attn_factor"),
-        (dict(rope__scaling__type=3), "scaling.type is '3'"),
+        (b"", "cannot be read as GGUF"),
+        (b"PK\x03\x04" + bytes(100), "does not begin with 'GGUF'"),
+        (header(version=1), "version 1"),
+        (header(version=3 << 24), "big-endian"),
+        (header(tensors=[GOOD, GOOD]), "'a' is there twice"),
+        (header(metadata=[("k", 0, b"1"), ("k", 0, b"1")]), "'k' is there twice"),
+        (header(tensors=[("a", (4,), 99, 0)]), "of kind 99"),
+        (header(tensors=[("a", (4,), 0, 1 << 40)]), "ends after the file"),
+        (header(tensors=[("a", (1 << 40, 1 << 40), 0, 0)]), "ends after the file"),
+        (header(tensors=[("a", (0,), 0, 0)]), "of shape"),
+        (header(tensors=[("a", (33,), 8, 0)]), "in blocks of 32"),
+        (header(tensors=[("a", (1,) * 9, 0, 0)]), "9 axes"),
+        (header(tensors=[("a", (9,), 0, 0), ("b", (4,), 0, 32)]), "tensors a and b overlap"),
+        (header(tensors=[GOOD, ("b", (4,), 0, 16)]), "b begins at 16, no multiple of 32"),
+        (header(counts=(1 << 60, 1)), "more than it has room for"),
+        (header(counts=(0, 1 << 60)), "more than it has room for"),
+        (header(metadata=[("k", 8, struct.pack("<Q", 1 << 62))]), "ends after the file"),
+        (header(metadata=[("k", 9, struct.pack("<IQ", 8, 1 << 60))]), "more than it has room"),
+        (header(metadata=[("k", 9, struct.pack("<IQ", 4, 1 << 60))]), "more than it has room"),
+        (header(metadata=[("k", 9, struct.pack("<IQ", 9, 1) * 50)]), "nested too deep"),
+        (header(metadata=[("k", 77, b"")]), "a value of type 77"),
+        (header(metadata=[("general.alignment", 4, struct.pack("<I", 0))]), "alignment of 0"),
+        (header(metadata=[("k", 8, struct.pack("<Q", 1) + b"\xff")]), "can't decode byte 0xff"),
     ],
 )
-def test_metadata_that_no_model_has(tmp_path, changed, message):
-    path = small(tmp_path / "x.gguf", **changed)
+def test_files_that_lie(tmp_path, content, message):
+    (tmp_path / "x.gguf").write_bytes(content)
     with pytest.raises(WeightsError, match=message):
-        Gguf(path).config()
-
-
-def test_linear_scaling_in_its_newer_and_older_form(tmp_path):
-    rule = rotary.RopeScaling("linear", 4.0, 64, 0.0, 0.0, 1.0)
-    newer = dict(rope__scaling__type="linear", rope__scaling__factor=4.0)
-    for changed in (newer, dict(rope__scaling__factor=4.0), dict(rope__scale_linear=4.0)):
-        said = Gguf(small(tmp_path / "x.gguf", **changed)).config()
-        assert rotary.from_huggingface(said) == (10000.0, rule)
-    for changed in (dict(rope__scaling__type="none"), dict(rope__scale_linear=1.0), {}):
-        plain = Gguf(small(tmp_path / "x.gguf", **changed)).config()
-        assert rotary.from_huggingface(plain) == (10000.0, None)
+        Gguf(tmp_path / "x.gguf")
+    with pytest.raises(FileNotFoundError, match="nowhere.gguf"):
+        Gguf(tmp_path / "nowhere.gguf")
 
 
 @pytest.mark.parametrize(
-    ("divisors", "changed"),
+    ("key", "kind", "value", "message"),
     [
-        ([1.0, 1.0], dict(attention__key_length=1 << 31)),
-        ([1.0, 1.0], dict(rope__scaling__type="linear", rope__scaling__factor=4.0)),
-        ([1.0, 1.0, 1.0], {}),
-        ([1.0, 0.5], {}),
-        ([1.0, float("nan")], {}),
+        ("k", 8, struct.pack("<Q", 3 << 30), "longer than that of any model"),
+        ("k", 9, struct.pack("<IQ", 0, 1 << 30), "more than the header of any model has"),
+        ("k", 9, struct.pack("<IQ", 8, 1 << 28), "more than the header of any model has"),
+        ("k", 9, struct.pack("<IQ", 9, 1 << 28), "more than the header of any model has"),
+        ("general.architecture", 9, struct.pack("<IQ", 0, 0), "there twice"),
     ],
 )
-def test_divisors_by_another_rule(tmp_path, divisors, changed):
-    more = {"rope_freqs.weight": np.asarray(divisors, np.float32)}
-    path = small(tmp_path / "x.gguf", more, **changed)
-    with pytest.raises(WeightsError, match="by a rule that is not known"):
-        Gguf(path).config()
+def test_counts_that_a_large_file_has_room_for(tmp_path, key, kind, value, message):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(header(metadata=[(key, kind, value)]))
+    os.truncate(path, 4 << 30)  # a hole, which takes no room
+    with pytest.raises(WeightsError, match=message):
+        Gguf(path)
 
 
-def test_biases_of_llama_are_permuted_with_their_rows(tmp_path):
-    said, tensors = converted("tiny_llama_biased")
-
-    def interleaved(name, tensor):
-        heads = "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
-        pairs = tensor.reshape(said[heads], 2, -1, *tensor.shape[1:])
-        return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(tensor.shape))
-
-    turned = {n: interleaved(n, t) if "q_" in n or "k_" in n else t for n, t in tensors.items()}
-    source = Gguf(llama_like(tmp_path / "x.gguf", said, turned, "llama"))
-    assert set(source.shapes()) == set(tensors)
-    for name, tensor in tensors.items():
-        np.testing.assert_array_equal(source.read(name), tensor)
-    family = decoders.family("llama")
-    got, want = family.CONFIG.from_huggingface(source.config()), family.CONFIG.from_huggingface(said)
-    assert (
-        (got.attention_bias, got.mlp_bias) == (want.attention_bias, want.mlp_bias) == ("all", True)
-    )
-
-
-@pytest.mark.parametrize(
-    ("head", "tied"), [("equal", True), ("Q4_0", True), ("other", False), ("Q8_0 of other", False)]
-)
-def test_the_head_of_gpt2_repeats_its_embedding(tmp_path, head, tied):
-    rng = np.random.default_rng(0)
-    rows, other = rng.normal(size=(2, 1500, 32)).astype(np.float32)
-    numbers = other if "other" in head else rows
-    if head[0] == "Q":
-        kind = gguf.GGMLQuantizationType[head[:4]]
-        numbers = (gguf.quantize(numbers, kind), kind)
-    path = write(
-        tmp_path / "x.gguf",
-        {"token_embd.weight": rows, "output.weight": numbers},
-        "gpt2",
-        embedding_length=32,
-        block_count=1,
-        feed_forward_length=64,
-        context_length=64,
-        attention__head_count=2,
-        attention__layer_norm_epsilon=1e-5,
-    )
-    said = Gguf(path).config()
-    assert said["tie_word_embeddings"] is tied
-    if not tied:
-        with pytest.raises(ValueError, match="tie_word_embeddings is False"):
-            decoders.family("gpt2").CONFIG.from_huggingface(said)
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_a_file_cut_anywhere(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("cut") / "x.gguf"
+    whole = header(tensors=[GOOD, ("b", (4,), 0, 32)], metadata=[("k", 4, b"1234")])
+    path.write_bytes(whole)
+    assert Gguf(path).shapes() == {"a": (4,), "b": (4,)}
+    np.testing.assert_array_equal(Gguf(path).read("a"), np.zeros(4))
+    path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 256 + 15))])
+    with pytest.raises(WeightsError, match="cannot be read as GGUF"):
+        Gguf(path)

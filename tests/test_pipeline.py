@@ -10,7 +10,7 @@ import pytest
 from larimar_jax import pipeline, weights
 from larimar_jax.config import ConfigError
 from larimar_jax.session import Session
-from larimar_jax.weights import model_file
+from larimar_jax.weights import load, model_file
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +19,10 @@ def smol():
 
 
 def test_each_tokenizer_is_read_once(monkeypatch):
-    sources, load = [], weights.load_tokenizer
-    monkeypatch.setattr(weights, "load_tokenizer", lambda name: sources.append(name) or load(name))
+    paths, read = [], load._tokenizer
+    monkeypatch.setattr(load, "_tokenizer", lambda c, family: paths.append(c.path) or read(c, family))
     pipeline.load("smol")
-    assert len(sources) == len(set(sources)) == 2
+    assert len(paths) == len(set(paths)) == 2
 
 
 def test_loading_a_model_imports_neither_the_trainer_nor_optax():

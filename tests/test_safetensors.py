@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import struct
-import time
 
 import ml_dtypes
 import numpy as np
@@ -14,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from larimar_jax.weights import WeightsError
-from larimar_jax.weights.safetensors import Safetensors
-from larimar_jax.weights.shards import Shards
+from larimar_jax.weights.safetensors_files import Safetensors, Shards
 
 ROW = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
 NEXT = ROW | {"data_offsets": [16, 32]}
@@ -45,62 +43,64 @@ def file(text, data=32):
 def test_every_kind_of_number_keeps_its_digits(tmp_path, kind, values):
     dtype = np.dtype(getattr(ml_dtypes, kind, kind))
     want = np.asarray([values, values[::-1]]).astype(dtype)
+    others = {"before": np.ones(3, np.uint8), "none": np.ones((0, 4), np.float32)}
     path = tmp_path / "x.safetensors"
-    safetensors.numpy.save_file({"before": np.ones(3, np.uint8), "a": want}, path)
+    safetensors.numpy.save_file({"a": want, "scalar": want[0, :1].reshape(()), **others}, path)
     source = Safetensors(path)
-    got = source.read("a")
-    assert source.shapes() == {"before": (3,), "a": (2, 2)}
-    assert got.dtype == dtype
-    np.testing.assert_array_equal(got, want)
-
-
-def test_scalars_and_empty_tensors(tmp_path):
-    path = tmp_path / "x.safetensors"
-    tensors = {"one": np.asarray(3, np.float32), "none": np.ones((0, 4), np.float32)}
-    safetensors.numpy.save_file(tensors, path)
-    source = Safetensors(path)
-    assert source.read("one").shape == () and source.read("one") == 3
-    assert source.read("none").shape == (0, 4)
+    assert source.shapes() == {"before": (3,), "a": (2, 2), "scalar": (), "none": (0, 4)}
+    assert source.read("a").dtype == dtype and source.read("none").shape == (0, 4)
+    np.testing.assert_array_equal(source.read("a"), want)
+    np.testing.assert_array_equal(source.read("scalar"), want[0, 0])
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    "content",
     [
-        (file({"a": ROW, "b": NEXT}, 31), "cannot be read"),
-        (file({"a": ROW, "b": NEXT}, 33), "cannot be read"),
-        (file({"a": ROW, "b": ROW | {"data_offsets": [8, 24]}}, 24), "cannot be read"),
-        (file({"a": ROW | {"data_offsets": [16, 32]}}), "cannot be read"),
-        (file({"a": ROW | {"data_offsets": [16, 0]}}, 16), "cannot be read"),
-        (file({"a": ROW | {"data_offsets": [-16, 0]}}, 16), "cannot be read"),
-        (file({"a": ROW | {"data_offsets": [0, 15]}}, 15), "cannot be read"),
-        (file({"a": ROW | {"shape": 4}}, 16), "cannot be read"),
-        (file({"a": {"dtype": "F32", "shape": [4]}}, 16), "cannot be read"),
-        (file({"a": ROW | {"dtype": "F33"}}, 16), "cannot be read"),
-        (
-            file('{"a": ' + json.dumps(ROW) + ', "a": ' + json.dumps(NEXT) + "}"),
-            "duplicate keys: a",
+        b"",
+        b"\xff" * 4000,
+        struct.pack("<Q", 1 << 60),
+        struct.pack("<Q", 50) + b"{}",
+        struct.pack("<Q", 0) + b"{}",
+        struct.pack("<Q", 8) + b"nonsense",
+        file([]),
+        file("[" * 10**5),
+        file({"a": 3}),
+        file({"a": {"dtype": "F32", "shape": [4]}}, 16),
+        file({"a": ROW, "b": NEXT}, 31),
+        file({"a": ROW, "b": NEXT}, 33),
+        file({"a": ROW, "b": ROW}),
+        file({"a": ROW, "b": ROW | {"data_offsets": [8, 24]}}, 24),
+        *(
+            file({"a": ROW | changed})
+            for changed in (
+                {"data_offsets": [16, 32]},
+                {"data_offsets": [16, 0]},
+                {"data_offsets": [-16, 0]},
+                {"data_offsets": [0, 15]},
+                {"data_offsets": [0, 160]},
+                {"shape": 4},
+                {"shape": [-4]},
+                {"shape": [1 << 40, 1 << 40]},
+                {"dtype": "F33"},
+            )
         ),
-        (file('{"a": {"dtype": "F32", "shape": [4], "shape": [8]}}'), "duplicate keys: shape"),
-        (file("[" * 10**5), "cannot be read"),
-        (struct.pack("<Q", 50) + b"{}", "cannot be read"),
-        (struct.pack("<Q", 0) + b"{}", "a header of 0 bytes"),
+        file('{"a": ' + json.dumps(ROW) + ', "a": ' + json.dumps(NEXT) + "}"),
     ],
 )
-def test_headers_that_lie(tmp_path, content, message):
+def test_headers_that_lie(tmp_path, content):
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
-    with pytest.raises(WeightsError, match=message):
+    with pytest.raises(WeightsError, match="cannot be read as safetensors.*Fetch it again"):
         Safetensors(path)
 
 
-def test_many_duplicates_are_told_at_once(tmp_path):
+def test_files_that_are_missing_or_of_numbers_that_are_not_read(tmp_path):
     path = tmp_path / "x.safetensors"
-    rows = (f'"{n % 30000}": {json.dumps(ROW)}' for n in range(60000))
-    path.write_bytes(file("{" + ", ".join(rows) + "}"))
-    start = time.monotonic()
-    with pytest.raises(WeightsError, match="duplicate keys: 0, 1, 10,"):
+    with pytest.raises(FileNotFoundError, match="no weights file"):
         Safetensors(path)
-    assert time.monotonic() - start < 10  # a comparison of each with each takes minutes
+    path.write_bytes(file({"a": {"dtype": "F8_E4M3", "shape": [64], "data_offsets": [0, 64]}}, 64))
+    with pytest.raises(WeightsError, match=r"a \(F8_E4M3\).*unquantised"):
+        Safetensors(path)
 
 
 @settings(deadline=None, max_examples=100)
@@ -122,7 +122,7 @@ def test_files_cut_or_changed_anywhere(tmp_path_factory, data):
         assert str(path) in str(error)
 
 
-def test_nothing_of_a_file_stays_mapped_and_a_later_cut_is_told(tmp_path):
+def test_nothing_of_a_file_stays_mapped_and_a_later_cut_is_noticed(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(file({"a": ROW, "b": NEXT}))
     source = Safetensors(path)
@@ -130,17 +130,17 @@ def test_nothing_of_a_file_stays_mapped_and_a_later_cut_is_told(tmp_path):
     maps = pathlib.Path("/proc/self/maps")
     assert not maps.exists() or "x.safetensors" not in maps.read_text()
     os.truncate(path, path.stat().st_size - 1)
-    with pytest.raises(WeightsError, match="shorter than when it was opened"):
+    with pytest.raises(WeightsError, match="cannot be read as safetensors"):
         source.read("b")
 
 
-def shards(folder, weight_map, **files):
+def shards(folder, places, **files):
     """An index, and files of one float per name that they hold."""
-    for name, held in files.items():
-        tensors = {tensor: np.ones(1, np.float32) for tensor in held}
-        safetensors.numpy.save_file(tensors, folder / f"{name}.safetensors")
+    for name, tensors in files.items():
+        content = {tensor: np.ones(1, np.float32) for tensor in tensors}
+        safetensors.numpy.save_file(content, folder / f"{name}.safetensors")
     index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": weight_map}))
+    index.write_text(places if isinstance(places, str) else json.dumps({"weight_map": places}))
     return Shards(index, Safetensors)
 
 
@@ -163,32 +163,33 @@ def test_every_misfit_of_an_index_is_in_one_error(tmp_path):
     ]
 
 
-def test_every_missing_shard_is_in_one_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="one.safetensors, two.safetensors"):
-        shards(tmp_path, {"a": ONE, "b": TWO})
-
-
 @pytest.mark.parametrize(
-    "astray", ["../one.safetensors", "/one.safetensors", "in/one.safetensors", "..", "", 3, None]
-)
-def test_an_index_that_leads_elsewhere(tmp_path, astray):
-    with pytest.raises(WeightsError, match="leads outside its folder") as caught:
-        shards(tmp_path, {"a": ONE, "b": astray, "c": "../two"}, one="a")
-    assert str(astray) in str(caught.value) and "../two" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
+    ("places", "message"),
     [
+        ({"a": ONE, "b": TWO}, "not beside it: one.safetensors, two.safetensors"),
+        *(
+            (
+                {"a": ONE, "b": astray, "c": "../two"},
+                r"leads outside its folder or nowhere: .*\.\./two",
+            )
+            for astray in (
+                "../one.safetensors",
+                "/etc/passwd",
+                "in/" + ONE,
+                "..",
+                "",
+                3,
+                None,
+                "x\0",
+            )
+        ),
+        ({"a": "x" * 5000 + ".bin"}, "leads outside its folder or nowhere: xxx"),
+        ({"a": "\ud800.bin"}, "not beside it"),
+        ({}, "no weight_map"),
+        ("[]", "no weight_map"),
         ("[" * 10**5, "is not JSON"),
-        ('{"weight_map": {"a": "one", "a": "two"}}', "duplicate keys: a"),
-        (json.dumps({"weight_map": {"a": "x" * 5000}}), "leads outside its folder or nowhere"),
-        (json.dumps({"weight_map": {"a": "x\0"}}), "leads outside its folder or nowhere"),
-        (json.dumps({"weight_map": {"a": "\ud800"}}), "are not beside it"),
     ],
 )
-def test_an_index_that_is_none(tmp_path, text, message):
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(text)
+def test_an_index_that_is_none_or_leads_elsewhere(tmp_path, places, message):
     with pytest.raises((WeightsError, FileNotFoundError), match=message):
-        Shards(index, Safetensors)
+        shards(tmp_path, places)

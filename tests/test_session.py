@@ -10,7 +10,7 @@ import pytest
 from larimar_jax import pipeline, session, session_file
 from larimar_jax.pipeline import EncodingNotFinite
 from larimar_jax.session import Session
-from larimar_jax.weights.tokenizers import TextTooLong
+from larimar_jax.weights.tokenizer import TextTooLong
 
 FACTS = [(f"Fact {n} is", f"new {n}") for n in range(5)]
 

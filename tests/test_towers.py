@@ -12,14 +12,14 @@ from flax import nnx
 
 from larimar_jax import decoders, encoders, generate, weights
 from larimar_jax.decoders.base import Prefix
-from larimar_jax.weights import folder
-from larimar_jax.weights.fill import fill
+from larimar_jax.weights.huggingface import Folder
+from larimar_jax.weights.key_table import fill
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 FAMILIES = {
     t: f for k in (decoders, encoders) for f in k.families().values() for t in f.model_types
 }
-KINDS = {path.name: folder.config(path)["model_type"] for path in sorted(GOLDEN.glob("tiny_*"))}
+KINDS = {path.name: Folder(path).config()["model_type"] for path in sorted(GOLDEN.glob("tiny_*"))}
 DECODERS = [name for name, kind in KINDS.items() if hasattr(FAMILIES[kind], "logits")]
 ENCODERS = [name for name in KINDS if name not in DECODERS]
 BOTH = [*DECODERS, *ENCODERS]
@@ -49,8 +49,8 @@ def family(name):
 
 @functools.cache
 def abstract(name, dtype="float32", remat="none"):
-    config = family(name).CONFIG.from_huggingface(folder.config(GOLDEN / name))
-    config = dataclasses.replace(config, **folder.pooling(GOLDEN / name))
+    config = family(name).CONFIG.from_huggingface(Folder(GOLDEN / name).config())
+    config = dataclasses.replace(config, **Folder(GOLDEN / name).pooling())
     return nnx.eval_shape(
         lambda: family(name)(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0))
     )
@@ -58,7 +58,7 @@ def abstract(name, dtype="float32", remat="none"):
 
 @functools.cache
 def tiny(name, dtype="float32", remat="none"):
-    source = folder.tensors(GOLDEN / name)
+    source = Folder(GOLDEN / name).tensors()
     return fill(abstract(name, dtype, remat), family(name).hf_keys, source)
 
 
@@ -330,7 +330,7 @@ def test_too_many_tokens():
 
 @pytest.mark.parametrize("name", BOTH)
 def test_sizes_survive_the_way_to_hugging_face_and_back(name):
-    sizes = family(name).CONFIG.from_huggingface(folder.config(GOLDEN / name))
+    sizes = family(name).CONFIG.from_huggingface(Folder(GOLDEN / name).config())
     said = sizes.to_huggingface()
     assert said["model_type"] == KINDS[name]
     assert family(name).CONFIG.from_huggingface(said) == sizes
@@ -339,7 +339,7 @@ def test_sizes_survive_the_way_to_hugging_face_and_back(name):
 @pytest.mark.parametrize("name", ["tiny_llama_tied", "tiny_llama_biased", "tiny_qwen2"])
 def test_rope_settings_in_their_older_form(name):
     """Before transformers 5, rope_theta stood beside rope_scaling, whose type was 'type'."""
-    said = folder.config(GOLDEN / name)
+    said = Folder(GOLDEN / name).config()
     older = {key: value for key, value in said.items() if key != "rope_parameters"}
     scaling = dict(said["rope_parameters"])
     older["rope_theta"] = scaling.pop("rope_theta")
@@ -380,7 +380,7 @@ def rope(kind, **numbers):
     ],
 )
 def test_settings_that_are_not_computed_are_errors(name, change, message):
-    said = folder.config(GOLDEN / f"tiny_{name}")
+    said = Folder(GOLDEN / f"tiny_{name}").config()
     with pytest.raises(ValueError, match=message):
         family(f"tiny_{name}").CONFIG.from_huggingface({**said, **change})
 
@@ -396,7 +396,7 @@ def test_settings_that_are_not_computed_are_errors(name, change, message):
     ],
 )
 def test_what_is_not_said_is_as_hugging_face_has_it(name, left_out, sizes):
-    said = folder.config(GOLDEN / f"tiny_{name}")
+    said = Folder(GOLDEN / f"tiny_{name}").config()
     kept = {n: v for n, v in said.items() if n not in left_out}
     made = family(f"tiny_{name}").CONFIG.from_huggingface(kept)
     assert {n: getattr(made, n) for n in sizes} == sizes

@@ -17,7 +17,7 @@ from larimar_jax.decoding import row_keys
 from larimar_jax.memory.base import Memory, Prepared
 from larimar_jax.model import Condition
 from larimar_jax.pipeline import Pipeline
-from larimar_jax.weights.tokenizers import bucket
+from larimar_jax.weights.tokenizer import bucket
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from larimar_jax.bench.editor import written
 from larimar_jax.memory.base import Prepared
 from larimar_jax.memory.streaming import Streaming
 from larimar_jax.pipeline import Encodings, Pipeline
-from larimar_jax.weights.tokenizers import bucket
+from larimar_jax.weights.tokenizer import bucket
 
 # Facts and queries are padded to a multiple of these or a power of two, so that few shapes compile.
 _FACTS, _QUERIES = 8, 32

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from larimar_jax.data.record_fields import Field
-from larimar_jax.weights import packages
+from larimar_jax.weights import packaged
 
 # Of 100 documents, these many are held out of training: enough for a stable perplexity on 10,000.
 HELD_OUT_PERCENT = 4
@@ -50,7 +50,7 @@ def wikipedia_summaries() -> Corpus:
     Raises:
         FileNotFoundError: the package is not installed; the message names the command.
     """
-    path = packages.summaries()
+    path = packaged.summaries()
 
     def read() -> Iterator[Document]:
         entries = json.loads(path.read_text(encoding="utf-8"))

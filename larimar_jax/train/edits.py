@@ -13,7 +13,7 @@ from larimar_jax import objective
 from larimar_jax.config import EditingConfig
 from larimar_jax.memory.streaming import Streaming
 from larimar_jax.model import Larimar
-from larimar_jax.weights.tokenizers import Tokenizer
+from larimar_jax.weights.tokenizer import Tokenizer
 
 # Of a text's words, the share that is the prompt: enough to tell texts apart, enough left to say.
 _PROMPT = 0.6

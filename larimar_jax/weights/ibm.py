@@ -1,12 +1,13 @@
-"""The authors' checkpoint (§9): a Lightning file with both towers, what lies between them, and M₀.
+"""The released checkpoint (§9): a Lightning file with both towers, what lies between them, and M₀.
 
-`describe` tells from names, shapes and hyperparameters which model a file holds. It returns that
-model's config here, one key table for the whole of it (see weights/fill.py), and the file as a source
+`describe` infers from names, shapes and hyperparameters which model a file holds. It returns that
+model's config, one key table for the whole of it (see weights/key_table.py), and the file as a source
 in which every tensor is one parameter.
 """
 
 import dataclasses
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,12 +15,13 @@ import numpy as np
 
 from larimar_jax import decoders, encoders
 from larimar_jax.memory.variance import SETTINGS
-from larimar_jax.weights import folder, ibm_settings
-from larimar_jax.weights.fill import Keys, Source, WeightsError, pattern
+from larimar_jax.weights.key_table import Keys, Source, WeightsError, pattern
+from larimar_jax.weights.load import DEEPEST, LARGEST
 
 _ENCODER, _DECODER, _MEMORY = "model.encoder.", "model.decoder.", "model.memory."
 _BLOCKS = _DECODER + "transformer."
 _LATENT, _VARIANCE = _ENCODER + "linear.weight", _MEMORY + "w_logvar"
+_START = _MEMORY + "ben_cohen_memory_init"
 HEAD = _DECODER + "lm_head.weight"
 
 # Shapes do not tell how large a head is; these are the sizes of every released model.
@@ -32,8 +34,8 @@ SCOPE_THRESHOLD = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
-    """What a checkpoint does not say. Head sizes are widths of one attention head, None the released
-    sizes' own; rotary, for a GPT-J, is how many numbers of a head positions rotate."""
+    """Sizes that no checkpoint states: widths of one attention head (None: the released ones), how
+    many numbers of a GPT-J head positions rotate, and the cosine where scope begins."""
 
     encoder_head: int | None = None
     decoder_head: int | None = None
@@ -43,7 +45,7 @@ class Assumptions:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """config: nested, as `config.parse` takes it. keys, source: for `fill.fill` of that config's
+    """config: nested, as `config.parse` takes it. keys, source: for `key_table.fill` of that config's
     model. left: names of what the file holds and no model here uses, layers merged to `*`."""
 
     config: dict[str, Any]
@@ -52,8 +54,10 @@ class Description:
     left: list[str]
 
 
-def describe(source: Source, hyper: Mapping[str, Any] | None, assumptions: Assumptions) -> Description:
-    """Which model the checkpoint is of.
+def describe(
+    source: Source, hyper: Mapping[str, Any] | None, assumptions: Assumptions
+) -> Description:
+    """Describe the model that the checkpoint is of.
 
     Args:
       source: its `state_dict`.
@@ -64,19 +68,20 @@ def describe(source: Source, hyper: Mapping[str, Any] | None, assumptions: Assum
         missing or have another number of axes, with every other missing and unknown name; or
         everything in which the model was trained in a way that is not computed here.
     """
-    hyper, sizes = hyper or {}, _Sizes(source)
-    family = "gptj" if any(".mlp.fc_in." in name for name in sizes.shapes) else "gpt2"
+    sizes = _Sizes(source)
+    shapes = sizes.shapes
+    family = "gptj" if any(".mlp.fc_in." in name for name in shapes) else "gpt2"
     keys = _keys(family)
     slots, latent = sizes.of(_MEMORY + "memory_mean", 2)
     encoder = _encoder(sizes, assumptions)
     decoder = _decoder(sizes, family, assumptions)
     if sizes.problems:
         raise WeightsError(
-            f"{source.path} is no whole checkpoint of the authors' (§9), or its head sizes are not "
-            "the released ones:\n  " + "\n  ".join(sizes.problems + sizes.unmatched(keys))
+            f"{source.path} is no whole checkpoint of the released code (§9), or its head sizes are "
+            "not the released ones:\n  " + "\n  ".join(sizes.problems + sizes.unmatched(keys))
         )
-    setting = _setting(sizes.shapes, slots, latent)
-    said = {
+    setting = _setting(shapes, slots, latent)
+    computed = {
         "encoder_model_type": "bert",
         "decoder_model_type": family,
         "memory_size": slots,
@@ -85,61 +90,104 @@ def describe(source: Source, hyper: Mapping[str, Any] | None, assumptions: Assum
         "direct_writing": True,  # else one Kalman update per item, a Kanerva machine
         "ordering": False,  # else a bidirectional LSTM over the episode
     }
-    odd = [
-        f"{key} is {ibm_settings.shown(hyper[key])}; {value!r} is what the tensors say or what is"
+    settings = _Hyperparameters(hyper or {})
+    problems = settings.problems
+    problems += [
+        f"{key} is {_shorten(settings.values[key])}; {value!r} is what the tensors have or what is"
         " computed here"
-        for key, value in said.items()
-        if key in hyper and hyper[key] != value
+        for key, value in computed.items()
+        if key in settings.values and settings.values[key] != value
     ]
-    if any(name.startswith(_MEMORY + "lstm_z.") for name in sizes.shapes):
-        odd.append(f"{_MEMORY}lstm_z.*: the episode is ordered by an LSTM, which is not computed here")
-    asked = ibm_settings.Asked(hyper, odd)
-    training = ibm_settings.training(asked)
-    steps = asked.count("pseudoinverse_approx_step", 15)
-    noise = asked.number("observation_noise_std", 1e-6)
-    if odd:
-        raise WeightsError(
-            f"{source.path} was trained as a model that cannot be converted:\n  " + "\n  ".join(odd)
+    if any(name.startswith(_MEMORY + "lstm_z.") for name in shapes):
+        problems.append(
+            f"{_MEMORY}lstm_z.*: the episode is ordered by an LSTM, which is not computed here"
         )
-    start = _MEMORY + "ben_cohen_memory_init"
+    number, longest = settings.number, settings.longest("episode_sizes", 16)
+    # Training, which editing does not read: §5's, with the checkpoint's changes.
     config = dict(
         name="larimar-" + family,
-        model=dict(
-            encoder=encoder,
-            decoder=decoder,
-            latent=latent,
-            slots_per_layer=1,
-            tied_slots=True,
-            lora=None,
-            dtype="float32",
-            remat="none",
-        ),
+        model=dict(encoder=encoder, decoder=decoder, latent=latent),
         memory=dict(
             variant="newton_schulz",
             slots=slots,
-            initial="identity" if hyper.get("identity", True) else "normal",
-            noise=noise,
-            initial_log_variance=0.0,
+            initial="identity" if settings.values.get("identity", True) else "normal",
+            noise=number("observation_noise_std", 1e-6),
             variance=setting,
-            query="posterior",
-            steps=steps,
-            log_start=float(source.read(start).item()) if start in sizes.shapes else -5.0,
+            steps=settings.count("pseudoinverse_approx_step", 15),
         ),
-        **training,
-        editing=dict(
-            ridge=1e-2,
-            query_noise=0.0,
-            scope_threshold=assumptions.scope_threshold,
-            key_features=None,
-            answer_code=None,
+        objective=dict(
+            reconstruction=number("rec_strength", 1.0),
+            autoencoding=number("ae_strength", 1.0),
+            kl=number("beta", 0.5),
+            kl_cycles=10 if settings.values.get("use_beta_schedule", True) else 0,
+            free_bits=number("dim_target_kl", 0.0),
+            language=number("decode_rec_strength", 1.0),
+            count_padding=True,
         ),
+        data=dict(episode=(longest,), batch=1),
+        train=dict(
+            steps=1000,
+            learning_rate=number("learning_rate", 5e-5),
+            weight_decay=number("weight_decay", 0.0),
+            decay="linear",
+        ),
+        editing=dict(scope_threshold=assumptions.scope_threshold),
     )
-    view = View(source, _parts(sizes.shapes, slots, latent, setting))
-    return Description(config, keys, view, _left(sizes.shapes, keys, latent))
+    if problems:
+        raise WeightsError(
+            f"{source.path} was trained as a model that cannot be converted:\n  "
+            + "\n  ".join(problems)
+        )
+    config["memory"]["log_start"] = float(source.read(_START).item()) if _START in shapes else -5.0
+    view = View(source, _parts(shapes, slots, latent, setting))
+    return Description(config, keys, view, _left(shapes, keys, latent))
+
+
+class _Hyperparameters:
+    """The checkpoint's hyperparameters; `problems` are those of another type than belongs there."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        self.values, self.problems = values, []
+
+    def number(self, name: str, default: float) -> float:
+        """Return a number of at least 0."""
+        return float(self._checked(name, default, int | float, 0))
+
+    def count(self, name: str, default: int) -> int:
+        """Return a whole number of at least 1."""
+        return int(self._checked(name, default, int, 1))
+
+    def longest(self, name: str, default: int) -> int:
+        """Return the largest of several sizes, `default` for a single value, as old runs have it."""
+        sizes = self.values.get(name, ())
+        if not isinstance(sizes, list | tuple) or not sizes:
+            return default
+        if all(type(size) is int and 0 < size < LARGEST for size in sizes):
+            return max(sizes)
+        self.problems.append(f"{name} is {_shorten(sizes)}; sizes above 0 belong there")
+        return default
+
+    def _checked(self, name: str, default: int | float, kind: Any, least: int) -> int | float:
+        value = self.values.get(name, default)
+        number = isinstance(value, kind) and not isinstance(value, bool)
+        if number and least <= value < LARGEST:
+            return value
+        self.problems.append(
+            f"{name} is {_shorten(value)}; a number of at least {least} belongs there"
+        )
+        return default
+
+
+def _shorten(value: Any) -> str:
+    """Return a short text of what may be nested without end."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # a number of more digits than Python prints
+        return f"a {type(value).__name__}"
 
 
 class View:
-    """A `fill.Source` over another one, where some tensors are taken apart.
+    """A `key_table.Source` over another source, with tensors taken apart.
 
     parts: {the part's name: (the tensor's name, the part's shape, how it is taken)}. A tensor that
     has parts does not appear by itself.
@@ -153,27 +201,27 @@ class View:
         self.path, self._source, self._parts = source.path, source, parts
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Every tensor's shape, from the header alone."""
+        """Return every tensor's shape, from the header alone."""
         apart = {name for name, _, _ in self._parts.values()}
         whole = {n: shape for n, shape in self._source.shapes().items() if n not in apart}
         return whole | {name: shape for name, (_, shape, _) in self._parts.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor."""
-        if name not in self._parts:
-            return self._source.read(name)
-        origin, _, take = self._parts[name]
+        """Return one tensor."""
+        origin, _, take = self._parts.get(name, (name, (), lambda array: array))
         return take(self._source.read(origin))
 
 
 class _Sizes:
-    """Sizes out of shapes; what cannot be read is collected and counts as 0."""
+    """Sizes out of shapes; what cannot be read is collected in `problems` and counts as 0."""
 
     def __init__(self, source: Source):
         self.shapes, self.problems = source.shapes(), []
-        self._layers: dict[str, list[int]] = {}
+        self.depths = {_ENCODER: self._depth(_ENCODER + "encoder.layer.")}
+        self.depths[_BLOCKS] = self._depth(_BLOCKS + "h.")
 
     def of(self, name: str, axes: int) -> tuple[int, ...]:
+        """Return a tensor's shape."""
         shape = self.shapes.get(name)
         if shape is not None and len(shape) == axes:
             return tuple(shape)
@@ -182,25 +230,20 @@ class _Sizes:
         )
         return (0,) * axes
 
-    def depth(self, prefix: str) -> int:
-        """The number of layers, by the names `prefix` + number + '.'; all have to be there."""
-        return len(self.layers(prefix))
+    def _depth(self, prefix: str) -> list[int]:
+        """Return the layers' numbers; a problem where one is missing, or no model has so many."""
+        layer = re.compile(re.escape(prefix) + r"([0-9]{1,9})\.")
+        numbers = sorted({int(m[1]) for name in self.shapes if (m := layer.match(name))})
+        if numbers and (numbers[-1] >= len(numbers) or len(numbers) >= DEEPEST):
+            self.problems.append(
+                f"layers: {prefix}{numbers[-1]} is the last of {len(numbers)} that are there; from 0"
+                f" on all belong there, and fewer than {DEEPEST}"
+            )
+        return numbers or [0]
 
-    def layers(self, prefix: str) -> list[int]:
-        """The layers' numbers; a problem where one is missing in between, or no model has so many."""
-        if prefix not in self._layers:
-            layer = re.compile(re.escape(prefix) + r"([0-9]{1,9})\.")
-            found = sorted({int(m[1]) for name in self.shapes if (m := layer.match(name))})
-            if found and (found[-1] >= len(found) or len(found) >= folder.DEEPEST):
-                self.problems.append(
-                    f"layers: {prefix}{found[-1]} is the last of {len(found)} that are there; from 0"
-                    f" on all belong there, and fewer than {folder.DEEPEST}"
-                )
-            self._layers[prefix] = found or [0]
-        return self._layers[prefix]
-
-    def heads(self, width: int, given: int | None, family: str, option: str) -> int:
-        size = HEAD_SIZES[family] if given is None else given
+    def heads(self, width: int, size: int | None, family: str, option: str) -> int:
+        """Return the number of heads in a width."""
+        size = HEAD_SIZES[family] if size is None else size
         if size < 1 or width % size:
             self.problems.append(
                 f"a width of {width} is not a multiple of heads of {size}; set {option}"
@@ -209,43 +252,37 @@ class _Sizes:
         return max(1, width // size)
 
     def unmatched(self, keys: Keys) -> list[str]:
-        """Names that no row knows, and rows that no name fills, beyond those in `problems`."""
-        layers = {
-            _ENCODER: self.layers(_ENCODER + "encoder.layer."),
-            _BLOCKS: self.layers(_BLOCKS + "h."),
-        }
-        table = [(pattern(template), template) for template, _, _ in keys]
+        """Return names that no row knows, and rows that no name fills, beyond those in `problems`."""
         # σ_W has a name for each setting; View's stand in the table.
         known = (_VARIANCE, _VARIANCE + ".weight")
-        found, filled = [], set()
+        table = [(pattern(template), template) for template, _, _ in keys]
+        lines, filled = [], set()
         for name in self.shapes:
             hits = [(m, template) for p, template in table if (m := p.fullmatch(name))]
             filled |= {(template, int(m.groupdict().get("layer") or 0)) for m, template in hits}
             if name not in known and not hits:
-                found.append(f"unused: {name}")
-        found += [] if any(n in known for n in self.shapes) else [f"missing: {_VARIANCE}"]
-        said = {*self.problems, *found}
+                lines.append(f"unused: {name}")
+        if not any(name in known for name in self.shapes):
+            lines.append(f"missing: {_VARIANCE}")
         for template, target, _ in keys:
             if target is None or _VARIANCE in template:
                 continue
             name = re.sub(r"\(([^|)]*).*?\)", r"\1", template)
-            numbers = layers[_ENCODER if template.startswith(_ENCODER) else _BLOCKS]
-            for layer in numbers if "{layer}" in template else (0,):
-                line = "missing: " + name.replace("{layer}", str(layer))
-                if (template, layer) not in filled and line not in said:
-                    said.add(line)
-                    found.append(line)
-        return found
+            layers = self.depths[_ENCODER if template.startswith(_ENCODER) else _BLOCKS]
+            for layer in layers if "{layer}" in template else (0,):
+                if (template, layer) not in filled:
+                    lines.append("missing: " + name.replace("{layer}", str(layer)))
+        return [line for line in dict.fromkeys(lines) if line not in self.problems]
 
 
 def _keys(family: str) -> Keys:
-    """The towers' own tables, and the rows for what is neither tower.
+    """Return the towers' own tables, and the rows for what is neither tower.
 
     What a family's file may have before a name, these files have before all of a decoder's names
     and none of an encoder's.
     """
 
-    def beside(source: str, target: str, keys: Keys, before: str, after: str):
+    def prefixed(source: str, target: str, keys: Keys, before: str, after: str):
         rows = [(source + name.replace(before, after), to, how) for name, to, how in keys]
         # With the paper's pooling and a head as the family has it, nothing is there only at times.
         return [
@@ -255,8 +292,8 @@ def _keys(family: str) -> Keys:
 
     encoder, decoder = encoders.family("bert").hf_keys, decoders.family(family).hf_keys
     return (
-        *beside(_ENCODER, "encoder.", encoder, "[bert.]", ""),
-        *beside(_DECODER, "decoder.", decoder, "[transformer.]", "transformer."),
+        *prefixed(_ENCODER, "encoder.", encoder, "[bert.]", ""),
+        *prefixed(_DECODER, "decoder.", decoder, "[transformer.]", "transformer."),
         (_LATENT, "to_latent.kernel", "transpose"),
         (_BLOCKS + "linear.weight", "to_slots.kernel", "transpose"),
         (_BLOCKS + "linear_emb.weight", "to_embedding.kernel", "transpose"),
@@ -275,7 +312,7 @@ def _encoder(sizes: _Sizes, assumptions: Assumptions) -> dict[str, Any]:
         family="bert",
         vocab_size=words,
         width=width,
-        depth=sizes.depth(_ENCODER + "encoder.layer."),
+        depth=len(sizes.depths[_ENCODER]),
         heads=sizes.heads(width, assumptions.encoder_head, "bert", "--encoder-head-size"),
         mlp=sizes.of(_ENCODER + "encoder.layer.0.intermediate.dense.weight", 2)[0],
         max_length=sizes.of(_ENCODER + "embeddings.position_embeddings.weight", 2)[0],
@@ -288,32 +325,31 @@ def _encoder(sizes: _Sizes, assumptions: Assumptions) -> dict[str, Any]:
 
 def _decoder(sizes: _Sizes, family: str, assumptions: Assumptions) -> dict[str, Any]:
     words, width = sizes.of(_BLOCKS + "wte.weight", 2)
-    found = dict(
+    config = dict(
         family=family,
         vocab_size=words,
         width=width,
-        depth=sizes.depth(_BLOCKS + "h."),
+        depth=len(sizes.depths[_BLOCKS]),
         heads=sizes.heads(width, assumptions.decoder_head, family, "--decoder-head-size"),
         norm_eps=1e-5,
     )
     if family == "gpt2":
-        found["mlp"] = sizes.of(_BLOCKS + "h.0.mlp.c_fc.weight", 2)[1]
-        found["max_length"] = sizes.of(_BLOCKS + "wpe.weight", 2)[0]
-    else:
-        found["mlp"] = sizes.of(_BLOCKS + "h.0.mlp.fc_in.weight", 2)[0]
-        found["rotary"] = assumptions.rotary
-        head = width // found["heads"]
-        if width and (assumptions.rotary % 2 or not 0 < assumptions.rotary <= head):
-            sizes.problems.append(
-                f"{assumptions.rotary} rotated numbers of a head of {head}; set --rotary, even"
-            )
-        # Rotary positions leave no table: the causal mask, where it was saved, says how many.
-        found["max_length"] = sizes.shapes.get(_BLOCKS + "h.0.attn.bias", (2048,))[-1]
-    return found
+        config["mlp"] = sizes.of(_BLOCKS + "h.0.mlp.c_fc.weight", 2)[1]
+        config["max_length"] = sizes.of(_BLOCKS + "wpe.weight", 2)[0]
+        return config
+    config |= dict(mlp=sizes.of(_BLOCKS + "h.0.mlp.fc_in.weight", 2)[0], rotary=assumptions.rotary)
+    head = width // config["heads"]
+    if width and (assumptions.rotary % 2 or not 0 < assumptions.rotary <= head):
+        sizes.problems.append(
+            f"{assumptions.rotary} rotated numbers of a head of {head}; set --rotary, even"
+        )
+    # Rotary positions leave no table: the causal mask, where it was saved, tells how many.
+    config["max_length"] = sizes.shapes.get(_BLOCKS + "h.0.attn.bias", (2048,))[-1]
+    return config
 
 
 def _setting(shapes: Mapping[str, tuple[int, ...]], slots: int, latent: int) -> str:
-    """The parametrisation of σ_W; one that fits none is left to `fill`, which says what misfits."""
+    """Return σ_W's parametrisation; one that fits none is left to `fill`, which names what misfits."""
     vector = shapes.get(_VARIANCE)
     if vector is not None:
         return "slot" if tuple(vector) == (slots,) and slots > 1 else "scalar"
@@ -321,32 +357,31 @@ def _setting(shapes: Mapping[str, tuple[int, ...]], slots: int, latent: int) -> 
     return inputs.get(shapes.get(_VARIANCE + ".weight", (0, 0))[-1], "scalar")
 
 
-def _parts(shapes: Mapping[str, tuple[int, ...]], slots: int, latent: int, setting: str) -> dict:
-    """What `View` takes apart; a tensor of an unexpected shape stays whole, for `fill` to name."""
+def _parts(
+    shapes: Mapping[str, tuple[int, ...]], slots: int, latent: int, setting: str
+) -> dict[str, Any]:
+    """Return `View`'s parts; a tensor of an unexpected shape stays whole, for `fill` to name."""
     parts: dict[str, Any] = {}
     if (shape := shapes.get(_LATENT)) is not None and shape[0] == 2 * latent:
         parts[_LATENT] = (_LATENT, (latent, *shape[1:]), lambda a: a[:latent])
     if setting == "scalar" and shapes.get(_VARIANCE) == (1,):
         parts[_VARIANCE] = (_VARIANCE, (), lambda a: a.reshape(()))
     weight = _VARIANCE + ".weight"
-    if len(shapes.get(weight, ())) == 2 and setting != "scalar":
-        rows = shapes[weight][0]
-        if setting in ("query", "both"):
-            parts[weight + "/query"] = (weight, (rows, latent), lambda a: a[:, :latent])
-        if setting in ("memory", "both"):
-            # Inputs are vec(M) by rows, behind z where that is an input too.
-            parts[weight + "/memory"] = (
-                weight,
-                (slots, latent, rows),
-                lambda a: a[:, -slots * latent :].T.reshape(slots, latent, rows),
-            )
+    if len(shapes.get(weight, ())) == 2 and setting in ("query", "both"):
+        shape = (shapes[weight][0], latent)
+        parts[weight + "/query"] = (weight, shape, lambda a: a[:, :latent])
+    if len(shapes.get(weight, ())) == 2 and setting in ("memory", "both"):
+        # Inputs are vec(M) by rows, behind z where that is an input too.
+        shape = (slots, latent, shapes[weight][0])
+        take = lambda a: a[:, -slots * latent :].T.reshape(shape)  # noqa: E731
+        parts[weight + "/memory"] = (weight, shape, take)
     return parts
 
 
 def _left(shapes: Mapping[str, tuple[int, ...]], keys: Keys, latent: int) -> list[str]:
     unused = [pattern(template) for template, target, _ in keys if target is None]
     names = {re.sub(r"\.\d+\.", ".*.", n) for n in shapes if any(p.fullmatch(n) for p in unused)}
-    # What is read in another way is not left.
-    names -= {HEAD, _MEMORY + "ben_cohen_memory_init"}
     half = f"{_LATENT}, rows {latent} to {2 * latent - 1} (the latent's log-variance)"
-    return sorted(names) + ([half] if shapes.get(_LATENT, (0,))[0] == 2 * latent else [])
+    # The head and the start of Newton–Schulz are read in another way.
+    halves = [half] if shapes.get(_LATENT, (0,))[0] == 2 * latent else []
+    return sorted(names - {HEAD, _START}) + halves

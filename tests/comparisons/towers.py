@@ -14,7 +14,7 @@ from larimar_jax import lora
 from larimar_jax import model as models
 from larimar_jax.config import Config
 from larimar_jax.model import Larimar
-from larimar_jax.weights import fill
+from larimar_jax.weights import key_table
 
 # torch is no dependency of the project: it is imported where it is used, and its types have no name.
 Tensor: TypeAlias = Any
@@ -75,7 +75,7 @@ def from_ours(tower: Any) -> Any:
     prefix = _prefix(family)
     state = {
         name.removeprefix(prefix): torch.from_numpy(np.array(tensor))
-        for name, tensor in fill.to_source(tower, family.hf_keys)
+        for name, tensor in key_table.to_source(tower, family.hf_keys)
     }
     mismatch = module.load_state_dict(state, strict=False)
     # A tied head is not in ours, nor are tables of constants.
@@ -116,7 +116,7 @@ def _prefix(family: type) -> str:
 def _paths(module: Any, family: type, tower: str) -> Parameters:
     """Return a module's parameters by the paths of ours, each path's layers in order."""
     table = [
-        (fill.pattern(template), target.removesuffix("?").replace(".", "/"))
+        (key_table.pattern(template), target.removesuffix("?").replace(".", "/"))
         for template, target, _ in family.hf_keys
         if target is not None
     ]

@@ -31,12 +31,13 @@ import numpy as np
 import safetensors.numpy
 
 HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))  # for test_gguf, whatever this runs from
 CORPUS, GOLDEN = HERE / "corpus", HERE.parent / "golden"
 SECONDS, MEGABYTES = 5, 1000
 BATCH = 200
 # Where a pickle that runs would leave its trace.
 MARKER = pathlib.Path(tempfile.gettempdir()) / "larimar-fuzz-marker"
-KINDS = ("bin", "ckpt", "config.json", "gguf", "index.json", "legacy", "safetensors")
+KINDS = ("bin", "ckpt", "config.json", "gguf", "index.json", "safetensors")
 KINDS += ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 
 
@@ -47,24 +48,27 @@ def load(kind: str, path: pathlib.Path) -> None:
       WeightsError, FileNotFoundError, TextTooLong: what may be wrong with a file.
     """
     from larimar_jax import decoders, encoders, weights
-    from larimar_jax.weights.shards import Shards
-    from larimar_jax.weights.torch_files import TorchFile
+    from larimar_jax.weights import gguf, huggingface, safetensors_files, torch_checkpoint
+    from larimar_jax.weights.load import describe
 
-    if kind in ("safetensors", "gguf", "bin", "ckpt", "legacy", "index.json"):
-        readers = {"safetensors": weights.safetensors.Safetensors, "gguf": weights.gguf.Gguf}
-        if kind == "index.json":
-            for name in ("a", "b"):
-                content = safetensors.numpy.save({name: np.ones(3, np.float32)})
-                (path.parent / f"{name}.safetensors").write_bytes(content)
-            source = Shards(path, weights.safetensors.Safetensors)
-        else:
-            source = readers.get(kind, TorchFile)(path)
+    readers = {
+        "safetensors": safetensors_files.Safetensors,
+        "gguf": gguf.Gguf,
+        "bin": torch_checkpoint.TorchCheckpoint,
+        "ckpt": torch_checkpoint.TorchCheckpoint,
+        "index.json": lambda index: safetensors_files.Shards(index, safetensors_files.Safetensors),
+    }
+    if kind in readers:
+        for name in ("a", "b") if kind == "index.json" else ():
+            content = safetensors.numpy.save({name: np.ones(3, np.float32)})
+            (path.parent / f"{name}.safetensors").write_bytes(content)
+        source = readers[kind](path)
         for name, shape in source.shapes().items():
             if source.read(name).shape != shape:
                 raise AssertionError(f"{name} is not of the shape that the header says")
         if kind == "gguf":
             source.config()
-            weights.Tokenizer.from_gguf(path).encode(["a text"], 32)
+            source.tokenizer().encode(["a text"], 32)
         if kind == "ckpt":
             source.hyper_parameters  # noqa: B018
         return
@@ -72,68 +76,52 @@ def load(kind: str, path: pathlib.Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(seeds()["safetensors"])
-    for other in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        if not (kind == "vocab.txt" and other.startswith("tokenizer")):
-            (folder / other).write_bytes(seeds()[other])
+    if kind == "vocab.txt":
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    for other in (
+        () if kind == "vocab.txt" else ("config.json", "tokenizer.json", "tokenizer_config.json")
+    ):
+        (folder / other).write_bytes(seeds()[other])
     (folder / kind).write_bytes(path.read_bytes())
-    if kind == "config.json":
-        for family in (decoders, encoders):
-            try:
-                weights.describe(folder, family)
-            except weights.WeightsError:
-                if family is encoders:
-                    raise
-    else:
-        weights.folder.tokenizer(folder).encode(["a text", "né 東京"], 64)
+    if kind != "config.json":
+        huggingface.Folder(folder).tokenizer().encode(["a text", "né 東京"], 64)
+        return
+    for family in (decoders, encoders):
+        try:
+            describe(huggingface.Folder(folder), family)
+        except weights.WeightsError:
+            if family is encoders:
+                raise
 
 
 @functools.cache
 def seeds() -> dict[str, bytes]:
     """A small valid file of each kind."""
     import gguf
+    import test_gguf
 
     from larimar_jax.weights import Tokenizer
 
     tensors = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float16)}
-    made = Tokenizer.train(["a few words to learn from"], 280)
+    tokenizer = Tokenizer.train(["a few words to learn from"], 280)
+    rows, kind = np.ones((8, 32), np.float32), gguf.GGMLQuantizationType.Q4_1
     with tempfile.TemporaryDirectory() as folder:
+        matrices = {"token_embd.weight": rows, "blk.0.attn_q.weight": rows}
+        matrices["blk.0.ffn_up.weight"] = (gguf.quantize(rows, kind), kind)
+        sizes = test_gguf.SIZES | dict(block_count=2, embedding_length=32, attention__head_count=4)
         path = pathlib.Path(folder) / "x.gguf"
-        writer = gguf.GGUFWriter(path, "llama")
-        writer.add_block_count(2)
-        writer.add_context_length(64)
-        writer.add_embedding_length(32)
-        writer.add_feed_forward_length(64)
-        writer.add_head_count(4)
-        writer.add_layer_norm_rms_eps(1e-5)
-        vocabulary = made.backend.get_vocab()
-        tokens = sorted(vocabulary, key=vocabulary.get)
-        merges = json.loads(made.backend.to_str())["model"]["merges"]
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("smollm")
-        writer.add_token_list(tokens)
-        writer.add_token_types([3] * 3 + [1] * (len(tokens) - 3))
-        writer.add_token_merges([" ".join(merge) for merge in merges])
-        rows = np.ones((8, 32), np.float32)
-        writer.add_tensor("token_embd.weight", rows)
-        writer.add_tensor("blk.0.attn_q.weight", rows)
-        kind = gguf.GGMLQuantizationType.Q4_1
-        writer.add_tensor("blk.0.ffn_up.weight", gguf.quantize(rows, kind), raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        gguf_bytes = path.read_bytes()
+        gguf_bytes = test_gguf.write(path, matrices, tokenizer=tokenizer, **sizes).read_bytes()
     index = {"metadata": {}, "weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}
-    named = {"bos_token": "<BOS>", "eos_token": {"content": "<EOS>"}, "pad_token": "<PAD>"}
+    named = {"bos_token": "<BOS>", "pad_token": "<PAD>"}
+    named["eos_token"] = {"__type": "AddedToken", "content": "<EOS>"}
     return {
         "bin": (GOLDEN / "torch" / "plain.bin").read_bytes(),
         "ckpt": (GOLDEN / "torch" / "lightning.ckpt").read_bytes(),
         "config.json": (GOLDEN / "tiny_qwen2_window" / "config.json").read_bytes(),
         "gguf": gguf_bytes,
         "index.json": json.dumps(index).encode(),
-        "legacy": (GOLDEN / "torch" / "legacy.bin").read_bytes(),
         "safetensors": safetensors.numpy.save(tensors),
-        "tokenizer.json": made.backend.to_str().encode(),
+        "tokenizer.json": tokenizer.backend.to_str().encode(),
         "tokenizer_config.json": json.dumps(named).encode(),
         "vocab.txt": (GOLDEN / "tokenizers" / "cased" / "vocab.txt").read_bytes(),
     }
@@ -145,8 +133,6 @@ def mutate(kind: str, rng: random.Random) -> bytes:
     for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
         if kind in ("bin", "ckpt") and rng.random() < 0.7:
             data = _inside_zip(data, rng)
-        elif kind == "legacy" and rng.random() < 0.4:
-            data = _pickle(data, rng)
         elif kind.endswith("json") and rng.random() < 0.7:
             data = _json(data, rng)
         else:
@@ -282,6 +268,8 @@ def _inside_zip(data: bytes, rng: random.Random) -> bytes:
 
 def check(kind: str, data: bytes, folder: pathlib.Path) -> str | None:
     """What is wrong with how a file is read, or None."""
+    from transformers import AutoTokenizer  # noqa: F401 - what is imported once should not count
+
     from larimar_jax.weights import TextTooLong, WeightsError
 
     path = folder / f"x.{kind}"

@@ -114,11 +114,12 @@ def main() -> None:
     for name, options in BERT_OPTIONS.items():
         theirs = transformers.BertTokenizerFast(vocab=str(OUT / "cased" / "vocab.txt"), **options)
         ids = [theirs(text)["input_ids"] for text in EDGES]
-        edges[name] = {"said": options, "ids": ids}
+        edges[name] = {"settings": options, "ids": ids}
     vocabulary, merges = byte_level_vocabulary()
     folder = OUT / "gpt2"
     folder.mkdir(exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
     pairs = [tuple(merge.split(" ")) for merge in merges]
     theirs = transformers.GPT2TokenizerFast(vocab=vocabulary, merges=pairs)

@@ -34,7 +34,6 @@ def main() -> None:
     ordered = collections.OrderedDict(made)
     ordered._metadata = {"": {"version": 1}}  # as state_dict() has it
     torch.save(ordered, OUT / "plain.bin")
-    torch.save(ordered, OUT / "legacy.bin", _use_new_zipfile_serialization=False)
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.Adam([parameter])
     parameter.sum().backward()

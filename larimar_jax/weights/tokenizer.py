@@ -15,14 +15,14 @@ import tokenizers as hf
 from jaxtyping import Bool, Int
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from larimar_jax.weights import tokenizer_files
-from larimar_jax.weights.fill import WeightsError
-from larimar_jax.weights.gguf import open_gguf
+from larimar_jax.weights.key_table import WeightsError
 
 # Names that families give to their special tokens, in order of preference.
-_BOS = ("<BOS>", "<s>", "<|begin_of_text|>", "[CLS]", "<|endoftext|>")
-_EOS = ("<EOS>", "</s>", "<|end_of_text|>", "[SEP]", "<|endoftext|>")
-_PAD = ("<PAD>", "[PAD]", "<pad>", "<|im_end|>")
+_USUAL = {
+    "bos": ("<BOS>", "<s>", "<|begin_of_text|>", "[CLS]", "<|endoftext|>"),
+    "eos": ("<EOS>", "</s>", "<|end_of_text|>", "[SEP]", "<|endoftext|>"),
+    "pad": ("<PAD>", "[PAD]", "<pad>", "<|im_end|>"),
+}
 
 
 class TextTooLong(ValueError):
@@ -37,7 +37,7 @@ class TokenBatch(NamedTuple):
 
 
 def bucket(length: int, multiple: int = 8) -> int:
-    """The smallest positive multiple that holds `length`: few shapes mean few compilations."""
+    """Return the smallest positive multiple that holds `length`: few shapes, few compilations."""
     return max(1, -(-length // multiple)) * multiple
 
 
@@ -45,8 +45,8 @@ def bucket(length: int, multiple: int = 8) -> int:
 class Tokenizer:
     """A tokenizer with the ids that a tower needs.
 
-    bos, eos, pad: ids. prefix and suffix: what `encode` puts around each text, such as [CLS] and
-    [SEP]; empty for a decoder, whose framing depends on the use.
+    bos, eos, pad: ids. prefix and suffix: the ids that `encode` puts around each text, such as [CLS]
+    and [SEP]; empty for a decoder, whose framing depends on the use.
     """
 
     backend: hf.Tokenizer
@@ -57,85 +57,53 @@ class Tokenizer:
     suffix: tuple[int, ...] = ()
 
     def __post_init__(self):
-        # A file may say to pad and to cut, as MiniLM's does at 128; here the caller decides.
+        # A file may pad and cut, as MiniLM's does at 128; here the caller decides.
         self.backend.no_padding()
         self.backend.no_truncation()
 
     @classmethod
-    def from_file(
-        cls,
-        path: str | pathlib.Path,
-        *,
-        bos: str | None = None,
-        eos: str | None = None,
-        pad: str | None = None,
-    ) -> "Tokenizer":
-        """A Hugging Face tokenizer.json. Token names not given are found among the usual ones.
+    def from_file(cls, path: str | pathlib.Path, **specials: str | None) -> "Tokenizer":
+        """Read a Hugging Face tokenizer.json; `specials` as in `from_backend`.
 
         Raises:
           FileNotFoundError: no such file.
           WeightsError: a file that is no tokenizer, or a special token that it does not have.
         """
-        path = pathlib.Path(path)
-        if not path.is_file():
+        if not pathlib.Path(path).is_file():
             raise FileNotFoundError(f"there is no tokenizer file at {path}")
-        with _library(f"{path} cannot be read as a tokenizer"):
-            backend = hf.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        return cls.framing(backend, str(path), bos=bos, eos=eos, pad=pad)
+        text = pathlib.Path(path).read_bytes()
+        with library_errors(path):
+            backend = hf.Tokenizer.from_buffer(text)
+        return cls.from_backend(backend, path, **specials)
 
     @classmethod
-    def framing(
-        cls,
-        backend: hf.Tokenizer,
-        path: str,
-        *,
-        bos: str | None = None,
-        eos: str | None = None,
-        pad: str | None = None,
+    def from_backend(
+        cls, backend: hf.Tokenizer, path: object, **specials: str | None
     ) -> "Tokenizer":
-        """A backend with what its post-processor puts around a text as prefix and suffix.
+        """Wrap a backend; what its post-processor puts around a text is prefix and suffix.
+
+        Args:
+          specials: names of the tokens `bos`, `eos` and `pad`; None takes a usual name.
 
         Raises:
           WeightsError: a special token that it does not have.
         """
         backend.no_truncation()
         backend.no_padding()
-        # Seen on one text; it differs between files.
-        with _library(f"the tokenizer of {path} cannot encode a letter"):
+        with library_errors(path):
             framed = backend.encode("a").ids
             plain = backend.encode("a", add_special_tokens=False).ids
         places = (i for i in range(len(framed) + 1) if framed[i : i + len(plain)] == plain)
         begin = next(places, 0)
-        return cls(
-            backend,
-            *_specials(backend, path, bos, eos, pad),
-            prefix=tuple(framed[:begin]),
-            suffix=tuple(framed[begin + len(plain) :]),
-        )
-
-    @classmethod
-    def from_gguf(
-        cls,
-        path: str | pathlib.Path,
-        *,
-        bos: str | None = None,
-        eos: str | None = None,
-        pad: str | None = None,
-    ) -> "Tokenizer":
-        """The tokenizer inside a GGUF file; its post-processing adds nothing.
-
-        The file's own bos and eos are not taken: an instruct model names its chat turns there.
-
-        Raises:
-          FileNotFoundError: no such file.
-          WeightsError: a damaged file, or a tokenizer of another kind.
-        """
-        backend = tokenizer_files.from_gguf(open_gguf(str(path)).metadata, str(path))
-        return cls(backend, *_specials(backend, str(path), bos, eos, pad))
+        ids = {role: _special(backend, path, role, specials.get(role)) for role in _USUAL}
+        # Where no token is meant for padding, it is eos: the mask tells.
+        ids["pad"] = ids["eos"] if ids["pad"] is None else ids["pad"]
+        around = {"prefix": framed[:begin], "suffix": framed[begin + len(plain) :]}
+        return cls(backend, **ids, **{name: tuple(tokens) for name, tokens in around.items()})
 
     @classmethod
     def train(cls, texts: Iterable[str], vocabulary: int) -> "Tokenizer":
-        """A byte-level BPE of at most `vocabulary` tokens, `<PAD>`, `<BOS>` and `<EOS>` included.
+        """Train a byte-level BPE of at most `vocabulary` tokens, with `<PAD>`, `<BOS>` and `<EOS>`.
 
         For towers that bring no tokenizer. The same texts give the same tokenizer.
 
@@ -156,14 +124,14 @@ class Tokenizer:
             show_progress=False,
         )
         backend.train_from_iterator(texts, trainer)
-        return cls(backend, *_specials(backend, "the trained tokenizer", None, None, None))
+        return cls.from_backend(backend, "the trained tokenizer")
 
     def framed(self) -> "Tokenizer":
-        """The same tokenizer, whose `encode` puts bos and eos around each text."""
+        """Return the same tokenizer with an `encode` that puts bos and eos around each text."""
         return dataclasses.replace(self, prefix=(self.bos,), suffix=(self.eos,))
 
     def with_specials(self, names: Sequence[str]) -> "Tokenizer":
-        """The same tokenizer with pad, bos and eos of these names, appended where missing (§2).
+        """Return the same tokenizer with pad, bos and eos of these names, appended if missing (§2).
 
         Args:
           names: of pad, bos and eos, in this order, which is that of their new ids.
@@ -174,7 +142,7 @@ class Tokenizer:
         return dataclasses.replace(self, backend=backend, bos=bos, eos=eos, pad=pad)
 
     def following(self, text: str) -> list[int]:
-        """The tokens of a text that follows another one after a blank."""
+        """Return the tokens of a text that follows another text after a blank."""
         # SentencePiece's tokenizers put that blank there by themselves.
         return self.ids(text) if self._puts_a_blank else self.ids(" " + text)
 
@@ -183,7 +151,7 @@ class Tokenizer:
         return self.backend.encode("a", add_special_tokens=False).tokens[:1] in (["▁a"], ["▁"])
 
     def ids(self, text: str) -> list[int]:
-        """The text's own tokens, nothing around them."""
+        """Return the text's own tokens, without prefix and suffix."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode(
@@ -194,7 +162,7 @@ class Tokenizer:
         truncate: bool = False,
         multiple: int = 8,
     ) -> TokenBatch:
-        """Texts as a tower takes them: prefix, tokens, suffix, padding on the right.
+        """Encode texts as a tower takes them: prefix, tokens, suffix, padding on the right.
 
         Args:
           texts: N texts.
@@ -208,10 +176,8 @@ class Tokenizer:
         if isinstance(texts, str):
             raise TypeError("encode takes a list of texts, not one text")
         around = len(self.prefix) + len(self.suffix)
-        bodies = [
-            encoding.ids
-            for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        ]
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        bodies = [encoding.ids for encoding in encodings]
         if length is None:
             length = bucket(max(map(len, bodies), default=0) + around, multiple)
         if bodies and around > length:
@@ -233,56 +199,45 @@ class Tokenizer:
         return TokenBatch(ids, mask)
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
-        """The text of some tokens; special ones leave nothing.
+        """Return the text of tokens; special tokens leave nothing.
 
-        What is no UTF-8 becomes U+FFFD, and nothing beside it changes: as bytes are added, the text
-        only grows behind an unfinished character.
+        Bytes that are no UTF-8 become U+FFFD, and nothing beside them changes: as bytes are added,
+        the text only grows behind an unfinished character.
         """
         ids = [int(i) for i in ids]
         if self._bytes:
-            ids = self._mended(ids)
+            # The library makes U+FFFD of all bytes in a row where the last are unfinished: characters
+            # that were there already, and the line's end that a stop waits for, would be lost.
+            runs = itertools.groupby(ids, self._bytes.__contains__)
+            ids = [i for is_byte, run in runs for i in (self._mended(run) if is_byte else run)]
         return self.backend.decode(ids, skip_special_tokens=True)
 
     @functools.cached_property
-    def _bytes(self) -> tuple[int, ...]:
-        """The ids of the 256 bytes that SentencePiece spells unknown characters with, or none."""
-        ids = tuple(self.backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
-        evidence = None not in ids and self.backend.decode([ids[b] for b in "é".encode()]) == "é"
-        return ids if evidence else ()
+    def _bytes(self) -> dict[int, int]:
+        """The byte of each id that SentencePiece spells unknown characters with, or nothing."""
+        ids = [self.backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        spelled = None not in ids and self.backend.decode([ids[b] for b in "é".encode()]) == "é"
+        return {token: byte for byte, token in enumerate(ids)} if spelled else {}
 
-    @functools.cached_property
-    def _byte_of(self) -> dict[int, int]:
-        return {token: byte for byte, token in enumerate(self._bytes)}
-
-    def _mended(self, ids: list[int]) -> list[int]:
-        """The same text in ids that spell U+FFFD themselves.
-
-        The library makes U+FFFD of all bytes in a row where the last are unfinished: characters
-        that were there already, and the line's end that a stop waits for, would be lost.
-        """
-        mended = []
-        for is_byte, run in itertools.groupby(ids, self._byte_of.__contains__):
-            if is_byte:
-                text = bytes(self._byte_of[i] for i in run).decode("utf-8", "replace")
-                run = (self._bytes[byte] for byte in text.encode())
-            mended += run
-        return mended
+    def _mended(self, run: Iterable[int]) -> Iterable[int]:
+        """Return ids of the same bytes, with U+FFFD spelled out."""
+        text = bytes(self._bytes[i] for i in run).decode("utf-8", "replace")
+        return (self.backend.token_to_id(f"<0x{byte:02X}>") for byte in text.encode())
 
     @functools.cached_property
     def vocab_size(self) -> int:
         """1 + the largest id, special tokens included: the rows that a table needs."""
-        ids = self.backend.get_vocab(with_added_tokens=True).values()
-        return 1 + max(ids, default=-1)
+        return 1 + max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def to_json(self) -> str:
-        """All of it as text, for a checkpoint."""
+        """Return all of it as text, for a checkpoint."""
         names = ("bos", "eos", "pad", "prefix", "suffix")
         fields = {name: getattr(self, name) for name in names}
         return json.dumps({**fields, "backend": self.backend.to_str()})
 
     @classmethod
     def from_json(cls, text: str) -> "Tokenizer":
-        """What `to_json` wrote."""
+        """Return what `to_json` wrote."""
         fields = json.loads(text)
         backend = hf.Tokenizer.from_str(fields.pop("backend"))
         around = {name: tuple(fields.pop(name)) for name in ("prefix", "suffix")}
@@ -295,33 +250,24 @@ class Tokenizer:
 
 
 @contextlib.contextmanager
-def _library(what: str) -> Iterator[None]:
-    """What the library raises for a bad file, as a WeightsError that begins with `what`."""
+def library_errors(path: object) -> Iterator[None]:
+    """Turn what the library raises for a bad file into a WeightsError about `path`."""
     try:
         yield
+    except WeightsError:
+        raise
     except BaseException as error:
         # It raises bare Exception; and its panics are not even that.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise WeightsError(f"{what} ({error}); it is damaged or of another format") from error
-
-
-def _specials(
-    backend: hf.Tokenizer, path: str, bos: str | None, eos: str | None, pad: str | None
-) -> tuple[int, int, int]:
-    """Ids of bos, eos and pad; where nothing is meant for padding, eos is (the mask tells)."""
-
-    def find(role: str, given: str | None, usual: Sequence[str]) -> int | None:
-        for name in usual if given is None else (given,):
-            if (found := backend.token_to_id(name)) is not None:
-                return found
-        if given is None and role == "pad":
-            return None
         raise WeightsError(
-            f"{path} has no {role} token {given or 'among ' + ', '.join(usual)}; name the token"
-            f" with {role}=…"
-        )
+            f"{path} cannot be read as a tokenizer ({error}); it is damaged or of another format"
+        ) from error
 
-    first, last = find("bos", bos, _BOS), find("eos", eos, _EOS)
-    padding = find("pad", pad, _PAD)
-    return first, last, last if padding is None else padding
+
+def _special(backend: hf.Tokenizer, path: object, role: str, name: str | None) -> int | None:
+    names = _USUAL[role] if name is None else (name,)
+    ids = [i for i in map(backend.token_to_id, names) if i is not None]
+    if ids or (name is None and role == "pad"):
+        return ids[0] if ids else None
+    raise WeightsError(f"{path} has no {role} token {name or 'among ' + ', '.join(names)}")

@@ -9,7 +9,8 @@ import released
 from flax import nnx
 
 from larimar_jax import convert, pipeline, weights
-from larimar_jax.weights import folder, publish
+from larimar_jax.weights import export
+from larimar_jax.weights.huggingface import Folder
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +56,13 @@ def test_so_do_a_sentence_encoder_and_a_trained_vocabulary(monkeypatch, tmp_path
 def test_large_models_are_cut_into_parts(tmp_path):
     arrays = {f"t{i}": np.full((4, 5), i, np.float32) for i in range(5)}
     arrays["large"] = np.zeros(100, np.float32)
-    publish.tensors(tmp_path, iter(arrays.items()), limit=200)
+    export.write_tensors(tmp_path, iter(arrays.items()), limit=200)
     parts = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert parts == [f"model-{i:05}-of-00004.safetensors" for i in (1, 2, 3, 4)]
     assert not list(tmp_path.glob("*.part"))
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(a.nbytes for a in arrays.values())
-    source = folder.tensors(tmp_path)
+    source = Folder(tmp_path).tensors()
     assert source.shapes().keys() == arrays.keys()
     for name, array in arrays.items():
         np.testing.assert_array_equal(source.read(name), array)
@@ -69,7 +70,7 @@ def test_large_models_are_cut_into_parts(tmp_path):
 
 def test_a_failing_export_leaves_nothing(monkeypatch, tmp_path, tiny):
     monkeypatch.setattr(pipeline, "load", lambda source: tiny)
-    monkeypatch.setattr(publish, "decoder", lambda *_: 1 / 0)
+    monkeypatch.setattr(export, "write_decoder", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         convert.to_huggingface("tiny", tmp_path / "towers")
     assert list(tmp_path.iterdir()) == []

