@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from larimar_jax import pipeline, weights
+from larimar_jax import pipeline
 from larimar_jax.config import ConfigError
 from larimar_jax.session import Session
 from larimar_jax.weights import load, model_file
@@ -20,16 +20,18 @@ def smol():
 
 def test_each_tokenizer_is_read_once(monkeypatch):
     paths, read = [], load._tokenizer
-    monkeypatch.setattr(load, "_tokenizer", lambda c, family: paths.append(c.path) or read(c, family))
+    monkeypatch.setattr(
+        load, "_tokenizer", lambda c, family: paths.append(c.path) or read(c, family)
+    )
     pipeline.load("smol")
     assert len(paths) == len(set(paths)) == 2
 
 
-def test_loading_a_model_imports_neither_the_trainer_nor_optax():
+def test_loading_a_packaged_model_imports_no_trainer_no_optax_and_no_transformers():
     code = (
         "import sys, flax.nnx; before = set(sys.modules)\n"  # which imports optax
         "import larimar_jax; larimar_jax.load('smol')\n"
-        "roots = ('larimar_jax.train', 'optax', 'orbax', 'grain')\n"
+        "roots = ('larimar_jax.train', 'optax', 'orbax', 'grain', 'transformers', 'torch', 'datasets')\n"
         "print(*[name for name in set(sys.modules) - before if name.startswith(roots)])"
     )
     command = [sys.executable, "-c", code]
