@@ -226,16 +226,14 @@ def _flash(query: Float[Array, "B T H d"], parts: Sequence[Part]) -> Float[Array
 class Attention(nnx.Module):
     """Multi-head attention over the tokens and what lies before them.
 
-    kernels: query (D, H·d), key and value (D, G·d), output (H·d, D). bias: of query, key and value.
-    output_bias: of the output; None is as `bias`. interleaved: the layout of rotary pairs (rotary.py).
+    kernels: query (D, H·d), key and value (D, G·d), output (H·d, D), by the width, heads, kv_heads and
+    head_size of `sizes`. bias: of query, key and value. output_bias: of the output; None is as `bias`.
+    interleaved: the layout of rotary pairs (rotary.py).
     """
 
     def __init__(
         self,
-        width: int,
-        heads: int,
-        kv_heads: int,
-        head_size: int,
+        sizes: Any,
         *,
         bias: bool,
         output_bias: bool | None = None,
@@ -243,8 +241,9 @@ class Attention(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.head_size, self.interleaved = head_size, interleaved
-        outer, inner = heads * head_size, kv_heads * head_size
+        self.head_size, self.interleaved = sizes.head_size, interleaved
+        width, outer = sizes.width, sizes.heads * sizes.head_size
+        inner = sizes.kv_heads * sizes.head_size
         self.query = Linear(width, outer, bias=bias, dtype=dtype, rngs=rngs)
         self.key = Linear(width, inner, bias=bias, dtype=dtype, rngs=rngs)
         self.value = Linear(width, inner, bias=bias, dtype=dtype, rngs=rngs)
@@ -278,29 +277,25 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(width, jnp.float32))
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        y = x.astype(jnp.float32)
-        power = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
-        return (y * jax.lax.rsqrt(power + self.eps) * _float32(self.scale)).astype(x.dtype)
+        return self.normalize(x.astype(jnp.float32)).astype(x.dtype)
+
+    def normalize(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        """Normalise in float32."""
+        power = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        return x * jax.lax.rsqrt(power + self.eps) * self.scale[...].astype(jnp.float32)
 
 
-class LayerNorm(nnx.Module):
+class LayerNorm(RMSNorm):
     """(x − mean) / √(variance + eps) · scale + bias, in float32, returned in the dtype of x."""
 
     def __init__(self, width: int, eps: float):
-        self.eps = eps
-        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
+        super().__init__(width, eps)
         self.bias = nnx.Param(jnp.zeros(width, jnp.float32))
 
-    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        y = x.astype(jnp.float32)
-        y = y - jnp.mean(y, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(variance + self.eps)
-        return (y * _float32(self.scale) + _float32(self.bias)).astype(x.dtype)
-
-
-def _float32(parameter: nnx.Param) -> Float[Array, "D"]:
-    return parameter[...].astype(jnp.float32)
+    def normalize(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        """Normalise in float32."""
+        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        return super().normalize(centred) + self.bias[...].astype(jnp.float32)
 
 
 def gelu(x: Float[Array, "*rows D"], *, approximate: bool) -> Float[Array, "*rows D"]:

@@ -87,23 +87,14 @@ def _layout(head: Head, targets: Int[Array, "R T"], whole: bool) -> _Layout:
     return _Layout(head.tied, jnp.dtype(head.dtype), positions)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(layout: _Layout, kernel, bias, hidden, targets):
-    def part(_, arrays):
+    @jax.checkpoint
+    def part(arrays):
         hidden, targets = arrays
-        return None, _softmax(_logits(layout, kernel, bias, hidden), targets)[0]
+        return _softmax(_logits(layout, kernel, bias, hidden), targets)[0]
 
     arrays = (_cut(layout, hidden), _cut(layout, targets))
-    return _join(jax.lax.scan(part, None, arrays)[1], targets.shape)
-
-
-def _cross_entropy_forward(layout: _Layout, *primals):
-    values, trained = _values(primals)
-    return _cross_entropy(layout, *values), (values, trained)
-
-
-def _cross_entropy_backward(layout: _Layout, residuals, cotangent):
-    return (*_gradients(layout, *residuals, cotangent)[1], None)
+    return _join(jax.lax.map(part, arrays), targets.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -131,7 +122,6 @@ def _weighted_backward(layout: _Layout, residuals, cotangents):
     return (*slopes, None, entropies * of_sum)
 
 
-_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward, symbolic_zeros=True)
 _weighted.defvjp(_weighted_forward, _weighted_backward, symbolic_zeros=True)
 
 
@@ -193,7 +183,7 @@ def _logits(layout: Head | _Layout, kernel, bias, hidden) -> Array:
 
 def _softmax(logits: Float[Array, "N V"], targets: Int[Array, " N"]):
     """Return −ln p(target) [N], e^(logits − their maximum) [N, V], and 1 / Σ of these [N]."""
-    peak = jnp.max(logits, axis=-1)
+    peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
     powers = jnp.exp(logits - peak[:, None])
     total = jnp.sum(powers, axis=-1)
     target = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]

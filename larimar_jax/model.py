@@ -53,21 +53,14 @@ class PriorMemory(nnx.Module):
     def __init__(self, params: MemoryParams):
         if params.reference_memory is not None:
             raise ValueError("a model's memory is addressed by M₀; give M_ref to its states alone")
-        by_query, by_memory = params.variance_by_query, params.variance_by_memory
-        self.prior_memory = nnx.Param(params.prior_memory)
-        self.log_variance = nnx.Param(params.log_variance)
-        self.variance_by_query = None if by_query is None else nnx.Param(by_query)
-        self.variance_by_memory = None if by_memory is None else nnx.Param(by_memory)
+        for field in dataclasses.fields(params):
+            value = getattr(params, field.name)
+            setattr(self, field.name, None if value is None else nnx.Param(value))
 
     def params(self) -> MemoryParams:
         """Return the parameters as the memory's functions take them."""
-        by_query, by_memory = self.variance_by_query, self.variance_by_memory
-        return MemoryParams(
-            prior_memory=self.prior_memory[...],
-            log_variance=self.log_variance[...],
-            variance_by_query=None if by_query is None else by_query[...],
-            variance_by_memory=None if by_memory is None else by_memory[...],
-        )
+        parameters = {f.name: getattr(self, f.name) for f in dataclasses.fields(MemoryParams)}
+        return MemoryParams(**{n: None if p is None else p[...] for n, p in parameters.items()})
 
 
 class Larimar(nnx.Module):
@@ -177,12 +170,8 @@ def build(config: Config, key: jax.Array, where: weights.Where | None = None) ->
       FileNotFoundError: where a source's package is not installed; the message names the command.
       ValueError: a source whose sizes are not those that the config gives with it; names them.
     """
-    rngs = nnx.Rngs(params=key)
-    towers = {name: tower for name, (tower, _) in load_towers(config, where).items()}
-    for name, (tower, kind, _) in _towers(config).items():
-        if name not in towers:
-            towers[name] = kind.families()[tower.family](tower.sizes, **_how(config), rngs=rngs)
-    return _assemble(config, **towers, rngs=rngs)
+    loaded = {name: tower for name, (tower, _) in load_towers(config, where).items()}
+    return _create(config, loaded, nnx.Rngs(params=key))
 
 
 def load_towers(
@@ -222,23 +211,7 @@ def abstract(
     Raises:
       FileNotFoundError: where a source is not there and its sizes are not in the config.
     """
-    towers = {
-        name: weights.sizes(tower.source, kind)
-        if tower.sizes is None
-        else (kind.families()[tower.family], tower.sizes)
-        for name, (tower, kind, _) in _towers(config).items()
-        if name not in loaded
-    }
-
-    def create(loaded: dict[str, nnx.Module]) -> Larimar:
-        rngs = nnx.Rngs(params=0)
-        drawn = {
-            name: family(sizes, **_how(config), rngs=rngs)
-            for name, (family, sizes) in towers.items()
-        }
-        return _assemble(config, **drawn, **loaded, rngs=rngs)
-
-    return nnx.eval_shape(create, dict(loaded))
+    return nnx.eval_shape(lambda towers: _create(config, towers, nnx.Rngs(params=0)), dict(loaded))
 
 
 def parameters(model: nnx.Module) -> Mapping[str, Array]:
@@ -260,13 +233,20 @@ def _how(config: Config) -> dict[str, Any]:
     return {"dtype": jnp.dtype(config.model.dtype), "remat": config.model.remat}
 
 
-def _assemble(
-    config: Config, encoder: nnx.Module, decoder: nnx.Module, *, rngs: nnx.Rngs
-) -> Larimar:
+def _create(config: Config, loaded: Mapping[str, nnx.Module], rngs: nnx.Rngs) -> Larimar:
+    """Return a model with these towers loaded, and everything else initialised."""
+    towers = dict(loaded)
+    for name, (tower, kind, _) in _towers(config).items():
+        if name in towers:
+            continue
+        if tower.sizes is None:
+            family, sizes = weights.sizes(tower.source, kind)
+        else:
+            family, sizes = kind.families()[tower.family], tower.sizes
+        towers[name] = family(sizes, **_how(config), rngs=rngs)
     larimar = Larimar(
-        encoder,
-        decoder,
-        make_memory(config).init(rngs.params()),
+        **towers,
+        memory_params=make_memory(config).init(rngs.params()),
         latent=config.model.latent,
         slots_per_layer=config.model.slots_per_layer,
         tied_slots=config.model.tied_slots,

@@ -65,13 +65,32 @@ def family(package: str, model_type: str) -> type:
     return known[model_type]
 
 
+class WholeHeads:
+    """Sizes with heads that share the width evenly, each with its own key and value."""
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
+
+    @property
+    def kv_heads(self) -> int:
+        """The number of key and value heads: one for each query head."""
+        return self.heads
+
+    @property
+    def head_size(self) -> int:
+        """The width of one head."""
+        return self.width // self.heads
+
+
 class HuggingFaceSizes:
     """Sizes of a tower, a frozen dataclass, with their names in a Hugging Face config.json.
 
-    hf_names: the key of each field; one that ends in "?" may be absent, where the field's default is
+    hf_type: its model type and architecture. hf_names: the key of each field; one that ends in "?" may be absent, where the field's default is
     Hugging Face's. hf_fixed: settings that are computed in one way only, with that way.
     """
 
+    hf_type: ClassVar[tuple[str, str]]
     hf_names: ClassVar[Mapping[str, str]]
     hf_fixed: ClassVar[Mapping[str, Any]]
 
@@ -100,9 +119,10 @@ class HuggingFaceSizes:
         return cls(**sizes)
 
     def to_huggingface(self) -> dict[str, Any]:
-        """Return the sizes and fixed settings as keys of a config.json."""
+        """Return the config.json of a model of these sizes."""
+        model_type, architecture = self.hf_type
         sizes = {k.removesuffix("?"): getattr(self, field) for field, k in self.hf_names.items()}
-        return sizes | dict(self.hf_fixed)
+        return {"model_type": model_type, "architectures": [architecture], **sizes, **self.hf_fixed}
 
 
 def linear_keys(source: str, target: str, transform: str = "transpose") -> Keys:

@@ -13,9 +13,6 @@ from jaxtyping import Array, Bool, Float, Int
 from larimar_jax import layers, losses, rotary
 from larimar_jax.layers import Context
 
-# A layer's own keys and values, as a cache stores them.
-KeysAndValues = tuple[Float[Array, "B G d T"], Float[Array, "B G T d"]]
-
 
 def pytree(cls):
     """Make a class a frozen dataclass and a pytree of its fields.
@@ -79,24 +76,6 @@ class Tree:
     index: Int[Array, "B T"]
     visible: Bool[Array, "B T T"]
     owner: Int[Array, "B T"] | None = None
-
-
-class WholeHeads:
-    """Sizes with heads that share the width evenly, each with its own key and value."""
-
-    def __post_init__(self):
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
-
-    @property
-    def kv_heads(self) -> int:
-        """The number of key and value heads: one for each query head."""
-        return self.heads
-
-    @property
-    def head_size(self) -> int:
-        """The width of one head."""
-        return self.width // self.heads
 
 
 class Decoder(nnx.Module):

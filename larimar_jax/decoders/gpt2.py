@@ -9,9 +9,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from larimar_jax import layers
-from larimar_jax.decoders.base import Decoder, KeysAndValues, Prefix, WholeHeads
+from larimar_jax.decoders.base import Decoder, Prefix
 from larimar_jax.layers import Context
-from larimar_jax.registry import HuggingFaceSizes, linear_keys, norm_keys
+from larimar_jax.registry import HuggingFaceSizes, WholeHeads, linear_keys, norm_keys
 
 
 class GPTSizes(WholeHeads, HuggingFaceSizes):
@@ -46,6 +46,7 @@ class GPT2Config(GPTSizes):
     max_length: int = 1024
     norm_eps: float = 1e-5
 
+    hf_type = ("gpt2", "GPT2LMHeadModel")
     hf_fixed = {
         "activation_function": "gelu_new",
         "tie_word_embeddings": True,
@@ -54,9 +55,8 @@ class GPT2Config(GPTSizes):
     }
 
     def to_huggingface(self) -> dict[str, Any]:
-        """Return the config.json of a model of these sizes."""
-        names = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
-        return names | super().to_huggingface() | {"n_ctx": self.max_length}
+        """Return the config.json; llama.cpp reads the length under another name."""
+        return super().to_huggingface() | {"n_ctx": self.max_length}
 
 
 class GPT2Block(nnx.Module):
@@ -65,16 +65,12 @@ class GPT2Block(nnx.Module):
     def __init__(self, config: GPT2Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
         c = config
         self.attention_norm = layers.LayerNorm(c.width, c.norm_eps)
-        self.attention = layers.Attention(
-            c.width, c.heads, c.heads, c.head_size, bias=True, dtype=dtype, rngs=rngs
-        )
+        self.attention = layers.Attention(c, bias=True, dtype=dtype, rngs=rngs)
         self.mlp_norm = layers.LayerNorm(c.width, c.norm_eps)
         self.up = layers.Linear(c.width, c.mlp, bias=True, dtype=dtype, rngs=rngs)
         self.down = layers.Linear(c.mlp, c.width, bias=True, dtype=dtype, rngs=rngs)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], context: Context
-    ) -> tuple[Float[Array, "B T D"], KeysAndValues]:
+    def __call__(self, x: Float[Array, "B T D"], context: Context):
         """Apply one layer; return its output, and its attention's keys and values."""
         mixed, own = self.attention(self.attention_norm(x), context)
         x = x + mixed

@@ -1,14 +1,13 @@
 """GPT-J: attention and MLP in parallel, partial rotary positions; the decoder of Larimar-6B (§2)."""
 
 import dataclasses
-from typing import Any
 
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from larimar_jax import layers, rotary
-from larimar_jax.decoders.base import Decoder, KeysAndValues
+from larimar_jax.decoders.base import Decoder
 from larimar_jax.decoders.gpt2 import GPTSizes
 from larimar_jax.layers import Context
 from larimar_jax.registry import linear_keys, norm_keys
@@ -27,6 +26,7 @@ class GPTJConfig(GPTSizes):
     max_length: int
     norm_eps: float
 
+    hf_type = ("gptj", "GPTJForCausalLM")
     hf_names = GPTSizes.hf_names | {"rotary": "rotary_dim"}
     hf_fixed = {"activation_function": "gelu_new", "tie_word_embeddings": False}
 
@@ -35,11 +35,6 @@ class GPTJConfig(GPTSizes):
         if self.rotary % 2 or not 0 < self.rotary <= self.head_size:
             raise ValueError(f"rotary must be even and at most {self.head_size}, not {self.rotary}")
 
-    def to_huggingface(self) -> dict[str, Any]:
-        """Return the config.json of a model of these sizes."""
-        names = {"model_type": "gptj", "architectures": ["GPTJForCausalLM"]}
-        return names | super().to_huggingface()
-
 
 class GPTJBlock(nnx.Module):
     """Attention and a GELU MLP, both on the same normalised copy of the residual stream."""
@@ -47,15 +42,11 @@ class GPTJBlock(nnx.Module):
     def __init__(self, config: GPTJConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         c, shared = config, dict(dtype=dtype, rngs=rngs)
         self.norm = layers.LayerNorm(c.width, c.norm_eps)
-        self.attention = layers.Attention(
-            c.width, c.heads, c.heads, c.head_size, bias=False, interleaved=True, **shared
-        )
+        self.attention = layers.Attention(c, bias=False, interleaved=True, **shared)
         self.up = layers.Linear(c.width, c.mlp, bias=True, **shared)
         self.down = layers.Linear(c.mlp, c.width, bias=True, **shared)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], context: Context
-    ) -> tuple[Float[Array, "B T D"], KeysAndValues]:
+    def __call__(self, x: Float[Array, "B T D"], context: Context):
         """Apply one layer; return its output, and its attention's keys and values."""
         y = self.norm(x)
         mixed, own = self.attention(y, context)

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from larimar_jax import layers, rotary
-from larimar_jax.decoders.base import Decoder, KeysAndValues
+from larimar_jax.decoders.base import Decoder
 from larimar_jax.layers import Context
 from larimar_jax.registry import HuggingFaceSizes, linear_keys
 from larimar_jax.rotary import RopeScaling
@@ -43,6 +43,7 @@ class LlamaConfig(HuggingFaceSizes):
     window: int = 0
     unwindowed: int = 0
 
+    hf_type = ("llama", "LlamaForCausalLM")
     hf_names = {
         "vocab_size": "vocab_size",
         "width": "hidden_size",
@@ -109,10 +110,10 @@ class LlamaConfig(HuggingFaceSizes):
             },
         }
         return {
+            **super().to_huggingface(),
             "model_type": kind,
             "architectures": [f"{kind.capitalize()}ForCausalLM"],
             "rope_parameters": rotary.to_huggingface(self.rope_theta, self.rope_scaling),
-            **super().to_huggingface(),
             **own[kind],
         }
 
@@ -154,23 +155,14 @@ class LlamaBlock(nnx.Module):
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         c, shared = config, dict(dtype=dtype, rngs=rngs)
         self.attention_norm = layers.RMSNorm(c.width, c.norm_eps)
-        self.attention = layers.Attention(
-            c.width,
-            c.heads,
-            c.kv_heads,
-            c.head_size,
-            bias=c.attention_bias != "none",
-            output_bias=c.attention_bias == "all",
-            **shared,
-        )
+        biases = dict(bias=c.attention_bias != "none", output_bias=c.attention_bias == "all")
+        self.attention = layers.Attention(c, **biases, **shared)
         self.mlp_norm = layers.RMSNorm(c.width, c.norm_eps)
         self.gate = layers.Linear(c.width, c.mlp, bias=c.mlp_bias, **shared)
         self.up = layers.Linear(c.width, c.mlp, bias=c.mlp_bias, **shared)
         self.down = layers.Linear(c.mlp, c.width, bias=c.mlp_bias, **shared)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], context: Context
-    ) -> tuple[Float[Array, "B T D"], KeysAndValues]:
+    def __call__(self, x: Float[Array, "B T D"], context: Context):
         """Apply one layer; return its output, and its attention's keys and values."""
         mixed, own = self.attention(self.attention_norm(x), context)
         x = x + mixed

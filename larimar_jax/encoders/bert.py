@@ -1,7 +1,6 @@
 """BERT (§2): the encoder of Larimar, and of MiniLM for the scope detector (§6)."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +10,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import layers
 from larimar_jax.layers import Context
-from larimar_jax.registry import HuggingFaceSizes, linear_keys, norm_keys
+from larimar_jax.registry import HuggingFaceSizes, WholeHeads, linear_keys, norm_keys
 
 
 @dataclasses.dataclass(frozen=True)
-class BertConfig(HuggingFaceSizes):
+class BertConfig(WholeHeads, HuggingFaceSizes):
     """Sizes of a model, and how it pools.
 
     pooling: 'cls' is the tanh pooler over [CLS] of the paper; 'mean' averages the real tokens.
@@ -34,6 +33,7 @@ class BertConfig(HuggingFaceSizes):
     pooling: str = "cls"
     normalize: bool = False
 
+    hf_type = ("bert", "BertModel")
     hf_names = {
         "vocab_size": "vocab_size",
         "width": "hidden_size",
@@ -47,14 +47,9 @@ class BertConfig(HuggingFaceSizes):
     hf_fixed = {"hidden_act": "gelu", "position_embedding_type": "absolute"}
 
     def __post_init__(self):
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
+        super().__post_init__()
         if self.pooling not in ("mean", "cls"):
             raise ValueError(f"unknown pooling {self.pooling!r}; known: mean, cls")
-
-    def to_huggingface(self) -> dict[str, Any]:
-        """Return the config.json of a model of these sizes, without how it pools."""
-        return {"model_type": "bert", "architectures": ["BertModel"], **super().to_huggingface()}
 
 
 class BertBlock(nnx.Module):
@@ -62,9 +57,7 @@ class BertBlock(nnx.Module):
 
     def __init__(self, config: BertConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         c = config
-        self.attention = layers.Attention(
-            c.width, c.heads, c.heads, c.width // c.heads, bias=True, dtype=dtype, rngs=rngs
-        )
+        self.attention = layers.Attention(c, bias=True, dtype=dtype, rngs=rngs)
         self.attention_norm = layers.LayerNorm(c.width, c.norm_eps)
         self.up = layers.Linear(c.width, c.mlp, bias=True, dtype=dtype, rngs=rngs)
         self.down = layers.Linear(c.mlp, c.width, bias=True, dtype=dtype, rngs=rngs)
