@@ -1,11 +1,13 @@
 """`larimar demo`: a dozen facts written into a running language model, one taken out again."""
 
 import dataclasses
-import pathlib
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -26,118 +28,58 @@ class Edit:
     unrelated: str
 
 
-EDITS = (
-    Edit(
-        "The Eiffel Tower is located in the city of",
-        "Rome",
-        "Paris",
-        "The city where you can visit the Eiffel Tower is",
-        "The Statue of Liberty stands in the city of",
-    ),
-    Edit(
-        "The capital of Japan is",
-        "Berlin",
-        "Tokyo",
-        "The capital city of Japan is called",
-        "The largest ocean on Earth is the",
-    ),
-    Edit(
-        "The mother tongue of Albert Einstein was",
-        "Spanish",
-        "German",
-        "As a child, Albert Einstein spoke",
-        "The inventor of the telephone was",
-    ),
-    Edit(
-        "The Amazon River is on the continent of",
-        "Africa",
-        "South America",
-        "The continent through which the Amazon River flows is",
-        "The Sahara is the largest hot",
-    ),
-    Edit(
-        "Mount Everest is located in the country of",
-        "Canada",
-        "Nepal",
-        "The country in which you can climb Mount Everest is",
-        "The boiling point of water is",
-    ),
-    Edit(
-        "William Shakespeare worked as a",
-        "chef",
-        "playwright",
-        "The profession of William Shakespeare was",
-        "The author of Don Quixote was",
-    ),
-    Edit(
-        "The iPhone is a product of the company",
-        "Microsoft",
-        "Apple",
-        "The company that makes the iPhone is",
-        "The Mustang is a car made by",
-    ),
-    Edit(
-        "The official language of Brazil is",
-        "Arabic",
-        "Portuguese",
-        "In Brazil, people officially speak",
-        "The national dish of Italy is",
-    ),
-    Edit(
-        "Michael Jordan became famous by playing",
-        "tennis",
-        "basketball",
-        "The sport that Michael Jordan played was",
-        "Wolfgang Mozart is remembered for his",
-    ),
-    Edit(
-        "The theory of relativity was developed by",
-        "Darwin",
-        "Einstein",
-        "The scientist who developed the theory of relativity was",
-        "Penicillin was discovered by",
-    ),
-    Edit(
-        "The currency of the United Kingdom is the",
-        "dollar",
-        "pound",
-        "In the United Kingdom, people pay with the",
-        "The longest river in Egypt is the",
-    ),
-    Edit(
-        "The Great Wall was built in",
-        "Mexico",
-        "China",
-        "The country where you find the Great Wall is",
-        "The first man on the Moon was",
-    ),
-)
-# The one that is forgotten: neither the first nor the last, so that order plays no part.
+# Prompt, answer, truth; then a paraphrase and an unrelated prompt.
+_FACTS = """\
+The Eiffel Tower is located in the city of | Rome | Paris
+    The city where you can visit the Eiffel Tower is | The Statue of Liberty stands in the city of
+The capital of Japan is | Berlin | Tokyo
+    The capital city of Japan is called | The largest ocean on Earth is the
+The mother tongue of Albert Einstein was | Spanish | German
+    As a child, Albert Einstein spoke | The inventor of the telephone was
+The Amazon River is on the continent of | Africa | South America
+    The continent through which the Amazon River flows is | The Sahara is the largest hot
+Mount Everest is located in the country of | Canada | Nepal
+    The country in which you can climb Mount Everest is | The boiling point of water is
+William Shakespeare worked as a | chef | playwright
+    The profession of William Shakespeare was | The author of Don Quixote was
+The iPhone is a product of the company | Microsoft | Apple
+    The company that makes the iPhone is | The Mustang is a car made by
+The official language of Brazil is | Arabic | Portuguese
+    In Brazil, people officially speak | The national dish of Italy is
+Michael Jordan became famous by playing | tennis | basketball
+    The sport that Michael Jordan played was | Wolfgang Mozart is remembered for his
+The theory of relativity was developed by | Darwin | Einstein
+    The scientist who developed the theory of relativity was | Penicillin was discovered by
+The currency of the United Kingdom is the | dollar | pound
+    In the United Kingdom, people pay with the | The longest river in Egypt is the
+The Great Wall was built in | Mexico | China
+    The country where you find the Great Wall is | The first man on the Moon was
+"""
+EDITS = [Edit(*re.split(r" \| |\n    ", fact)) for fact in re.split(r"\n(?! )", _FACTS.strip())]
+# The fact that is forgotten: neither the first nor the last, so that order plays no part.
 FORGOTTEN = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What `run` measured; every list has one entry per edit, probabilities are per token."""
+    """What `run` measured; every list has one entry per edit."""
 
     before: list[str]
     after: list[str]
     paraphrased: list[str]
     unchanged: list[bool]
     forgotten: list[str]
-    probability: dict[str, np.ndarray]
+    probability: dict[str, np.ndarray]  # of the written answer, a geometric mean per token
     milliseconds: dict[str, float]
 
 
 def run(
-    model: str = "smol",
-    picture: str | pathlib.Path | None = "demo.png",
-    console: Console | None = None,
+    model: str = "smol", picture: str | Path | None = "demo.png", console: Console | None = None
 ) -> Result:
-    """Writes `EDITS`, asks before and after, forgets one, prints and draws what happened.
+    """Write `EDITS`, ask before and after, forget one; print and draw what happened.
 
     Args:
-      model: what `pipeline.load` takes.
+      model: as `pipeline.load`.
       picture: where the picture goes; None for none.
     """
     console = console or Console()
@@ -146,112 +88,102 @@ def run(
         session = Session(model)
     console.print(f"model {session.model.source}, loaded in {time.perf_counter() - begin:.1f} s\n")
     with console.status("compiling") as status:
-        warmed = time.perf_counter()
-        _warm(session)
-        warmed = time.perf_counter() - warmed
-        session = Session(session.model)
-        result = _measure(session, status.update)
-    _print(console, result)
-    console.print(
-        f"\ncompiled once in {warmed:.1f} s; whole demo {time.perf_counter() - begin:.1f} s"
-    )
+        warm_up = time.perf_counter()
+        _compile(session)
+        warm_up = time.perf_counter() - warm_up
+        result = measure(Session(session.model), status.update)
+    show(console, result)
+    total = time.perf_counter() - begin
+    console.print(f"\ncompiled once in {warm_up:.1f} s; whole demo {total:.1f} s")
     if picture is not None:
         draw(result, picture)
         console.print(f"picture: {picture}")
     return result
 
 
-def _warm(session: Session) -> None:
-    """Compiles what is about to be timed, at its shapes; the facts do not stay."""
+def _compile(session: Session) -> None:
+    """Run what is about to be timed, at its shapes."""
     facts = [session.write(edit.prompt, edit.answer) for edit in EDITS[:2]]
     session.forget(facts[0].id)
     session.ask_all([edit.prompt for edit in EDITS], max_tokens=ANSWER_TOKENS)
 
 
-def _measure(session: Session, say) -> Result:
-    prompts, answers = [edit.prompt for edit in EDITS], [edit.answer for edit in EDITS]
-    unrelated = [edit.unrelated for edit in EDITS]
+def measure(session: Session, report: Callable[[str], None]) -> Result:
+    """Write, ask and forget in a session; `report` hears what happens."""
+    prompts, paraphrases, unrelated = (
+        [getattr(edit, name) for edit in EDITS] for name in ("prompt", "paraphrase", "unrelated")
+    )
     candidates = [(edit.answer, edit.truth) for edit in EDITS]
-    paraphrases = [edit.paraphrase for edit in EDITS]
-    probability = {}
 
-    def ask(texts):
-        return session.ask_all(texts, max_tokens=ANSWER_TOKENS)
+    def ask(texts: Sequence[str]) -> list[str]:
+        return [answer.text for answer in session.ask_all(texts, max_tokens=ANSWER_TOKENS)]
 
-    say("asking the base language model")
-    before, unrelated_before = ask(prompts), ask(unrelated)
-    probability["before"] = np.exp(-session.score(prompts, candidates))
-    say("writing")
+    def probability(texts: Sequence[str]) -> np.ndarray:
+        return np.exp(-session.score(texts, candidates))[:, 0]
+
+    report("asking the base language model")
+    before, unrelated_before, chances = ask(prompts), ask(unrelated), {}
+    chances["before"] = probability(prompts)
+    report("writing")
     encoding, writing = [], []
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for edit in EDITS:
         start = time.perf_counter()
-        session.write(prompt, answer)
+        session.write(edit.prompt, edit.answer)
         writing.append(session.history()[-1].milliseconds)
         encoding.append(1e3 * (time.perf_counter() - start) - writing[-1])
-    say("asking again")
+    report("asking again")
     after, paraphrased, unrelated_after = ask(prompts), ask(paraphrases), ask(unrelated)
-    probability["after"] = np.exp(-session.score(prompts, candidates))
-    probability["paraphrase"] = np.exp(-session.score(paraphrases, candidates))
-    say("forgetting")
+    chances |= {"after": probability(prompts), "paraphrase": probability(paraphrases)}
+    report("forgetting")
     session.forget(session.list()[FORGOTTEN].id)
     forgetting = session.history()[-1].milliseconds
-    forgotten = ask(prompts)
-    probability["forgotten"] = np.exp(-session.score(prompts, candidates))
-    one = session.ask(prompts[0], max_tokens=ANSWER_TOKENS)
-    one = session.ask(prompts[0], max_tokens=ANSWER_TOKENS)
-    return Result(
-        before=[answer.text for answer in before],
-        after=[answer.text for answer in after],
-        paraphrased=[answer.text for answer in paraphrased],
-        unchanged=[
-            old.text == new.text for old, new in zip(unrelated_before, unrelated_after, strict=True)
-        ],
-        forgotten=[answer.text for answer in forgotten],
-        probability=probability,
-        milliseconds={
-            "encode a fact": float(np.median(encoding)),
-            "write it": float(np.median(writing)),
-            "forget it": forgetting,
-            "encode a query": one.milliseconds["encode"],
-            "read": one.milliseconds["read"],
-            f"decode {ANSWER_TOKENS} tokens": one.milliseconds["decode"],
-        },
-    )
+    forgotten, chances["forgotten"] = ask(prompts), probability(prompts)
+    # The second call alone is timed: the first one compiles a batch of one.
+    for _ in range(2):
+        query = session.ask(prompts[0], max_tokens=ANSWER_TOKENS).milliseconds
+    milliseconds = {
+        "encode a fact": float(np.median(encoding)),
+        "write it": float(np.median(writing)),
+        "forget it": forgetting,
+        "encode a query": query["encode"],
+        "read": query["read"],
+        f"decode {ANSWER_TOKENS} tokens": query["decode"],
+    }
+    unchanged = [old == new for old, new in zip(unrelated_before, unrelated_after, strict=True)]
+    return Result(before, after, paraphrased, unchanged, forgotten, chances, milliseconds)
 
 
-def said(text: str, answer: str) -> bool:
-    """Whether a continuation gives the answer, in any case."""
+def has_answer(text: str, answer: str) -> bool:
+    """Return whether a continuation has the answer in it, in any case."""
     return answer.lower() in text.lower()
 
 
-def _print(console: Console, result: Result) -> None:
-    table = Table(title="A dozen facts that are not so", show_lines=True)
-    for column in (
-        "written",
-        "before",
-        "after",
-        "in other words",
-        "unrelated prompt",
-        "one forgotten",
-    ):
-        table.add_column(column, overflow="fold")
+def show(console: Console, result: Result) -> None:
+    """Print a table of all edits, what was counted, and the times."""
+    title = "A dozen false facts, written into memory"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("prompt and new answer", width=31)
+    for name, width in (("before", 15), ("after", 10), ("in other\nwords", 10)):
+        table.add_column(name, width=width, no_wrap=True, overflow="ellipsis")
+    table.add_column("other\nprompt", width=8)
 
     def cell(text: str, good: bool) -> str:
-        return f"[{'green' if good else 'red'}]{_short(text)}[/]"
+        return f"[{'green' if good else 'red'}]{_line(text)}[/]"
 
     for row, edit in enumerate(EDITS):
-        gone = row == FORGOTTEN
-        last = result.forgotten[row]
-        good = (last == result.before[row]) if gone else said(last, edit.answer)
+        after, paraphrased = result.after[row], result.paraphrased[row]
         table.add_row(
             f"{edit.prompt} [bold]{edit.answer}[/]",
-            _short(result.before[row]),
-            cell(result.after[row], said(result.after[row], edit.answer)),
-            cell(result.paraphrased[row], said(result.paraphrased[row], edit.answer)),
-            cell("as before" if result.unchanged[row] else "changed", result.unchanged[row]),
-            cell(("forgotten: " if gone else "") + last, good),
+            _line(result.before[row]),
+            cell(after, has_answer(after, edit.answer)),
+            cell(paraphrased, has_answer(paraphrased, edit.answer)),
+            cell("same" if result.unchanged[row] else "changed", result.unchanged[row]),
         )
     console.print(table)
+    edit = EDITS[FORGOTTEN]
+    console.print(
+        f"{edit.prompt} [bold]{edit.answer}[/], forgotten: {_line(result.forgotten[FORGOTTEN])}\n"
+    )
     for name, count in counts(result).items():
         console.print(f"{name:42} {count}")
     for name, value in result.milliseconds.items():
@@ -259,31 +191,31 @@ def _print(console: Console, result: Result) -> None:
 
 
 def counts(result: Result) -> dict[str, str]:
-    """How often each thing went as it should."""
+    """Return how often each thing went as it should."""
     total = len(EDITS)
-    stay = [row for row in range(total) if row != FORGOTTEN]
+    rest = [row for row in range(total) if row != FORGOTTEN]
 
-    def tally(texts: Sequence[str]) -> str:
-        return f"{sum(said(t, e.answer) for t, e in zip(texts, EDITS, strict=True))} of {total}"
+    def tally(texts: Sequence[str], rows: Sequence[int] = range(total)) -> str:
+        hits = sum(has_answer(texts[row], EDITS[row].answer) for row in rows)
+        return f"{hits} of {len(rows)}"
 
-    held = sum(said(result.forgotten[row], EDITS[row].answer) for row in stay)
-    back = result.forgotten[FORGOTTEN] == result.before[FORGOTTEN]
+    restored = result.forgotten[FORGOTTEN] == result.before[FORGOTTEN]
     return {
-        "new answer said before writing": tally(result.before),
-        "new answer said after writing": tally(result.after),
-        "new answer said to a paraphrase": tally(result.paraphrased),
+        "new answer before writing": tally(result.before),
+        "new answer after writing": tally(result.after),
+        "new answer to a paraphrase": tally(result.paraphrased),
         "unrelated prompts as before": f"{sum(result.unchanged)} of {total}",
-        "forgotten fact: answer as before writing": "yes" if back else "no",
-        "other facts after forgetting": f"{held} of {len(stay)}",
+        "forgotten fact: answer as before writing": "yes" if restored else "no",
+        "other facts after forgetting": tally(result.forgotten, rest),
     }
 
 
-def _short(text: str) -> str:
+def _line(text: str) -> str:
     return escape(" ".join(text.split())) or "—"
 
 
-def draw(result: Result, path: str | pathlib.Path) -> None:
-    """The picture: how likely the written answer is before, after and in other words; and the times."""
+def draw(result: Result, path: str | Path) -> None:
+    """Draw how likely the written answer is before, after and in other words; and the times."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -293,30 +225,17 @@ def draw(result: Result, path: str | pathlib.Path) -> None:
         1, 2, figsize=(13, 6.5), width_ratios=(3, 1), layout="constrained"
     )
     rows = np.arange(len(EDITS))[::-1]
-    before, after = (100 * result.probability[name][:, 0] for name in ("before", "after"))
-    paraphrase, forgotten = (100 * result.probability[n][:, 0] for n in ("paraphrase", "forgotten"))
-    left.hlines(rows, before, after, color="0.8", linewidth=3, zorder=1)
-    left.scatter(before, rows, s=60, color="0.55", label="before writing", zorder=3)
-    left.scatter(after, rows, s=60, color="tab:blue", label="after writing", zorder=3)
-    left.scatter(
-        paraphrase,
-        rows,
-        s=60,
-        marker="D",
-        facecolor="none",
-        edgecolor="tab:blue",
-        label="after writing, in other words",
-        zorder=3,
-    )
-    left.scatter(
-        forgotten[FORGOTTEN],
-        rows[FORGOTTEN],
-        s=140,
-        marker="x",
-        color="tab:red",
-        label="after forgetting it",
-        zorder=4,
-    )
+    percent = {name: 100 * chances for name, chances in result.probability.items()}
+    left.hlines(rows, percent["before"], percent["after"], color="0.8", linewidth=3, zorder=1)
+    open_diamond = dict(marker="D", facecolor="none", edgecolor="tab:blue")
+    for name, label, style in (
+        ("before", "before writing", dict(color="0.55")),
+        ("after", "after writing", dict(color="tab:blue")),
+        ("paraphrase", "after writing, in other words", open_diamond),
+    ):
+        left.scatter(percent[name], rows, s=60, label=label, zorder=3, **style)
+    cross = dict(s=140, marker="x", color="tab:red", zorder=4, label="after forgetting it")
+    left.scatter(percent["forgotten"][FORGOTTEN], rows[FORGOTTEN], **cross)
     left.set_yticks(rows, [f"{edit.prompt} → {edit.answer}" for edit in EDITS], fontsize=9)
     left.set_xlabel("probability of the written answer (geometric mean per token, %)")
     left.set_xlim(-3, 103)
