@@ -1,9 +1,9 @@
 """One run that is killed again and again while it saves, and what every kill cost.
 
-The child trains nothing: the state of step n is a function of n, so that what comes back can be
-checked bit for bit. It is as asynchronous as a real run: the steps go on while a checkpoint is written.
+The child trains nothing: the state of step n is a function of n, so that a restore can be checked bit
+for bit. It is as asynchronous as a real run: the steps go on while a checkpoint is written.
 
-What is promised, of the last `save` that had returned before the kill, of step s, with saves every
+The promise, of the last `save` that had returned before the kill, of step s, with saves every
 `interval` steps: the restored step is s or s - interval, so that at most the checkpoint that was being
 written is lost, and none that was whole. In steps of work: at most an interval since s, and one
 interval more where s was still being written.
@@ -37,14 +37,17 @@ class Kill:
 
 
 class Child:
-    """The run, as a process that says on a pipe what it does."""
+    """The run, as a process that reports on a pipe what it does."""
 
     def __init__(self, run: Path, interval: int, pause: float):
         line = [sys.executable, str(Path(__file__)), str(run), str(interval), str(pause)]
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": str(ROOT),
+            "XLA_FLAGS": "",
+        }
         self.restored: int | None = None
-        self.reached = self.saved = 0
-        self.saves = 0
+        self.reached = self.saved = self.saves = 0
         self._error = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
             line, env=environment, stdout=subprocess.PIPE, stderr=self._error, text=True
@@ -55,43 +58,40 @@ class Child:
     def _read(self) -> None:
         for line in self._process.stdout:
             if not line.endswith("\n"):
-                break  # Cut off by the kill: as if it had not been said.
+                break  # Cut off by the kill: as if it had not been reported.
             what, step = line.split()
             if what == "restored":
                 self.restored = self.reached = self.saved = int(step)
             elif what == "step":
                 self.reached = int(step)
             elif what == "saved":
-                self.saved = int(step)
-                self.saves += 1
+                self.saved, self.saves = int(step), self.saves + 1
 
     def until(self, ready, seconds: float = 120) -> None:
-        """Waits for `ready(self)`; AssertionError where the child ends or hangs first."""
+        """Wait for `ready()`; AssertionError where the child ends or hangs first."""
         end = time.monotonic() + seconds
-        while not ready(self):
-            if self._process.poll() is not None or time.monotonic() > end:
+        while not ready():
+            if not self.alive() or time.monotonic() > end:
                 self.kill()
-                raise AssertionError(f"the run ended or hangs by itself:\n{self.said()}")
+                raise AssertionError(f"the run ended or hangs by itself:\n{self.stderr()}")
             time.sleep(0.001)
 
     def alive(self) -> bool:
-        """Whether it has neither ended nor been killed."""
         return self._process.poll() is None
 
     def kill(self) -> None:
-        """SIGKILL; what it had said by then has been read when this returns."""
+        """SIGKILL; what it had reported by then has been read when this returns."""
         self._process.kill()
         self._process.wait()
         self._reader.join()
 
-    def said(self) -> str:
-        """What is on its stderr."""
+    def stderr(self) -> str:
         self._error.seek(0)
         return self._error.read().decode(errors="replace")[-3000:]
 
 
-def kills(run: Path, count: int, seed: int, interval: int = 5, pause: float = 0.02, say=None):
-    """Kills one run `count` times at random moments; returns them, each judged by the next start.
+def kills(run: Path, count: int, seed: int, interval: int = 5, pause: float = 0.02, report=None):
+    """Kill one run `count` times at random moments; return them, each judged by the next start.
 
     AssertionError where a restore fails, is of another state than was saved, or costs more than
     is promised above.
@@ -99,29 +99,29 @@ def kills(run: Path, count: int, seed: int, interval: int = 5, pause: float = 0.
     draw, judged, pending = random.Random(seed), [], []
     period, startup = 0.3, 3.0  # seconds between saves, and of a start; measured as it goes
     while True:
-        begun = time.monotonic()
+        began = time.monotonic()
         child = Child(run, interval, pause)
         if pending and len(judged) + len(pending) < count and draw.random() < 0.1:
             # While it starts: Orbax tidies up, the restore reads.
             time.sleep(draw.uniform(0.3, 1.1) * startup)
             child.kill()
         else:
-            child.until(lambda child: child.restored is not None)
-            startup = time.monotonic() - begun
+            child.until(lambda: child.restored is not None)  # noqa: B023
+            startup = time.monotonic() - began
         if child.restored is not None:
             for kill in pending:
                 kill = dataclasses.replace(kill, restored=child.restored)
-                _judge(kill, interval, child.said())
+                _judge(kill, interval, child.stderr())
                 judged.append(kill)
-                if say is not None:
-                    say(kill)
+                if report is not None:
+                    report(kill)
             pending = []
             if len(judged) == count:
                 child.kill()
                 return judged
         if child.alive():
             first, started = draw.randint(1, 3), time.monotonic()
-            child.until(lambda child, first=first: child.saves >= first)
+            child.until(lambda: child.saves >= first)  # noqa: B023
             period = (period + (time.monotonic() - started) / first) / 2
             time.sleep(draw.uniform(0, period))
             child.kill()
@@ -136,84 +136,64 @@ def _left(run: Path) -> tuple[str, tuple[int, ...]]:
     """(what the kill interrupted, the checkpoints that are whole), by what lies in the folder."""
     inside = list(run.iterdir())
     steps = sorted(int(folder.name) for folder in inside if folder.name.isdigit())
-    whole = tuple(step for step in steps if _files(run / str(step)) == 5)
+    # Each item has a file that is written last.
+    items = {step: len(list((run / str(step)).glob("*/commit_success.txt"))) for step in steps}
+    whole = tuple(step for step in steps if items[step] == 4)
     if any("tmp" in folder.name for folder in inside):
         return "saving", whole
     return "deleting" if len(whole) < len(steps) else "between", whole
 
 
-def _files(folder: Path) -> int:
-    """How many items have the file that is written last."""
-    return len(list(folder.glob("*/commit_success.txt")))
-
-
-def _judge(kill: Kill, interval: int, said: str) -> None:
-    assert "DAMAGED" not in said, f"a kill left a damaged checkpoint: {kill}\n{said}"
+def _judge(kill: Kill, interval: int, stderr: str) -> None:
+    assert "DAMAGED" not in stderr, f"a kill left a damaged checkpoint: {kill}\n{stderr}"
     assert kill.saved - interval <= kill.restored, f"more than one save lost: {kill}"
-    newest = max(kill.whole, default=0)
-    assert kill.restored == newest, f"not the newest whole one: {kill}"
-
-
-def state(step: int):
-    """(params, memory, optimizer) of a step, as numpy arrays."""
-    draw = np.random.default_rng(step)
-
-    def array() -> np.ndarray:
-        return draw.normal(size=(WIDTH, WIDTH)).astype(np.float32)
-
-    params = {f"decoder/{i}/kernel": array() for i in range(ARRAYS)}
-    memory = {"memory/prior_memory": array()}
-    return params, memory, (np.int32(step), {name: array() for name in params})
+    assert kill.restored == max(kill.whole, default=0), f"not the newest whole one: {kill}"
 
 
 def main(run: str, interval: int, pause: float) -> None:
-    """The child: goes on from the newest checkpoint, checks it, and saves every `interval` steps."""
+    """The child: resumes from the newest checkpoint, checks it, and saves every `interval` steps."""
     import grain
     import jax
 
     from larimar_jax.train.checkpoint import Checkpoints
+    from larimar_jax.train.step import TrainState
 
-    def say(what: str, step: int) -> None:
+    def report(what: str, step: int) -> None:
         os.write(1, f"{what} {step}\n".encode())
+
+    def state(step: int) -> TrainState:
+        draw = np.random.default_rng(step)
+        names = ["memory/prior_memory", *(f"decoder/{i}/kernel" for i in range(ARRAYS))]
+        params, moments = (
+            {n: draw.normal(size=(WIDTH, WIDTH)).astype(np.float32) for n in names} for _ in "ab"
+        )
+        return TrainState(np.int32(step), params, moments, {}, np.float32(step))
 
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     numbers = grain.MapDataset.range(1000).seed(1).shuffle().repeat().batch(4)
-    stream = iter(numbers.to_iter_dataset())
+    batches = iter(numbers.to_iter_dataset())
     checkpoints = Checkpoints(run, 2, "reconstruction")
-    like = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), state(0)
-    )
-    names = ("params", "memory", "optimizer")
-    restored = checkpoints.restore(**dict(zip(names, like, strict=True)), data=stream)
-    step = 0
+    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), state(0))
+    step, restored = 0, checkpoints.restore(like, batches)
     if restored is not None:
-        step = restored.step
-        found = (restored.params, restored.memory, restored.optimizer)
-        jax.tree.map(np.testing.assert_array_equal, found, state(step))
-        assert restored.meta["note"] == {"of": step}
+        step = int(restored[0].step)
+        jax.tree.map(np.testing.assert_array_equal, restored[0], state(step))
+        assert restored[1]["note"] == {"of": step}
         fresh = iter(numbers.to_iter_dataset())
-        fresh.set_state(stream.get_state())
+        fresh.set_state(batches.get_state())
         np.testing.assert_array_equal(next(fresh), numbers[step])
-    say("restored", step)
+    report("restored", step)
     while True:
-        np.testing.assert_array_equal(next(stream), numbers[step])
+        np.testing.assert_array_equal(next(batches), numbers[step])
         time.sleep(pause)
         step += 1
-        say("step", step)
+        report("step", step)
         if step % interval == 0:
-            params, memory, optimizer = jax.device_put(state(step), where)
             # Better and worse ones by turns, so that old ones stay and go in all orders.
             score = {"reconstruction": float(np.random.default_rng(step).normal())}
-            checkpoints.save(
-                step,
-                params=params,
-                memory=memory,
-                optimizer=optimizer,
-                data=stream,
-                meta={"note": {"of": step}},
-                evaluation=score,
-            )
-            say("saved", step)
+            placed = jax.device_put(state(step), where)
+            checkpoints.save(step, placed, batches, {"note": {"of": step}}, score)
+            report("saved", step)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ place = distributed.Place(*place) if place else None
 distributed.LEAVE = 4
 distributed.initialise(place, heartbeat=10 if dying else 100, start=200)
 if death:
-    original = step.Stepper.__init__
+    original = step.TrainStep.__init__
     def mortal(self, *arguments):
         original(self, *arguments)
         inner, count = self.step, 0
@@ -33,7 +33,7 @@ if death:
                 os.kill(os.getpid(), getattr(signal, death["signal"]))
             return inner(*arguments)
         self.step = stepped
-    step.Stepper.__init__ = mortal
+    step.TrainStep.__init__ = mortal
 sys.exit(train_commands.exit_code(lambda: loop.train(config.parse(values), run, progress=False)))
 """
 

@@ -14,8 +14,8 @@ import pytest
 import world
 
 from larimar_jax import config as configs
-from larimar_jax.train import train_commands
-from larimar_jax.train import distributed, metrics
+from larimar_jax.train import distributed, train_commands
+from larimar_jax.train.logging import read_metrics
 from larimar_jax.weights import model_file
 
 STEPS = 20
@@ -37,7 +37,7 @@ def brief(values):
 
 
 def _losses(run):
-    lines = metrics.read(run / "metrics.jsonl")
+    lines = read_metrics(run / "metrics.jsonl")
     return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
 
 
@@ -103,7 +103,7 @@ def test_the_watchdog_ends_a_process_that_does_not_move():
     script = (
         "import time; from larimar_jax.train.distributed import Watchdog\n"
         "with Watchdog(0.5) as dog:\n"
-        "    for _ in range(4): time.sleep(0.25); dog.beat()\n"
+        "    for _ in range(4): time.sleep(0.25); dog.ping()\n"
         "    print('moved', flush=True); time.sleep(60)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
@@ -219,7 +219,7 @@ def test_what_one_process_cannot_read_is_damaged_for_all():
         "import sys; from larimar_jax.train import checkpoint, distributed as d; i = {index}\n"
         "d.initialise(d.Place('127.0.0.1:{port}', 2, i), start=60)\n"
         "read = lambda: 1 // (1 - i) if {damaged} else 7\n"
-        "found, damage = checkpoint._tried(read); print(found, type(damage).__name__, damage)\n"
+        "found, damage = checkpoint.agreed(read); print(found, type(damage).__name__, damage)\n"
         "sys.stdout.flush(); d.end(0)"
     )
     for damaged, said in (

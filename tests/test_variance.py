@@ -8,7 +8,7 @@ from conftest import tiny_config
 
 from larimar_jax import config, memory, model, objective
 from larimar_jax.memory import variance
-from larimar_jax.train import sharding, step
+from larimar_jax.train import sharding
 
 K, C, N, Q = 5, 7, 3, 4
 VARIANTS = sorted(memory.variants())
@@ -205,4 +205,4 @@ def test_a_model_learns_it_under_the_rules_that_there_are(setting, cpu_devices):
     found = {n: leaf.shape for n, leaf in skeleton.parameters.items() if "variance" in n}
     assert found == want[setting]
     mesh = sharding.make_mesh((2, 2, 2), cpu_devices)
-    assert step.shardings(skeleton, parsed, mesh).keys() == skeleton.parameters.keys()
+    assert sharding.parameter_shardings(parsed, skeleton, mesh).keys() == skeleton.parameters.keys()

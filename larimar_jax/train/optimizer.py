@@ -1,4 +1,4 @@
-"""The optimiser with warm-up, decay and clipping, over the parameters that are trained and no others."""
+"""The optimiser with warm-up, decay and clipping, over the trained parameters and no others."""
 
 import math
 import re
@@ -23,14 +23,14 @@ class FreezeError(ValueError):
 def partition(
     parameters: Mapping[str, Leaf], frozen: Sequence[str]
 ) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
-    """Splits parameters into (trained, frozen) by regexes found in their '/'-joined paths.
+    """Split parameters into (trained, frozen) by regexes on their '/'-joined paths.
 
-    Frozen ones stay out of the differentiated arguments, so that they cost neither a gradient nor
-    optimiser state. Low-rank factors are trained and the maps that they change are frozen, whatever
-    the patterns say.
+    Frozen parameters stay out of the differentiated arguments, so that they cost neither a gradient
+    nor optimiser state. Low-rank factors are trained and the maps that they change are frozen,
+    whatever the patterns are.
 
     Raises:
-        FreezeError: naming every regex that matches nothing, or saying that all is frozen.
+        FreezeError: a regex that matches nothing (all are named), or all parameters are frozen.
     """
     patterns = [re.compile(pattern) for pattern in frozen]
     idle = [p.pattern for p in patterns if not any(map(p.search, parameters))]
@@ -44,13 +44,13 @@ def partition(
     if len(held) == len(parameters):
         raise FreezeError("train.frozen freezes every parameter; nothing is left to train.")
     trained = {name: leaf for name, leaf in parameters.items() if name not in held}
-    return trained, {name: parameters[name] for name in parameters if name in held}
+    return trained, {name: leaf for name, leaf in parameters.items() if name in held}
 
 
 def learning_rate(train: TrainConfig) -> Schedule:
-    """Linear warm-up from 0 to the peak, then "cosine" or "linear" decay to 0, or "constant".
+    """Return the schedule: linear warm-up to the peak, then "cosine", "linear" or "constant" decay.
 
-    The first step already has 1/warmup of the peak: a step at rate 0 would be spent for nothing.
+    The first step already has 1/warmup of the peak: a step at rate 0 would be wasted.
 
     Raises:
         ValueError: a warm-up longer than the run.
@@ -80,22 +80,22 @@ def learning_rate(train: TrainConfig) -> Schedule:
 _UNDECAYED = re.compile(r"(^memory/|(^|/)(bias|scale)$)")
 
 
-def decayed(name: str) -> bool:
-    """Whether weight decay applies to the parameter of this '/'-joined path."""
+def is_decayed(name: str) -> bool:
+    """Return whether weight decay applies to the parameter of this '/'-joined path."""
     return _UNDECAYED.search(name) is None
 
 
 def make(train: TrainConfig) -> optax.GradientTransformation:
-    """AdamW, Adam or Adafactor with global-norm clipping (clip_norm 0: none), for a dict by path.
+    """Return AdamW, Adam or Adafactor with global-norm clipping, for a dict of parameters by path.
 
-    Adafactor (arXiv 1804.04235) has no momentum and keeps a row and a column of second moments for a
-    matrix. Its rate is not scaled by the parameter's size and its decay is times the rate, so that
-    both settings mean what they do for AdamW.
+    A clip_norm of 0 clips nothing. Adafactor (arXiv 1804.04235) has no momentum and stores a row and
+    a column of second moments per matrix. Its rate is not scaled by the parameter's size and its
+    decay is multiplied by the rate, so that both settings mean what they mean for AdamW.
     """
     rate = learning_rate(train)
 
     def mask(parameters):
-        return {name: decayed(name) for name in parameters}
+        return {name: is_decayed(name) for name in parameters}
 
     kinds = {
         "adamw": lambda: optax.adamw(rate, weight_decay=train.weight_decay, mask=mask),
@@ -107,8 +107,8 @@ def make(train: TrainConfig) -> optax.GradientTransformation:
             optax.scale_by_learning_rate(rate),
         ),
     }
-    steps = [] if train.clip_norm == 0 else [optax.clip_by_global_norm(train.clip_norm)]
-    inner = optax.chain(*steps, kinds[train.optimizer]())
+    clip = [optax.clip_by_global_norm(train.clip_norm)] if train.clip_norm else []
+    inner = optax.chain(*clip, kinds[train.optimizer]())
 
     def update(gradients, state, parameters=None):
         # Optax raises float decays to integer step counts, which strict promotion forbids.

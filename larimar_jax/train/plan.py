@@ -1,10 +1,14 @@
-"""What a training step will need and cost on devices that are not there yet, from compiling it."""
+"""What a training step needs and costs on devices that are not there yet, from compiling it.
+
+Memory is read off the compiled program, collectives off its HLO text.
+"""
 
 import dataclasses
 import math
+import re
 import typing
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,26 +18,26 @@ from larimar_jax import config as configs
 from larimar_jax import model
 from larimar_jax.config import Config
 from larimar_jax.layers import Remat
-from larimar_jax.train import flops, hlo, sharding
-from larimar_jax.train.step import TrainStep
+from larimar_jax.train import sharding
+from larimar_jax.train.step import TrainStep, count_flops
 
-# Of a device's memory, what a step may take: the rest is the driver's, the communication library's,
-# and lost between buffers.
+# The share of a device's memory that a step may take: the rest is the driver's, the communication
+# library's, and lost between buffers.
 USABLE = 0.92
-# What is compiled here is looked at and never run: its machine code need not be good. Buffers and
-# collectives are decided before it is made.
-_UNRUN = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+# The program compiled here is read and never run: its machine code need not be good. Buffers and
+# collectives are decided before machine code is generated.
+_NEVER_RUN = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """One training step on each of `devices`, for the largest episode size.
 
-    parameters: how many numbers, by part of the model. bytes, per device: parameters, optimizer
-    (with averages), batch, temporaries (activations, gradients and what is gathered). collectives:
-    by kind, (how many, bytes that a device sends). flops: of a step, on all devices together, with
-    what remat computes again; model_flops: without. memory_collectives: those that gather or exchange
-    inside the memory algebra, by name: there are none, and a test says so.
+    parameters: their number, by part of the model. bytes, per device: parameters, optimizer (with
+    averages), batch, temporaries (activations, gradients and gathered parameters). collectives: by
+    kind, (how many, bytes that a device sends). flops: of a step, on all devices together, with what
+    remat computes again; model_flops: without. memory_collectives: names of those that gather or
+    exchange inside the memory algebra; a test shows that there are none.
     """
 
     config: Config
@@ -50,200 +54,113 @@ class Plan:
         """Bytes per device."""
         return sum(self.bytes.values())
 
-    @property
-    def sent(self) -> int:
-        """Bytes that a device sends in a step."""
-        return sum(moved for _, moved in self.collectives.values())
-
     def fits(self, memory: float) -> bool:
-        """Whether a device with so many bytes can hold it."""
+        """Return whether a device with so many bytes can hold the step."""
         return self.total <= USABLE * memory
 
     def seconds(self, rate: float, link: float) -> tuple[float, float]:
-        """(computing, sending) of a step at `rate` FLOP/s and `link` bytes/s per device.
+        """Return seconds of (computing, sending) at `rate` FLOP/s and `link` bytes/s per device.
 
         A step takes their maximum where they overlap fully, and their sum where they do not.
         """
-        return self.flops / self.devices / rate, self.sent / link
+        sent = sum(moved for _, moved in self.collectives.values())
+        return self.flops / self.devices / rate, sent / link
 
 
 def plan(config: Config) -> Plan:
-    """Compiles the real step of a run for the devices of its mesh, without making a parameter.
+    """Compile the real step of a run for the devices of its mesh, without creating a parameter.
 
-    Compiled for CPU, which computes bfloat16 products in float32: for those, temporaries and what is
-    sent are at most what is said, and up to half of it.
+    The step is compiled for CPU, which computes bfloat16 products in float32: for those, temporaries
+    and sent bytes are upper bounds, up to twice the true value.
 
     Raises:
-        ValueError: there are fewer (virtual) devices than the mesh wants, or the batch does not divide.
-        FileNotFoundError: a tower's sizes are neither in the config nor found by its source.
+        ValueError: fewer (virtual) devices than the mesh needs, or a batch that does not divide.
+        FileNotFoundError: a tower's sizes are neither in the config nor in its source.
     """
-    mesh = sharding.make_mesh(config.train.mesh)
-    skeleton = model.AbstractModel(model.abstract(config))
-    stepper = TrainStep(config, skeleton, mesh)
-    arguments = stepper.arguments(max(config.data.episode))
-    compiled = stepper.step.lower(*arguments).compile(_UNRUN)
+    mesh, episode = sharding.make_mesh(config.train.mesh), max(config.data.episode)
+    abstract = model.AbstractModel(model.abstract(config))
+    train_step = TrainStep(config, abstract, mesh)
+    arguments = train_step.arguments(episode)
+    compiled = train_step.step.lower(*arguments).compile(_NEVER_RUN)
     used = compiled.memory_analysis()
     state, frozen, batch = arguments
-    remembered = (state.optimizer, state.average, state.loss, state.step)
-    held = {
-        "parameters": _held((state.params, frozen)),
-        "optimizer": _held(remembered),
-        "batch": _held(batch),
+    sizes = {
+        "parameters": _device_bytes((state.params, frozen)),
+        "optimizer": _device_bytes((state.optimizer, state.average, state.loss, state.step)),
+        "batch": _device_bytes(batch),
+        "temporaries": used.temp_size_in_bytes
+        + used.output_size_in_bytes
+        - used.alias_size_in_bytes,
     }
-    temporary = used.temp_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
-    sent = hlo.collectives(compiled.as_text())
-    kinds, moved = Counter(), Counter()
-    for one in sent:
-        kinds[one.kind] += one.times
-        moved[one.kind] += one.moved
+    parts: Counter[str] = Counter()
+    for name, leaf in abstract.parameters.items():
+        part = name.split("/")[0]
+        parts["projections" if part.startswith("to_") else part] += math.prod(leaf.shape)
+    sent = read_collectives(compiled.as_text())
+    counts, moved = Counter(), Counter()
+    for collective in sent:
+        counts[collective.kind] += collective.times
+        moved[collective.kind] += collective.moved
     return Plan(
         config,
         mesh.size,
-        _parts(skeleton.parameters),
-        {**held, "temporaries": temporary},
-        {kind: (kinds[kind], moved[kind]) for kind in hlo.KINDS if kind in kinds},
-        [one.name for one in sent if _in_memory(one)],
-        flops.count(stepper.traced, *arguments),
-        stepper.flops(max(config.data.episode)),
+        dict(parts),
+        sizes,
+        {kind: (counts[kind], moved[kind]) for kind in KINDS if kind in counts},
+        [c.name for c in sent if c.kind != "all-reduce" and c.within("memory")],
+        count_flops(train_step.traced, *arguments),
+        train_step.flops(episode),
     )
 
 
-def changes(config: Config) -> Iterator[tuple[dict[str, str], Config]]:
-    """Settings to change where a step does not fit, each on top of those before.
-
-    In order of what they cost: nothing, time, and at last the optimiser's quality.
-
-    Returns:
-        ({key: value} as `--set` takes them, all up to here; the config with them)
-    """
-    said: dict[str, str] = {}
-
-    def say(section: str, **settings: Any) -> tuple[dict[str, str], Config]:
-        nonlocal config
-        changed = dataclasses.replace(getattr(config, section), **settings)
-        config = dataclasses.replace(config, **{section: changed})
-        said.update({f"{section}.{key}": _json(value) for key, value in settings.items()})
-        return dict(said), config
-
-    data, fsdp, tensor = config.train.mesh
-    if data > 1:
-        yield say("train", mesh=(1, data * fsdp, tensor))
-    if config.train.layout != "zero3" and max(data, fsdp) > 1:
-        yield say("train", layout="zero3")
-    if config.model.dtype != "bfloat16":
-        yield say("model", dtype="bfloat16")
-    levels = typing.get_args(Remat)
-    for remat in levels[levels.index(config.model.remat) + 1 :]:
-        yield say("model", remat=remat)
-    ways = data * fsdp
-    while config.data.batch % (2 * config.train.accumulate * ways) == 0:
-        yield say("train", accumulate=2 * config.train.accumulate)
-    if config.train.optimizer != "adafactor":
-        yield say("train", optimizer="adafactor")
-
-
-def _json(value: Any) -> str:
-    return str(list(value)).replace(" ", "") if isinstance(value, tuple) else str(value)
-
-
-def _held(tree: Any) -> int:
-    """Bytes of a pytree of ShapeDtypeStructs on one device."""
+def _device_bytes(tree: Any) -> int:
+    """Return the bytes of a pytree of ShapeDtypeStructs on one device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
         for leaf in jax.tree.leaves(tree)
     )
 
 
-def _parts(parameters: dict[str, jax.ShapeDtypeStruct]) -> dict[str, int]:
-    found: Counter[str] = Counter()
-    for name, leaf in parameters.items():
-        part = name.split("/")[0]
-        found["projections" if part.startswith("to_") else part] += math.prod(leaf.shape)
-    return dict(found)
+def changes(config: Config) -> Iterator[tuple[dict[str, str], Config]]:
+    """Yield settings to change where a step does not fit, each on top of those before.
 
+    They come in order of what they cost: nothing, time, and at last the optimiser's quality.
 
-def _in_memory(one: hlo.Collective) -> bool:
-    return one.kind != "all-reduce" and one.within("memory")
-
-
-def parse(text: str) -> float:
-    """Bytes of "80GB", "40 GiB" or "24e9".
-
-    Raises:
-        ValueError: none of these.
+    Returns:
+        ({key: value} as `--set` takes them, all up to here; the config with them)
     """
-    units = {"gib": 2**30, "mib": 2**20, "gb": 1e9, "mb": 1e6, "": 1.0}
-    plain = text.strip().lower().replace(" ", "")
-    unit = next(u for u in units if plain.endswith(u))
-    try:
-        return float(plain.removesuffix(unit)) * units[unit]
-    except ValueError as error:
-        raise ValueError(f"{text!r} is no size; write 80GB, 40GiB or a number of bytes") from error
+    settings: dict[str, str] = {}
 
+    def change(section: str, **values: Any) -> tuple[dict[str, str], Config]:
+        nonlocal config
+        changed = dataclasses.replace(getattr(config, section), **values)
+        config = dataclasses.replace(config, **{section: changed})
+        for key, value in values.items():
+            text = str(list(value)) if isinstance(value, tuple) else str(value)
+            settings[f"{section}.{key}"] = text.replace(" ", "")
+        return dict(settings), config
 
-def show(found: Plan, memory: float, rate: float, link: float) -> str:
-    """The plan as text for a person."""
-    gb = 1e9
-    lines = [
-        f"{found.config.name}: one step on {found.devices} devices "
-        f"(data, fsdp, tensor) = {found.config.train.mesh}, {found.config.train.layout}, "
-        f"{found.config.model.dtype}, remat {found.config.model.remat}, "
-        f"accumulate {found.config.train.accumulate}",
-        "",
-        "parameters",
-        *(f"  {name:<12} {number:>16,}" for name, number in found.parameters.items()),
-        f"  {'together':<12} {sum(found.parameters.values()):>16,}",
-        "",
-        f"memory per device, of {memory / gb:.1f} GB",
-        *(f"  {name:<12} {size / gb:>10.2f} GB" for name, size in found.bytes.items()),
-        f"  {'together':<12} {found.total / gb:>10.2f} GB   "
-        + ("fits" if found.fits(memory) else f"does NOT fit {USABLE:.0%} of it"),
-        "",
-        "sent per device and step",
-        *(
-            f"  {kind:<18} {times:>6} x {moved / gb:>10.2f} GB"
-            for kind, (times, moved) in found.collectives.items()
-        ),
-        "",
-        f"FLOPs per step      {found.flops:.3e} ({found.model_flops:.3e} without remat)",
-    ]
-    computing, sending = found.seconds(rate, link)
-    lines.append(
-        f"expected per step   {max(computing, sending):.2f} to {computing + sending:.2f} s: computing "
-        f"{computing:.2f} s at {rate:.3g} FLOP/s, sending {sending:.2f} s at {link:.3g} bytes/s"
-    )
-    hours = found.config.train.steps * (computing + sending) / 3600
-    lines.append(f"expected for all     {hours:.1f} h at most, {found.config.train.steps:,} steps")
-    if found.config.model.dtype != "float32":
-        lines.append(
-            "(Compiled for CPU, which widens bfloat16: temporaries and what is sent are upper bounds.)"
-        )
-    return "\n".join(lines)
-
-
-def numbers(found: Plan, memory: float, rate: float, link: float) -> dict[str, Any]:
-    """The plan as a program reads it: bytes, FLOPs, seconds."""
-    computing, sending = found.seconds(rate, link)
-    return {
-        "name": found.config.name,
-        "devices": found.devices,
-        "fits": found.fits(memory),
-        "parameters": found.parameters,
-        "bytes_per_device": {**found.bytes, "together": found.total},
-        "bytes_sent_per_device": {kind: moved for kind, (_, moved) in found.collectives.items()},
-        "memory_collectives": found.memory_collectives,
-        "flops": found.flops,
-        "model_flops": found.model_flops,
-        "seconds_computing": computing,
-        "seconds_sending": sending,
-    }
+    data, fsdp, tensor = config.train.mesh
+    ways, levels = data * fsdp, typing.get_args(Remat)
+    if data > 1:
+        yield change("train", mesh=(1, ways, tensor))
+    if config.train.layout != "zero3" and ways > 1:
+        yield change("train", layout="zero3")
+    if config.model.dtype != "bfloat16":
+        yield change("model", dtype="bfloat16")
+    for remat in levels[levels.index(config.model.remat) + 1 :]:
+        yield change("model", remat=remat)
+    while config.data.batch % (2 * config.train.accumulate * ways) == 0:
+        yield change("train", accumulate=2 * config.train.accumulate)
+    if config.train.optimizer != "adafactor":
+        yield change("train", optimizer="adafactor")
 
 
 def load(path: Any, overrides: list[str], devices: int) -> Config:
-    """The config of a run for so many devices; a -1 in its mesh takes those that remain.
+    """Return the config of a run on so many devices; a -1 in its mesh takes those that remain.
 
     Raises:
-        ConfigError: as `config.load`, or a mesh of another number of devices.
+        ConfigError: as `config.load` and `config.override`, or a mesh of another number of devices.
     """
     config = configs.load(path, overrides)
     sizes = list(config.train.mesh)
@@ -255,3 +172,178 @@ def load(path: Any, overrides: list[str], devices: int) -> Config:
             f"example --set train.mesh=[1,{devices},1]"
         )
     return dataclasses.replace(config, train=dataclasses.replace(config.train, mesh=tuple(sizes)))
+
+
+def parse(text: str) -> float:
+    """Return the bytes of "80GB", "40 GiB" or "24e9".
+
+    Raises:
+        ValueError: the text is no size.
+    """
+    units = {"gib": 2**30, "mib": 2**20, "gb": 1e9, "mb": 1e6, "": 1.0}
+    plain = text.strip().lower().replace(" ", "")
+    unit = next(u for u in units if plain.endswith(u))
+    try:
+        return float(plain.removesuffix(unit)) * units[unit]
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no size; write 80GB, 40GiB or a number of bytes") from error
+
+
+def show(plan: Plan, memory: float, rate: float, link: float) -> str:
+    """Return the plan as text for a person."""
+    gb, config = 1e9, plan.config
+    computing, sending = plan.seconds(rate, link)
+    hours = config.train.steps * (computing + sending) / 3600
+    lines = [
+        f"{config.name}: one step on {plan.devices} devices (data, fsdp, tensor) = "
+        f"{config.train.mesh}, {config.train.layout}, {config.model.dtype}, remat "
+        f"{config.model.remat}, accumulate {config.train.accumulate}",
+        "",
+        "parameters",
+        *(f"  {name:<12} {number:>16,}" for name, number in plan.parameters.items()),
+        f"  {'together':<12} {sum(plan.parameters.values()):>16,}",
+        "",
+        f"memory per device, of {memory / gb:.1f} GB",
+        *(f"  {name:<12} {size / gb:>10.2f} GB" for name, size in plan.bytes.items()),
+        f"  {'together':<12} {plan.total / gb:>10.2f} GB   "
+        + ("fits" if plan.fits(memory) else f"does NOT fit {USABLE:.0%} of it"),
+        "",
+        "sent per device and step",
+        *(
+            f"  {kind:<18} {times:>6} x {moved / gb:>10.2f} GB"
+            for kind, (times, moved) in plan.collectives.items()
+        ),
+        "",
+        f"FLOPs per step      {plan.flops:.3e} ({plan.model_flops:.3e} without remat)",
+        f"expected per step   {max(computing, sending):.2f} to {computing + sending:.2f} s: computing "
+        f"{computing:.2f} s at {rate:.3g} FLOP/s, sending {sending:.2f} s at {link:.3g} bytes/s",
+        f"expected for all     {hours:.1f} h at most, {config.train.steps:,} steps",
+    ]
+    if config.model.dtype != "float32":
+        lines.append(
+            "(Compiled for CPU, which widens bfloat16: temporaries and sent bytes are upper bounds.)"
+        )
+    return "\n".join(lines)
+
+
+def numbers(plan: Plan, memory: float, rate: float, link: float) -> dict[str, Any]:
+    """Return the plan as a program reads it: bytes, FLOPs, seconds."""
+    computing, sending = plan.seconds(rate, link)
+    return {
+        "name": plan.config.name,
+        "devices": plan.devices,
+        "fits": plan.fits(memory),
+        "parameters": plan.parameters,
+        "bytes_per_device": {**plan.bytes, "together": plan.total},
+        "bytes_sent_per_device": {kind: moved for kind, (_, moved) in plan.collectives.items()},
+        "memory_collectives": plan.memory_collectives,
+        "flops": plan.flops,
+        "model_flops": plan.model_flops,
+        "seconds_computing": computing,
+        "seconds_sending": sending,
+    }
+
+
+# Collectives, read off HLO text -----------------------------------------------------------------
+
+# Bytes that each of n devices sends by a ring, per byte of the result.
+KINDS: dict[str, Callable[[int], float]] = {
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-gather": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: n - 1,
+    "all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1,
+}
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
+_COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (.*?) ({'|'.join(KINDS)})\(")
+_ARRAY = re.compile(r"\b[a-z]+(\d*)\w*\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:body|to_apply|calls|branch_computations)=(\{[^}]*\}|%?[\w.-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_NAME = re.compile(r'op_name="([^"]*)"')
+_GROUPS = re.compile(r"replica_groups=(\{\}|\{\{[^}]*\}|\[\d+,\d+\]|mesh\S* \{[^}]*\})")
+_MESH_AXES = re.compile(r"'(\w+)'=(\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective. bytes: of its result on one device; times: how often a step runs it.
+
+    group: how many devices take part. name: its place in the traced program.
+    """
+
+    kind: str
+    bytes: int
+    times: int
+    group: int
+    name: str
+
+    def within(self, scope: str) -> bool:
+        """Return whether it is of a `jax.named_scope` or of its gradient, such as "jvp(scope)"."""
+        return re.search(rf"[/(]{re.escape(scope)}\)*/", self.name) is not None
+
+    @property
+    def moved(self) -> int:
+        """Bytes that a device sends in a step, by a ring."""
+        return int(self.bytes * self.times * KINDS[self.kind](self.group))
+
+
+def read_collectives(text: str) -> list[Collective]:
+    """Return all collectives between two or more devices in the HLO text of a program for CPU.
+
+    Args:
+        text: `compiled.as_text()`.
+    Raises:
+        ValueError: no HLO in which an entry can be recognised.
+    """
+    bodies: dict[str, list[str]] = {}
+    entry = None
+    for line in text.splitlines():
+        if head := _HEAD.match(line):
+            lines = bodies.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        elif bodies:
+            lines.append(line)
+    if entry is None:
+        raise ValueError("this is no HLO text: it has no ENTRY computation")
+    times = dict.fromkeys(bodies, 0)
+
+    def run(name: str, often: int) -> None:
+        times[name] += often
+        for line in bodies[name]:
+            trips = _TRIPS.search(line)
+            inner = often * (int(trips[1]) if trips and " while(" in line else 1)
+            for called in _CALLED.findall(line):
+                for body in called.strip("{}").split(","):
+                    if body.strip(" %") in bodies:
+                        run(body.strip(" %"), inner)
+
+    run(entry, 1)
+    devices = math.prod(
+        int(n)
+        for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", text.split("\n", 1)[0])
+    )
+    collectives = []
+    for body, line in ((name, text) for name, texts in bodies.items() for text in texts):
+        if match := _COLLECTIVE.match(line):
+            size = sum(
+                int(bits or 8) // 8 * math.prod(int(n) for n in shape.split(",") if n)
+                for bits, shape in _ARRAY.findall(match[1])
+            )
+            name, group = _NAME.search(line), _group_size(line, devices)
+            collectives.append(
+                Collective(match[2], size, times[body], group, name[1] if name else "")
+            )
+    return [c for c in collectives if c.times and c.group > 1]
+
+
+def _group_size(line: str, devices: int) -> int:
+    groups = _GROUPS.search(line)
+    if groups is None:
+        return 2  # Pairs of a permutation.
+    text = groups[1]
+    if text == "{}":
+        return devices
+    if text.startswith("mesh"):
+        sizes, axes = dict(_MESH_AXES.findall(text.split("{")[0])), text.split("{")[1][:-1]
+        return math.prod(int(sizes[axis.strip(" '")]) for axis in axes.split(","))
+    return int(text[1:-1].split(",")[1]) if text.startswith("[") else text.count(",") + 1

@@ -15,24 +15,27 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from larimar_jax.config import Config
 from larimar_jax.layers import ROW_AXES
+from larimar_jax.model import AbstractModel
 
 P = PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(ROW_AXES)
 
-# A regex on '/'-joined parameter paths, where what it finds is split, and whether a model may lack it.
+# A regex on '/'-joined parameter paths, how the parameters that match are split, and whether a model
+# may lack them.
 Rule = tuple[str, PartitionSpec, bool]
 
 log = logging.getLogger(__name__)
 
 
 class ShardingRuleError(ValueError):
-    """Rules and parameters do not fit: a rule without parameter, or a parameter without rule."""
+    """Rules and parameters that do not fit: a rule without parameter, or a parameter without rule."""
 
 
 def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The (data, fsdp, tensor) mesh.
+    """Return the (data, fsdp, tensor) mesh.
 
     Args:
         shape: devices along each axis; one of them may be -1 for all that remain.
@@ -61,7 +64,7 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
 
 
 def rules(model: Any, memory_layout: str = "replicated") -> list[Rule]:
-    """The table for a Larimar, in order of precedence: its own parameters, then each tower's family's.
+    """Return a Larimar's table in order of precedence: its own parameters, then each tower's family.
 
     Args:
         model: a Larimar, abstract or not.
@@ -69,7 +72,7 @@ def rules(model: Any, memory_layout: str = "replicated") -> list[Rule]:
             every episode still writes its own posterior where it is.
     """
     slots = P("fsdp") if memory_layout == "slots" else P()
-    own: list[Rule] = [
+    table: list[Rule] = [
         (r"^memory/(prior_memory|variance_by_memory)$", slots, False),
         (r"^memory/", P(), False),
         # Not over tensor as well: XLA's partitioner (jaxlib 0.10) then computes a wrong gradient through
@@ -80,12 +83,12 @@ def rules(model: Any, memory_layout: str = "replicated") -> list[Rule]:
         for pattern, axes, *optional in getattr(model, name).sharding_rules:
             # Every name of a tower begins with it; the pattern's own start is behind that.
             start = f"^{name}/" if pattern.startswith("^") else f"^{name}/.*"
-            own.append((start + pattern.removeprefix("^"), P(*axes), bool(optional)))
-    return own
+            table.append((start + pattern.removeprefix("^"), P(*axes), bool(optional)))
+    return table
 
 
 def match(table: Sequence[Rule], names: Sequence[str]) -> dict[str, P]:
-    """The spec of each parameter: the first rule whose regex is found in its path.
+    """Return the spec of each parameter: the first rule whose regex is found in its path.
 
     Args:
         table: rules in order of precedence.
@@ -96,34 +99,32 @@ def match(table: Sequence[Rule], names: Sequence[str]) -> dict[str, P]:
             as matching: order is how exceptions are written.
     """
     compiled = [(re.compile(pattern), spec, optional) for pattern, spec, optional in table]
-    idle = [
-        regex.pattern
+    problems = [
+        f"rule {regex.pattern!r} matches no parameter"
         for regex, _, optional in compiled
         if not optional and not any(map(regex.search, names))
     ]
-    found = {
+    specs = {
         name: next((spec for regex, spec, _ in compiled if regex.search(name)), None)
         for name in names
     }
-    orphans = sorted(name for name, spec in found.items() if spec is None)
-    if idle or orphans:
-        lines = [f"rule {pattern!r} matches no parameter" for pattern in idle]
-        lines += [f"parameter {name} is matched by no rule" for name in orphans]
+    problems += [f"parameter {n} is matched by no rule" for n in sorted(names) if specs[n] is None]
+    if problems:
         raise ShardingRuleError(
             "Sharding rules and parameters do not fit:\n  "
-            + "\n  ".join(lines)
+            + "\n  ".join(problems)
             + "\nThe table of a tower is its family's `sharding_rules`; order counts, the first match"
             " wins."
         )
-    return found
+    return specs
 
 
 def shardings(
     mesh: Mesh, parameters: Mapping[str, Any], table: Sequence[Rule]
 ) -> dict[str, NamedSharding]:
-    """A NamedSharding for each parameter.
+    """Return a NamedSharding for each parameter.
 
-    An axis of the mesh that does not divide a dimension is dropped there, and the log says so: a
+    An axis of the mesh that does not divide a dimension is dropped there, with a line in the log: a
     vocabulary of 50,260 words on 8 devices is replicated rather than padded.
 
     Args:
@@ -139,58 +140,56 @@ def shardings(
             "These parameters have fewer axes than the rule that matches them: "
             + ", ".join(f"{n} {parameters[n].shape} by {specs[n]}" for n in sorted(too_long))
         )
+
+    def fit(name: str) -> PartitionSpec:
+        shape, axes = parameters[name].shape, list(specs[name])
+        for i, axis in enumerate(axes):
+            names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
+            if shape[i] % math.prod(mesh.shape[a] for a in names):
+                log.info("%s: %d does not divide over %s, kept whole there", name, shape[i], axis)
+                axes[i] = None
+        return P(*axes)
+
+    return {name: NamedSharding(mesh, fit(name)) for name in specs}
+
+
+def parameter_shardings(
+    config: Config, abstract: AbstractModel, mesh: Mesh
+) -> dict[str, NamedSharding]:
+    """Return where each parameter of a run is split, before `train.layout` is applied.
+
+    Raises:
+        ShardingRuleError: as `shardings`.
+    """
+    table = rules(abstract.module, config.train.memory_layout)
+    return shardings(mesh, abstract.parameters, table)
+
+
+def whole_along(where: Mapping[str, NamedSharding], axis: str) -> dict[str, NamedSharding]:
+    """Return the same shardings, whole along one axis of the mesh."""
     return {
-        name: NamedSharding(mesh, _fit(mesh, name, parameters[name].shape, spec))
-        for name, spec in specs.items()
+        name: NamedSharding(place.mesh, P(*(None if a == axis else a for a in place.spec)))
+        for name, place in where.items()
     }
 
 
-def without(where: NamedSharding, axis: str) -> NamedSharding:
-    """The same sharding, whole along one axis of the mesh."""
-    return NamedSharding(where.mesh, P(*(None if part == axis else part for part in where.spec)))
-
-
-def fitting(where: NamedSharding, shape: tuple[int, ...], like: tuple[int, ...]) -> NamedSharding:
-    """`where`, for state of a parameter of shape `like` that lacks some of its axes.
-
-    Adafactor's statistics are rows and columns of a parameter: they are small, and whole everywhere.
-    """
-    return where if shape == like else replicated(where.mesh)
-
-
-def _fit(mesh: Mesh, name: str, shape: tuple[int, ...], spec: PartitionSpec) -> PartitionSpec:
-    kept = []
-    for size, axes in zip(shape, spec, strict=False):  # a spec may be shorter
-        ways = math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
-        if size % ways:
-            log.info("%s: %d does not divide over %s, kept whole there", name, size, axes)
-            axes = None
-        kept.append(axes)
-    return P(*kept)
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """Return the sharding in which every device holds the whole array."""
     return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis (episodes B) over data and fsdp."""
+    """Return the sharding whose leading axis (episodes B) lies over data and fsdp."""
     return NamedSharding(mesh, BATCH)
 
 
 def part_sharding(mesh: Mesh) -> NamedSharding:
-    """Parts of a batch, one after the other, each with its episodes over data and fsdp."""
+    """Return the sharding of a batch in parts [parts, B / parts, …], each over data and fsdp."""
     return NamedSharding(mesh, P(None, *BATCH))
 
 
-def place(tree: Any, where: Any) -> Any:
-    """Puts a pytree onto devices: `where` is one sharding, or a pytree of them."""
-    return jax.device_put(tree, where)
-
-
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process' episodes [B / processes, …] as its part of the global batch [B, …]."""
+    """Return this process' episodes [B / processes, …] as its part of the global batch [B, …]."""
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, local)

@@ -1,33 +1,34 @@
-"""One step: the model as a flat dict of parameters, its state, and what jit compiles."""
+"""One step: the state that it changes, its loss and gradients, and what jit compiles."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.extend import core
+from jax.sharding import Mesh
 from jaxtyping import Array
 
-from larimar_jax import linalg, model, objective
+from larimar_jax import model, objective
 from larimar_jax.config import Config, make_memory
 from larimar_jax.model import AbstractModel
-from larimar_jax.train import edits, flops, optimizer, sharding
+from larimar_jax.train import optimizer, sharding
 
 Metrics = dict[str, Array]
 
-
 # Weight of a new loss in the running mean that a spike is measured against: about 50 steps.
-_NEW = 0.02
+_MEAN_RATE = 0.02
 
 
 class TrainState(NamedTuple):
-    """What a step changes; also the shapes or the shardings of it, as a pytree of the same form.
+    """What a step changes; also its shapes or its shardings, as a pytree of the same form.
 
     step: int32 scalar, how many steps are done. params: the trained ones, by path. optimizer:
     optax's state. average: their exponential moving average, by path; empty without `train.ema`.
-    loss: float32 scalar, the running mean of the losses of steps that counted; inf before the first.
+    loss: float32 scalar, the running mean of the losses of good steps; inf before the first.
     """
 
     step: Any
@@ -36,113 +37,97 @@ class TrainState(NamedTuple):
     average: dict[str, Any]
     loss: Any
 
-
-def shardings(abstract: AbstractModel, config: Config, mesh: Mesh) -> dict[str, NamedSharding]:
-    """Return where each parameter is split, before `train.layout` has its say."""
-    rules = sharding.rules(abstract.module, config.train.memory_layout)
-    return sharding.shardings(mesh, abstract.parameters, rules)
+    @property
+    def evaluated(self) -> dict[str, Any]:
+        """The parameters that are evaluated and exported: the average where there is one."""
+        return self.average or self.params
 
 
 def initialise(config: Config, mesh: Mesh) -> tuple[AbstractModel, dict[str, Array]]:
-    """The model's parameters, each where its sharding rule puts it.
+    """Return the model and its parameters, each where its sharding rule puts it.
 
-    Without pretrained towers they are made on the devices that will hold them, so that no host ever
-    holds the whole model; with them, the files stream onto those devices.
+    Without pretrained towers they are created on the devices that will hold them, so that no host
+    ever holds the whole model; with them, the files stream onto those devices.
 
     Raises:
         ShardingRuleError: the rules do not fit the parameters.
         FileNotFoundError: a tower's `source` is not installed.
     """
-    key = jax.random.key(config.train.seed)
-    skeleton = AbstractModel(model.abstract(config))
-    where = shardings(skeleton, config, mesh)
-    towers = (config.model.encoder, config.model.decoder)
-    if any(tower.source is not None for tower in towers):
+    key, abstract = jax.random.key(config.train.seed), AbstractModel(model.abstract(config))
+    where = sharding.parameter_shardings(config, abstract, mesh)
+    if any(tower.source is not None for tower in (config.model.encoder, config.model.decoder)):
         built = model.build(config, key, lambda name, _: where[name])
-        return skeleton, sharding.place(dict(model.parameters(built)), where)
-    make = jax.jit(lambda: dict(model.parameters(model.build(config, key))), out_shardings=where)
-    return skeleton, make()
+        return abstract, jax.device_put(dict(model.parameters(built)), where)
+    create = jax.jit(lambda: dict(model.parameters(model.build(config, key))), out_shardings=where)
+    return abstract, create()
 
 
 class TrainStep:
-    """The compiled functions of a run, and where their arguments live.
+    """The compiled step of a run, and where its arguments live.
 
-    Args:
-        config: the run's config.
-        skeleton: the model without its numbers.
-        mesh: where to run.
     Attributes:
         trained, frozen: parameter paths by their role; names of `trained` in the model's order.
         state_shardings: a TrainState of NamedShardings.
-        arguments: ShapeDtypeStructs of what `step` takes, with their shardings, for an episode size.
+        step: (state, frozen, batch) → (state, metrics), compiled; the state is donated.
+        init: trained parameters → the state before the first step, compiled.
+        traced: the function that `step` compiles.
     Raises:
         ValueError: a part of the batch (train.accumulate) does not divide over the mesh.
     """
 
-    def __init__(self, config: Config, skeleton: AbstractModel, mesh: Mesh):
-        self._config, self._skeleton, self._mesh = config, skeleton, mesh
+    def __init__(self, config: Config, abstract: AbstractModel, mesh: Mesh):
+        self.config, self.abstract, self.mesh = config, abstract, mesh
         self._memory = make_memory(config)
-        self._flops: dict[int, int] = {}
         self._optimizer = optimizer.make(config.train)
         self._rate = optimizer.learning_rate(config.train)
-        _check_parts(config, mesh)
-        where = shardings(skeleton, config, mesh)
-        split, self._frozen = optimizer.partition(where, config.train.frozen)
-        self.trained, self.frozen = list(split), list(self._frozen)
-        whole = sharding.replicated(mesh)
-        # What the optimiser sees: its own state, and the gradients on their way to it.
-        self._split = split
-        held = split
+        self._flops: dict[int, int] = {}
+        _check_batch(config, mesh)
+        where = sharding.parameter_shardings(config, abstract, mesh)
+        # The split is what the optimiser sees: its own state, and the gradients on their way to it.
+        self._split, self.frozen_shardings = optimizer.partition(where, config.train.frozen)
+        self.trained, self.frozen = list(self._split), list(self.frozen_shardings)
+        held = self._split
         if config.train.layout == "zero2":
-            held = {name: sharding.without(place, "fsdp") for name, place in split.items()}
-            self._frozen = {n: sharding.without(p, "fsdp") for n, p in self._frozen.items()}
-        shapes = {name: skeleton.parameters[name] for name in split}
-        slots = jax.eval_shape(self._optimizer.init, shapes)
+            held = sharding.whole_along(held, "fsdp")
+            self.frozen_shardings = sharding.whole_along(self.frozen_shardings, "fsdp")
+        shapes = {name: abstract.parameters[name] for name in self.trained}
+        whole = sharding.replicated(mesh)
         self.state_shardings = TrainState(
             step=whole,
             params=held,
             optimizer=optax.tree_map_params(
                 self._optimizer,
-                lambda slot, place, like: sharding.fitting(place, slot.shape, like.shape),
-                slots,
-                split,
+                # Adafactor's statistics, rows and columns of a parameter, are small: whole everywhere.
+                lambda slot, place, like: place if slot.shape == like.shape else whole,
+                jax.eval_shape(self._optimizer.init, shapes),
+                self._split,
                 shapes,
                 transform_non_params=lambda _: whole,
             ),
-            average=split if config.train.ema else {},
+            average=self._split if config.train.ema else {},
             loss=whole,
         )
         fields = ("encoder_tokens", "encoder_mask", "decoder_tokens", "decoder_mask")
-        self._batch = {name: sharding.batch_sharding(mesh) for name in fields}
-        self.begin: Callable[[dict[str, Array]], TrainState] = jax.jit(
-            self._begin, in_shardings=(split,), out_shardings=self.state_shardings
+        self.batch_shardings = dict.fromkeys(fields, sharding.batch_sharding(mesh))
+        self.init: Callable[[dict[str, Array]], TrainState] = jax.jit(
+            self._init, in_shardings=(self._split,), out_shardings=self.state_shardings
         )
+        self.traced: Callable[..., tuple[TrainState, Metrics]] = self._step
         self.step: Callable[..., tuple[TrainState, Metrics]] = jax.jit(
             self._step,
-            in_shardings=(self.state_shardings, self._frozen, self._batch),
+            in_shardings=(self.state_shardings, self.frozen_shardings, self.batch_shardings),
             out_shardings=(self.state_shardings, whole),
             donate_argnums=0,
         )
-        # What `step` compiles, for whoever wants to look inside.
-        self.traced: Callable[..., tuple[TrainState, Metrics]] = self._step
-        self.evaluate: Callable[..., Metrics] = jax.jit(
-            self._evaluate, in_shardings=(None, self._frozen, self._batch), out_shardings=whole
-        )
 
-        self.edit: Callable[..., Metrics] = jax.jit(
-            self._edits, in_shardings=(None, self._frozen, whole), out_shardings=whole
-        )
-
-    def abstract(self) -> TrainState:
-        """The state as ShapeDtypeStructs that know their sharding: what a restore asks for."""
-        shapes = jax.eval_shape(
-            self._begin, {name: self._skeleton.parameters[name] for name in self.trained}
-        )
-        return _placed(shapes, self.state_shardings)
+    def abstract_state(self) -> TrainState:
+        """Return the state as ShapeDtypeStructs with shardings: what a restore asks for."""
+        shapes = {name: self.abstract.parameters[name] for name in self.trained}
+        return _placed(jax.eval_shape(self._init, shapes), self.state_shardings)
 
     def arguments(self, episode: int) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
-        """What `step` takes for episodes of this size, as ShapeDtypeStructs with their shardings."""
-        data = self._config.data
+        """Return what `step` takes for episodes of this size, as ShapeDtypeStructs with shardings."""
+        data = self.config.data
         batch = {
             f"{tower}_{kind}": jax.ShapeDtypeStruct((data.batch, episode, length), dtype)
             for tower, length in (
@@ -151,40 +136,48 @@ class TrainStep:
             )
             for kind, dtype in (("tokens", jnp.int32), ("mask", jnp.bool_))
         }
-        frozen = {name: self._skeleton.parameters[name] for name in self.frozen}
-        return self.abstract(), _placed(frozen, self._frozen), _placed(batch, self._batch)
+        frozen = {name: self.abstract.parameters[name] for name in self.frozen}
+        frozen = _placed(frozen, self.frozen_shardings)
+        return self.abstract_state(), frozen, _placed(batch, self.batch_shardings)
 
     def flops(self, episode: int) -> int:
-        """FLOPs of a step's matrix products on all devices, without what remat computes again."""
+        """Return FLOPs of a step's matrix products on all devices, without what remat repeats."""
         if episode not in self._flops:
-            config, stepper = self._config, self
-            if config.model.remat != "none":
-                lean = dataclasses.replace(config.model, remat="none")
-                config = dataclasses.replace(config, model=lean)
-                stepper = TrainStep(config, AbstractModel(model.abstract(config)), self._mesh)
-            self._flops[episode] = flops.count(stepper.traced, *stepper.arguments(episode))
+            lean = self
+            if self.config.model.remat != "none":
+                plain = dataclasses.replace(self.config.model, remat="none")
+                config = dataclasses.replace(self.config, model=plain)
+                lean = TrainStep(config, AbstractModel(model.abstract(config)), self.mesh)
+            self._flops[episode] = count_flops(lean.traced, *lean.arguments(episode))
         return self._flops[episode]
 
     def freeze(self, parameters: Mapping[str, Array]) -> dict[str, Array]:
-        """The frozen ones of all parameters, where a step wants them."""
-        return sharding.place({name: parameters[name] for name in self.frozen}, self._frozen)
+        """Return the frozen ones of all parameters, where a step wants them."""
+        return jax.device_put({n: parameters[n] for n in self.frozen}, self.frozen_shardings)
 
-    def _begin(self, params: dict[str, Array]) -> TrainState:
+    def loss(self, params, frozen, batch, keys, weights, beta, **options):
+        """Return Eq. 1 and its terms (`objective.loss`), on the mesh of this step."""
+        larimar = self.abstract.model({**params, **frozen})
+        # Models know no mesh: they split rows over the mesh that JAX traces under.
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            return objective.loss(larimar, self._memory, batch, keys, weights, beta, **options)
+
+    def _init(self, params: dict[str, Array]) -> TrainState:
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             optimizer=self._optimizer.init(params),
-            average=dict(params) if self._config.train.ema else {},
+            average=dict(params) if self.config.train.ema else {},
             loss=jnp.full((), jnp.inf, jnp.float32),
         )
 
     def _step(self, state: TrainState, frozen: dict[str, Array], batch: dict[str, Array]):
-        config = self._config
+        config = self.config
         # A function of seed and step alone, so that a resumed run needs no random state.
         rng = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         keys = jax.random.split(rng, config.data.batch)
         # Every device draws all keys: split over devices, drawing them would take an exchange.
-        keys = jax.lax.with_sharding_constraint(keys, sharding.replicated(self._mesh))
+        keys = jax.lax.with_sharding_constraint(keys, sharding.replicated(self.mesh))
         beta = objective.beta_schedule(
             state.step, config.train.steps, config.objective.kl, config.objective.kl_cycles
         )
@@ -195,13 +188,8 @@ class TrainStep:
         updates, slots = self._optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         count = state.step + 1
-        stepped = TrainState(
-            count,
-            params,
-            slots,
-            self._averaged(state.average, params, count),
-            jnp.where(jnp.isinf(state.loss), loss, state.loss + _NEW * (loss - state.loss)),
-        )
+        mean = jnp.where(jnp.isinf(state.loss), loss, state.loss + _MEAN_RATE * (loss - state.loss))
+        stepped = TrainState(count, params, slots, self._average(state, params, count), mean)
         # A bad step changes nothing, so that what is saved afterwards is sound.
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         spike = config.train.spike
@@ -210,8 +198,10 @@ class TrainStep:
             "loss": loss,
             "terms": terms,
             "beta": beta,
-            # Of the optimiser's own count: a step that was skipped does not move it.
-            "learning_rate": self._rate(_count(state.optimizer)),
+            # By the optimiser's own count: a skipped step does not move it.
+            "learning_rate": self._rate(
+                optax.tree_utils.tree_get_all_with_path(state.optimizer, "count")[0][1]
+            ),
             "gradient_norm": norm,
             "gradient_squares": squares,
             "sound": sound,
@@ -223,89 +213,51 @@ class TrainStep:
         return state, metrics
 
     def _gradients(self, params, frozen, batch, keys, beta):
-        """((loss, terms), gradients) of the whole batch, computed in `train.accumulate` parts."""
-        config = self._config
+        """Return ((loss, terms), gradients) of the batch, computed in `train.accumulate` parts."""
+        config, parts = self.config, self.config.train.accumulate
         divide = objective.counts(batch, config.objective)
 
         def loss_of(params: dict[str, Array], batch, keys):
-            how = dict(divide=divide, product_dtype=config.train.products)
-            return self._loss(params, frozen, batch, keys, config.objective, beta, **how)
+            options = dict(divide=divide, product_dtype=config.train.products)
+            return self.loss(params, frozen, batch, keys, config.objective, beta, **options)
 
-        graded = jax.value_and_grad(loss_of, has_aux=True)
-        parts = config.train.accumulate
+        def reduced(params, batch, keys):
+            # Gradients summed over devices, each where its part of the optimiser is.
+            value, gradients = jax.value_and_grad(loss_of, has_aux=True)(params, batch, keys)
+            return value, jax.lax.with_sharding_constraint(gradients, self._split)
+
         if parts == 1:
-            found, gradients = graded(params, batch, keys)
-            return found, self._reduced(gradients)
+            return reduced(params, batch, keys)
 
         def part(array):
-            # Every device's episodes are spread over all parts, so that none has to move.
+            # Every device's episodes are spread over all parts, so that no episode has to move.
             array = array.reshape(array.shape[0] // parts, parts, *array.shape[1:]).swapaxes(0, 1)
-            return jax.lax.with_sharding_constraint(array, sharding.part_sharding(self._mesh))
+            return jax.lax.with_sharding_constraint(array, sharding.part_sharding(self.mesh))
 
         def add(total, episodes):
-            found = graded(params, *episodes)
-            found = (found[0], self._reduced(found[1]))
-            return jax.tree.map(jnp.add, total, found), None
+            return jax.tree.map(jnp.add, total, reduced(params, *episodes)), None
 
-        shapes = jax.eval_shape(
-            graded, params, *jax.tree.map(lambda a: a[: a.shape[0] // parts], (batch, keys))
-        )
-        zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-        zero = (zero[0], self._reduced(zero[1]))
-        return jax.lax.scan(add, zero, jax.tree.map(part, (batch, keys)))[0]
+        episodes = jax.tree.map(part, (batch, keys))
+        shapes = jax.eval_shape(reduced, params, *jax.tree.map(lambda a: a[0], episodes))
+        (loss, terms), gradients = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        gradients = jax.lax.with_sharding_constraint(gradients, self._split)
+        return jax.lax.scan(add, ((loss, terms), gradients), episodes)[0]
 
-    def _reduced(self, gradients: dict[str, Array]) -> dict[str, Array]:
-        """Gradients summed over devices, each where its part of the optimiser is."""
-        return jax.lax.with_sharding_constraint(gradients, self._split)
-
-    def _averaged(self, average: dict[str, Array], params: dict[str, Array], count: Array):
+    def _average(self, state: TrainState, params: dict[str, Array], count: Array):
         # Early on the average is of few steps, so that it does not hold on to the start.
         done = count.astype(jnp.float32)
-        kept = jnp.minimum(self._config.train.ema, (1.0 + done) / (10.0 + done))
-        return {name: params[name] + kept * (old - params[name]) for name, old in average.items()}
-
-    def _evaluate(
-        self, params: dict[str, Array], frozen: dict[str, Array], batch: dict[str, Array]
-    ) -> Metrics:
-        # All three routes whatever the run optimises: reconstruction against language is what shows
-        # that the memory is used, since the latter is the same text decoded with z = 0.
-        weights = dataclasses.replace(
-            self._config.objective, reconstruction=1.0, autoencoding=1.0, language=1.0
-        )
-        terms = self._loss(params, frozen, batch, None, weights, jnp.float32(0.0))[1]
-        larimar = self._skeleton.model({**params, **frozen})
-        with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
-            base = objective.untouched(larimar, batch, objective.counts(batch, weights))
-        condition = linalg.matrix_condition(larimar.memory.prior_memory[...])
-        return {**terms, "base": base, "memory_condition": condition}
-
-    def _edits(
-        self, params: dict[str, Array], frozen: dict[str, Array], texts: dict[str, Array]
-    ) -> Metrics:
-        larimar = self._skeleton.model({**params, **frozen})
-        return edits.score(larimar, texts, self._config.editing)
-
-    def _loss(self, params, frozen, batch, keys, weights, beta, **how):
-        larimar = self._skeleton.model({**params, **frozen})
-        # Models know no mesh: they split rows over whichever JAX traces under.
-        with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
-            return objective.loss(larimar, self._memory, batch, keys, weights, beta, **how)
-
-
-def _count(slots: Any) -> Array:
-    """How many updates the optimiser has made."""
-    return optax.tree_utils.tree_get_all_with_path(slots, "count")[0][1]
+        decay = jnp.minimum(self.config.train.ema, (1.0 + done) / (10.0 + done))
+        return {n: params[n] + decay * (mean - params[n]) for n, mean in state.average.items()}
 
 
 def _placed(shapes: Any, where: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        shapes,
-        where,
-    )
+    def place(leaf, place):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return jax.tree.map(place, shapes, where)
 
 
-def _check_parts(config: Config, mesh: Mesh) -> None:
+def _check_batch(config: Config, mesh: Mesh) -> None:
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     batch, parts = config.data.batch, config.train.accumulate
     if ways % jax.process_count():
@@ -319,3 +271,49 @@ def _check_parts(config: Config, mesh: Mesh) -> None:
             f" {ways} devices of the mesh's data and fsdp axes (train.mesh). Take a batch that is a"
             f" multiple of {ways * parts}."
         )
+
+
+def count_flops(function: Callable, *arguments: Any) -> int:
+    """Return the FLOPs of all matrix products of `function`, 2·m·n·k each, over all devices.
+
+    Loops count as often as they run; of branches the most expensive one counts; factorisations,
+    elementwise work and loops of unknown length count nothing and once. What the backward pass
+    computes again counts again: count a model's utilisation without rematerialisation.
+
+    Args:
+        function: traceable.
+        arguments: arrays or ShapeDtypeStructs.
+    """
+    return _jaxpr_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _jaxpr_flops(jaxpr: core.Jaxpr) -> int:
+    return sum(_equation_flops(e.primitive.name, e.params, e) for e in jaxpr.eqns)
+
+
+def _equation_flops(name: str, params: dict[str, Any], equation: core.JaxprEqn) -> int:
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+        return 2 * math.prod(equation.outvars[0].aval.shape) * depth
+    if name == "cond":
+        return max(_jaxpr_flops(branch.jaxpr) for branch in params["branches"])
+    # Rules for derivatives and batching are other programs than the one that runs.
+    rules = ("jvp_jaxpr_fun", "jvp_jaxpr_thunk", "fwd_jaxpr_thunk", "bwd", "rule")
+    values = [value for key, value in params.items() if key not in rules]
+    items = [x for v in values for x in (v if isinstance(v, (tuple, list)) else (v,))]
+    bodies = [getattr(item, "jaxpr", item) for item in items]
+    inner = sum(_jaxpr_flops(body) for body in bodies if hasattr(body, "eqns"))
+    if name == "scan":
+        return params["length"] * inner
+    if name == "shard_map":
+        # Inside are one device's shapes; along axes that split nothing, devices repeat each other.
+        return inner * math.prod(
+            params["mesh"].shape[axis]
+            for axis in {a for spec in params["in_specs"] for part in spec for a in _axes(part)}
+        )
+    return inner
+
+
+def _axes(part: Any) -> tuple[str, ...]:
+    return part if isinstance(part, tuple) else () if part is None else (part,)

@@ -153,7 +153,7 @@ class OurStep:
                 parameters[name] = jax.device_put(factor, zeros.sharding)
         self._step = TrainStep(config, self._abstract, mesh)
         self._frozen = self._step.freeze(parameters)
-        self._state = self._step.begin({n: parameters[n] for n in self._step.trained})
+        self._state = self._step.init({n: parameters[n] for n in self._step.trained})
         self.batch = random_batch(config, self.model())
         self._placed = sharding.place_batch(self.batch, mesh)
         shape = (config.data.batch, config.data.episode[0], config.model.latent)

@@ -1,0 +1,318 @@
+"""What a run records and shows: metrics.jsonl, TensorBoard, a bar for people, its environment."""
+
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorboardX
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from larimar_jax.config import TrainConfig
+from larimar_jax.train.step import TrainState, TrainStep
+
+# What the terms are to a reader of the bar: the same text, decoded in three ways.
+_TERMS = {"reconstruction": "memory", "autoencoding": "bypassed", "language": "z=0", "kl": "KL"}
+# Rows of the square matrices whose product measures a device: large enough that the device is at its
+# best, small enough to take no time.
+_MATMUL_ROWS = {"cpu": 1024, "gpu": 8192, "tpu": 8192}
+_PACKAGES = "larimar-jax jax jaxlib flax optax orbax-checkpoint grain numpy transformers".split()
+
+
+def say(text: str) -> None:
+    """Print one line for a person, on stderr."""
+    Console(stderr=True, highlight=False).print(text)
+
+
+class Logger:
+    """The records of a run: every step, read while the next one runs, and every evaluation.
+
+    As a context. A line of metrics.jsonl is {"step": steps done, "kind": "train" | "evaluation",
+    name: value, …}. Values have all their digits, so that two runs can be compared bit for bit.
+
+    Args:
+        run_dir: the folder of the run.
+        train_step: the run's compiled step.
+        step: how many steps are done. Lines past it are dropped: a killed run has logged steps that
+            its last checkpoint does not hold, and these steps are run again.
+        progress: a bar and evaluations on stderr.
+    """
+
+    def __init__(self, run_dir: Path, train_step: TrainStep, step: int, *, progress: bool):
+        self._train_step, self._config = train_step, train_step.config
+        self._bad_steps = BadSteps(self._config.train, train_step.trained)
+        dtype = self._config.train.products or self._config.model.dtype
+        self._rate = matmul_rate(dtype) * train_step.mesh.size
+        self._pending: tuple[Any, ...] | None = None
+        self._read_at = 0.0
+        self._writes = jax.process_index() == 0
+        self._bar = Bar(self._config.train.steps, step, shown=progress and self._writes)
+        if self._writes:
+            self._file = _truncated(run_dir / "metrics.jsonl", step).open("a", encoding="utf-8")
+            self._board = tensorboardX.SummaryWriter(
+                str(run_dir / "tensorboard"), purge_step=step + 1, flush_secs=10
+            )
+
+    def __enter__(self) -> "Logger":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.stop()
+        if self._writes:
+            self._file.close()
+            self._board.close()
+
+    def train(
+        self, step: int, state: TrainState, metrics: Any, batch: Mapping[str, Any], began: float
+    ) -> None:
+        """Record the step before this one, which runs meanwhile.
+
+        Args:
+            step: steps done, with this one. state, metrics: what the step returned.
+            batch: this process' part of the step's batch. began: `time.perf_counter` at its dispatch.
+        Raises:
+            BadStep: as `BadSteps.check`, of the step before.
+        """
+        self.flush(state)
+        self._pending = (step, metrics, batch, began)
+
+    def flush(self, state: TrainState) -> None:
+        """Wait for the newest step and record it.
+
+        Raises:
+            BadStep: as `BadSteps.check`.
+        """
+        if self._pending is None:
+            return
+        (step, metrics, batch, began), self._pending = self._pending, None
+        metrics = jax.device_get(metrics)
+        # A step dispatched while the step before it ran began when that step was done.
+        now = time.perf_counter()
+        seconds, self._read_at = now - max(began, self._read_at), now
+        # A bad step left the state as it was, so these are the parameters that it began with.
+        problem = self._bad_steps.check(step, metrics, state.params)
+        squares: dict[str, float] = {}
+        names = self._train_step.trained
+        for name, square in zip(names, metrics["gradient_squares"], strict=True):
+            part = f"gradient_norm_{name.split('/')[0]}"
+            squares[part] = squares.get(part, 0.0) + float(square)
+        flops = self._train_step.flops(batch["encoder_tokens"].shape[1])
+        values = {
+            "loss": float(metrics["loss"]),
+            **{name: float(value) for name, value in sorted(metrics["terms"].items())},
+            **{name: float(metrics[name]) for name in ("beta", "learning_rate", "gradient_norm")},
+            **{part: square**0.5 for part, square in squares.items()},
+            # Of the decoder's texts, padding left out.
+            "tokens_per_second": int(batch["decoder_mask"].sum()) * jax.process_count() / seconds,
+            "episodes_per_second": self._config.data.batch / seconds,
+            # The share of the devices' rate of products that the model's FLOPs are.
+            "utilisation": flops / seconds / self._rate,
+            "skipped": float(problem is not None),
+        }
+        self.write(step, "train", values, board=step % self._config.train.log_every == 0)
+        self._bar.step(step, values)
+        if problem is not None:
+            say(problem)
+
+    def evaluation(self, step: int, terms: Mapping[str, float], *, record: bool = True) -> None:
+        """Show held-out terms, in nats per token, and record them where `record`."""
+        if record:
+            self.write(step, "evaluation", terms)
+        self._bar.evaluation(step, terms)
+
+    def write(
+        self, step: int, kind: str, values: Mapping[str, float], *, board: bool = True
+    ) -> None:
+        """Write one line, and one scalar for each value where `board`; process 0 alone writes."""
+        if not self._writes:
+            return
+        self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        self._file.flush()  # To the system: what a killed process has written stays.
+        for name, value in values.items() if board else ():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+
+
+def _truncated(path: Path, step: int) -> Path:
+    """Drop the lines past `step`; of a run that starts again, all: its first is that of step 0."""
+    if path.exists():
+        lines = [line for line in read_metrics(path) if line["step"] <= step != 0]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        os.replace(temporary, path)
+    return path
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics.jsonl without a last line that was cut off in the middle."""
+    lines = []
+    for line in Path(path).read_text(encoding="utf-8").split("\n"):
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+class Bar:
+    """A bar of steps over a line of losses; evaluations are lines above them."""
+
+    def __init__(self, total: int, done: int, *, shown: bool):
+        self._shown, self._console = shown, Console(stderr=True, highlight=False)
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TimeRemainingColumn(),
+            console=self._console,
+            expand=True,
+        )
+        self._task = self._progress.add_task("train", total=total, completed=done)
+        self._losses = Text("compiling the step", no_wrap=True, overflow="ellipsis")
+        self._live = Live(Group(self._progress, self._losses), console=self._console)
+
+    def start(self) -> None:
+        if self._shown:
+            self._live.start()
+
+    def stop(self) -> None:
+        if self._shown:
+            self._live.stop()
+            if not self._console.is_terminal:
+                # A file gets the last frame without the end of its line.
+                self._console.print()
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """Show the numbers of a step."""
+        terms = "  ".join(f"{s} {values[n]:.2f}" for n, s in _TERMS.items() if n in values)
+        speed = f"{values['tokens_per_second']:,.0f} tokens/s  {values['episodes_per_second']:.1f}"
+        self._losses.plain = f"loss {values['loss']:.2f}  {terms}  {speed} episodes/s"
+        self._progress.update(self._task, completed=step)
+
+    def evaluation(self, step: int, terms: Mapping[str, float]) -> None:
+        """Show held-out losses in nats per token: through memory, memory bypassed, and z = 0."""
+        if self._shown:
+            self._console.print(
+                f"step {step}: held-out nats per token: {terms['reconstruction']:.3f} memory, "
+                f"{terms['autoencoding']:.3f} bypassed, {terms['language']:.3f} z=0"
+            )
+
+
+class BadStep(FloatingPointError):
+    """A step whose loss or gradient is not finite, or whose loss is a spike; its state is unchanged."""
+
+
+class BadSteps:
+    """Policy for bad steps, `train.on_bad_step`; the step itself has left the state as it was."""
+
+    LIMIT = 10  # Bad steps in a row that no run recovers from.
+
+    def __init__(self, train: TrainConfig, trained: list[str]):
+        self._train, self._trained, self._row = train, trained, 0
+
+    def check(self, step: int, metrics: Mapping[str, Any], params: Mapping[str, Any]) -> str | None:
+        """Return None for a good step; for a bad one that is skipped, what is wrong with it.
+
+        Args:
+            metrics: the step's, on the host. params: those that the step began with, by path.
+        Raises:
+            BadStep: where the policy is to stop, or after too many in a row.
+        """
+        if metrics["sound"]:
+            self._row = 0
+            return None
+        self._row += 1
+        what = f"step {step}: {self._describe(metrics, params)}"
+        if self._train.on_bad_step == "skip" and self._row < self.LIMIT:
+            return f"{what}; skipped, {self._row} in a row"
+        many = f" This was the {self.LIMIT}th in a row." if self._row >= self.LIMIT else ""
+        raise BadStep(
+            f"{what}.{many} The state before this step is untouched, and the last checkpoint is "
+            "sound. Likely causes: too high a learning rate (train.learning_rate, "
+            "train.warmup_steps), too little clipping (train.clip_norm), or a compute dtype with too "
+            "small a range (model.dtype). train.on_bad_step=skip goes on without such steps."
+        )
+
+    def _describe(self, metrics: Mapping[str, Any], params: Mapping[str, Any]) -> str:
+        loss, squares = float(metrics["loss"]), np.asarray(metrics["gradient_squares"])
+        if math.isfinite(loss) and math.isfinite(float(metrics["gradient_norm"])):
+            return (
+                f"the loss is {loss:.4g}, more than train.spike ({self._train.spike:g}) above the "
+                f"usual {float(metrics['usual_loss']):.4g}; the largest gradient is that of "
+                f"{self._trained[int(np.argmax(squares))]}"
+            )
+        # In order of cause: a parameter makes a term not finite, and a term a gradient.
+        suspects = [(f"parameter {name}", leaf) for name, leaf in params.items()]
+        suspects += [(f"loss term {n}", term) for n, term in sorted(metrics["terms"].items())]
+        suspects += [(f"gradient of {n}", s) for n, s in zip(self._trained, squares, strict=True)]
+        bad = (name for name, value in suspects if not bool(jnp.isfinite(value).all()))
+        first = next(bad, "the norm of the gradients, though each of them is finite")
+        return f"the loss is {loss}; the first that is not finite is {first}"
+
+
+def matmul_rate(dtype: str) -> float:
+    """Return FLOP/s of a product of `dtype` factors, summed in float32, on one device: the best of 5."""
+    rows = _MATMUL_ROWS.get(jax.default_backend(), 4096)
+    x = jax.device_put(jnp.ones((rows, rows), dtype), jax.local_devices()[0])
+    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
+    product(x, x).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        product(x, x).block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    return 2.0 * rows**3 / min(seconds)
+
+
+@functools.cache
+def environment() -> dict[str, Any]:
+    """Return what a run runs with: revision of the source (None outside a clone), versions (None of
+    what is not installed), devices and XLA's flags."""
+    device = jax.devices()[0]
+    return {
+        "revision": _revision(),
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "devices": {"kind": device.device_kind, "count": jax.device_count()},
+        "processes": jax.process_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None  # On the path without having been installed.
+
+
+def _revision() -> str | None:
+    """Return the commit of the source, with "+changes" where files differ from it."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit, changed = (
+            subprocess.run(
+                ["git", "-C", str(root), *line.split()], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for line in ("rev-parse HEAD", "status --porcelain --untracked-files=no")
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None  # Without git, or in a clone of another user, there is no revision to name.
+    return commit + ("+changes" if changed else "")

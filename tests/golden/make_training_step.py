@@ -1,0 +1,102 @@
+"""Three training steps of tests/world.py's model, as numbers: training_step.json.
+
+    python tests/golden/make_training_step.py
+
+Update the file only where the step is meant to compute something else, and say why in the commit.
+Parameters are drawn by their names and not by the model's initialisers, whose own golden is `initial`.
+"""
+
+import json
+import os
+import sys
+import zlib
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import world  # noqa: E402
+
+from larimar_jax import model  # noqa: E402
+from larimar_jax.train import sharding  # noqa: E402
+from larimar_jax.train.step import TrainStep, initialise  # noqa: E402
+
+FILE = Path(__file__).with_name("training_step.json")
+RUNS = {
+    "one device": dict(mesh=(1, 1, 1)),
+    "eight devices": dict(mesh=(2, 2, 2), accumulate=2, memory_layout="slots"),
+    "bfloat16 products": dict(mesh=(1, 1, 1), products="bfloat16"),
+}
+# A softmax does not depend on a bias of the keys: its gradient is rounding, of which Adam takes the sign.
+FROZEN = ["^encoder/position/", "attention/key/bias$"]
+
+
+def _draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    draw = np.random.default_rng(zlib.crc32(name.encode()))
+    if name.endswith("scale"):
+        return np.ones(shape, np.float32)
+    if name == "memory/log_variance":
+        return np.full(shape, -2.0, np.float32)
+    return draw.normal(0, 0.2, shape).astype(np.float32)
+
+
+def _batch(config) -> dict[str, np.ndarray]:
+    draw, batch, data = np.random.default_rng(0), {}, config.data
+    for tower, length in (("encoder", data.encoder_tokens), ("decoder", data.decoder_tokens)):
+        shape = (data.batch, data.episode[0], length)
+        batch[f"{tower}_tokens"] = draw.integers(0, 300, shape).astype(np.int32)
+        lengths = draw.integers(4, length, shape[:2])
+        batch[f"{tower}_mask"] = np.arange(length) < lengths[..., None]
+    return batch
+
+
+def record(train: dict) -> dict:
+    """Return metrics of three steps, gradient norms by parameter, and (sum, norm) of what they leave."""
+    config = world.config(Path("none"), learning_rate=1e-3, ema=0.5, frozen=FROZEN, **train)
+    mesh = sharding.make_mesh(config.train.mesh)
+    abstract = model.AbstractModel(model.abstract(config))
+    train_step = TrainStep(config, abstract, mesh)
+    drawn = {name: _draw(name, leaf.shape) for name, leaf in abstract.parameters.items()}
+    parameters = jax.device_put(drawn, sharding.parameter_shardings(config, abstract, mesh))
+    frozen = train_step.freeze(parameters)
+    state = train_step.init({name: parameters[name] for name in train_step.trained})
+    batch, steps = sharding.place_batch(_batch(config), mesh), []
+    for _ in range(3):
+        state, metrics = train_step.step(state, frozen, batch)
+        metrics = jax.device_get(metrics)
+        norms = np.sqrt(metrics["gradient_squares"]).tolist()
+        steps.append(
+            {
+                **{
+                    n: float(metrics[n]) for n in ("loss", "beta", "learning_rate", "gradient_norm")
+                },
+                **{name: float(term) for name, term in sorted(metrics["terms"].items())},
+                "gradients": dict(sorted(zip(train_step.trained, norms, strict=True))),
+            }
+        )
+    left = {**state.params, **{f"average/{name}": a for name, a in state.average.items()}}
+    left = {name: np.asarray(array, np.float64) for name, array in sorted(left.items())}
+    return dict(
+        steps=steps,
+        parameters={n: [float(a.sum()), float(np.linalg.norm(a))] for n, a in left.items()},
+        flops=train_step.flops(config.data.episode[0]),
+    )
+
+
+def initial() -> dict:
+    """Return the norm of each parameter as the initialisers of seed 0 draw it."""
+    _, parameters = initialise(world.config(Path("none")), sharding.make_mesh((1, 1, 1)))
+    return {
+        n: float(np.linalg.norm(np.asarray(a, np.float64))) for n, a in sorted(parameters.items())
+    }
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    runs = {"initial": initial(), **{name: record(train) for name, train in RUNS.items()}}
+    FILE.write_text(json.dumps(runs, indent=1) + "\n")
