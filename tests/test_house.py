@@ -47,8 +47,6 @@ FLOORS = {
     "train.sharding": 4,
     "train.optimizer": 4,
     "train.checkpoint": 4,
-    "train.checksums": 4,
-    "train.environment": 4,
     "train": 5,
     "pipeline": 5,
     "session_file": 5,
