@@ -18,7 +18,7 @@ from larimar_jax.memory.streaming import Streaming
 from larimar_jax.model import Larimar
 from larimar_jax.train import sharding
 from larimar_jax.train.step import TrainState, TrainStep
-from larimar_jax.weights.tokenizers import Tokenizer
+from larimar_jax.weights.tokenizer import Tokenizer
 
 # Held-out batches of an evaluation: enough to halve the noise of a single one, and cheap.
 _BATCHES = 4
