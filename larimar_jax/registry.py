@@ -86,8 +86,8 @@ class WholeHeads:
 class HuggingFaceSizes:
     """Sizes of a tower, a frozen dataclass, with their names in a Hugging Face config.json.
 
-    hf_type: its model type and architecture. hf_names: the key of each field; one that ends in "?" may be absent, where the field's default is
-    Hugging Face's. hf_fixed: settings that are computed in one way only, with that way.
+    hf_type: its model type and architecture. hf_names: the key of each field.
+    hf_fixed: settings that are computed in one way only, with that way.
     """
 
     hf_type: ClassVar[tuple[str, str]]
@@ -96,7 +96,7 @@ class HuggingFaceSizes:
 
     @classmethod
     def from_huggingface(cls, config: Mapping[str, Any]) -> "HuggingFaceSizes":
-        """Return the sizes in a config.json of this family.
+        """Return the sizes in a config.json of this family, with Hugging Face's defaults filled in.
 
         Raises:
           ValueError: a setting that this implementation does not compute.
@@ -111,17 +111,12 @@ class HuggingFaceSizes:
             raise ValueError(
                 f"this {config['model_type']} is not supported: {'; '.join(differing)}"
             )
-        sizes = {
-            field: config[key.removesuffix("?")]
-            for field, key in cls.hf_names.items()
-            if not (key.endswith("?") and key.removesuffix("?") not in config)
-        }
-        return cls(**sizes)
+        return cls(**{field: config[key] for field, key in cls.hf_names.items()})
 
     def to_huggingface(self) -> dict[str, Any]:
         """Return the config.json of a model of these sizes."""
         model_type, architecture = self.hf_type
-        sizes = {k.removesuffix("?"): getattr(self, field) for field, k in self.hf_names.items()}
+        sizes = {key: getattr(self, field) for field, key in self.hf_names.items()}
         return {"model_type": model_type, "architectures": [architecture], **sizes, **self.hf_fixed}
 
 

@@ -30,9 +30,9 @@ class RopeScaling:
     kind: Literal["linear", "llama3", "yarn"]
     factor: float
     original_length: int
-    slow: float
-    fast: float
-    magnitude: float
+    slow: float = 0.0
+    fast: float = 0.0
+    magnitude: float = 1.0
 
     def __post_init__(self):
         numbers = [self.factor, self.magnitude]
@@ -47,66 +47,67 @@ class RopeScaling:
             )
 
 
+# The key of each number of a scaling in Hugging Face's rope_parameters.
+_KEYS = {
+    "linear": {"factor": "factor", "original_length": "original_max_position_embeddings"},
+    "llama3": {"slow": "low_freq_factor", "fast": "high_freq_factor"},
+    "yarn": {"slow": "beta_slow", "fast": "beta_fast", "magnitude": "attention_factor"},
+}
+
+
 def from_huggingface(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Return θ and the scaling of a config.json, in its form before or since transformers 5.
+    """Return θ and the scaling in the `rope_parameters` of a config.json, in transformers' form.
 
     Raises:
       ValueError: a kind of scaling that is not computed here, one that lacks a number, or a number
         that it cannot be computed with.
     """
-    settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(settings, Mapping):
-        raise ValueError(f"rope_parameters are {settings!r}, which is no table")
-    theta = float(settings.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    parameters = config["rope_parameters"]
+    theta, kind = float(parameters["rope_theta"]), parameters["rope_type"]
     if not 1 < theta < math.inf:
         raise ValueError(f"rope_theta is {theta}; a finite number above 1 belongs there")
-    kind = settings.get("rope_type", settings.get("type", "default"))
+    if (part := parameters.get("partial_rotary_factor")) not in (None, 1):
+        raise ValueError(f"partial_rotary_factor is {part!r}; whole heads are rotated")
     if kind == "default":
         return theta, None
-    if kind not in ("linear", "llama3", "yarn"):
+    if kind not in _KEYS:
         raise ValueError(
             f"rope scaling {kind!r} is not computed here; default, linear, llama3 and yarn are"
         )
-    length = settings.get("original_max_position_embeddings") or config["max_position_embeddings"]
     try:
-        factor = float(settings["factor"])
-        slow, fast, magnitude = 0.0, 0.0, 1.0
-        if kind == "llama3":
-            slow, fast = float(settings["low_freq_factor"]), float(settings["high_freq_factor"])
-        elif kind == "yarn":
-            slow = float(settings.get("beta_slow") or 1)
-            fast = float(settings.get("beta_fast") or 32)
-            magnitude = _yarn_magnitude(settings, factor)
-            if settings.get("truncate", True) is False:
+        implied = {"original_max_position_embeddings": config["max_position_embeddings"]}
+        if kind == "yarn":
+            magnitude = _yarn_magnitude(parameters)
+            implied |= {"beta_slow": 1, "beta_fast": 32, "attention_factor": magnitude}
+            if parameters.get("truncate", True) is False:
                 raise ValueError("yarn scaling with truncate=false is not computed here")
+        parameters = implied | {
+            key: value for key, value in parameters.items() if value is not None
+        }
+        keys = _KEYS["linear"] | _KEYS[kind]
+        numbers = {field: float(parameters[key]) for field, key in keys.items()}
     except KeyError as error:
         raise ValueError(f"rope scaling {kind!r} lacks its {error}") from error
-    return theta, RopeScaling(kind, factor, int(length), slow, fast, magnitude)
+    length = int(numbers.pop("original_length"))
+    return theta, RopeScaling(kind, original_length=length, **numbers)
 
 
 def to_huggingface(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
     """Return the `rope_parameters` of a config.json."""
     if scaling is None:
         return {"rope_theta": theta, "rope_type": "default"}
-    settings = {"rope_theta": theta, "rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind != "linear":
-        settings["original_max_position_embeddings"] = scaling.original_length
-    if scaling.kind == "llama3":
-        settings |= {"low_freq_factor": scaling.slow, "high_freq_factor": scaling.fast}
-    if scaling.kind == "yarn":
-        settings |= {"beta_slow": scaling.slow, "beta_fast": scaling.fast}
-        settings["attention_factor"] = scaling.magnitude
-    return settings
+    keys = _KEYS["linear"] | _KEYS[scaling.kind]
+    numbers = {key: getattr(scaling, field) for field, key in keys.items()}
+    return {"rope_theta": theta, "rope_type": scaling.kind, **numbers}
 
 
-def _yarn_magnitude(settings: Mapping[str, Any], factor: float) -> float:
+def _yarn_magnitude(parameters: Mapping[str, Any]) -> float:
     def magnitude(weight: float) -> float:
+        factor = parameters["factor"]
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    if settings.get("attention_factor") is not None:
-        return float(settings["attention_factor"])
-    if settings.get("mscale") and settings.get("mscale_all_dim"):
-        return magnitude(settings["mscale"]) / magnitude(settings["mscale_all_dim"])
+    if parameters.get("mscale") and parameters.get("mscale_all_dim"):
+        return magnitude(parameters["mscale"]) / magnitude(parameters["mscale_all_dim"])
     return magnitude(1.0)
 
 

@@ -14,46 +14,37 @@ YARN = RopeScaling("yarn", 4.0, 4096, 1.0, 32.0, 1.1386)
 LINEAR = RopeScaling("linear", 2.0, 64, 0.0, 0.0, 1.0)
 
 
+def rotated(x, position, size=8, interleaved=False):
+    turn = rotary.rotation(jnp.array([[position]]), size, 100.0)
+    return rotary.rotate(x, turn, interleaved=interleaved)
+
+
 @settings(deadline=None, max_examples=25)
 @given(
-    first=st.integers(0, 400),
-    second=st.integers(0, 400),
-    shift=st.integers(0, 400),
+    places=st.tuples(*[st.integers(0, 400)] * 3),
     interleaved=st.booleans(),
-    partial=st.booleans(),
+    size=st.sampled_from([4, 8]),
 )
-def test_a_score_depends_on_distance_alone(first, second, shift, interleaved, partial):
-    rng = np.random.default_rng(0)
-    query, key = jnp.asarray(rng.normal(size=(2, 1, 1, 1, 8)), jnp.float32)
+def test_a_score_depends_on_distance_alone(places, interleaved, size):
+    query, key = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 1, 1, 8)), jnp.float32)
+    first, second, shift = places
 
     def score(i, j):
-        turns = [rotary.rotation(jnp.array([[p]]), 4 if partial else 8, 100.0) for p in (i, j)]
-        turned = (
-            rotary.rotate(a, t, interleaved=interleaved)
-            for a, t in zip((query, key), turns, strict=True)
+        return float(
+            jnp.sum(rotated(query, i, size, interleaved) * rotated(key, j, size, interleaved))
         )
-        return float(jnp.sum(next(turned) * next(turned)))
 
     assert score(first, second) == pytest.approx(score(first + shift, second + shift), abs=2e-4)
 
 
+@pytest.mark.parametrize("size", [4, 8])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_position_zero_is_unrotated_and_others_keep_their_length(interleaved):
+def test_position_zero_is_unrotated_lengths_stay_and_so_does_the_rest_of_a_head(interleaved, size):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 2, 8)), jnp.float32)
-    at = [
-        rotary.rotate(x, rotary.rotation(jnp.array([[p]]), 8, 100.0), interleaved=interleaved)
-        for p in (0, 3)
-    ]
-    assert (at[0] == x).all()
-    assert abs(at[1] - x).max() > 0.1
-    np.testing.assert_allclose(*(np.linalg.norm(a, axis=-1) for a in at), rtol=1e-6)
-
-
-def test_partial_rotation_leaves_the_rest_of_a_head():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 2, 8)), jnp.float32)
-    got = rotary.rotate(x, rotary.rotation(jnp.array([[3]]), 4, 100.0), interleaved=True)
-    assert (got[..., 4:] == x[..., 4:]).all()
-    assert abs(got[..., :4] - x[..., :4]).max() > 0.1
+    near, far = (rotated(x, p, size, interleaved) for p in (0, 3))
+    assert (near == x).all() and abs(far[..., :size] - x[..., :size]).max() > 0.1
+    assert (far[..., size:] == x[..., size:]).all()
+    np.testing.assert_allclose(*(np.linalg.norm(a, axis=-1) for a in (near, far)), rtol=1e-6)
 
 
 def test_linear_scaling_divides_positions():
@@ -64,7 +55,7 @@ def test_linear_scaling_divides_positions():
 
 
 @pytest.mark.parametrize("scaling", [LLAMA3, YARN])
-def test_fast_pairs_are_kept_and_slow_ones_divided(scaling):
+def test_fast_pairs_stay_and_slow_ones_are_divided(scaling):
     plain = rotary.frequencies(128, 500000.0)
     ratio = rotary.frequencies(128, 500000.0, scaling) / plain
     np.testing.assert_allclose(ratio[[0, -1]], [1.0, 1 / scaling.factor], rtol=1e-6)
@@ -74,34 +65,34 @@ def test_fast_pairs_are_kept_and_slow_ones_divided(scaling):
 
 
 @pytest.mark.parametrize("scaling", [None, LLAMA3, YARN, LINEAR])
-def test_what_is_written_is_read_back(scaling):
-    said = rotary.to_huggingface(5e5, scaling)
-    theta, found = rotary.from_huggingface(
-        {"rope_parameters": said, "max_position_embeddings": 64}
-    )
-    assert (theta, found) == (5e5, scaling)
+def test_a_written_scaling_is_read_back(scaling):
+    written = rotary.to_huggingface(5e5, scaling)
+    config = {"rope_parameters": written, "max_position_embeddings": 64}
+    assert rotary.from_huggingface(config) == (5e5, scaling)
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("parameters", "message"),
     [
         ({"rope_type": "longrope", "factor": 2.0}, "longrope"),
         ({"rope_type": "dynamic", "factor": 2.0}, "dynamic"),
-        ({"type": "linear"}, "lacks its 'factor'"),
+        ({"rope_type": "linear"}, "lacks its 'factor'"),
         ({"rope_type": "llama3", "factor": 8.0}, "lacks its 'low_freq_factor'"),
-        ({"type": "linear", "factor": 0}, "cannot be computed"),
-        ({"type": "linear", "factor": -2.0}, "cannot be computed"),
-        ({"type": "linear", "factor": float("nan")}, "cannot be computed"),
-        ({"type": "yarn", "factor": 2.0, "attention_factor": 0.0}, "cannot be computed"),
-        ({"type": "yarn", "factor": 2.0, "beta_slow": 32.0}, "cannot be computed"),
+        *(
+            ({"rope_type": "linear", "factor": n}, "cannot be computed")
+            for n in (0, -2.0, float("nan"))
+        ),
+        ({"rope_type": "yarn", "factor": 2.0, "attention_factor": 0.0}, "cannot be computed"),
+        ({"rope_type": "yarn", "factor": 2.0, "beta_slow": 32.0}, "cannot be computed"),
         (
-            {"type": "llama3", "factor": 2.0, "low_freq_factor": 4, "high_freq_factor": 4},
+            {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4, "high_freq_factor": 4},
             "cannot be computed",
         ),
-        ({"type": "yarn", "factor": 2.0, "rope_theta": 1.0}, "rope_theta is 1.0"),
+        ({"rope_type": "yarn", "factor": 2.0, "rope_theta": 1.0}, "rope_theta is 1.0"),
         ({"rope_theta": float("inf")}, "rope_theta is inf"),
     ],
 )
-def test_what_is_not_computed_is_said(said, message):
+def test_scalings_that_are_not_computed_are_errors(parameters, message):
     with pytest.raises(ValueError, match=message):
-        rotary.from_huggingface({"rope_scaling": said, "max_position_embeddings": 64})
+        whole = {"rope_theta": 1e4, "rope_type": "default"} | parameters
+        rotary.from_huggingface({"rope_parameters": whole, "max_position_embeddings": 64})

@@ -93,7 +93,7 @@ class GPT2(Decoder):
     model_types = ("gpt2",)
     added_tokens = ("<PAD>", "<BOS>", "<EOS>")
     sharding_rules = (*layers.SHARDING_RULES, (r"^position/embedding$", (None, "fsdp")))
-    # (source name, target parameter, transform), in the format of the key table in weights/. Conv1D
+    # (source name, target parameter, transform), as weights/key_table.py reads it. Conv1D
     # weights are (in, out) already. c_attn holds query, key and value side by side.
     hf_keys = (
         ("[transformer.]wte.weight", "word.embedding", "copy"),

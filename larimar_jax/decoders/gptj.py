@@ -69,7 +69,7 @@ class GPTJ(Decoder):
         (r"^head/kernel$", ("fsdp", "tensor")),
         (r"^head/bias$", ("tensor",)),
     )
-    # (source name, target parameter, transform), in the format of the key table in weights/.
+    # (source name, target parameter, transform), as weights/key_table.py reads it.
     hf_keys = (
         ("[transformer.]wte.weight", "word.embedding", "copy"),
         *norm_keys(_LAYER + "ln_1", "layers.norm"),

@@ -67,20 +67,12 @@ class LlamaConfig(HuggingFaceSizes):
     @classmethod
     def from_huggingface(cls, config: Mapping[str, Any]) -> "HuggingFaceSizes":
         """Return the sizes; as `HuggingFaceSizes.from_huggingface`."""
-        for settings in (config, config.get("rope_parameters") or {}):
-            if (factor := settings.get("partial_rotary_factor")) not in (None, 1):
-                raise ValueError(f"partial_rotary_factor is {factor!r}; whole heads are rotated")
-        heads, width = config["num_attention_heads"], config["hidden_size"]
-        implied = {
-            "num_key_value_heads": config.get("num_key_value_heads") or heads,
-            "head_dim": config.get("head_dim") or width // heads,
-            "tie_word_embeddings": config.get("tie_word_embeddings", False),
-        }
+        head_size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         theta, scaling = rotary.from_huggingface(config)
         window, unwindowed = _windows(config)
         bias = "all" if config.get("attention_bias", False) else "none"
         return dataclasses.replace(
-            super().from_huggingface({**config, **implied}),
+            super().from_huggingface({**config, "head_dim": head_size}),
             rope_theta=theta,
             rope_scaling=scaling,
             attention_bias="qkv" if config["model_type"] == "qwen2" else bias,
@@ -100,13 +92,16 @@ class LlamaConfig(HuggingFaceSizes):
         kind = "qwen2" if self.attention_bias == "qkv" else kind
         if (kind == "qwen2" and self.mlp_bias) or (kind == "mistral" and not plain):
             raise ValueError(f"no Hugging Face family of Llama's kin has this combination: {self}")
+        full = self.unwindowed if self.window else self.depth
+        kinds = ["full_attention"] * full + ["sliding_attention"] * (self.depth - full)
         own = {
             "llama": {"attention_bias": self.attention_bias == "all", "mlp_bias": self.mlp_bias},
             "mistral": {"sliding_window": self.window},
             "qwen2": {
                 "use_sliding_window": bool(self.window),
                 "sliding_window": self.window or None,
-                "max_window_layers": self.unwindowed if self.window else self.depth,
+                "max_window_layers": full,
+                "layer_types": kinds,
             },
         }
         return {
@@ -120,33 +115,17 @@ class LlamaConfig(HuggingFaceSizes):
 
 def _windows(config: Mapping[str, Any]) -> tuple[int, int]:
     """Return (window, how many layers come before it), (0, 0) where no layer has one."""
-    kind, depth = config["model_type"], config["num_hidden_layers"]
-    if kind == "llama":
+    depth, window = config["num_hidden_layers"], config.get("sliding_window") or 0
+    kinds = config.get("layer_types") or ["sliding_attention"] * depth
+    first = kinds.index("sliding_attention") if "sliding_attention" in kinds else depth
+    windowed = config["model_type"] != "llama" and config.get("use_sliding_window", True)
+    if not (window and windowed and first < depth):
         return 0, 0
-    # The defaults of Hugging Face. A Mistral has a window from its first layer on.
-    defaults = {"sliding_window": 4096, "max_window_layers": 28, "use_sliding_window": False}
-    if kind != "qwen2":
-        defaults |= {"max_window_layers": 0, "use_sliding_window": True}
-    settings = {name: config.get(name, default) for name, default in defaults.items()}
-    settings["sliding_window"] = settings["sliding_window"] or 0  # null is no window
-    wrong = [
-        f"{n} is {settings[n]!r}" for n, v in defaults.items() if type(settings[n]) is not type(v)
-    ]
-    if wrong:
-        raise ValueError(", ".join(wrong) + ", which does not belong there")
-    if not settings["use_sliding_window"]:
-        return 0, 0
-    window, kinds = settings["sliding_window"], config.get("layer_types")
-    first = settings["max_window_layers"] if kind == "qwen2" else 0
-    if kinds is not None:
-        if not isinstance(kinds, list) or len(kinds) != depth:
-            raise ValueError(f"layer_types is no list of {depth} kinds of layers")
-        first = kinds.index("sliding_attention") if "sliding_attention" in kinds else depth
-        if any(kind != "sliding_attention" for kind in kinds[first:]):
-            raise ValueError(
-                "layer_types alternate; a sliding window from some layer on to the last is computed"
-            )
-    return (window, first) if window and first < depth else (0, 0)
+    if any(kind != "sliding_attention" for kind in kinds[first:]):
+        raise ValueError(
+            "layer_types alternate; a sliding window from some layer on to the last is computed"
+        )
+    return window, first
 
 
 class LlamaBlock(nnx.Module):
@@ -183,7 +162,7 @@ class Llama(Decoder):
         *layers.SHARDING_RULES,
         (r"^head/kernel$", ("fsdp", "tensor"), "optional"),
     )
-    # (source name, target parameter, transform), in the format of the key table in weights/.
+    # (source name, target parameter, transform), as weights/key_table.py reads it.
     hf_keys = (
         ("model.embed_tokens.weight", "word.embedding", "copy"),
         (_LAYER + "input_layernorm.weight", "layers.attention_norm.scale", "copy"),

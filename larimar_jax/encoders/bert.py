@@ -41,8 +41,8 @@ class BertConfig(WholeHeads, HuggingFaceSizes):
         "heads": "num_attention_heads",
         "mlp": "intermediate_size",
         "max_length": "max_position_embeddings",
-        "type_vocab": "type_vocab_size?",
-        "norm_eps": "layer_norm_eps?",
+        "type_vocab": "type_vocab_size",
+        "norm_eps": "layer_norm_eps",
     }
     hf_fixed = {"hidden_act": "gelu", "position_embedding_type": "absolute"}
 
@@ -90,7 +90,7 @@ class Bert(nnx.Module):
         (r"^pooler/kernel$", ("fsdp", "tensor"), "optional"),
         (r"^pooler/bias$", (), "optional"),
     )
-    # (source name, target parameter, transform), in the format of the key table in weights/.
+    # (source name, target parameter, transform), as weights/key_table.py reads it.
     hf_keys = (
         (_EMBEDDINGS + "word_embeddings.weight", "word.embedding", "copy"),
         (_EMBEDDINGS + "position_embeddings.weight", "position.embedding", "copy"),
