@@ -1,17 +1,16 @@
-"""Long context (§7): a memory for each chunk of a text, and a read that recurses over their answers.
+"""Long context (§7): a memory for each chunk of a text, and a read that recurses over their readouts.
 
 A text of N facts is cut into chunks of `fan_in`, each written into a memory of its own. A query is read
 from all of them; their readouts are facts in turn, `fan_in` of them to a memory of the next level, which
 is read by the same query, and so on until one readout is left. A decoder is conditioned on that.
 
     memories = write(memory, prepared, keys, values, fan_in=16)
-    found = read(memory, prepared, memories, queries)
-    found.latent, found.chunk
+    reading = read(memory, prepared, memories, queries)
+    reading.latent, reading.chunk
 
-Any variant of `memory/` serves for chunks. Further levels are memories of the same variant, so that they
-say what it says of several facts under one key: their mean by weight for least squares (streaming,
-dual, direct addressed by the prior), the nearest one's value for a list. What chunks need on the way
-to their readouts is bounded by `BYTES`: they are taken in blocks of that size, one after the other.
+Any variant of `memory/` serves for chunks. Further levels are memories of the same variant, which read
+several facts under one key as their mean by weight (least squares: streaming, dual, direct addressed by
+the prior) or as the nearest one's value (a list).
 """
 
 import functools
@@ -25,20 +24,21 @@ from jaxtyping import Array, Float, Int
 
 from larimar_jax.memory.base import Memory, Prepared, pytree
 
-# Of states and readouts of a block, about.
+Latents = Float[Array, "N C"]
+
+# About how much memory states and readouts take: chunks are taken in blocks, one after the other.
 BYTES = 64 * 2**20
 
 By = Literal["readout", "confidence", "surest"]
-# The power of a chunk's confidence, relative to the surest, that its readout is weighted by: a chunk
+# The power of a chunk's confidence, relative to the highest, that its readout is weighted by: a chunk
 # that knows nothing of a query still explains fan_in / C of it by chance, and there are thousands.
-SHARP = 4
+SHARPNESS = 4
 
 
 @pytree
 class Memories:
-    """n memories. states: the variant's state, each leaf with a leading n. keys, values: what is in
-    them, [n, fan_in, C], zero rows where nothing is: a chunk is written anew when a fact of it changes.
-    """
+    """n memories of chunks. states: the variant's, each leaf with a leading n. keys, values: what is in
+    them, zero rows where nothing is: a chunk is written anew when a fact of it changes."""
 
     states: Any
     keys: Float[Array, "n E C"]
@@ -46,25 +46,21 @@ class Memories:
 
 
 @pytree
-class Found:
-    """What Q queries found. latent: the last readout. chunk: the chunk whose own readout was the surest;
-    confidence: how sure it was, as the variant says. sure: every chunk's."""
+class ChunkReading:
+    """What Q queries read. latent: the last readout. confidences: of every chunk, as the variant defines
+    it. chunk, confidence: the chunk whose own readout had the highest, and that."""
 
     latent: Float[Array, "Q C"]
     chunk: Int[Array, "Q"]
     confidence: Float[Array, "Q"]
-    sure: Float[Array, "Q n"]
+    confidences: Float[Array, "Q n"]
 
 
 @functools.partial(jax.jit, static_argnames="fan_in")
 def write(
-    memory: Memory,
-    prepared: Prepared,
-    keys: Float[Array, "N C"],
-    values: Float[Array, "N C"],
-    fan_in: int = 16,
+    memory: Memory, prepared: Prepared, keys: Latents, values: Latents, fan_in: int = 16
 ) -> Memories:
-    """N facts in ⌈N / fan_in⌉ memories, in their order.
+    """Write N facts into ⌈N / fan_in⌉ memories, in their order.
 
     Raises:
       ValueError: fan_in below 2, with which nothing would get fewer, or no facts.
@@ -74,7 +70,7 @@ def write(
             f"fan_in is {fan_in} for {keys.shape[0]} facts: take at least 2, and at least one fact"
         )
     keys, values = (_grouped(a, fan_in) for a in (keys, values))
-    return Memories(_states(memory, prepared, keys, values), keys, values)
+    return _memories(memory, prepared, keys, values)
 
 
 def change(
@@ -85,11 +81,11 @@ def change(
     key: Float[Array, "C"],
     value: Float[Array, "C"],
 ) -> Memories:
-    """Puts a fact in place number `at`, counted over all chunks: a new one, another, or none (zeros,
+    """Put a fact in place number `at`, counted over all chunks: a new one, another, or none (zeros,
     which forget what was there). Only its chunk is solved again.
 
     Raises:
-      ValueError: `at` is known now and beyond the last chunk's last place; `room` makes more.
+      ValueError: `at` is a Python int beyond the last chunk's last place; `room` makes more.
     """
     count, size = memories.keys.shape[:2]
     if isinstance(at, int) and not 0 <= at < count * size:
@@ -98,28 +94,20 @@ def change(
 
 
 @jax.jit
-def _change(
-    memory: Memory,
-    prepared: Prepared,
-    memories: Memories,
-    at: Int[Array, ""],
-    key: Float[Array, "C"],
-    value: Float[Array, "C"],
-) -> Memories:
+def _change(memory: Memory, prepared: Prepared, memories: Memories, at, key, value) -> Memories:
     chunk, row = jnp.divmod(at, memories.keys.shape[1])
     keys = memories.keys.at[chunk, row].set(key.astype(jnp.float32))
     values = memories.values.at[chunk, row].set(value.astype(jnp.float32))
     state = _state(memory, prepared, keys[chunk], values[chunk])
-    states = jax.tree.map(lambda all, one: all.at[chunk].set(one), memories.states, state)
+    states = jax.tree.map(lambda old, new: old.at[chunk].set(new), memories.states, state)
     return Memories(states, keys, values)
 
 
 @functools.partial(jax.jit, static_argnames="chunks")
 def room(memory: Memory, prepared: Prepared, memories: Memories, chunks: int) -> Memories:
-    """The same memories and `chunks` empty ones after them."""
-    size, latent = memories.keys.shape[1:]
-    blank = jnp.zeros((chunks, size, latent), jnp.float32)
-    more = Memories(_states(memory, prepared, blank, blank), blank, blank)
+    """Return the same memories and `chunks` empty ones after them."""
+    blank = jnp.zeros((chunks, *memories.keys.shape[1:]), jnp.float32)
+    more = _memories(memory, prepared, blank, blank)
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), memories, more)
 
 
@@ -132,15 +120,18 @@ def read(
     fan_in: int | None = None,
     *,
     by: By = "confidence",
-) -> Found:
-    """The recursive read.
+) -> ChunkReading:
+    """Read queries recursively.
 
     Args:
       fan_in: readouts to a memory of the next level; default that of the chunks.
       by: the facts of the next levels. "readout" is the paper's: a readout is key and value, so that
         the query finds the readouts that are like it. "confidence" writes each readout under the query
-        itself, both weighted by how sure its chunk was: the answer is their mean by that weight. With
-        "surest" the answer is the readout of the surest chunk alone, and there are no levels.
+        itself, both weighted by the chunk's confidence: the answer is their mean by that weight.
+        "surest" is the readout of the chunk with the highest confidence, without levels.
+
+    Raises:
+      ValueError: fan_in below 2.
     """
     fan_in = memories.keys.shape[1] if fan_in is None else fan_in
     if fan_in < 2:
@@ -148,51 +139,46 @@ def read(
     queries = queries.astype(jnp.float32)
 
     def chunk(state) -> tuple[Array, Array]:
-        found = memory.read(prepared, state, queries)
-        return found.latent, found.confidence
+        reading = memory.read(prepared, state, queries)
+        return reading.latent, reading.confidence
 
-    latent, sure = _in_blocks(chunk, memories.states)
-    best = jnp.argmax(sure, axis=0).astype(jnp.int32)
+    latent, confidences = _in_blocks(chunk, memories.states)
+    best = jnp.argmax(confidences, axis=0).astype(jnp.int32)
     if by == "surest":
-        return Found(latent[best, jnp.arange(len(queries))], best, jnp.max(sure, axis=0), sure.T)
-    answer = functools.partial(_reduced, memory, prepared, fan_in, by)
-    latent = jax.lax.map(lambda given: answer(*given), (queries, latent.swapaxes(0, 1), sure.T))
-    return Found(latent, best, jnp.max(sure, axis=0), sure.T)
+        latent = latent[best, jnp.arange(len(queries))]
+    else:
+        reduce = functools.partial(_reduced, memory, prepared, fan_in, by)
+        rows = (queries, latent.swapaxes(0, 1), confidences.T)
+        latent = jax.lax.map(lambda row: reduce(*row), rows)
+    return ChunkReading(latent, best, jnp.max(confidences, axis=0), confidences.T)
 
 
-def _reduced(
-    memory: Memory,
-    prepared: Prepared,
-    fan_in: int,
-    by: By,
-    query: Float[Array, "C"],
-    latent: Float[Array, "n C"],
-    sure: Float[Array, "n"],
-) -> Float[Array, "C"]:
-    """One query's readouts of n chunks, level by level to one."""
+def _reduced(memory: Memory, prepared: Prepared, fan_in: int, by: By, query, latent, confidence):
+    """Return a query's [C] readouts of n chunks [n, C], reduced level by level to one [C]."""
     while latent.shape[0] > 1:
         keys, values = _grouped(latent, fan_in), _grouped(latent, fan_in)
-        surer = _grouped(sure[:, None], fan_in)
-        surest = jnp.max(surer, axis=(1, 2))
+        grouped = _grouped(confidence[:, None], fan_in)
+        highest = jnp.max(grouped, axis=(1, 2))
         if by == "confidence":
             # Key and value alike: least squares then gives the mean by the squares of these.
-            weight = (surer / jnp.maximum(surest[:, None, None], 1e-9)) ** SHARP
+            weight = (grouped / jnp.maximum(highest[:, None, None], 1e-9)) ** SHARPNESS
             there = jnp.any(values != 0, axis=2, keepdims=True)
             keys, values = jnp.where(there, weight * query, 0.0), weight * values
 
-        def level(given, query=query) -> Array:
-            return memory.read(prepared, _state(memory, prepared, *given), query[None]).latent[0]
+        def level(facts, query=query) -> Array:
+            return memory.read(prepared, _state(memory, prepared, *facts), query[None]).latent[0]
 
-        latent, sure = _in_blocks(level, (keys, values)), surest
+        latent, confidence = _in_blocks(level, (keys, values)), highest
     return latent[0]
 
 
-def _state(memory: Memory, prepared: Prepared, keys: Float[Array, "E C"], values: Float[Array, "E C"]):
+def _state(memory: Memory, prepared: Prepared, keys: Latents, values: Latents) -> Any:
     return memory.write(prepared, memory.empty(prepared), keys, values)
 
 
-def _states(memory: Memory, prepared: Prepared, keys, values):
-    return _in_blocks(lambda facts: _state(memory, prepared, *facts), (keys, values))
+def _memories(memory: Memory, prepared: Prepared, keys, values) -> Memories:
+    states = _in_blocks(lambda facts: _state(memory, prepared, *facts), (keys, values))
+    return Memories(states, keys, values)
 
 
 def _grouped(rows: Float[Array, "N *c"], size: int) -> Float[Array, "n size *c"]:
@@ -202,9 +188,9 @@ def _grouped(rows: Float[Array, "N *c"], size: int) -> Float[Array, "n size *c"]
 
 
 def _in_blocks(function: Callable[[Any], Any], rows: Any) -> Any:
-    """`function` over the leading axis, as many rows at a time as fit `BYTES` with what they make."""
-    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rows)
-    leaves = jax.tree.leaves((one, jax.eval_shape(function, one)))
+    """Map `function` over the leading axis, as many rows at a time as fit `BYTES` with their results."""
+    row = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), rows)
+    leaves = jax.tree.leaves((row, jax.eval_shape(function, row)))
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     total = jax.tree.leaves(rows)[0].shape[0]
     return jax.lax.map(function, rows, batch_size=max(1, min(total, BYTES // max(size, 1))))

@@ -19,21 +19,21 @@ PROJECTION = "scope/projection"
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """Per query: its best cosine, which written key has it (−1: none), and which of its parts."""
+    """Per query: its best cosine, the written key that has it (−1: none), and the sentence."""
 
     score: Float[np.ndarray, " Q"]
     key: Int[np.ndarray, " Q"]
     sentence: Int[np.ndarray, " Q"]
 
     def within(self, threshold: float) -> Bool[np.ndarray, " Q"]:
-        """Which queries are in scope; none where nothing is written, whatever the threshold."""
+        """Return which queries are in scope; none where nothing is written, whatever the threshold."""
         return (self.score >= threshold) & (self.key >= 0)
 
 
 def split_sentences(queries: Sequence[str]) -> tuple[list[str], list[int]]:
-    """Sentences of all queries, and the query each belongs to.
+    """Return the sentences of all queries, and the query that each belongs to.
 
-    A query may carry sentences that have nothing to do with what it asks; the detector takes the
+    A query may carry sentences that have nothing to do with its question; the detector takes the
     best one (§6). A query of several sentences is also there as a whole, since a fact may have been
     written so.
     """
@@ -41,9 +41,8 @@ def split_sentences(queries: Sequence[str]) -> tuple[list[str], list[int]]:
     owners: list[int] = []
     for index, query in enumerate(queries):
         split = sentences(query)
-        for part in split if len(split) == 1 else [query, *split]:
-            texts.append(part)
-            owners.append(index)
+        texts += split if len(split) == 1 else [query, *split]
+        owners += [index] * (len(texts) - len(owners))
     return texts, owners
 
 
@@ -53,7 +52,7 @@ def nearest_key(
     written: Float[np.ndarray, "N H"],
     allowed: Bool[np.ndarray, "Q N"] | None = None,
 ) -> Match:
-    """The best cosine of each query over its sentences and the written keys.
+    """Return the best cosine of each query over its sentences and the written keys.
 
     Args:
       embeddings: of the sentences from `split_sentences`; they need not be of unit length.
@@ -63,26 +62,30 @@ def nearest_key(
     """
     owners = np.asarray(owners, np.int64)
     queries = int(owners[-1]) + 1 if len(owners) else 0
-    score, key = np.full(queries, -1.0, np.float32), np.full(queries, -1)
-    sentence = np.searchsorted(owners, np.arange(queries))
+    first = np.searchsorted(owners, np.arange(queries))
     if len(written) == 0:
-        return Match(score, key, sentence)
+        return Match(np.full(queries, -1.0, np.float32), np.full(queries, -1), first)
     cosines = _unit(embeddings) @ _unit(written).T
     if allowed is not None:
         cosines = np.where(allowed[owners], cosines, -1.0)
-    best, best_key = cosines.max(axis=1), cosines.argmax(axis=1)
-    for row, owner in enumerate(owners):
-        if best[row] > score[owner]:
-            score[owner], key[owner], sentence[owner] = best[row], best_key[row], row
-    return Match(score, key, sentence)
+    best = cosines.max(axis=1)
+    # Of a query's sentences the best one, and of equals the first.
+    sentence = np.lexsort((-best, owners))[first]
+    key = np.where(best[sentence] > -1, cosines.argmax(axis=1)[sentence], -1)
+    return Match(best[sentence], key, sentence)
+
+
+def _unit(vectors: Float[np.ndarray, "n H"]) -> Float[np.ndarray, "n H"]:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
 
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-    """How well scores tell positives from negatives, in [0, 1]. threshold: where the share of missed
-    positives and of let-through negatives are nearest to each other; error: the mean of the two there
-    (the equal error rate); f1: there. auroc: the chance that a positive scores above a negative, a tie
-    being half."""
+    """How well scores separate positives from negatives, in [0, 1].
+
+    threshold: `equal_error_threshold`. error: the equal error rate, the mean of the two shares there.
+    f1: there. auroc: the chance that a positive scores above a negative, a tie being half.
+    """
 
     threshold: float
     error: float
@@ -91,13 +94,15 @@ class Detection:
 
 
 def detection(positive: Float[np.ndarray, "P"], negative: Float[np.ndarray, "N"]) -> Detection:
-    """Of the scores of P positives and N negatives.
+    """Compute EER, F1 and AUROC from P positive and N negative scores.
 
     Raises:
-        ValueError: there are none of a kind.
+      ValueError: there are none of a kind.
     """
     if not len(positive) or not len(negative):
-        raise ValueError("a detector is measured with positives and negatives, at least one of each")
+        raise ValueError(
+            "a detector is measured with positives and negatives, at least one of each"
+        )
     # Here and not on top: its import takes a second, and every command would wait for it.
     from scipy import stats
 
@@ -106,8 +111,7 @@ def detection(positive: Float[np.ndarray, "P"], negative: Float[np.ndarray, "N"]
     error = (1 - right / len(positive) + wrong / len(negative)) / 2
     f1 = 2 * right / (right + wrong + len(positive)) if right else 0.0
     wins = stats.mannwhitneyu(positive, negative).statistic
-    auroc = wins / (len(positive) * len(negative))
-    return Detection(threshold, float(error), float(f1), float(auroc))
+    return Detection(threshold, float(error), float(f1), wins / (len(positive) * len(negative)))
 
 
 def equal_error_threshold(
@@ -115,10 +119,10 @@ def equal_error_threshold(
     negative: Float[np.ndarray, "N"],
     weight: Float[np.ndarray, "N"] | None = None,
 ) -> float:
-    """The threshold where the share of missed positives and of let-through negatives are nearest.
+    """Return the threshold where the shares of missed positives and passed negatives are nearest.
 
     Args:
-        weight: of each negative in that share, adding up to 1; default all alike.
+      weight: of each negative in that share, adding up to 1; default all alike.
     """
     # Every score is a threshold (≥ passes), and one that nothing passes.
     thresholds = np.append(np.unique(np.concatenate([positive, negative])), np.inf)
@@ -128,7 +132,3 @@ def equal_error_threshold(
     below = np.append(0.0, np.cumsum(weight[order]))
     passed = 1 - below[np.searchsorted(negative[order], thresholds)]
     return float(thresholds[np.argmin(np.abs(missed - passed))])
-
-
-def _unit(vectors: Float[np.ndarray, "n H"]) -> Float[np.ndarray, "n H"]:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
