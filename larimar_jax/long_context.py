@@ -22,9 +22,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from larimar_jax.memory.base import Memory, Prepared, pytree
-
-Latents = Float[Array, "N C"]
+from larimar_jax.memory.base import Memory, Prepared
+from larimar_jax.memory.pytrees import Latents, pytree
 
 # About how much memory states and readouts take: chunks are taken in blocks, one after the other.
 BYTES = 64 * 2**20

@@ -5,28 +5,31 @@
     session.ask("The Eiffel Tower can be found in").text
     session.forget(fact.id)
 
-Every call either does all of what it says or raises and leaves the session as it was.
+Every call either does all of its work, or raises and leaves the session as it was.
 """
 
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from larimar_jax import packing, scope, session_file
+from larimar_jax import scope, session_file
 from larimar_jax.memory import diagnostics, rls
 from larimar_jax.memory.base import Prepared
 from larimar_jax.memory.streaming import Streaming, StreamingState
 from larimar_jax.model import Condition
+from larimar_jax.packing import steps_bucket
 from larimar_jax.pipeline import Pipeline, load
 from larimar_jax.session_file import (
     Answer,
+    DamagedSession,
     EmptyFact,
     Event,
     Fact,
@@ -42,29 +45,21 @@ _NEAR = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
-class _Keys:
-    """Rows of one fact, kept so that it can be forgotten by exactly what was written."""
+class FactRows:
+    """The rows of a fact, so that it can be forgotten by exactly what was written."""
 
     embedding: Float[np.ndarray, "n H"]
     key: Float[np.ndarray, "n C"]
     value: Float[np.ndarray, "n C"]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Recalled:
-    """What the memory has to say to each prompt; a fact of None leaves it to the base LM."""
+class _Recall(NamedTuple):
+    """What the memory reads for each prompt; a fact of None leaves it to the base LM."""
 
     facts: list[int | None]
     scores: list[float]
     condition: Condition | None
     milliseconds: dict[str, float]
-
-    def answers(self, texts: Sequence[str]) -> list[Answer]:
-        """What was decoded, with where it came from."""
-        return [
-            Answer(text, fact is not None, fact, score, self.milliseconds)
-            for text, fact, score in zip(texts, self.facts, self.scores, strict=True)
-        ]
 
 
 class Session:
@@ -76,19 +71,25 @@ class Session:
 
     def __init__(self, model: Pipeline | str | pathlib.Path = "smol"):
         self.model = model if isinstance(model, Pipeline) else load(model)
-        self._begin(self.model.memory.empty(self.model.prepared))
+        memory, prepared = self.model.memory, self.model.prepared
+        self._memory = rls.init(memory, prepared, memory.empty(prepared))
         self._facts: dict[int, Fact] = {}
-        self._keys: dict[int, _Keys] = {}
+        self._rows: dict[int, FactRows] = {}
         self._events: list[Event] = []
         self._next_id = 1
 
-    def write(self, prompt: str, answer: str, rephrasings: Sequence[str] = ()) -> Fact:
-        """Writes a fact (Eqs. 3–4, α = +1): keys are prompts, values prompt + answer.
+    @property
+    def state(self) -> StreamingState:
+        """The memory, solved anew."""
+        return rls.to_state(self.model.memory, self.model.prepared, self._memory)
 
-        A prompt that is already written is corrected: its old fact is forgotten first.
+    def write(self, prompt: str, answer: str, rephrasings: Sequence[str] = ()) -> Fact:
+        """Write a fact (Eqs. 3–4, α = +1): keys are prompts, values prompt + answer.
+
+        A prompt that is already written is corrected: its former fact is forgotten first.
 
         Raises:
-          EmptyFact, TextTooLong, EncodingNotFinite, MemoryNotFinite. Nothing is written then.
+          EmptyFact, TextTooLong, EncodingNotFinite, MemoryNotFinite: nothing is written.
         """
         if isinstance(rephrasings, str):
             raise TypeError("rephrasings is a list of texts, not one text")
@@ -99,74 +100,69 @@ class Session:
                 f"A fact needs a prompt and an answer; got prompts {list(prompts)} and answer "
                 f"{answer!r}. Give both, such as 'The capital of France is' and 'Lyon'."
             )
-        rows = len(prompts)
+        count = len(prompts)
         texts = [*prompts, *(f"{text} {answer}" for text in prompts)]
-        encodings = self.model.encode(texts, [None] * rows + [answer] * rows)
-        keys = _Keys(encodings.embedding[:rows], encodings.latent[:rows], encodings.latent[rows:])
-        old = next((fact for fact in self._facts.values() if fact.prompt == prompts[0]), None)
-        note = "" if old is None else f"replaces {old}"
-        if old is None and (near := self._nearest(keys)) is not None:
-            note = f"its prompt is hard to tell from that of fact {near[0]} (cosine {near[1]:.2f})"
-        now, events = self._now, []
-        if old is not None:
-            now, taken = self._forgotten(now, self._keys[old.id])
-            events.append(event("forget", old, taken))
-        now, taken = self._written(now, keys)
+        encodings = self.model.encode(texts, [None] * count + [answer] * count)
+        latent = encodings.latent
+        rows = FactRows(encodings.embedding[:count], latent[:count], latent[count:])
+        former = next((fact for fact in self._facts.values() if fact.prompt == prompts[0]), None)
+        memory, events, note = self._memory, [], ""
+        if former is not None:
+            note = f"replaces {former}"
+            memory, milliseconds = self._without(memory, self._rows[former.id])
+            events.append(event("forget", former, milliseconds))
+        elif self._facts:
+            ids, written = self._written()
+            match = scope.nearest_key(rows.embedding[:1], [0], written)
+            if match.score[0] >= _NEAR:
+                near = f"fact {ids[match.key[0]]} (cosine {match.score[0]:.2f})"
+                note = f"its prompt is hard to tell from that of {near}"
+        memory, milliseconds = self._with(memory, rows)
         fact = Fact(self._next_id, prompts[0], answer, prompts[1:])
-        events.append(event("write", fact, taken, note))
-        self._now = now
-        if old is not None:
-            del self._facts[old.id], self._keys[old.id]
-        self._facts[fact.id], self._keys[fact.id] = fact, keys
+        events.append(event("write", fact, milliseconds, note))
+        self._memory = memory
+        if former is not None:
+            del self._facts[former.id], self._rows[former.id]
+        self._facts[fact.id], self._rows[fact.id] = fact, rows
         self._next_id += 1
         self._events += events
         return fact
 
     def forget(self, fact_id: int) -> Forgotten:
-        """Takes a fact out of the memory (Eqs. 3–4, α = −1), as if it had never been written, and
-        certifies it.
+        """Take a fact out of the memory (Eqs. 3–4, α = −1), as if it had never been written, and
+        certify it.
 
         Raises:
           UnknownFact: it is not there: never written, or forgotten before.
+          MemoryNotFinite: nothing is forgotten.
         """
         if fact_id not in self._facts:
-            forgotten = any(done.fact.id == fact_id for done in self._events)
+            forgotten = any(past.fact.id == fact_id for past in self._events)
             known = ", ".join(map(str, self._facts)) or "none"
             raise UnknownFact(
                 f"There is no fact {fact_id} to forget: it was "
                 f"{'forgotten before' if forgotten else 'never written'}. Facts in memory: {known}."
             )
-        fact, keys = self._facts[fact_id], self._keys[fact_id]
-        now, taken = self._forgotten(self._now, keys)
-        certified = (self.model.memory, self.model.prepared, now.state, keys.key[:1])
-        distance = diagnostics.distance(*certified[:3])
-        [leverage] = diagnostics.leverage(*certified)
-        self._now = now
-        del self._facts[fact_id], self._keys[fact_id]
-        self._events.append(event("forget", fact, taken))
+        fact, rows = self._facts[fact_id], self._rows[fact_id]
+        memory, milliseconds = self._without(self._memory, rows)
+        solved = (self.model.memory, self.model.prepared, memory.state)
+        distance = diagnostics.distance(*solved)
+        leverage = diagnostics.leverage(*solved, rows.key[:1])[0]
+        self._memory = memory
+        del self._facts[fact_id], self._rows[fact_id]
+        self._events.append(event("forget", fact, milliseconds))
         return Forgotten(fact, float(distance), float(leverage))
 
     def health(self) -> diagnostics.Diagnostics:
         """Return diagnostics: condition number, distance to an exact solve, load, expected read error,
         and whether the memory is full."""
-        values = diagnostics.diagnose(self.model.memory, self.model.prepared, self._state)
+        values = diagnostics.diagnose(self.model.memory, self.model.prepared, self.state)
         return diagnostics.Diagnostics(*(np.asarray(value).item() for value in values))
-
-    def _nearest(self, keys: "_Keys") -> tuple[int, float] | None:
-        """(id, cosine) of the fact whose prompt is nearest to the first of these, if it is very near."""
-        if not self._keys:
-            return None
-        found = {
-            fact_id: float(np.max(_cosines(other.embedding, keys.embedding[:1])))
-            for fact_id, other in self._keys.items()
-        }
-        nearest = max(found, key=found.__getitem__)
-        return (nearest, found[nearest]) if found[nearest] >= _NEAR else None
 
     def ask(
         self, prompt: str, *, on_text: Callable[[str], None] | None = None, **options: Any
     ) -> Answer:
-        """Continues a prompt: through the memory where it is about a written fact, else as the base LM.
+        """Continue a prompt: through the memory where it is about a written fact, else as the base LM.
 
         Args:
           on_text: called with every piece of the answer as soon as it is known.
@@ -174,98 +170,127 @@ class Session:
         """
         if on_text is None:
             return self.ask_all([prompt], **options)[0]
-        recalled = self._recall([prompt])
-        begin, pieces = time.perf_counter(), []
-        for (piece,) in self.model.stream([prompt], recalled.condition, **options):
-            pieces.append(piece)
-            on_text(piece)
-        recalled.milliseconds["decode"] = 1e3 * (time.perf_counter() - begin)
-        return recalled.answers(["".join(pieces)])[0]
+
+        def decode(condition: Condition | None) -> list[str]:
+            pieces = []
+            for (piece,) in self.model.stream([prompt], condition, **options):
+                pieces.append(piece)
+                on_text(piece)
+            return ["".join(pieces)]
+
+        return self._answers([prompt], decode)[0]
 
     def ask_all(self, prompts: Sequence[str], **options: Any) -> list[Answer]:
         """`ask` for many prompts in one batch."""
-        if not prompts:
-            return []
-        recalled = self._recall(prompts)
+        decode = functools.partial(self.model.generate, prompts, **options)
+        return self._answers(prompts, decode) if prompts else []
+
+    def _answers(
+        self, prompts: Sequence[str], decode: Callable[[Condition | None], list[str]]
+    ) -> list[Answer]:
+        facts, scores, condition, milliseconds = self._recall(prompts)
         begin = time.perf_counter()
-        continuations = self.model.generate(prompts, recalled.condition, **options)
-        recalled.milliseconds["decode"] = 1e3 * (time.perf_counter() - begin)
-        return recalled.answers(continuations)
+        texts = decode(condition)
+        milliseconds["decode"] = _since(begin)
+        return [
+            Answer(text, fact is not None, fact, score, milliseconds)
+            for text, fact, score in zip(texts, facts, scores, strict=True)
+        ]
 
     def score(
         self, prompts: Sequence[str], candidates: Sequence[Sequence[str]]
     ) -> Float[np.ndarray, "n c"]:
-        """−ln p per token of c candidate answers to each of n prompts, decoded as `ask` decodes."""
+        """Return −ln p per token of c candidate answers to each of n prompts, decoded as by `ask`."""
         return self.model.score(prompts, candidates, self._recall(prompts).condition)
 
-    def _recall(self, prompts: Sequence[str]) -> "_Recalled":
-        """Scope decision and readout of each prompt, by its sentence that is nearest to a fact."""
+    def _recall(self, prompts: Sequence[str]) -> _Recall:
+        """Return scope decision and readout of each prompt, by its sentence nearest to a fact."""
         if isinstance(prompts, str):
             raise TypeError("prompts is a list of texts; ask() takes one")
         if not all(prompt.strip() for prompt in prompts):
             raise EmptyFact("A question needs a text to continue; one of the prompts is empty.")
         begin = time.perf_counter()
-        texts, owners = scope.split_sentences(prompts)
-        encodings = self.model.encode(texts)
-        encoded = time.perf_counter()
-        ids = [fact_id for fact_id, keys in self._keys.items() for _ in keys.key]
-        written = np.concatenate(
-            [keys.embedding for keys in self._keys.values()]
-            or [np.zeros((0, encodings.embedding.shape[1]), np.float32)]
-        )
-        found = scope.nearest_key(encodings.embedding, owners, written)
-        inside = found.within(self.model.scope_threshold)
-        queries = encodings.latent[found.sentence]
-        # Padded, so that few numbers of queries are compiled for.
-        more = packing.steps_bucket(len(queries), 1) - len(queries)
-        asked = np.pad(queries, ((0, more), (0, 0)))
-        read = rls.read(self.model.memory, self.model.prepared, self._now, asked)
-        latent = np.asarray(read)[: len(queries)]
-        milliseconds = {
-            "encode": 1e3 * (encoded - begin),
-            "read": 1e3 * (time.perf_counter() - encoded),
-        }
-        return _Recalled(
-            [ids[key] if within else None for key, within in zip(found.key, inside, strict=True)],
-            [float(score) for score in found.score],
+        sentences, owners = scope.split_sentences(prompts)
+        encodings = self.model.encode(sentences)
+        milliseconds = {"encode": _since(begin)}
+        begin = time.perf_counter()
+        ids, written = self._written()
+        match = scope.nearest_key(encodings.embedding, owners, written)
+        inside = match.within(self.model.scope_threshold)
+        queries = _padded(encodings.latent[match.sentence])
+        read = rls.read(self.model.memory, self.model.prepared, self._memory, queries)
+        readout = np.asarray(read)[: len(prompts)]
+        milliseconds["read"] = _since(begin)
+        return _Recall(
+            [ids[key] if within else None for key, within in zip(match.key, inside, strict=True)],
+            [float(score) for score in match.score],
             # Where nothing is in scope, the very program of the base LM, and not a masked slot.
-            self.model.condition(latent, inside) if inside.any() else None,
+            self.model.condition(readout, inside) if inside.any() else None,
             milliseconds,
         )
 
+    def _written(self) -> tuple[list[int], Float[np.ndarray, "N H"]]:
+        """Return the embeddings of all written prompts, and the fact of each."""
+        ids = [fact_id for fact_id, rows in self._rows.items() for _ in rows.key]
+        none = np.zeros((0, self.model.model.encoder.config.width), np.float32)
+        return ids, np.concatenate([none, *(rows.embedding for rows in self._rows.values())])
+
+    def _with(self, memory: rls.RLSState, rows: FactRows) -> tuple[rls.RLSState, float]:
+        """Return the memory with a fact's rows, and the milliseconds that writing took."""
+        begin, model = time.perf_counter(), self.model
+        for key, value in zip(rows.key, rows.value, strict=True):
+            # The statistics and the solution stay where they are: what moves is a few rows.
+            pending, is_due, is_finite = _write(model.memory, model.prepared, memory, key, value)
+            memory = dataclasses.replace(memory, pending=pending)
+            if is_due:
+                memory = rls.refactorize(model.memory, model.prepared, memory)
+                is_finite = jnp.isfinite(memory.state.solution).all()
+            if not is_finite:
+                raise self._not_finite("write")
+        return memory, _since(begin)
+
+    def _without(self, memory: rls.RLSState, rows: FactRows) -> tuple[rls.RLSState, float]:
+        """Return the memory without a fact's rows, solved, and the milliseconds that forgetting took."""
+        begin, model = time.perf_counter(), self.model
+        keys, values = _padded(rows.key), _padded(rows.value)
+        after = rls.forget(model.memory, model.prepared, memory, keys, values)
+        if (
+            after.state.refused > memory.state.refused
+            or not jnp.isfinite(after.state.solution).all()
+        ):
+            raise self._not_finite("forget")
+        return after, _since(begin)
+
+    def _not_finite(self, action: str) -> MemoryNotFinite:
+        return MemoryNotFinite(
+            f"The memory could not {action} this in float32, and stays as it was. Its ridge "
+            f"({float(self.model.memory.ridge):g}) is too small for what is written: load the model "
+            "with a larger editing.ridge and write the facts again."
+        )
+
     def history(self) -> list[Event]:
-        """Every write and forget so far, in order."""
+        """Return every write and forget so far, in order."""
         return [*self._events]
 
     def save(self, path: str | pathlib.Path) -> None:
-        """Writes the session to one file, whole or not at all."""
-        arrays = {f"memory/{name}": leaf for name, leaf in _named(self._state).items()}
-        for fact_id, keys in self._keys.items():
-            arrays |= {
-                f"fact/{fact_id}/{f.name}": getattr(keys, f.name) for f in dataclasses.fields(keys)
-            }
-        session_file.save(
-            path,
-            session_file.Saved(
-                self.model.source,
-                self.model.fingerprint,
-                self._next_id,
-                self.list(),
-                self.history(),
-                arrays,
-            ),
-        )
+        """Write the session to one file, whole or not at all."""
+        arrays = {f"memory/{name}": leaf for name, leaf in _named(self.state).items()}
+        for fact_id, rows in self._rows.items():
+            arrays |= {f"fact/{fact_id}/{name}": array for name, array in vars(rows).items()}
+        head = (self.model.source, self.model.fingerprint, self._next_id)
+        session_file.save(path, session_file.Saved(*head, self.list(), self.history(), arrays))
 
     @classmethod
     def load(cls, path: str | pathlib.Path, model: Pipeline | None = None) -> "Session":
-        """Opens a saved session; its memory is the saved one bit for bit.
+        """Open a saved session; its memory is the saved one bit for bit.
 
         Args:
           path: what `save` wrote.
           model: the model it was saved under, where it is loaded already; default: by its name.
 
         Raises:
-          FileNotFoundError, DamagedSession. WrongModel: another model's encodings mean other things.
+          FileNotFoundError, DamagedSession.
+          WrongModel: another model's encodings mean other things.
         """
         saved = session_file.load(path)
         session = cls(load(saved.model) if model is None else model)
@@ -275,87 +300,52 @@ class Session:
                 f"the model here is {session.model.source!r}, {session.model.fingerprint[:12]}. What "
                 "one model wrote another can not read: load that model, or write the facts again."
             )
-        session._restore(saved)
-        return session
-
-    def _restore(self, saved: session_file.Saved) -> None:
+        fields = [field.name for field in dataclasses.fields(FactRows)]
+        leaves = [f"memory/{name}" for name in _named(session._memory.state)]
+        wanted = leaves + [f"fact/{fact.id}/{field}" for fact in saved.facts for field in fields]
+        if missing := set(wanted) - set(saved.arrays):
+            raise DamagedSession(
+                f"{path} lacks {', '.join(sorted(missing))}: another version of larimar-jax wrote it. "
+                "Open it with that version, or write the facts again."
+            )
         for fact in saved.facts:
-            self._facts[fact.id] = fact
-            rows = {
-                f.name: saved.arrays[f"fact/{fact.id}/{f.name}"] for f in dataclasses.fields(_Keys)
-            }
-            self._keys[fact.id] = _Keys(**rows)
-        self._events, self._next_id = saved.history, saved.next_id
-        names = [f"memory/{name}" for name in _named(self._state)]
-        leaves = [jax.device_put(saved.arrays[name]) for name in names]
-        self._begin(jax.tree.unflatten(jax.tree.structure(self._now.state), leaves))
-
-    @property
-    def _state(self) -> StreamingState:
-        """The memory, solved anew."""
-        return rls.to_state(self.model.memory, self.model.prepared, self._now)
-
-    def _begin(self, state: StreamingState) -> None:
-        self._now = rls.init(self.model.memory, self.model.prepared, state)
-
-    def _written(self, now: rls.RLSState, keys: _Keys) -> tuple[rls.RLSState, float]:
-        """Return the memory with a fact's rows, and the milliseconds that writing took."""
-        memory, prepared = self.model.memory, self.model.prepared
-        begin = time.perf_counter()
-        for key, value in zip(keys.key, keys.value, strict=True):
-            # The statistics and the solution stay where they are: what moves is a few rows.
-            pending, is_due, is_finite = _write(memory, prepared, now, key, value)
-            now = dataclasses.replace(now, pending=pending)
-            if is_due:
-                now = rls.refactorize(memory, prepared, now)
-                is_finite = jnp.isfinite(now.state.solution).all()
-            if not is_finite:
-                raise self._not_finite("write")
-        return now, 1e3 * (time.perf_counter() - begin)
-
-    def _forgotten(self, now: rls.RLSState, keys: _Keys) -> tuple[rls.RLSState, float]:
-        """Return the memory without a fact's rows, and the milliseconds that forgetting took."""
-        begin = time.perf_counter()
-        # Padded, so that few numbers of rows are compiled for.
-        more = packing.steps_bucket(len(keys.key), 1) - len(keys.key)
-        rows = (np.pad(x, ((0, more), (0, 0))) for x in (keys.key, keys.value))
-        after = rls.forget(self.model.memory, self.model.prepared, now, *rows)
-        is_finite = jnp.isfinite(after.state.solution).all()
-        if not is_finite or after.state.refused > now.state.refused:
-            raise self._not_finite("forget")
-        return after, 1e3 * (time.perf_counter() - begin)
-
-    def _not_finite(self, action: str) -> MemoryNotFinite:
-        return MemoryNotFinite(
-            f"The memory could not {action} this in float32, and stays as it was. Its ridge "
-            f"({float(self.model.memory.ridge):g}) is too small for what is written: load the model "
-            "with a larger editing.ridge and write the facts again."
-        )
+            session._facts[fact.id] = fact
+            rows = (saved.arrays[f"fact/{fact.id}/{field}"] for field in fields)
+            session._rows[fact.id] = FactRows(*rows)
+        session._events, session._next_id = saved.history, saved.next_id
+        arrays = [jax.device_put(saved.arrays[name]) for name in leaves]
+        state = jax.tree.unflatten(jax.tree.structure(session._memory.state), arrays)
+        session._memory = rls.init(session.model.memory, session.model.prepared, state)
+        return session
 
     # Last in the class: below it, `list` in an annotation would be this method.
     def list(self) -> list[Fact]:
-        """The facts in memory, in the order of writing."""
+        """Return the facts in memory, in the order of writing."""
         return [*self._facts.values()]
 
 
 @jax.jit
 def _write(
     memory: Streaming, prepared: Prepared, now: rls.RLSState, key: Array, value: Array
-) -> tuple[rls.Pending, Array, Array]:
+) -> tuple[rls.Pending, Bool[Array, ""], Bool[Array, ""]]:
     """Return the pending writes with this one, whether to factorise, and whether all is finite."""
     written, _, is_due = rls.write(memory, prepared, now, key, value)
     finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(written.pending)]
     return written.pending, is_due, jnp.stack(finite).all()
 
 
-def _cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    sizes = np.linalg.norm(one, axis=1)[:, None] * np.linalg.norm(other, axis=1)[None]
-    return one @ other.T / np.maximum(sizes, np.finfo(np.float32).tiny)
+def _padded(rows: Float[np.ndarray, "n C"]) -> Float[np.ndarray, "m C"]:
+    """Return rows and zero rows after them, so that few numbers of rows are compiled for."""
+    return np.pad(rows, ((0, steps_bucket(len(rows), 1) - len(rows)), (0, 0)))
 
 
-def _named(state: Any) -> dict[str, np.ndarray]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
-        for path, leaf in flat
-    }
+def _named(state: StreamingState) -> dict[str, np.ndarray]:
+    """Return the leaves of a state by '.'-joined path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    keystr = jax.tree_util.keystr
+    return {keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
+
+
+def _since(begin: float) -> float:
+    """Return the milliseconds since a `time.perf_counter()`."""
+    return 1e3 * (time.perf_counter() - begin)

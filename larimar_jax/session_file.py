@@ -1,4 +1,4 @@
-"""What a session says and saves: facts, what happened to them, answers; and what can go wrong."""
+"""A session's facts, events and answers, its errors, and the file that holds it; needs no model."""
 
 import dataclasses
 import datetime
@@ -30,7 +30,7 @@ class DamagedSession(ValueError):
 
 
 class MemoryNotFinite(FloatingPointError):
-    """A write or forget that float32 could not carry out; the memory before it is kept."""
+    """A write or forget that float32 could not carry out; the memory stays as it was."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Fact:
 
     @property
     def prompts(self) -> tuple[str, ...]:
+        """The prompt and its rephrasings."""
         return (self.prompt, *self.rephrasings)
 
     def __str__(self) -> str:
@@ -53,8 +54,8 @@ class Fact:
 @dataclasses.dataclass(frozen=True)
 class Event:
     """One line of the history. milliseconds: of the memory operation alone, encoding apart; the first
-    of a process and shape includes its compilation. note: what is worth knowing of it: the fact that
-    a write replaced, or another that its prompt is hard to tell from."""
+    of a process and shape includes its compilation. note: the fact that a write replaced, or another
+    that its prompt is hard to tell from."""
 
     kind: str
     fact: Fact
@@ -67,24 +68,17 @@ class Event:
         return f"{self.at}  {self.kind:7}  {self.fact}  ({self.milliseconds:.1f} ms){note}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Saved:
-    """A session as its file holds it, to be read without its model. arrays: the rows of each fact as
-    fact/ID/NAME, and the memory's leaves as memory/NAME."""
-
-    model: str
-    fingerprint: str
-    next_id: int
-    facts: list[Fact]
-    history: list[Event]
-    arrays: dict[str, np.ndarray]
+def event(kind: str, fact: Fact, milliseconds: float, note: str = "") -> Event:
+    """Return an event of now."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return Event(kind, fact, now, milliseconds, note)
 
 
 @dataclasses.dataclass(frozen=True)
 class Forgotten:
-    """A fact that was taken out, with its certificate (memory/diagnostics.py). distance: of the memory to one
-    that never saw the fact, relative. leverage: the share of the fact's key that other facts explain:
-    near 1 where a near-duplicate is still in, and may still be answered."""
+    """A fact that was taken out, with its certificate (memory/diagnostics.py). distance: of the memory
+    to one that never saw the fact, relative. leverage: the share of the fact's key that other facts
+    explain: near 1 where a near-duplicate is still in, and may still be answered."""
 
     fact: Fact
     distance: float
@@ -103,26 +97,32 @@ class Answer:
     milliseconds: dict[str, float]
 
 
-def event(kind: str, fact: Fact, milliseconds: float, note: str = "") -> Event:
-    """What happens now."""
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return Event(kind, fact, now, milliseconds, note)
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A session as its file holds it. arrays: the rows of each fact as fact/ID/NAME, and the memory's
+    leaves as memory/NAME."""
+
+    model: str
+    fingerprint: str
+    next_id: int
+    facts: list[Fact]
+    history: list[Event]
+    arrays: dict[str, np.ndarray]
 
 
 def save(path: str | Path, saved: Saved) -> None:
-    """Writes a session to one file, whole or not at all."""
-    told = {f.name: getattr(saved, f.name) for f in dataclasses.fields(saved)}
-    arrays = told.pop("arrays")
-    told["facts"] = [dataclasses.asdict(fact) for fact in saved.facts]
-    told["history"] = [dataclasses.asdict(done) for done in saved.history]
-    model_file.save_exported(path, arrays, {"kind": "session", **told})
+    """Write a session to one file, whole or not at all."""
+    meta = {f.name: getattr(saved, f.name) for f in dataclasses.fields(saved) if f.name != "arrays"}
+    for name in ("facts", "history"):
+        meta[name] = [dataclasses.asdict(item) for item in meta[name]]
+    model_file.save_exported(path, saved.arrays, {"kind": "session", **meta})
 
 
 def load(path: str | Path) -> Saved:
-    """What `save` wrote.
+    """Return what `save` wrote.
 
     Raises:
-        FileNotFoundError, DamagedSession.
+      FileNotFoundError, DamagedSession.
     """
     try:
         arrays, meta = model_file.load_exported(path)
@@ -138,5 +138,5 @@ def load(path: str | Path) -> Saved:
 
 
 def _fact(values: dict[str, Any]) -> Fact:
-    """The inverse of `dataclasses.asdict`, through JSON."""
+    """Return a fact from what JSON made of it."""
     return Fact(**{**values, "rephrasings": tuple(values["rephrasings"])})
