@@ -1,6 +1,6 @@
-"""The spelling of an answer, written beside its encoding and read back as tokens (§10).
+"""The code of an answer, written beside its encoding and read back as tokens (§10).
 
-Ours, not the paper's. A latent of some hundred numbers says what a text is about, and not how its words
+Ours, not the paper's. A latent of some hundred numbers holds what a text is about, and not how its words
 are written. So the value of a fact carries its answer behind the encoding, token by token: place j of P
 holds the code of the j-th token, d signs that a hash of its id decides, and the place after the last
 one that of the end-of-text token. M₀ and queries are zero there: what is read at these places is what
@@ -11,13 +11,13 @@ log likelihood ratio against noise alone, at the likeliest a > 0 and size of the
 
     e_v = −d/2 · ln(1 − cos²(y, code(v))),    of which chance gives the best of V tokens about ln V
 
-A place tells a token, or nothing, and then the language model speaks freely. With its p(v) as the
-prior, Bayes' rule is
+A place is evidence of one token, or of none, and then the language model decides alone. With its p(v) as
+the prior, Bayes' rule is
 
     p(v | y) ∝ p(v) · (1 + exp(e_v − ln V))
 
-which is what the logit of v gains. Nothing is tuned, and a memory that is full of others' codes says
-less by itself.
+which is what the logit of v gains. Nothing is tuned, and a memory that is full of other facts' codes gives
+less evidence by itself.
 """
 
 import dataclasses
@@ -35,81 +35,93 @@ from larimar_jax.linalg import dot
 
 # A place that holds no token.
 NOTHING = -1
-# Tokens that are kept of a place: of what is beyond chance, far fewer than these are ever left.
-KEPT = 8
+# Tokens of a place that are returned: far fewer than these are ever beyond chance.
+TOP_TOKENS = 8
 # Rows whose cosines to all tokens are held at a time.
 _ROWS = 8
+# A readout shorter than this beside codes of length 1 is rounding.
+_SILENT = 1e-5
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenEvidence:
-    """What B readouts spell at P places: the likeliest tokens and what their logits gain, in nats."""
+    """Evidence of tokens in B readouts at P places: the likeliest ones, and what their logits gain."""
 
     tokens: Int[Array, "B P k"]
     logit_gain: Float[Array, "B P k"]
 
     def rows(self, index: Int[Array, " R"]) -> "TokenEvidence":
-        """Chosen rows, in the order of `index`."""
+        """Return chosen rows, in the order of `index`."""
         return TokenEvidence(self.tokens[index], self.logit_gain[index])
 
-    def add(
-        self, logits: Float[Array, "B n V"], depth: Int[Array, "B n"]
-    ) -> Float[Array, "B n V"]:
-        """The logits of tokens at these places of the answer (0 is its first), with what they gain."""
+    def add(self, logits: Float[Array, "B n V"], depth: Int[Array, "B n"]) -> Float[Array, "B n V"]:
+        """Return logits at these places of the answer (0 is its first token) with their gains."""
         place = jnp.minimum(depth, self.logit_gain.shape[1] - 1)[..., None]
-        tokens, logit_gain = (jnp.take_along_axis(a, place, axis=1) for a in (self.tokens, self.logit_gain))
-        logit_gain = jnp.where(depth[..., None] < self.logit_gain.shape[1], logit_gain, 0.0)
+        tokens, gain = (
+            jnp.take_along_axis(a, place, axis=1) for a in (self.tokens, self.logit_gain)
+        )
+        gain = jnp.where(depth[..., None] < self.logit_gain.shape[1], gain, 0.0)
         rows = jnp.arange(logits.shape[0])[:, None, None]
-        return logits.at[rows, jnp.arange(logits.shape[1])[:, None], tokens].add(logit_gain)
+        return logits.at[rows, jnp.arange(logits.shape[1])[:, None], tokens].add(gain)
 
 
 def size(config: AnswerCodeConfig | None) -> int:
-    """How many numbers a value has more than its encoding: P·d."""
+    """Return how many numbers a value has more than its encoding: S = P·d."""
     return 0 if config is None else config.positions * config.width
 
 
+def pack(
+    config: AnswerCodeConfig, answers: Sequence[Sequence[int] | None], eos: int
+) -> Int[np.ndarray, "n P"]:
+    """Return the tokens of n answers at P places: `eos` after the last one, if a place is left, and
+    NOTHING after that. None, which a query has, is NOTHING at all places."""
+    packed = np.full((len(answers), config.positions), NOTHING, np.int32)
+    for row, answer in enumerate(answers):
+        if answer is not None:
+            tokens = [*answer, eos][: config.positions]
+            packed[row, : len(tokens)] = tokens
+    return packed
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def spell(config: AnswerCodeConfig, tokens: Int[Array, "n P"]) -> Float[Array, "n S"]:
-    """What is written of n answers as `pack` makes them; S = P·d."""
+def encode(config: AnswerCodeConfig, tokens: Int[Array, "n P"]) -> Float[Array, "n S"]:
+    """Return the codes of n answers, as `pack` returns them."""
     codes = jnp.where((tokens == NOTHING)[..., None], 0.0, _codes(tokens, config.width))
     return codes.reshape(len(tokens), -1)
 
 
-def read(
+def decode(
     config: AnswerCodeConfig,
     readout: Float[Array, "B S"],
     vocab_size: int,
     active: Bool[Array, " B"],
 ) -> TokenEvidence:
-    """What is spelled by what was read; rows that are not active, or read nothing, gain exactly 0."""
+    """Return the evidence in readouts; rows that are not active, or read nothing, gain exactly 0."""
     codes = _codes(jnp.arange(vocab_size), config.width)
     chance = math.log(vocab_size)
 
-    def one(row):
+    def decode_row(row):
         norm = jnp.linalg.norm(row, axis=-1, keepdims=True)
         cosine = jnp.maximum(dot(row / jnp.where(norm > _SILENT, norm, 1.0), codes.T), 0.0)
-        best, token = jax.lax.top_k(cosine, min(KEPT, vocab_size))
-        logit_gain = jax.nn.softplus(_evidence(best, config.width) - chance)
-        return token, jnp.where(norm > _SILENT, jnp.minimum(logit_gain, config.limit), 0.0)
+        best, token = jax.lax.top_k(cosine, min(TOP_TOKENS, vocab_size))
+        gain = jax.nn.softplus(_log_likelihood_ratio(best, config.width) - chance)
+        return token, jnp.where(norm > _SILENT, jnp.minimum(gain, config.limit), 0.0)
 
     rows = readout.reshape(len(readout), config.positions, config.width)
-    tokens, logit_gain = jax.lax.map(one, rows, batch_size=_ROWS)
-    return TokenEvidence(tokens, jnp.where(active[:, None, None], logit_gain, 0.0))
+    tokens, gain = jax.lax.map(decode_row, rows, batch_size=_ROWS)
+    return TokenEvidence(tokens, jnp.where(active[:, None, None], gain, 0.0))
 
 
-# A readout shorter than this beside codes of length 1 is rounding.
-_SILENT = 1e-5
-
-
-def _evidence(cosine: Float[Array, "P k"], width: int) -> Float[Array, "P k"]:
-    """e_v in nats; finite for a cosine of 1."""
-    apart = jnp.maximum(1.0 - jnp.square(cosine), jnp.finfo(jnp.float32).eps)
-    return -0.5 * width * jnp.log(apart)
+def _log_likelihood_ratio(cosine: Float[Array, "P k"], width: int) -> Float[Array, "P k"]:
+    """Return e_v in nats; finite for a cosine of 1."""
+    distance = jnp.maximum(1.0 - jnp.square(cosine), jnp.finfo(jnp.float32).eps)
+    return -0.5 * width * jnp.log(distance)
 
 
 def _codes(tokens: Int[Array, "*n"], width: int) -> Float[Array, "*n d"]:
-    """d signs for each id, of length 1 together. Saved memories depend on them: they never change."""
+    """Return d signs for each id, of length 1 together. Saved memories depend on them: they never
+    change."""
     key = jax.random.key(0, impl="threefry2x32")
 
     def signs(token):
@@ -119,16 +131,3 @@ def _codes(tokens: Int[Array, "*n"], width: int) -> Float[Array, "*n d"]:
 
     ids = jnp.asarray(tokens, jnp.int32).astype(jnp.uint32)
     return jax.vmap(signs)(ids.ravel()).reshape(*ids.shape, width) / math.sqrt(width)
-
-
-def pack(
-    config: AnswerCodeConfig, answers: Sequence[Sequence[int] | None], eos: int
-) -> Int[np.ndarray, "n P"]:
-    """The tokens of n answers at P places: `eos` after the last one, if a place is left, and NOTHING
-    after that. None, which a query has, is nothing at all."""
-    packed = np.full((len(answers), config.positions), NOTHING, np.int32)
-    for row, answer in enumerate(answers):
-        if answer is not None:
-            told = [*answer, eos][: config.positions]
-            packed[row, : len(told)] = told
-    return packed

@@ -20,22 +20,22 @@ class Sum(NamedTuple):
     low: Float[Array, "k C"]
 
     def total(self) -> Float[Array, "K C"]:
-        """The sum as one float32 matrix."""
+        """Return the sum as one float32 matrix."""
         return self.high + self.low
 
     def plus(self, term: Float[Array, "K C"]) -> "Sum":
-        """The sum with one more term, whose rounding is kept."""
+        """Return the sum with one more term, whose rounding goes into `low`."""
         high, error = _two_sum(self.high, term)
         return Sum(high, self.low + error)
 
 
 def zero_sum(rows: int, columns: int) -> Sum:
-    """The empty sum."""
+    """Return the empty sum."""
     return Sum(jnp.zeros((rows, columns), jnp.float32), jnp.zeros((rows, columns), jnp.float32))
 
 
 def _two_sum(a, b):
-    """Knuth's error-free addition: a + b = total + error exactly, without comparing magnitudes."""
+    """Add as Knuth, error-free: a + b = total + error exactly, without comparing magnitudes."""
     total = a + b
     part = total - a
     return total, (a - (total - part)) + (b - part)
@@ -48,7 +48,7 @@ def rank_update(
     sign: Float[Array, "N"],
     rows: Float[Array, "N k"] | None = None,
 ) -> tuple[Sum, Sum]:
-    """Adds Σᵢ sᵢ wᵢᵀwᵢ and Σᵢ sᵢ wᵢᵀeᵢ over N facts, sᵢ ∈ {−1, 0, 1}, to the statistics of least
+    """Add Σᵢ sᵢ wᵢᵀwᵢ and Σᵢ sᵢ wᵢᵀeᵢ over N facts, sᵢ ∈ {−1, 0, 1}, to the statistics of least
     squares (Eq. 3). rows: the weights of the k slots whose rows of the sums are here; default all.
 
     What rounds in the product of 100 facts is a hundredth of what rounds in one matmul (a tenth for
@@ -66,7 +66,7 @@ def rank_update(
 
 
 def _product(left: Float[Array, "N K"], right: Float[Array, "N C"]):
-    """leftᵀ right, as two matrices to be added up: the product of the leading bits, which is exact
+    """Return leftᵀ right, as two matrices to be added up: the product of the leading bits, which is exact
     (sums of integers below 2²⁴), and all the rest."""
     left_coarse, right_coarse = _coarse(left), _coarse(right)
     rest = dot(
@@ -77,7 +77,7 @@ def _product(left: Float[Array, "N K"], right: Float[Array, "N C"]):
 
 
 def _coarse(rows: Float[Array, "N C"]) -> Float[Array, "N C"]:
-    """The leading bits of all numbers on one grid, as many as N products can be added up of exactly;
+    """Return the leading bits of all numbers on one grid, as many as N products can be added up of exactly;
     a constant to differentiation."""
     rows = jax.lax.stop_gradient(rows)
     bits = max(1, (24 - max(0, rows.shape[0] - 1).bit_length()) // 2)

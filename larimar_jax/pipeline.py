@@ -184,7 +184,7 @@ class Pipeline:
         if len(rows):
             # Padded, so that few numbers of answers are compiled for.
             padded = np.resize(packed[rows], (bucket(len(rows), 8), code.positions))
-            codes[rows] = np.asarray(answer_code.spell(code, padded))[: len(rows)]
+            codes[rows] = np.asarray(answer_code.encode(code, padded))[: len(rows)]
         return codes
 
     def condition(
@@ -274,7 +274,7 @@ def _condition(
     model, evidence = nnx.merge(graph, state), None
     if code is not None:
         codes = readout[:, layout.size - layout.answer_code :]
-        evidence = answer_code.read(code, codes, model.decoder.config.vocab_size, active)
+        evidence = answer_code.decode(code, codes, model.decoder.config.vocab_size, active)
     return model.condition(readout[:, : layout.encoding], active, evidence)
 
 

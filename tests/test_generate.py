@@ -28,9 +28,9 @@ def condition(tiny):
     # What memory reads where three answers are written: the last of another length than the rest.
     answers = answer_code.pack(CODE, [[5, 6, 7], [8], [9, 9]], 3)
     noise = 0.02 * jax.random.normal(jax.random.key(2), (3, 96))
-    readout = answer_code.spell(CODE, jnp.asarray(answers)) + noise
+    readout = answer_code.encode(CODE, jnp.asarray(answers)) + noise
     active = jnp.asarray([True, True, False])
-    evidence = answer_code.read(CODE, readout, tiny.model.decoder.config.vocab_size, active)
+    evidence = answer_code.decode(CODE, readout, tiny.model.decoder.config.vocab_size, active)
     return tiny.model.condition(latent, active, evidence)
 
 

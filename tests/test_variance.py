@@ -1,5 +1,7 @@
 """σ_W in its five parametrisations: the formula, sampling, gradients, and models that learn it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +13,10 @@ from larimar_jax.memory import variance
 from larimar_jax.train import sharding
 
 K, C, N, Q = 5, 7, 3, 4
-VARIANTS = sorted(memory.variants())
 # One of each way to read: by the posterior, by M_ref, from a list, in slots that grow.
 KINDS = ["direct", "streaming", "nearest", "growing"]
-LINEAR = ("query", "memory", "both")
+BY_QUERY, BY_MEMORY = ("query", "both"), ("memory", "both")
+each_setting = pytest.mark.parametrize("setting", variance.SETTINGS)
 
 
 def facts(seed, n=N):
@@ -24,8 +26,7 @@ def facts(seed, n=N):
 def drawn(variant, setting):
     """A variant with that setting, and parameters none of which is 0 or 1."""
     built = memory.build(variant, slots=K, latent=C, variance=setting, initial="normal")
-    params = built.init(jax.random.key(0))
-    leaves, tree = jax.tree.flatten(params)
+    leaves, tree = jax.tree.flatten(built.init(jax.random.key(0)))
     draw = np.random.default_rng(1)
     leaves = [jnp.float32(draw.normal(0, 0.4, leaf.shape)) for leaf in leaves]
     # Newton–Schulz wants singular values well above 0.
@@ -34,24 +35,22 @@ def drawn(variant, setting):
 
 
 def written(built, params, seed=2):
-    prepared = built.prepare(params)
-    keys = facts(seed)
+    prepared, keys = built.prepare(params), facts(seed)
     return prepared, built.write(prepared, built.empty(prepared), keys, keys)
 
 
 def formula(setting, params, queries, m):
     """§3 in float64; vec(M) by rows, as torch's reshape has it."""
-    found = np.zeros((len(queries), K)) + np.asarray(params.log_variance, np.float64)
-    if setting in ("query", "both"):
-        found += np.float64(queries) @ np.float64(params.variance_by_query)
-    if setting in ("memory", "both"):
-        weight = np.float64(params.variance_by_memory).reshape(K * C, K)
-        found += np.float64(m).reshape(K * C) @ weight
-    return found
+    total = np.zeros((len(queries), K)) + np.float64(params.log_variance)
+    if setting in BY_QUERY:
+        total += np.float64(queries) @ np.float64(params.variance_by_query)
+    if setting in BY_MEMORY:
+        total += np.float64(m).ravel() @ np.float64(params.variance_by_memory).reshape(K * C, K)
+    return total
 
 
-@pytest.mark.parametrize("setting", variance.SETTINGS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@each_setting
+@pytest.mark.parametrize("variant", sorted(memory.variants()))
 def test_a_reading_s_log_variance_is_the_formula(variant, setting):
     built, params = drawn(variant, setting)
     prepared, state = written(built, params)
@@ -61,55 +60,48 @@ def test_a_reading_s_log_variance_is_the_formula(variant, setting):
         reading = built.read(prepared, at, queries)
         assert reading.log_variance.shape == (Q, K)
         np.testing.assert_allclose(reading.log_variance, want, rtol=1e-5, atol=1e-5)
-    # Each setting depends on what it says, and on nothing else.
-    other = built.read(prepared, state, facts(4, Q)).log_variance
-    reread = built.read(*written(built, params, seed=5), queries).log_variance
+    # Each setting depends on query or memory where it is named for it, and on nothing else.
     here = built.read(prepared, state, queries).log_variance
-    assert bool(jnp.allclose(here, other, atol=1e-3)) is (setting not in ("query", "both"))
-    changes = setting in ("memory", "both") and built.STORES
-    assert bool(jnp.allclose(here, reread, atol=1e-3)) is not changes
+    elsewhere = built.read(prepared, state, facts(4, Q)).log_variance
+    rewritten = built.read(*written(built, params, seed=5), queries).log_variance
+    assert bool(jnp.allclose(here, elsewhere, atol=1e-3)) is (setting not in BY_QUERY)
+    changes = setting in BY_MEMORY and built.STORES
+    assert bool(jnp.allclose(here, rewritten, atol=1e-3)) is not changes
 
 
-@pytest.mark.parametrize("setting", variance.SETTINGS)
-def test_at_the_start_it_is_what_the_config_says(setting):
-    built = memory.build(
-        "direct", slots=K, latent=C, variance=setting, initial_log_variance=-2.5
-    )
+@each_setting
+def test_at_the_start_it_is_what_the_config_sets(setting):
+    options = dict(slots=K, latent=C, variance=setting, initial_log_variance=-2.5)
+    built = memory.build("direct", **options)
     params = built.init(jax.random.key(0))
     assert params.log_variance.shape == (() if setting == "scalar" else (K,))
-    assert (params.variance_by_query is not None) is (setting in ("query", "both"))
-    assert (params.variance_by_memory is not None) is (setting in ("memory", "both"))
+    assert (params.variance_by_query is not None) is (setting in BY_QUERY)
+    assert (params.variance_by_memory is not None) is (setting in BY_MEMORY)
     prepared, state = written(built, params)
     np.testing.assert_array_equal(built.read(prepared, state, facts(3)).log_variance, -2.5)
 
 
-@pytest.mark.parametrize("setting", LINEAR)
+@pytest.mark.parametrize("setting", ["query", "memory", "both"])
 def test_zero_maps_leave_one_number_per_slot(setting):
     built, params = drawn("direct", "slot")
     linear = memory.build("direct", slots=K, latent=C, variance=setting)
-    zero = variance.init(setting, K, C, 0.0)
-    more = memory.MemoryParams(
-        params.prior_memory,
-        params.log_variance,
-        variance_by_query=zero[1],
-        variance_by_memory=zero[2],
-    )
+    _, by_query, by_memory = variance.init(setting, K, C, 0.0)
+    more = dataclasses.replace(params, variance_by_query=by_query, variance_by_memory=by_memory)
     rng, queries = jax.random.key(3), facts(4, Q)
     prepared, state = written(built, params)
     # Op by op: as two programs they might add in another order.
     with jax.disable_jit():
         want = built.read(prepared, state, queries, rng)
-        got = linear.read(linear.prepare(more), state, queries, rng)
-    jax.tree.map(np.testing.assert_array_equal, got, want)
+        ours = linear.read(linear.prepare(more), state, queries, rng)
+    jax.tree.map(np.testing.assert_array_equal, ours, want)
 
 
-@pytest.mark.parametrize("setting", variance.SETTINGS)
+@each_setting
 @pytest.mark.parametrize("variant", KINDS)
 def test_samples_have_the_variance_that_the_reading_names(variant, setting):
     built, params = drawn(variant, setting)
     prepared, state = written(built, params)
-    queries = facts(3, Q)
-    keys = jax.random.split(jax.random.key(0), 4000)
+    queries, keys = facts(3, Q), jax.random.split(jax.random.key(0), 4000)
     quiet = built.read(prepared, state, queries)
     latents = jax.vmap(lambda key: built.read(prepared, state, queries, key).latent)(keys)
     # Z = W M with independent W: Var z_c = Σ_k σ²_k M²_kc.
@@ -119,7 +111,7 @@ def test_samples_have_the_variance_that_the_reading_names(variant, setting):
     assert jnp.all(jnp.abs(latents.mean(axis=0) - quiet.latent) < 5 * deviation)
 
 
-@pytest.mark.parametrize("setting", variance.SETTINGS)
+@each_setting
 @pytest.mark.parametrize("variant", KINDS)
 def test_gradients_reach_every_part_and_are_those_of_differences(variant, setting):
     built, params = drawn(variant, setting)
@@ -136,19 +128,18 @@ def test_gradients_reach_every_part_and_are_those_of_differences(variant, settin
         return jnp.sum(jnp.sin(reading.latent)) + jnp.sum(kl)
 
     _, gradient = loss(params)
-    names = ["log_variance"]
-    names += ["variance_by_query"] if setting in ("query", "both") else []
-    names += ["variance_by_memory"] if setting in ("memory", "both") else []
-    for name in names:
+    for name in ("log_variance", "variance_by_query", "variance_by_memory"):
         value, slope = getattr(params, name), getattr(gradient, name)
-        # Where a memory has free slots their rows are zero, and B there is not asked.
-        filled = built.SAME == "matrix" or name != "variance_by_memory"
-        assert jnp.all(slope != 0.0) if filled else jnp.any(slope != 0.0)
+        if value is None:
+            continue
+        # Where a memory has free slots their rows are zero, and so are the slopes of B there.
+        is_full = built.SAME == "matrix" or name != "variance_by_memory"
+        assert jnp.all(slope != 0.0) if is_full else jnp.any(slope != 0.0)
         direction = jnp.float32(np.random.default_rng(5).standard_normal(value.shape))
 
         def moved(size, name=name, value=value, direction=direction):
-            parts = {field: getattr(params, field) for field in vars(params)}
-            return float(loss(memory.MemoryParams(**parts | {name: value + size * direction}))[0])
+            changed = {name: value + size * direction}
+            return float(loss(dataclasses.replace(params, **changed))[0])
 
         # Where nothing is written M is M₀, which is large here, and the loss bends sooner.
         size = 1e-2 if built.STORES else 1e-3
@@ -156,53 +147,44 @@ def test_gradients_reach_every_part_and_are_those_of_differences(variant, settin
         assert abs(float(jnp.sum(slope * direction)) - want) <= 2e-2 * max(1.0, abs(want)), name
 
 
-@pytest.mark.parametrize("setting", variance.SETTINGS)
+@each_setting
 def test_vmap_over_memories_is_a_loop(setting):
     built, params = drawn("direct", setting)
     prepared = built.prepare(params)
     episodes = jnp.stack([facts(seed) for seed in (10, 20, 30)])
 
     def episode(z):
-        return built.read(prepared, built.write(prepared, built.empty(prepared), z, z), z).log_variance
+        state = built.write(prepared, built.empty(prepared), z, z)
+        return built.read(prepared, state, z).log_variance
 
-    together = jax.jit(jax.vmap(episode))(episodes)
-    for got, z in zip(together, episodes, strict=True):
-        np.testing.assert_allclose(got, episode(z), rtol=1e-4, atol=1e-5)
+    for ours, z in zip(jax.jit(jax.vmap(episode))(episodes), episodes, strict=True):
+        np.testing.assert_allclose(ours, episode(z), rtol=1e-4, atol=1e-5)
 
 
-def test_parts_of_another_shape_are_refused():
+@pytest.mark.parametrize(
+    "name, shape",
+    [("log_variance", (1,)), ("variance_by_query", (1, K)), ("variance_by_memory", (K, C, 1))],
+)
+def test_parts_of_another_shape_are_refused(name, shape):
     built, params = drawn("streaming", "both")
-    parts = {field: getattr(params, field) for field in vars(params)}
-    for name, wrong in (
-        ("log_variance", jnp.zeros((1,))),
-        ("variance_by_query", jnp.zeros((1, K))),
-        ("variance_by_memory", jnp.zeros((K, C, 1))),
-    ):
-        odd = object.__new__(memory.MemoryParams)
-        for field, value in (parts | {name: wrong}).items():
-            object.__setattr__(odd, field, value)
-        with pytest.raises(ValueError, match=f"{name} has shape"):
-            built.prepare(odd)
+    object.__setattr__(params, name, jnp.zeros(shape))  # The constructor would refuse it in tests.
+    with pytest.raises(ValueError, match=f"{name} has shape"):
+        built.prepare(params)
 
 
-@pytest.mark.parametrize("setting", variance.SETTINGS)
+@each_setting
 def test_a_model_learns_it_under_the_rules_that_there_are(setting, cpu_devices):
     values = tiny_config()
     values["memory"]["variance"] = setting
     parsed = config.parse(values)
     skeleton = model.AbstractModel(model.abstract(parsed))
     slots, latent = values["memory"]["slots"], values["model"]["latent"]
-    want = {
-        "scalar": {"memory/log_variance": ()},
-        "slot": {"memory/log_variance": (slots,)},
-        "query": {"memory/log_variance": (slots,), "memory/variance_by_query": (latent, slots)},
-        "memory": {
-            "memory/log_variance": (slots,),
-            "memory/variance_by_memory": (slots, latent, slots),
-        },
-    }
-    want["both"] = want["query"] | want["memory"]
-    found = {n: leaf.shape for n, leaf in skeleton.parameters.items() if "variance" in n}
-    assert found == want[setting]
+    want = {"memory/log_variance": () if setting == "scalar" else (slots,)}
+    if setting in BY_QUERY:
+        want["memory/variance_by_query"] = (latent, slots)
+    if setting in BY_MEMORY:
+        want["memory/variance_by_memory"] = (slots, latent, slots)
+    shapes = {n: leaf.shape for n, leaf in skeleton.parameters.items() if "variance" in n}
+    assert shapes == want
     mesh = sharding.make_mesh((2, 2, 2), cpu_devices)
     assert sharding.parameter_shardings(parsed, skeleton, mesh).keys() == skeleton.parameters.keys()

@@ -147,12 +147,9 @@ class Memory(abc.ABC):
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
         # Called op by op these would take 40 times as long.
-        for name, compiled in (
-            *((name, jax.jit) for name in ("empty", "read", "matrix")),
-            ("update", _compiled_update),
-        ):
-            if name in vars(cls):
-                setattr(cls, name, compiled(vars(cls)[name]))
+        for name in {"empty", "update", "read", "matrix"} & set(vars(cls)):
+            compiled = _compiled_update if name == "update" else jax.jit
+            setattr(cls, name, compiled(vars(cls)[name]))
 
     def init(self, key: PRNGKeyArray) -> MemoryParams:
         """Create M₀ [K, C] and the parameters of log σ_W²."""
@@ -176,14 +173,11 @@ class Memory(abc.ABC):
           ValueError: a parameter has a shape of other sizes than this memory's.
         """
         self._check(params)
-        reference = params.reference_memory
-        params = dataclasses.replace(
-            params, reference_memory=params.prior_memory if reference is None else reference
-        )
-        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-        return Prepared(
-            **vars(params), address=self._address(params.reference_memory, few_encodings)
-        )
+        arrays = vars(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params))
+        if params.reference_memory is None:
+            arrays["reference_memory"] = arrays["prior_memory"]
+        address = self._address(arrays["reference_memory"], few_encodings)
+        return Prepared(**arrays, address=address)
 
     def _address(self, reference: Float[Array, "K C"], few_encodings: bool) -> Any:
         """Compute what addressing needs of M_ref."""
@@ -206,14 +200,9 @@ class Memory(abc.ABC):
 
     def _check(self, params: MemoryParams) -> None:
         k, c = self.slots, self.latent
-        if params.prior_memory.shape != (k, c):
-            raise ValueError(
-                f"the prior memory has shape {params.prior_memory.shape}, this memory expects "
-                f"{(k, c)} (slots, latent). Parameters of another model? Build the memory with the "
-                "sizes of its file."
-            )
         # One element of a wrong shape would broadcast, and σ_W differ from what was learned.
         expected = {
+            "prior_memory": ((k, c),),
             "log_variance": ((), (k,)),
             "variance_by_query": ((c, k),),
             "variance_by_memory": ((k, c, k),),
@@ -223,7 +212,8 @@ class Memory(abc.ABC):
             if value is not None and value.shape not in shapes:
                 raise ValueError(
                     f"{name} has shape {value.shape}, a memory of {k} slots and latent size {c} "
-                    f"expects {' or '.join(map(str, shapes))}. Parameters of another model?"
+                    f"expects {' or '.join(map(str, shapes))}. Parameters of another model? Build "
+                    "the memory with the sizes of its file."
                 )
 
     @abc.abstractmethod
@@ -292,15 +282,9 @@ class Memory(abc.ABC):
 
     def log_variance(self, prepared: Prepared, state: State, queries: Latents) -> Weights:
         """Return log σ_W² of Q reads (§3), float32; see memory/variance.py."""
-        by_memory = prepared.variance_by_memory
-        return variance.log_variance(
-            prepared.log_variance,
-            prepared.variance_by_query,
-            by_memory,
-            queries.astype(jnp.float32),
-            None if by_memory is None else self.matrix(prepared, state),
-            self.slots,
-        )
+        uses_matrix = prepared.variance_by_memory is not None
+        matrix = self.matrix(prepared, state) if uses_matrix else None
+        return variance.log_variance(prepared, queries.astype(jnp.float32), matrix)
 
     def generate(
         self, prepared: Prepared, state: State, n: int, rng: PRNGKeyArray

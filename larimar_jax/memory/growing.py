@@ -84,7 +84,6 @@ class Growing(Memory):
         inner = dataclasses.replace(inner, refused=inner.refused + number)
         return GrowingState(inner, basis, used, overflow)
 
-    @jax.jit
     def read(
         self,
         prepared: Prepared,

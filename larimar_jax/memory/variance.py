@@ -10,7 +10,7 @@ z is the query, M the memory that is read. A and B start at zero, so that σ_W s
 sets it in every one of them. B has K²C numbers: 805 MB in float32 at the paper's sizes.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -36,17 +36,13 @@ def init(
 
 
 def log_variance(
-    constant: Float[Array, "*K"],
-    by_query: Float[Array, "C K"] | None,
-    by_memory: Float[Array, "K C K"] | None,
-    queries: Float[Array, "Q C"],
-    memory: Float[Array, "K C"] | None,
-    slots: int,
+    params: Any, queries: Float[Array, "Q C"], memory: Float[Array, "K C"] | None
 ) -> Float[Array, "Q K"]:
-    """Return log σ_W² of Q reads, float32. `memory` is M, and may be None where B is."""
-    total = jnp.broadcast_to(constant, (queries.shape[0], slots))
-    if by_query is not None:
-        total = total + dot(queries, by_query)
-    if by_memory is not None:
-        total = total + dot(memory.reshape(-1), by_memory.reshape(-1, slots))
+    """Return log σ_W² of Q reads by `MemoryParams`, float32; M may be None where B is."""
+    slots = len(params.prior_memory)
+    total = jnp.broadcast_to(params.log_variance, (len(queries), slots))
+    if params.variance_by_query is not None:
+        total = total + dot(queries, params.variance_by_query)
+    if params.variance_by_memory is not None:
+        total = total + dot(memory.reshape(-1), params.variance_by_memory.reshape(-1, slots))
     return total

@@ -2,10 +2,10 @@
 
     python tests/long/drift.py --out runs/drift        # about 8 minutes for each ridge on 2 cores
 
-256 facts are in at any time (K = 512, C = 768); a block forgets 64 of them and writes 64 others of 1,024,
-row by row. Every 51,200 edits the memory is compared with a float64 solve of the facts that are in, and its
-own estimate of its error with the measured one. A line of drift.jsonl each, and a picture, drift.png; a run
-that was stopped goes on.
+256 facts are in at any time (K = 512, C = 768); a block forgets 64 of them and writes 64 others of
+1,024, row by row. Every 51,200 edits the memory is compared with a float64 solve of the facts that are
+in, and its own estimate of its error with the measured one. A line of drift.jsonl each, and a picture,
+drift.png; a run that was stopped goes on.
 """
 
 import argparse
