@@ -27,18 +27,21 @@ def get_config() -> ConfigDict:
                 ),
                 # Table 2 as the authors' code measures it
                 counterfact_released=dict(
-                    bench="counterfact", data="counterfact", options=dict(limit=100, mode="released")
+                    bench="counterfact",
+                    data="counterfact",
+                    options=dict(limit=100, mode="released"),
                 ),
                 # Table 2 through the paper's interface alone: no features, nothing spelled
                 counterfact_interface=dict(
                     bench="counterfact",
                     data="counterfact",
                     options=dict(
-                        limit=100, set=["editing.key_features=null", "editing.answer_code=null"]
+                        limit=100,
+                        overrides=["editing.key_features=null", "editing.answer_code=null"],
                     ),
                 ),
                 # What is decoded after an edit
-                says=dict(bench="says", data="counterfact", options=dict(limit=100)),
+                free_generation=dict(bench="free_generation", data="counterfact", options=dict(limit=100)),
                 # Tables 12 and 13, and as the authors' code measures them
                 zsre=dict(bench="zsre", data="zsre", options=dict(limit=1000)),
                 zsre_released=dict(
@@ -48,14 +51,14 @@ def get_config() -> ConfigDict:
                 stream=dict(
                     bench="stream",
                     data="zsre",
-                    options=dict(edits=1000, unwritten=0, every=250, asked=100),
+                    options=dict(edits=1000, unwritten=0, every=250, queries=100),
                 ),
                 # Fig. 2b
                 stream_3000=dict(
                     bench="stream",
                     data="zsre",
                     options=dict(
-                        edits=3000, wordings=4, unwritten=100, every=50, asked=16, retained=200
+                        edits=3000, wordings=4, unwritten=100, every=50, queries=16, retained=200
                     ),
                 ),
                 # Fig. 2a, and with the paper's 512 slots
@@ -67,7 +70,7 @@ def get_config() -> ConfigDict:
                 batch_512_slots=dict(
                     bench="batch",
                     data="counterfact",
-                    options=dict(facts=[512, 1024], set="editing.key_features.count=128"),
+                    options=dict(facts=[512, 1024], overrides=["editing.key_features.count=128"]),
                 ),
                 # Table 4, and with the paper's 512 slots
                 forget=dict(
@@ -76,7 +79,9 @@ def get_config() -> ConfigDict:
                 forget_512_slots=dict(
                     bench="forget",
                     data="counterfact",
-                    options=dict(facts=[512, 1024], forget=25, set="editing.key_features.count=128"),
+                    options=dict(
+                        facts=[512, 1024], forget=25, overrides=["editing.key_features.count=128"]
+                    ),
                 ),
                 # Table 5
                 attack=dict(bench="attack", data="counterfact", options=dict(facts=25)),
@@ -85,14 +90,14 @@ def get_config() -> ConfigDict:
                     bench="longcontext", data="", options=dict(facts=[64, 256, 1024, 4096])
                 ),
                 # Table 14
-                rephrase=dict(bench="rephrase", data="zsre", options=dict(asked=100)),
+                rephrase=dict(bench="rephrase", data="zsre", options=dict(queries=100)),
                 # Fig. 6
                 noise=dict(bench="noise", data="counterfact", options=dict(limit=50)),
                 # Section 6 of the paper
                 scope=dict(bench="scope", data="counterfact", options=dict(limit=1000)),
                 perplexity=dict(bench="perplexity", data="counterfact", options=dict(facts=512)),
                 # Table 1
-                speed=dict(bench="speed", data="counterfact", options=dict(cases=10, repeats=3)),
+                speed=dict(bench="speed", data="counterfact", options=dict(scored=10, repeats=3)),
             ),
         )
     )

@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     return ConfigDict(
         dict(
-            name="sweep_capacity",
             latent=768,
             paired=True,
             zsre="",

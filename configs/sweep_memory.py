@@ -13,7 +13,6 @@ def get_config() -> ConfigDict:
     ridges = [1e-3, 1e-2, 1e-1]
     return ConfigDict(
         dict(
-            name="sweep_memory",
             latent=96,
             paired=False,
             zsre="",

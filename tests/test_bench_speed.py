@@ -1,15 +1,16 @@
-"""The wall clock benchmark: every side is timed."""
+"""The wall clock benchmarks: every side is timed, after a first call that compiles."""
 
 import time
 
+import numpy as np
 import pytest
-from test_bench import cases
+from known_editor import cases, saved
 
-from larimar_jax.bench import report, runner, speed
+from larimar_jax.bench import memory_speed, report, runner, speed
 
 
-def test_every_side_is_timed(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(speed, "_BESIDE", 3)
+def test_every_side_is_timed_after_its_first_call(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "BESIDE", 3)
     cleared, written, write = [], [], speed.Session.write
 
     def slow_at_first(session, *fact):
@@ -20,22 +21,46 @@ def test_every_side_is_timed(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(speed.jax, "clear_caches", lambda: cleared.append(True))
     monkeypatch.setattr(speed.Session, "write", slow_at_first)
-    made = speed.Speed(tiny, cases(4), 2, 2, data={})
-    summary = runner.run(made, tmp_path / "run", quiet=True)
-    assert report.sections([report.read(tmp_path / "run")] * 2)[0].items
-    records = runner.read_cases(tmp_path / "run")
-    assert [record["case_id"] for record in records] == [0, 1]
-    for record in records:
-        sides = {*speed.SESSION, "batched"}
-        assert set(record["seconds"]) == sides
-        assert min(record["seconds"].values()) > 0
-        assert record["first_seconds"] == records[0]["first_seconds"]
-    results = summary["results"]
-    assert results["cases_per_second"] == pytest.approx(2 / results["seconds"]["batched"])
-    waited, scored = speed.tables(summary)
-    first = records[0]["first_seconds"]
-    assert cleared == [True] and first["write"] >= 0.5 > results["seconds"]["write"]
-    assert set(results["compiling"]) == set(first) == sides
-    for name, value in results["compiling"].items():
-        assert value == max(0.0, first[name] - results["seconds"][name])
-    assert waited.row_count == 4 and scored.row_count == 1
+    task = speed.Speed(data=saved(cases(4), tmp_path / "x.json"), scored=2, repeats=3)
+    summary = runner.run(task, tmp_path / "run", editor=tiny, quiet=True)
+    run = report.read(tmp_path / "run")
+    assert report.sections([run] * 2)[0].items and cleared == [True]
+    sides = [row["system"] for row in run.rows]
+    assert sides == ["write", "ask", "base", "forget", "batched"] * 3
+    entries = {entry["system"]: entry for entry in summary["results"]}
+    for name, entry in entries.items():
+        seconds = [row["seconds"] for row in run.rows if row["system"] == name]
+        assert min(seconds) > 0
+        assert entry["seconds"]["mean"] == pytest.approx(1e3 * np.median(seconds))
+        assert "note" not in entry["seconds"]
+    assert (
+        entries["write"]["first_seconds"]["mean"] >= 0.5 > entries["write"]["seconds"]["mean"] / 1e3
+    )
+    rate = entries["batched"]["cases_per_second"]["mean"]
+    assert rate == pytest.approx(2e3 / entries["batched"]["seconds"]["mean"])
+    with pytest.raises(ValueError, match="has 4 records, and 9 are needed"):
+        speed.Speed(data=str(tmp_path / "x.json"), scored=9).cases(None)
+
+
+def test_every_ratio_of_the_memory_is_of_two_sides_in_one_turn(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory_speed, "TURN", 0.0)
+    task = memory_speed.MemorySpeed(slots=18, latent=20, facts=24, scan=130, tenants=2, repeats=2)
+    summary = runner.run(task, tmp_path, quiet=True)
+    rows = runner.read_rows(tmp_path)
+    names = [name for name, *_ in memory_speed.RATIOS]
+    assert [row["kind"] for row in rows] == [*names, memory_speed.LONG_STREAM] * 2
+    for row in rows:
+        if row["kind"] in names:
+            assert row["ratio"] == pytest.approx(row["plain"] / row["here"])
+    rate = summary["results"][-1]["facts_per_second"]["mean"]
+    assert rate == pytest.approx(
+        np.median([130 / row["here"] for row in rows if "ratio" not in row])
+    )
+    assert (task.name, summary["benchmark"]) == ("memory", "memory")
+
+
+def test_tenants_side_by_side_and_in_a_loop_get_the_same_answers():
+    task = memory_speed.MemorySpeed(slots=18, latent=20, facts=2, scan=2, tenants=3)
+    together = task._compiled["tenants"]()
+    for loop in ("loop", "plain loop"):
+        np.testing.assert_allclose(together, task._compiled[loop](), rtol=1e-5, atol=1e-6)

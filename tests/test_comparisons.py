@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from comparisons import Disagreement, __main__, generation, scoring, timing, torch_step, training
-from test_bench import cases
+from known_editor import cases, saved
 
 from larimar_jax import config as configs
 from larimar_jax import pipeline, weights
-from larimar_jax.bench import systems
 
 TOWER = dict(width=24, depth=2, heads=4, mlp=40, max_length=64)
 BERT = TOWER | dict(family="bert", vocab_size=90, type_vocab=2, norm_eps=1e-12)
@@ -138,19 +137,20 @@ def test_generation_decodes_the_same_tokens(tiny, monkeypatch):
         generation.compare("tiny", 1, batches=[3], prompt=4, tokens=6)
 
 
-def test_the_naive_loop_scores_what_the_benchmark_does_with_a_call_each(tiny, monkeypatch):
+def test_the_naive_loop_scores_what_the_benchmark_does_with_a_call_each(
+    tiny, tmp_path, monkeypatch
+):
     monkeypatch.setattr(pipeline, "load", lambda source: tiny)
-    monkeypatch.setattr(scoring.counterfact_file, "load", lambda path, count: cases(count))
-    calls, loss = [], scoring.loss
+    calls, loss, path = [], scoring.loss, saved(cases(2), tmp_path / "x.json")
     monkeypatch.setattr(scoring, "loss", lambda *row: calls.append(row) or loss(*row))
-    every, four = scoring.compare("tiny", "x.json", 2, 1)
+    every, four = scoring.compare("tiny", path, 2, 1)
     prompts = sum(1 + len(c.paraphrases) + len(c.neighbourhood) for c in cases(2))
     # Once to compare, once timed; then for four systems.
-    assert len(calls) == (2 * len(systems.SYSTEMS) + 4) * 2 * prompts
+    assert len(calls) == (2 * len(scoring.LOOPED) + 4) * 2 * prompts
     assert every.wanted and four.ours is every.ours
     monkeypatch.setattr(scoring, "AGREEMENT", -1.0)
     with pytest.raises(Disagreement, match="differ by up to"):
-        scoring.compare("tiny", "x.json", 2, 1)
+        scoring.compare("tiny", path, 2, 1)
 
 
 def test_without_torch_the_command_says_what_to_install(monkeypatch, capsys):

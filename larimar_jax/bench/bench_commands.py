@@ -42,7 +42,7 @@ def bench(**options: Any) -> None:
 def sweep(*, config: str, out: str, overrides: tuple[str, ...] = ()) -> None:
     """Measure every memory over a grid of settings, sizes and noise.
 
-    A variant is compiled once for a shape, and all its cells run in that program. Writes cases.jsonl,
+    A variant is compiled once for a shape, and all its cells run in that program. Writes rows.jsonl,
     summary.json and pictures.
 
     Args:
@@ -53,12 +53,10 @@ def sweep(*, config: str, out: str, overrides: tuple[str, ...] = ()) -> None:
     """
     from larimar_jax import config as configs
     from larimar_jax import schema
-    from larimar_jax.bench import pictures, runner
     from larimar_jax.bench import sweep as sweeps
 
     values = schema.override(configs.load_dict(config), overrides)
-    runner.run(sweeps.Sweep(sweeps.parse(values)), out)
-    for path in pictures.draw(runner.read_cases(out), out):
+    for path in sweeps.run(values, out):
         print(f"drawn: {path}", file=sys.stderr)
 
 
@@ -102,6 +100,6 @@ def reproduce(*, config: str, out: str, overrides: tuple[str, ...] = ()) -> None
     from larimar_jax import schema
     from larimar_jax.bench import reproduce as reproduces
 
-    plan = reproduces.parse(schema.override(configs.load_dict(config), overrides))
-    for path in reproduces.run(plan, out):
+    values = schema.override(configs.load_dict(config), overrides)
+    for path in reproduces.run(values, out):
         print(f"written: {path}", file=sys.stderr)

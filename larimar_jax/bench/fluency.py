@@ -8,18 +8,17 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-
-def words(text: str) -> list[str]:
-    """Words and single punctuation marks, in lower case."""
-    return re.findall(r"\w+|[^\w\s]", text.lower())
-
-
 # Words below which a text has no n-gram of the longest kind.
 LEAST = 3
 
 
+def words(text: str) -> list[str]:
+    """Return words and single punctuation marks, in lower case."""
+    return re.findall(r"\w+|[^\w\s]", text.lower())
+
+
 def ngram_entropy(text: Sequence[str]) -> float:
-    """½(⅔·H₂ + 4/3·H₃) in bits, H_n the entropy of the text's own n-grams.
+    """Return ½(⅔·H₂ + 4/3·H₃) in bits, H_n the entropy of the text's own n-grams.
 
     A text that repeats itself is low. Its number of words bounds it: compare texts of one length.
 
@@ -37,26 +36,23 @@ def _entropy(text: Sequence[str], size: int) -> float:
     return math.fsum(count / total * math.log2(total / count) for count in counts)
 
 
-def reference_scores(
-    texts: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
-) -> list[float]:
-    """The TF-IDF cosine in [0, 1] of each text to its own reference; 0 where they share no word.
+class TfIdf:
+    """Cosines of texts, a word weighing its count times ln((1 + n)/(1 + d)) + 1, for d of the n
+    references that have it."""
 
-    A word's weight is its count times ln((1 + n)/(1 + d)) + 1, for d of the n references that have it.
-    """
-    has = Counter(word for reference in references for word in set(reference))
-    size = len(references)
+    def __init__(self, references: Sequence[Sequence[str]]):
+        self._size = len(references)
+        self._with = Counter(word for reference in references for word in set(reference))
 
-    def weighed(text: Sequence[str]) -> dict[str, float]:
-        counts = Counter(text)
-        return {w: c * (math.log((1 + size) / (1 + has[w])) + 1) for w, c in counts.items()}
+    def _weigh(self, text: Sequence[str]) -> dict[str, float]:
+        return {
+            word: count * (math.log((1 + self._size) / (1 + self._with[word])) + 1)
+            for word, count in Counter(text).items()
+        }
 
-    def cosine(one: dict[str, float], other: dict[str, float]) -> float:
-        shared = math.fsum(value * other.get(word, 0.0) for word, value in one.items())
-        lengths = (math.sqrt(math.fsum(v * v for v in side.values())) for side in (one, other))
-        return shared / math.prod(lengths) if shared else 0.0
-
-    return [
-        cosine(weighed(text), weighed(reference))
-        for text, reference in zip(texts, references, strict=True)
-    ]
+    def cosine(self, text: Sequence[str], reference: Sequence[str]) -> float:
+        """Return the likeness in [0, 1] of a text to a reference; 0 where they share no word."""
+        left, right = self._weigh(text), self._weigh(reference)
+        shared = math.fsum(value * right.get(word, 0.0) for word, value in left.items())
+        norms = (math.sqrt(math.fsum(v * v for v in side.values())) for side in (left, right))
+        return shared / math.prod(norms) if shared else 0.0

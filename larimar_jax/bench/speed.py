@@ -1,176 +1,118 @@
 """Wall clock of an edit (Table 1), and of the benchmark.
 
-    write, forget, ask   what a session's user waits for, each with the encoder; `base` is the same
-                         question to the untouched language model
+    write, ask, forget   what a session's user waits for, each with the encoder; base: the same question
+                         to the untouched language model
     batched              CounterFact's cases under every system, as `larimar bench counterfact` has it
 
-All are run in turns within one process, after a first run of each, which compiles: what it takes longer
-than the median of those that follow is told apart. `python -m tests.comparisons scoring` times a loop of
-one call of the decoder for each system, prompt and candidate beside it.
+All run in turns within one process, so that they see the same machine load, after a first call of each,
+which compiles. `python -m tests.comparisons scoring` times a naive loop beside `batched`.
 """
 
-import argparse
 import dataclasses
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import jax
-from rich.table import Table
 
-from larimar_jax.bench import given, systems
-from larimar_jax.bench.editor import LarimarEditor
-from larimar_jax.bench.runner import Record
-from larimar_jax.data.edit_records import EditRecord
-from larimar_jax.pipeline import Pipeline
+from larimar_jax.bench.counterfact import CounterFact
+from larimar_jax.bench.task import EditTask, Metric, Pivot, option
 from larimar_jax.session import Session
 
-PAPER = (
-    "Table 1, seconds per edit on an A100: ROME 4.8 (GPT-2 XL) and 13.9 (GPT-J), GRACE 13.9 and 19.3, "
-    "Larimar 1.1 and 1.7."
-)
-SESSION = {
-    "write": "write a fact",
-    "ask": "ask for it, at most 8 tokens",
-    "base": "ask the base LM, at most 8 tokens",
-    "forget": "forget it, with its certificate",
-}
 # Facts that are in the session beside the one that is timed.
-_BESIDE = 64
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares `larimar bench speed`."""
-    given.options(parser, given.COUNTERFACT)
-    parser.add_argument("--cases", type=int, default=25, help="scored both ways (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="timings of each (%(default)s)")
-    systems.model_options(parser)
-
-
-def experiment(args: argparse.Namespace) -> "Speed":
-    """The experiment of a parsed command line; reads the data and loads the model.
-
-    Raises:
-        ValueError: the file has too few records.
-    """
-    from larimar_jax.data import edit_records as data
-
-    need = max(args.cases, _BESIDE + 1)
-    records, named = given.read(args, data.load, need)
-    if len(records) < need:
-        raise ValueError(f"{args.data} has {len(records)} records, and {need} are needed")
-    return Speed(systems.model(args), records, args.cases, args.repeats, data=named)
+BESIDE = 64
+TOKENS = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Repeat:
     """One timing of everything."""
 
     case_id: int
 
 
-def tables(summary: Mapping[str, Any]) -> list[Table | str]:
-    """What a user waits for, and what batching gains."""
-    results = summary["results"]
-    compiling = results["compiling"]
-    waited = Table("", "ms", "compiling, s", title=f"one call, {_BESIDE} facts in memory")
-    for name, label in SESSION.items():
-        waited.add_row(label, f"{1e3 * results['seconds'][name]:.1f}", f"{compiling[name]:.1f}")
-    scored = Table("CounterFact, every system", "cases/s", "compiling, s")
-    rate = results["cases_per_second"]
-    scored.add_row("batched", f"{rate:.2f}", f"{compiling['batched']:.1f}")
-    return [waited, scored]
+class _Sides(dict[str, Callable[[], Any]]):
+    """What is timed, and the seconds of the first calls."""
+
+    first: dict[str, float]
 
 
-class Speed:
-    """See the head of this file; an experiment as in `runner.Experiment`."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Speed(EditTask):
+    """Wall clock of an edit (Table 1), and of the benchmark.
 
-    name = "speed"
-    chunk = 1
-    tables = staticmethod(tables)
+    Raises:
+        ValueError: the file has too few records.
+    """
 
-    def __init__(
-        self,
-        model: Pipeline,
-        records: Sequence[EditRecord],
-        scored: int,
-        repeats: int,
-        *,
-        data: Mapping[str, Any],
-    ):
-        self.model, self.records, self.scored = model, records, scored
-        self.cases = [Case(repeat) for repeat in range(repeats)]
-        self.settings: Mapping[str, Any] = {
-            "data": dict(data),
-            "model": systems.named(model),
-            "scored": scored,
-            "repeats": repeats,
-            "timed": [*SESSION, "batched", "compiling"],
-            "seed": None,
-        }
-        self._sides: dict[str, Callable[[], Any]] | None = None
-        self._first: dict[str, float] = {}
+    metrics: ClassVar = {
+        "seconds": Metric("ms", 1e3, median=True, lower=True),
+        "first_seconds": Metric("first call, which compiles, s", 1.0, median=True, lower=True),
+        "cases_per_second": Metric("cases/s", 1.0, 2, median=True),
+    }
+    labels: ClassVar = {
+        "write": "write a fact",
+        "ask": f"ask for it, at most {TOKENS} tokens",
+        "base": f"ask the base LM, at most {TOKENS} tokens",
+        "forget": "forget it, with its certificate",
+        "batched": "CounterFact, every system",
+    }
+    tables: ClassVar = (Pivot(columns=None, title=f"{BESIDE} facts in memory", caption="medians"),)
+    plots: ClassVar = ()
+    reference: ClassVar = (
+        "Table 1, seconds per edit on an A100: ROME 4.8 (GPT-2 XL) and 13.9 (GPT-J), GRACE 13.9 and "
+        "19.3, Larimar 1.1 and 1.7."
+    )
 
-    def run(self, cases: Sequence[Case]) -> list[Record]:
-        """Seconds of each side."""
-        if self._sides is None:
-            # Other benchmarks of this process, as in `larimar reproduce`, may have compiled it all.
-            jax.clear_caches()
-            self._sides = {**self._session(), **self._scoring()}
-            # The first write is already done, of the facts beside.
-            self._first = _timed(self._sides) | self._first
-        records = []
+    scored: int = option("cases of CounterFact", default=25)
+    repeats: int = option("timings of each", default=5)
+    chunk: int = option("timings computed together", default=1)
+
+    def records_needed(self) -> int:
+        return max(self.scored, BESIDE + 1)
+
+    def cases(self, systems) -> Sequence[Repeat]:
+        self.require(self.records_needed(), "are needed", "--scored")
+        return [Repeat(number) for number in range(self.repeats)]
+
+    def evaluate(self, systems, cases: Sequence[Repeat]) -> Iterator[dict]:
+        sides = systems.cached("sides", self, lambda: self._compile(systems))
         for case in cases:
-            seconds = _timed(self._sides)
-            found = {"seconds": seconds, "first_seconds": self._first}
-            records.append({"case_id": case.case_id, **found})
-        return records
+            for name, side in sides.items():
+                seconds = _seconds(side)
+                yield {
+                    "case": case.case_id,
+                    "system": name,
+                    "kind": "call",
+                    "seconds": seconds,
+                    "first_seconds": sides.first[name],
+                    "cases_per_second": self.scored / seconds if name == "batched" else None,
+                }
 
-    def _session(self) -> dict[str, Callable[[], Any]]:
-        session = Session(self.model)
-        begin = time.perf_counter()
-        for number, record in enumerate(self.records[:_BESIDE]):
-            session.write(record.prompt, record.target_new)
-            if not number:
-                self._first["write"] = time.perf_counter() - begin
-        last = self.records[_BESIDE]
-        written = []
-
-        def forget():
-            session.forget(written.pop())
-
-        return {
-            "write": lambda: written.append(session.write(last.prompt, last.target_new).id),
-            "ask": lambda: session.ask(last.prompt, max_tokens=8, stop=()),
-            "base": lambda: self.model.generate([last.prompt], max_tokens=8, stop=()),
-            "forget": forget,
-        }
-
-    def _scoring(self) -> dict[str, Callable[[], Any]]:
-        chosen = self.records[: self.scored]
-        made = counterfact.CounterFact(LarimarEditor(self.model), chosen, data={})
-        return {"batched": lambda: made.run(chosen)}
-
-    def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Medians, and cases per second; `compiling` is in seconds."""
-        seconds = {
-            name: statistics.median(record["seconds"][name] for record in records)
-            for name in records[0]["seconds"]
-        }
-        first = records[0]["first_seconds"]
-        return {
-            "seconds": seconds,
-            "compiling": {name: max(0.0, first[name] - seconds[name]) for name in first},
-            "cases_per_second": self.scored / seconds["batched"],
-        }
+    def _compile(self, systems) -> _Sides:
+        """Return the sides after their first calls."""
+        # Benchmarks of this process that ran before, as in `larimar reproduce`, compiled some of it.
+        jax.clear_caches()
+        session, facts = Session(systems.model), [(r.prompt, r.target_new) for r in self.records]
+        # The first write compiles.
+        first = {"write": _seconds(lambda: session.write(*facts[0]))}
+        for fact in facts[1:BESIDE]:
+            session.write(*fact)
+        prompt, ids = facts[BESIDE][0], []
+        task = CounterFact(data=self.data, chunk=self.scored)
+        records = self.records[: self.scored]
+        sides = _Sides(
+            write=lambda: ids.append(session.write(*facts[BESIDE]).id),
+            ask=lambda: session.ask(prompt, max_tokens=TOKENS, stop=()),
+            base=lambda: systems.model.generate([prompt], max_tokens=TOKENS, stop=()),
+            forget=lambda: session.forget(ids.pop()),
+            batched=lambda: list(task.evaluate(systems, records)),
+        )
+        sides.first = {name: _seconds(side) for name, side in sides.items()} | first
+        return sides
 
 
-def _timed(sides: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-    """Seconds of each side."""
-    seconds = {}
-    for name, side in sides.items():
-        begin = time.perf_counter()
-        side()
-        seconds[name] = time.perf_counter() - begin
-    return seconds
+def _seconds(side: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    side()
+    return time.perf_counter() - start

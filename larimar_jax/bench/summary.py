@@ -83,13 +83,17 @@ def _versus(
     """Return the paired differences to each lookup, positive where the memory is better, and a
     note."""
     metric, ours = task.metrics[name], groups[key][name]
+    if metric.gain and ours and estimate_of(metric, ours)["mean"] <= 0.0:
+        return {"note": f"does not beat {queries.LOOKUPS['lookup']}"}
+    if metric.gain or metric.median or not metric.compared:
+        return {}
     sign = -1.0 if task.lower_is_better(name, entry) else 1.0
     versus: dict[str, Any] = {}
     behind = []
     for control, label in queries.LOOKUPS.items():
         theirs = control_values(groups, (control, *key[1:]), name)
         both = [case for case in ours if case in theirs]
-        if not both or metric.median:
+        if not both:
             continue
         weights = np.asarray([ours[case][1] for case in both])
         apart = sign * np.asarray([ours[case][0] - theirs[case][0] for case in both])

@@ -55,7 +55,8 @@ class Metric(NamedTuple):
     label: in tables. scale: values are shown times this, 100 for percent. digits: after the point.
     lower: whether less is better. weight: the column that weighs each row. exponential: whether exp
     of the mean is shown, as for a perplexity. median: whether the median over cases is taken, as
-    for seconds.
+    for seconds. compared: whether a memory's is compared with the lookups'. gain: whether the value
+    is itself a difference to the lookup.
     """
 
     label: str
@@ -65,6 +66,8 @@ class Metric(NamedTuple):
     weight: str | None = None
     exponential: bool = False
     median: bool = False
+    compared: bool = True
+    gain: bool = False
 
 
 class Pivot(NamedTuple):

@@ -71,7 +71,7 @@ REQUIRED = {
     "memory.variant": "direct",
     "memory.variance": "scalar",
     "memory.query": "posterior",
-    "memory.addressing": "pinv",
+    "memory.addressing": {"kind": "pseudo_inverse"},
     "train.optimizer": "adamw",
     "train.accumulate": 1,
     "train.ema": 0.0,
