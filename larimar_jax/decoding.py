@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from larimar_jax import packing
-from larimar_jax.decoders.base import Cache
+from larimar_jax.decoders.decoder import Cache
 from larimar_jax.model import Condition
 from larimar_jax.packing import ConditionRows, LanguageModel, Packed, Text, Trie, steps_bucket
 from larimar_jax.weights.tokenizer import bucket

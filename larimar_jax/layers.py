@@ -134,7 +134,7 @@ def _dot(left: Array, right: Array, contract, dtype: DTypeLike) -> Array:
     return jax.lax.dot_general(left, right, (contract, ((), ())), preferred_element_type=dtype)
 
 
-class Linear(nnx.Linear):
+class Dense(nnx.Linear):
     """An affine map x W + b, with kernel (inputs, outputs) in float32, drawn from N(0, 0.02²)."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -244,11 +244,11 @@ class Attention(nnx.Module):
         self.head_size, self.interleaved = sizes.head_size, interleaved
         width, outer = sizes.width, sizes.heads * sizes.head_size
         inner = sizes.kv_heads * sizes.head_size
-        self.query = Linear(width, outer, bias=bias, dtype=dtype, rngs=rngs)
-        self.key = Linear(width, inner, bias=bias, dtype=dtype, rngs=rngs)
-        self.value = Linear(width, inner, bias=bias, dtype=dtype, rngs=rngs)
+        self.query = Dense(width, outer, bias=bias, dtype=dtype, rngs=rngs)
+        self.key = Dense(width, inner, bias=bias, dtype=dtype, rngs=rngs)
+        self.value = Dense(width, inner, bias=bias, dtype=dtype, rngs=rngs)
         output_bias = bias if output_bias is None else output_bias
-        self.output = Linear(outer, width, bias=output_bias, dtype=dtype, rngs=rngs)
+        self.output = Dense(outer, width, bias=output_bias, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context

@@ -11,20 +11,20 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from larimar_jax.config import LoraConfig
-from larimar_jax.layers import Context, Linear
+from larimar_jax.layers import Context, Dense
 
 # Names of the factors; a parameter path that ends in one of them is always trained.
 FACTORS = ("lora_in", "lora_out")
 
 
-class LoraLinear(Linear):
+class LoraDense(Dense):
     """x W + b + scale · (x A) B: a linear map with its parameters, and the factors A and B.
 
     The factors keep the leading axes of the kernel, so that each layer of a stack has its own. B is
     zero at first, so that the map starts unchanged. The change acts on `context.adapted` alone.
     """
 
-    def __init__(self, base: Linear, rank: int, scale: float, rngs: nnx.Rngs):
+    def __init__(self, base: Dense, rank: int, scale: float, rngs: nnx.Rngs):
         self.kernel, self.bias, self.dtype, self.scale = base.kernel, base.bias, base.dtype, scale
         *stack, inputs, outputs = self.kernel[...].shape
         draw = nnx.initializers.normal(inputs**-0.5)
@@ -59,17 +59,17 @@ def attach(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None:
         )
     for path in chosen:
         parent, name = linears[path]
-        setattr(parent, name, LoraLinear(getattr(parent, name), config.rank, config.scale, rngs))
+        setattr(parent, name, LoraDense(getattr(parent, name), config.rank, config.scale, rngs))
 
 
 def merge(model: nnx.Module) -> None:
     """Add every change to its kernel and leave plain linear maps, in place."""
-    adapted = [(p, node) for p, node in nnx.iter_modules(model) if isinstance(node, LoraLinear)]
+    adapted = [(p, node) for p, node in nnx.iter_modules(model) if isinstance(node, LoraDense)]
     for path, node in adapted:
         *_, inputs, outputs = node.kernel[...].shape
         change = jnp.matmul(node.lora_in[...], node.lora_out[...], precision="highest")
         plain = nnx.eval_shape(
-            lambda i=inputs, o=outputs, n=node: Linear(
+            lambda i=inputs, o=outputs, n=node: Dense(
                 i, o, bias=n.bias is not None, dtype=n.dtype, rngs=nnx.Rngs(0)
             )
         )
@@ -99,7 +99,7 @@ def _linears(model: nnx.Module) -> dict[str, tuple[nnx.Module, str]]:
         f"{tower}/{'/'.join(map(str, path))}": _holder(module, path)
         for tower, module in towers.items()
         for path, node in nnx.iter_modules(module)
-        if isinstance(node, Linear) and (tower, path) != ("decoder", ("head",))
+        if isinstance(node, Dense) and (tower, path) != ("decoder", ("head",))
     }
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from larimar_jax import decoders, encoders, lora, weights
 from larimar_jax.answer_code import TokenEvidence
 from larimar_jax.config import Config, make_memory
-from larimar_jax.decoders.base import Cache, Prefix, Tree
+from larimar_jax.decoders.decoder import Cache, Prefix, Tree
 from larimar_jax.memory.base import MemoryParams
 from larimar_jax.weights import model_file
 
@@ -131,7 +131,7 @@ class Larimar(nnx.Module):
         """Return memory slots and embedding of a latent (§2), with evidence for the answer's tokens.
 
         A zero latent is the paper's "no memory" (z = 0): the slot is there and holds zeros. A row whose
-        `active` is False is decoded as by the untouched base LM (`decoders.base.Prefix`).
+        `active` is False is decoded as by the untouched base LM (`decoders.decoder.Prefix`).
         """
         rows, dtype = latent.shape[0], self.decoder.dtype
         slots = self.to_slots(latent).reshape(rows, *self.slot_shape).swapaxes(0, 1).astype(dtype)

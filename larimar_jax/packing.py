@@ -21,7 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax.answer_code import TokenEvidence
-from larimar_jax.decoders.base import Cache, Tree
+from larimar_jax.decoders.decoder import Cache, Tree
 from larimar_jax.model import Condition
 
 # Lengths and numbers of rows grow in steps of a quarter to a half, so that few shapes are compiled.
@@ -39,7 +39,7 @@ _UNFILLED = 32
 
 @runtime_checkable
 class LanguageModel(Protocol):
-    """What is decoded: a `Larimar`, or anything else around a `decoders.base.Decoder`."""
+    """What is decoded: a `Larimar`, or anything else around a `decoders.decoder.Decoder`."""
 
     decoder: Any
     hidden: Any

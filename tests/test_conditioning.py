@@ -11,7 +11,7 @@ from flax import nnx
 from test_towers import hidden, random_prefix
 
 from larimar_jax import decoders
-from larimar_jax.decoders.base import Tree
+from larimar_jax.decoders.decoder import Tree
 
 FAMILIES = decoders.families()
 SIZES = dict(vocab_size=29, depth=2, heads=4, mlp=20, max_length=32)

@@ -42,7 +42,7 @@ def test_no_gradient_is_computed_for_what_is_frozen(wanted):
 
 
 def test_linear_maps_round_their_factors_only_where_the_context_asks_for_it():
-    linear = layers.Linear(24, 7, bias=True, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    linear = layers.Dense(24, 7, bias=True, dtype=jnp.float32, rngs=nnx.Rngs(0))
     x, mask = numbers(0, 2, 5, 24), jnp.ones((2, 1, 5), bool)
     plain = linear(x, Context(mask))
     low = linear(x, Context(mask, product_dtype="bfloat16"))
@@ -136,7 +136,7 @@ def test_norms_survive_a_large_offset(norm):
 
 def test_a_stack_draws_its_layers_apart_and_scans_in_order():
     stack = layers.stack(
-        lambda rngs: layers.Linear(4, 4, bias=False, dtype=jnp.float32, rngs=rngs), 3, nnx.Rngs(0)
+        lambda rngs: layers.Dense(4, 4, bias=False, dtype=jnp.float32, rngs=rngs), 3, nnx.Rngs(0)
     )
     kernel, x, context = stack.kernel[...], jnp.ones((1, 1, 4)), Context(jnp.ones((1, 1, 1), bool))
     assert kernel.shape == (3, 4, 4) and not (kernel[0] == kernel[1]).any()

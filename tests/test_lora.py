@@ -10,7 +10,7 @@ from conftest import tiny_config
 from flax import nnx
 
 from larimar_jax import config, lora, model
-from larimar_jax.decoders.base import Tree
+from larimar_jax.decoders.decoder import Tree
 
 TOKENS = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
 LATENT = jnp.asarray(np.random.default_rng(1).normal(size=(2, 16)), jnp.float32)
@@ -83,7 +83,7 @@ def test_merged_it_computes_the_same_and_is_the_plain_model():
     lora.merge(apart)
     np.testing.assert_allclose(logits(apart), want, rtol=1e-5, atol=1e-6)
     assert set(model.parameters(apart)) == set(model.parameters(plain))
-    assert not [n for _, n in nnx.iter_modules(apart) if isinstance(n, lora.LoraLinear)]
+    assert not [n for _, n in nnx.iter_modules(apart) if isinstance(n, lora.LoraDense)]
 
 
 @pytest.mark.parametrize("modules", ["^decoder/layers/attention/kweri$", "^decoder/head$"])

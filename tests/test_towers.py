@@ -12,7 +12,7 @@ from flax import nnx
 from transformers import AutoConfig
 
 from larimar_jax import decoders, encoders, generate, weights
-from larimar_jax.decoders.base import Prefix
+from larimar_jax.decoders.decoder import Prefix
 from larimar_jax.weights.huggingface import Folder
 from larimar_jax.weights.key_table import fill
 

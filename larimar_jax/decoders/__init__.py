@@ -1,4 +1,4 @@
-"""Causal language models: one family a file, a subclass of `decoders/base.py`'s `Decoder`."""
+"""Causal language models: one family a file, a subclass of `decoders/decoder.py`'s `Decoder`."""
 
 from collections.abc import Mapping
 

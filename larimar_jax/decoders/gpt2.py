@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from larimar_jax import layers
-from larimar_jax.decoders.base import Decoder, Prefix
+from larimar_jax.decoders.decoder import Decoder, Prefix
 from larimar_jax.layers import Context
 from larimar_jax.registry import HuggingFaceSizes, WholeHeads, linear_keys, norm_keys
 
@@ -67,8 +67,8 @@ class GPT2Block(nnx.Module):
         self.attention_norm = layers.LayerNorm(c.width, c.norm_eps)
         self.attention = layers.Attention(c, bias=True, dtype=dtype, rngs=rngs)
         self.mlp_norm = layers.LayerNorm(c.width, c.norm_eps)
-        self.up = layers.Linear(c.width, c.mlp, bias=True, dtype=dtype, rngs=rngs)
-        self.down = layers.Linear(c.mlp, c.width, bias=True, dtype=dtype, rngs=rngs)
+        self.up = layers.Dense(c.width, c.mlp, bias=True, dtype=dtype, rngs=rngs)
+        self.down = layers.Dense(c.mlp, c.width, bias=True, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], context: Context):
         """Apply one layer; return its output, and its attention's keys and values."""

@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from larimar_jax import layers, rotary
-from larimar_jax.decoders.base import Decoder
+from larimar_jax.decoders.decoder import Decoder
 from larimar_jax.decoders.gpt2 import GPTSizes
 from larimar_jax.layers import Context
 from larimar_jax.registry import linear_keys, norm_keys
@@ -43,8 +43,8 @@ class GPTJBlock(nnx.Module):
         c, shared = config, dict(dtype=dtype, rngs=rngs)
         self.norm = layers.LayerNorm(c.width, c.norm_eps)
         self.attention = layers.Attention(c, bias=False, interleaved=True, **shared)
-        self.up = layers.Linear(c.width, c.mlp, bias=True, **shared)
-        self.down = layers.Linear(c.mlp, c.width, bias=True, **shared)
+        self.up = layers.Dense(c.width, c.mlp, bias=True, **shared)
+        self.down = layers.Dense(c.mlp, c.width, bias=True, **shared)
 
     def __call__(self, x: Float[Array, "B T D"], context: Context):
         """Apply one layer; return its output, and its attention's keys and values."""
@@ -89,7 +89,7 @@ class GPTJ(Decoder):
         """Create the last norm and the untied head."""
         c = self.config
         self.norm = layers.LayerNorm(c.width, c.norm_eps)
-        self.head = layers.Linear(c.width, c.vocab_size, bias=True, dtype=self.dtype, rngs=rngs)
+        self.head = layers.Dense(c.width, c.vocab_size, bias=True, dtype=self.dtype, rngs=rngs)
 
     def rotation(self, position: Int[Array, "B T"]) -> rotary.Rotation:
         """Return rotations of the first `rotary` numbers of every head; θ is 10,000."""

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from larimar_jax import layers, rotary
-from larimar_jax.decoders.base import Decoder
+from larimar_jax.decoders.decoder import Decoder
 from larimar_jax.layers import Context
 from larimar_jax.registry import HuggingFaceSizes, linear_keys
 from larimar_jax.rotary import RopeScaling
@@ -137,9 +137,9 @@ class LlamaBlock(nnx.Module):
         biases = dict(bias=c.attention_bias != "none", output_bias=c.attention_bias == "all")
         self.attention = layers.Attention(c, **biases, **shared)
         self.mlp_norm = layers.RMSNorm(c.width, c.norm_eps)
-        self.gate = layers.Linear(c.width, c.mlp, bias=c.mlp_bias, **shared)
-        self.up = layers.Linear(c.width, c.mlp, bias=c.mlp_bias, **shared)
-        self.down = layers.Linear(c.mlp, c.width, bias=c.mlp_bias, **shared)
+        self.gate = layers.Dense(c.width, c.mlp, bias=c.mlp_bias, **shared)
+        self.up = layers.Dense(c.width, c.mlp, bias=c.mlp_bias, **shared)
+        self.down = layers.Dense(c.mlp, c.width, bias=c.mlp_bias, **shared)
 
     def __call__(self, x: Float[Array, "B T D"], context: Context):
         """Apply one layer; return its output, and its attention's keys and values."""
@@ -184,7 +184,7 @@ class Llama(Decoder):
         c, dtype = self.config, self.dtype
         self.norm = layers.RMSNorm(c.width, c.norm_eps)
         if not c.tied_head:
-            self.head = layers.Linear(c.width, c.vocab_size, bias=False, dtype=dtype, rngs=rngs)
+            self.head = layers.Dense(c.width, c.vocab_size, bias=False, dtype=dtype, rngs=rngs)
 
     def rotation(self, position: Int[Array, "B T"]) -> rotary.Rotation:
         """Return rotations of whole heads."""

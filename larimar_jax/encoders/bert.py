@@ -59,8 +59,8 @@ class BertBlock(nnx.Module):
         c = config
         self.attention = layers.Attention(c, bias=True, dtype=dtype, rngs=rngs)
         self.attention_norm = layers.LayerNorm(c.width, c.norm_eps)
-        self.up = layers.Linear(c.width, c.mlp, bias=True, dtype=dtype, rngs=rngs)
-        self.down = layers.Linear(c.mlp, c.width, bias=True, dtype=dtype, rngs=rngs)
+        self.up = layers.Dense(c.width, c.mlp, bias=True, dtype=dtype, rngs=rngs)
+        self.down = layers.Dense(c.mlp, c.width, bias=True, dtype=dtype, rngs=rngs)
         self.mlp_norm = layers.LayerNorm(c.width, c.norm_eps)
 
     def __call__(self, x: Float[Array, "B S D"], context: Context) -> Float[Array, "B S D"]:
@@ -127,7 +127,7 @@ class Bert(nnx.Module):
         self.norm = layers.LayerNorm(c.width, c.norm_eps)
         self.layers = layers.stack(lambda rngs: BertBlock(c, dtype=dtype, rngs=rngs), c.depth, rngs)
         if c.pooling == "cls":
-            self.pooler = layers.Linear(c.width, c.width, bias=True, dtype=dtype, rngs=rngs)
+            self.pooler = layers.Dense(c.width, c.width, bias=True, dtype=dtype, rngs=rngs)
 
     def hidden(
         self,
