@@ -16,8 +16,8 @@ the prior, Bayes' rule is
 
     p(v | y) ∝ p(v) · (1 + exp(e_v − ln V))
 
-which is what the logit of v gains. Nothing is tuned, and a memory that is full of other facts' codes gives
-less evidence by itself.
+which is what the logit of v gains. Nothing is tuned, and a memory that is full of other facts' codes
+gives less evidence by itself.
 """
 
 import dataclasses

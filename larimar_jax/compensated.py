@@ -66,8 +66,8 @@ def rank_update(
 
 
 def _product(left: Float[Array, "N K"], right: Float[Array, "N C"]):
-    """Return leftᵀ right, as two matrices to be added up: the product of the leading bits, which is exact
-    (sums of integers below 2²⁴), and all the rest."""
+    """Return leftᵀ right as two matrices to be added up: the product of the leading bits, which is
+    exact (sums of integers below 2²⁴), and all the rest."""
     left_coarse, right_coarse = _coarse(left), _coarse(right)
     rest = dot(
         jnp.concatenate([left_coarse, left - left_coarse]).T,
@@ -77,8 +77,8 @@ def _product(left: Float[Array, "N K"], right: Float[Array, "N C"]):
 
 
 def _coarse(rows: Float[Array, "N C"]) -> Float[Array, "N C"]:
-    """Return the leading bits of all numbers on one grid, as many as N products can be added up of exactly;
-    a constant to differentiation."""
+    """Return the leading bits of all numbers on one grid, as many as a sum of N products holds
+    exactly; a constant to differentiation."""
     rows = jax.lax.stop_gradient(rows)
     bits = max(1, (24 - max(0, rows.shape[0] - 1).bit_length()) // 2)
     _, exponent = jnp.frexp(jnp.max(jnp.abs(rows), initial=0.0))

@@ -6,7 +6,7 @@ A new family is one new file in `encoders/` or `decoders/`, with no list to edit
 import functools
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -16,6 +16,17 @@ from typing import Any, ClassVar
 FAMILY = ("CONFIG", "model_types", "hf_keys", "sharding_rules")
 
 Keys = tuple[tuple[str, str | None, str], ...]
+
+
+def defined_classes(package: str) -> Iterator[tuple[str, type]]:
+    """Yield (file name, class) of every class that a package's files define; files of helpers, whose
+    names begin with "_", are left out."""
+    for info in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        if not info.name.startswith("_"):
+            module = importlib.import_module(f"{package}.{info.name}")
+            for cls in vars(module).values():
+                if isinstance(cls, type) and cls.__module__ == module.__name__:
+                    yield info.name, cls
 
 
 @functools.cache
@@ -29,21 +40,17 @@ def families(package: str) -> Mapping[str, type]:
       TypeError: an unfinished family, or two families in one file.
     """
     classes = {}
-    for info in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        module = importlib.import_module(f"{package}.{info.name}")
-        for cls in vars(module).values():
-            if not isinstance(cls, type) or cls.__module__ != module.__name__:
-                continue
-            missing = [name for name in FAMILY if not hasattr(cls, name)]
-            if 0 < len(missing) < len(FAMILY):
-                raise TypeError(
-                    f"{package}.{info.name}.{cls.__name__} looks like a family but does not define"
-                    f" {', '.join(missing)}; every family defines {', '.join(FAMILY)}"
-                )
-            if not missing and info.name in classes:
-                raise TypeError(f"{package}.{info.name} defines two families; give each its file")
-            if not missing:
-                classes[info.name] = cls
+    for name, cls in defined_classes(package):
+        missing = [part for part in FAMILY if not hasattr(cls, part)]
+        if 0 < len(missing) < len(FAMILY):
+            raise TypeError(
+                f"{package}.{name}.{cls.__name__} looks like a family but does not define"
+                f" {', '.join(missing)}; every family defines {', '.join(FAMILY)}"
+            )
+        if not missing and name in classes:
+            raise TypeError(f"{package}.{name} defines two families; give each its file")
+        if not missing:
+            classes[name] = cls
     return MappingProxyType(dict(sorted(classes.items())))
 
 

@@ -1,9 +1,8 @@
 """Episodic memories. A file here that defines a `Memory` is a variant, named by the file."""
 
 import dataclasses
-import importlib
-import pkgutil
 
+from larimar_jax import registry
 from larimar_jax.memory import addressing
 from larimar_jax.memory.base import Memory, MemoryParams, Prepared, Reading
 
@@ -21,20 +20,14 @@ def variants() -> dict[str, type[Memory]]:
       ValueError: a file defines two variants.
     """
     classes: dict[str, type[Memory]] = {}
-    for module in pkgutil.iter_modules(__path__):
-        if module.name.startswith("_"):
-            continue  # Shared by variants.
-        path = f"{__name__}.{module.name}"
-        for value in vars(importlib.import_module(path)).values():
-            is_own = isinstance(value, type) and value.__module__ == path
-            if is_own and issubclass(value, Memory) and value is not Memory:
-                if module.name in classes:
-                    raise ValueError(
-                        f"memory/{module.name}.py defines two variants, "
-                        f"{classes[module.name].__name__} and {value.__name__}: give each a file, "
-                        "whose name is the variant's name."
-                    )
-                classes[module.name] = value
+    for name, cls in registry.defined_classes(__name__):
+        if issubclass(cls, Memory) and cls is not Memory:
+            if name in classes:
+                raise ValueError(
+                    f"memory/{name}.py defines two variants, {classes[name].__name__} and "
+                    f"{cls.__name__}: give each a file, whose name is the variant's name."
+                )
+            classes[name] = cls
     return classes
 
 
