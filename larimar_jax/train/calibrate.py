@@ -62,7 +62,7 @@ class Recipe:
     others: float = _option(0.5, 0.0, "weight of questions that ask else of the same subject")
     retrieval: float = _option(0.3, 0.0, "weight of retrieving one's own prompt from a batch's")
     folds: int = _option(4, 2, "parts of the relations, each judged by a W fitted on the rest")
-    seed: int = _option(0, 0, "of batches, and of what else is asked of a subject")
+    seed: int = _option(0, 0, "of batches, and of other questions")
 
     def __post_init__(self):
         """Raise ValueError for numbers that make no sense; the message names all of them."""
@@ -96,7 +96,7 @@ class Calibration:
     internal: Quality
 
 
-class _Rows(NamedTuple):
+class _Questions(NamedTuple):
     """Unit encodings of n facts' prompts and of questions."""
 
     prompt: Float[Array, "n H"]
@@ -199,11 +199,10 @@ def show(result: Calibration) -> str:
 
 def _lookup(encode: Encode, facts: Sequence[ScopeQuestions]) -> Encode:
     """Return a function from texts of the facts to unit encodings, each of which is computed once."""
-    places: dict[str, int] = {}
-    for fact in facts:
-        asked = [*fact.paraphrases, *fact.neighbours, *fact.others]
-        for text in (fact.prompt, *scope.split_sentences(asked)[0]):
-            places.setdefault(text, len(places))
+    texts = [fact.prompt for fact in facts]
+    for kind in KINDS:
+        texts += scope.split_sentences([q for fact in facts for q in getattr(fact, kind)])[0]
+    places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
     encoded = np.asarray(encode(list(places)), np.float32)
     encoded /= np.maximum(np.linalg.norm(encoded, axis=1, keepdims=True), 1e-9)
     return lambda texts: encoded[[places[text] for text in texts]]
@@ -211,11 +210,7 @@ def _lookup(encode: Encode, facts: Sequence[ScopeQuestions]) -> Encode:
 
 def _folds(facts: Sequence[ScopeQuestions], count: int) -> list[list[int]]:
     """Return facts in `count` parts of about one size that share no relation; those of no known
-    relation are of one together.
-
-    Raises:
-        ValueError: there are fewer relations.
-    """
+    relation are of one together. Raises ValueError where there are fewer relations."""
     relations: dict[int | None, list[int]] = {}
     for number, fact in enumerate(facts):
         relations.setdefault(fact.relation, []).append(number)
@@ -230,7 +225,9 @@ def _folds(facts: Sequence[ScopeQuestions], count: int) -> list[list[int]]:
     return folds
 
 
-def _rows(facts: Sequence[ScopeQuestions], look: Encode) -> tuple[_Rows, Int[np.ndarray, " n"]]:
+def _rows(
+    facts: Sequence[ScopeQuestions], look: Encode
+) -> tuple[_Questions, Int[np.ndarray, " n"]]:
     """Return a row for each paraphrase or neighbour of a fact, whichever are more (the fewer take
     turns), and which fact each row is of."""
     parts, owners, subjects = [], [], {}
@@ -247,7 +244,7 @@ def _rows(facts: Sequence[ScopeQuestions], look: Encode) -> tuple[_Rows, Int[np.
         others, count = nearest(fact.others), max(len(fact.paraphrases), len(fact.neighbours))
         # Padding is the prompt, as the gradient of a zero vector's length is NaN, masked or not.
         padded = np.concatenate([others, np.repeat(key, width - len(others), axis=0)])
-        row = _Rows(
+        row = _Questions(
             np.repeat(key, count, axis=0),
             np.resize(nearest(fact.paraphrases), (count, key.shape[1])),
             np.resize(nearest(fact.neighbours), (count, key.shape[1])),
@@ -257,12 +254,12 @@ def _rows(facts: Sequence[ScopeQuestions], look: Encode) -> tuple[_Rows, Int[np.
         )
         parts.append(row)
         owners += [number] * count
-    return _Rows(*map(np.concatenate, zip(*parts, strict=True))), np.int32(owners)
+    return _Questions(*map(np.concatenate, zip(*parts, strict=True))), np.int32(owners)
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
 def _fit(
-    rows: _Rows, chosen: Int[Array, " n"], count: Int[Array, ""], recipe: Recipe
+    rows: _Questions, chosen: Int[Array, " n"], count: Int[Array, ""], recipe: Recipe
 ) -> Float[Array, "H H"]:
     """Return W after `recipe.steps` of Adam from the identity, in float32, on the first `count` rows of
     `chosen`."""
@@ -292,7 +289,7 @@ def _fit(
     return projection
 
 
-def _loss(params, batch: _Rows, recipe: Recipe) -> Float[Array, ""]:
+def _loss(params, batch: _Questions, recipe: Recipe) -> Float[Array, ""]:
     projection, sharpness, boundary = params
 
     def unit(encodings):
@@ -321,10 +318,10 @@ def _scores(
     keys = look([fact.prompt for fact in facts]) @ projection
     result = {}
     for kind in KINDS:
-        asked = [(n, text) for n, fact in enumerate(facts) for text in getattr(fact, kind)]
-        texts, owners = scope.split_sentences([text for _, text in asked])
-        own = np.zeros((len(asked), len(facts)), bool)
-        own[np.arange(len(asked)), [n for n, _ in asked]] = True
+        queries = [(n, text) for n, fact in enumerate(facts) for text in getattr(fact, kind)]
+        texts, owners = scope.split_sentences([text for _, text in queries])
+        own = np.zeros((len(queries), len(facts)), bool)
+        own[np.arange(len(queries)), [n for n, _ in queries]] = True
         embedded = look(texts) @ projection
         matches = (scope.nearest_key(embedded, owners, keys, by) for by in (own, None))
         result[kind] = tuple(match.score for match in matches)
