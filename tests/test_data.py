@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from larimar_jax.data import corpus, edit_records, episodes, segments
+from larimar_jax.data.libraries import CorpusError
 from larimar_jax.data.record_fields import MalformedRecord
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -235,9 +236,12 @@ def test_corpora_come_by_name_and_by_path(tmp_path):
     assert [d.text for d in _documents(tmp_path / "a.txt")] == ["First one. Still first.", "Second."]
     (tmp_path / "a.jsonl").write_text('{"text": "One.", "title": "A"}\n{"text": "Two."}\n')
     assert [d.title for d in _documents(tmp_path / "a.jsonl")] == ["A", "Two."]
-    (tmp_path / "b.jsonl").write_text('{"text": "One."}\n{"title": "A"}\n')
-    with pytest.raises(MalformedRecord, match=r"b.jsonl, record 1: field 'text'"):
+    (tmp_path / "b.jsonl").write_text('{"body": "One."}\n{"title": "A"}\n')
+    with pytest.raises(CorpusError, match="b.jsonl, and its rows have no column 'text'; they have body"):
         _documents(tmp_path / "b.jsonl")
+    (tmp_path / "c.txt").write_bytes(b"fine\n\n\xff")
+    with pytest.raises(CorpusError, match="c.txt, which could not be opened.*utf-8"):
+        _documents(tmp_path / "c.txt")
     with pytest.raises(FileNotFoundError, match="wikipedia-summaries"):
         corpus.open_corpus("wikipedia")
 

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ _TITLE = "title"
 _NAME = re.compile(
     r"(?P<path>[^#]+?):(?P<split>[\w.-]+(\[[^\]#]*\])?(\+[\w.-]+(\[[^\]#]*\])?)*)(#(?P<column>.+))?"
 )
-# What `datasets` calls the readers of single files.
+# What `datasets` calls the readers of single files; all others are plain text.
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 # WikiText's rows are lines: an article begins under a heading between single equals signs, its sections
 # under more. Rows that are looked at to recognise it: an article is shorter than this many lines.
@@ -48,7 +48,7 @@ def open_library(prefix: str, rest: str) -> Corpus:
     """Return the corpus `prefix:rest`.
 
     "hf" takes a hub id, a folder that `save_to_disk` wrote, a folder of data files, or a .json,
-    .jsonl, .parquet or .csv file; "tfds" a name, or the folder of a prepared dataset. Either is
+    .jsonl, .parquet, .csv or text file; "tfds" a name, or the folder of a prepared dataset. Either is
     read row by row from disk. WikiText's lines are put together by article.
 
     Raises:
@@ -56,9 +56,17 @@ def open_library(prefix: str, rest: str) -> Corpus:
             a column that is not there; later, a row whose column holds no text.
     """
     label = f"{prefix}:{rest}"
-    name = _parse(label, rest)
+    return _open(label, _parse(label, rest), _hugging_face if prefix == "hf" else _tensorflow)
+
+
+def open_file(path: str) -> Corpus:
+    """Return the corpus of a file of rows (as `hf:PATH:train`), or of plain text by paragraphs."""
+    return _open(path, Name(path, None, "train", "text"), _hugging_face)
+
+
+def _open(label: str, name: Name, library: Callable[[Name], _Rows]) -> Corpus:
     try:
-        source = (_hugging_face if prefix == "hf" else _tensorflow)(name)
+        source = library(name)
     except CorpusError:
         raise
     except Exception as error:  # The libraries raise of every kind.
@@ -119,13 +127,11 @@ def _hugging_face(name: Name) -> _Rows:
             )
         dataset = saved[name.split]
     elif path.is_file():
-        if path.suffix not in _READERS:
-            raise CorpusError(
-                f"the corpus is hf:{name.path}, a file of a kind that is not read; known: "
-                f"{', '.join(_READERS)}. Plain text is read without hf: and split."
-            )
-        reader = _READERS[path.suffix]
-        dataset = datasets.load_dataset(reader, data_files=name.path, split=name.split)
+        reader = _READERS.get(path.suffix, "text")
+        by = {"sample_by": "paragraph"} if reader == "text" else {}
+        dataset = datasets.load_dataset(reader, data_files=name.path, split=name.split, **by)
+        if by:  # A line break within a paragraph is a blank.
+            dataset = dataset.map(lambda row: {"text": " ".join(row["text"].split())})
     else:
         dataset = datasets.load_dataset(name.path, name.config, split=name.split)
     # A local file's fingerprint has its path and its time inside, which differ between hosts.
