@@ -216,8 +216,11 @@ def abstract(
 
 def parameters(model: nnx.Module) -> Mapping[str, Array]:
     """Return every parameter by its '/'-joined path, the name that freezing and sharding rules match."""
-    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return {"/".join(map(str, path)): leaf[...] for path, leaf in state}
+    return {_join(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def _join(path: tuple) -> str:
+    return "/".join(map(str, path))
 
 
 def _towers(config: Config) -> dict[str, tuple[Any, types.ModuleType, Callable[..., Any]]]:
@@ -293,20 +296,17 @@ class AbstractModel:
         if jax.tree.leaves(rest):
             raise TypeError(
                 "the model holds variables that are no parameters, which training would lose: "
-                + ", ".join("/".join(map(str, path)) for path, _ in nnx.to_flat_state(rest))
+                + ", ".join(_join(path) for path, _ in nnx.to_flat_state(rest))
             )
         self._flat = list(nnx.to_flat_state(params))
         self.parameters: dict[str, jax.ShapeDtypeStruct] = {
-            "/".join(map(str, path)): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-            for path, leaf in self._flat
+            _join(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in self._flat
         }
 
     def model(self, values: Mapping[str, Array]) -> Larimar:
         """Return the model with these parameters (all of them)."""
-        state = nnx.from_flat_state(
-            (path, leaf.replace(values["/".join(map(str, path))])) for path, leaf in self._flat
-        )
-        return nnx.merge(self._graph, state)
+        flat = ((path, leaf.replace(values[_join(path)])) for path, leaf in self._flat)
+        return nnx.merge(self._graph, nnx.from_flat_state(flat))
 
 
 def restore(

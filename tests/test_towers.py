@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from flax import nnx
 from transformers import AutoConfig
 
-from larimar_jax import decoders, encoders, generate, weights
+from larimar_jax import decoders, encoders, generate
 from larimar_jax.decoders.decoder import Prefix
 from larimar_jax.weights.huggingface import Folder
 from larimar_jax.weights.key_table import fill
@@ -61,21 +62,13 @@ def tiny(name, dtype="float32", remat="none"):
     return fill(abstract(name, dtype, remat), family(name).hf_keys, source)
 
 
-class Gradients:
-    """Torch's gradients as a file of weights: they go where their parameters went."""
-
-    path = "gradients"
-
-    def __init__(self, name):
-        prefix = "gradient/"
-        values = {k: v for k, v in golden(name).items() if k.startswith(prefix)}
-        self.tensors = {key.removeprefix(prefix): value for key, value in values.items()}
-
-    def shapes(self):
-        return {name: tensor.shape for name, tensor in self.tensors.items()}
-
-    def read(self, name):
-        return self.tensors[name]
+def torch_gradients(name):
+    """By path: they go where their parameters went, as a file of weights."""
+    parts = {key.partition("gradient/")[2]: value for key, value in golden(name).items()}
+    parts.pop("")
+    shapes = {key: value.shape for key, value in parts.items()}
+    source = types.SimpleNamespace(path="", shapes=lambda: shapes, read=parts.__getitem__)
+    return by_path(nnx.state(fill(abstract(name), family(name).hf_keys, source)))
 
 
 def tokens_of(name):
@@ -153,8 +146,7 @@ def test_outputs_and_losses_match_torch(name):
 @pytest.mark.parametrize("name", KINDS)
 def test_every_gradient_matches_torch(name):
     """Key biases without rotary positions have none: the softmax cancels them, up to rounding."""
-    gradients = computed(name)[2]
-    want = by_path(nnx.state(fill(abstract(name), family(name).hf_keys, Gradients(name))))
+    gradients, want = computed(name)[2], torch_gradients(name)
     assert gradients.keys() == want.keys()
     norms = {path: np.linalg.norm(gradient) for path, gradient in want.items()}
     rounding = 1e-6 * max(norms.values())
@@ -334,7 +326,3 @@ def test_settings_that_are_not_computed_are_errors(name, change, message):
 def test_sizes_that_do_not_fit_are_errors(kind, sizes, message):
     with pytest.raises(ValueError, match=message):
         FAMILIES[kind].CONFIG(vocab_size=10, width=8, depth=1, mlp=8, **sizes)
-
-
-def test_weights_of_both_towers_are_public():
-    assert set(weights.PACKAGED) == {"minilm", "smollm2"}

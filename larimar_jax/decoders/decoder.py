@@ -82,10 +82,10 @@ class Decoder(nnx.Module):
     """A causal language model that a latent can condition through a `Prefix` (§2).
 
     A family (registry.py) names its BLOCK, called as `block(x, context)` and returning x and what its
-    `layers.Attention` returned beside it; creates its `norm` (and `head`, where that is not tied to
-    the embeddings) in `init_output`; and overrides `max_tokens`, `add_positions`, `rotation` and
-    `windows` as its positions need. Its sizes have width, depth, kv_heads, head_size, vocab_size and
-    max_length.
+    `layers.Attention` returned beside it; creates its `norm`, a table `position` of learned positions
+    where it has one, and a `head` that is not tied to the embeddings, in `init_output`; and overrides
+    `rotation` and `windows` where it has any. Its sizes have width, depth, kv_heads, head_size,
+    vocab_size and max_length.
 
     Args:
       config: the family's sizes.
@@ -117,14 +117,8 @@ class Decoder(nnx.Module):
         raise NotImplementedError(f"{type(self).__name__} does not create its norm")
 
     def max_tokens(self, prefix: Prefix | None) -> int:
-        """Return how many tokens a row takes."""
-        return self.config.max_length
-
-    def add_positions(
-        self, x: Float[Array, "B T D"], position: Int[Array, "B T"]
-    ) -> Float[Array, "B T D"]:
-        """Add learned positions, where the family has any."""
-        return x
+        """Return how many tokens a row takes; a table of positions has to hold the slot's as well."""
+        return self.config.max_length - (prefix is not None and hasattr(self, "position"))
 
     def rotation(self, position: Int[Array, "B T"]) -> rotary.Rotation | None:
         """Return rotary positions, where the family has any."""
@@ -176,7 +170,8 @@ class Decoder(nnx.Module):
         position = index + active.astype(jnp.int32)
 
         x = embed(self.word, tokens, prefix, self.dtype, owner)
-        x = self.add_positions(x, position)
+        if hasattr(self, "position"):
+            x = x + layers.look_up(self.position, position).astype(x.dtype)
         rotation, windows = self.rotation(position), self.windows()
         slots = None if prefix is None else _slots(prefix, batch)
         past = None if start is None or cache is None else (cache.key, cache.value)

@@ -6,10 +6,10 @@ from typing import Any
 
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from larimar_jax import layers
-from larimar_jax.decoders.decoder import Decoder, Prefix
+from larimar_jax.decoders.decoder import Decoder
 from larimar_jax.layers import Context
 from larimar_jax.registry import HuggingFaceSizes, WholeHeads, linear_keys, norm_keys
 
@@ -116,13 +116,3 @@ class GPT2(Decoder):
         c, draw = self.config, nnx.initializers.normal(0.02)
         self.position = nnx.Embed(c.max_length, c.width, embedding_init=draw, rngs=rngs)
         self.norm = layers.LayerNorm(c.width, c.norm_eps)
-
-    def max_tokens(self, prefix: Prefix | None) -> int:
-        """Return how many tokens a row takes; the table of positions has to hold the slot's as well."""
-        return self.config.max_length - (prefix is not None)
-
-    def add_positions(
-        self, x: Float[Array, "B T D"], position: Int[Array, "B T"]
-    ) -> Float[Array, "B T D"]:
-        """Add learned positions."""
-        return x + layers.look_up(self.position, position).astype(x.dtype)
