@@ -111,7 +111,8 @@ def detection(positive: Float[np.ndarray, "P"], negative: Float[np.ndarray, "N"]
     error = (1 - right / len(positive) + wrong / len(negative)) / 2
     f1 = 2 * right / (right + wrong + len(positive)) if right else 0.0
     wins = stats.mannwhitneyu(positive, negative).statistic
-    return Detection(threshold, float(error), float(f1), wins / (len(positive) * len(negative)))
+    auroc = wins / (len(positive) * len(negative))
+    return Detection(threshold, float(error), float(f1), float(auroc))
 
 
 def equal_error_threshold(
