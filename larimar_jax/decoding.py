@@ -38,10 +38,6 @@ class Draw(NamedTuple):
     truncation: tuple[Int[Array, ""], Float[Array, ""]] | None
     keys: Key[Array, "B"]
 
-    def rows(self, index: Int[np.ndarray, " R"]) -> "Draw":
-        """Return the draws of chosen rows."""
-        return self._replace(keys=self.keys[index])
-
 
 def sampling(
     temperature: float, top_k: int, top_p: float, rng: jax.Array | None, rows: int
@@ -149,34 +145,7 @@ class Decoding:
         ends: Bool[np.ndarray, "V"],
         eos: int,
     ):
-        self.tokens: list[list[int]] = [[] for _ in rows]
         self._graph, self._state = nnx.split(model)
-        cache, hidden = self._read(model, prompts, limits, rows, conditions)
-        count = len(hidden)
-        padding = count - len(rows)
-        padded = np.asarray([*rows, *[rows[0]] * padding], np.int32)
-        # A row of padding is done at once.
-        most_tokens = [*(limits[row] for row in rows), *[0] * padding]
-        self._rows = _Rows(
-            jax.device_put(np.asarray([len(prompts[row]) for row in padded], np.int32)),
-            jax.device_put(np.asarray(most_tokens, np.int32)),
-            conditions.take(padded),
-            None if draw is None else draw.rows(padded),
-            jax.device_put(ends),
-            jnp.int32(eos),
-        )
-        self._loop = _begin(self._graph, self._state, cache, hidden, self._rows)
-        self._append(np.asarray(self._loop.token)[:, None])
-
-    def _read(
-        self,
-        model: LanguageModel,
-        prompts: Sequence[Sequence[int]],
-        limits: Sequence[int],
-        rows: Sequence[int],
-        conditions: ConditionRows,
-    ) -> tuple[Cache, Float[Array, "B D"]]:
-        """Return a cache with the prompts in it, and the last hidden state of each."""
         longest = max(len(prompts[row]) + limits[row] for row in rows)
         space = min(steps_bucket(longest, CACHE_BUCKET), model.decoder.config.max_length - 1)
         count = steps_bucket(len(rows), 1)
@@ -184,11 +153,23 @@ class Decoding:
         trie = Trie()
         paths = [trie.path(prompts[row], conditions.first[row]) for row in rows]
         texts = [Text(frozenset(path)) for path in paths]
-        results = packing.read(model, trie, texts, conditions, PREFILL_ROWS, with_cache=True)
-        for packed, packed_hidden, packed_cache in results:
-            entries = _entries(packed, paths, count)
-            cache, hidden = _place(cache, hidden, packed_hidden, packed_cache, entries)
-        return cache, hidden
+        for packed, *values in packing.read(model, trie, texts, conditions, PREFILL_ROWS, True):
+            cache, hidden = _place(cache, hidden, *values, _entries(packed, paths, count))
+
+        padded = np.asarray([*rows, *[rows[0]] * (count - len(rows))], np.int32)
+        # A row of padding is done at once.
+        tokens_left = [*(limits[row] for row in rows), *[0] * (count - len(rows))]
+        self._rows = _Rows(
+            jax.device_put(np.asarray([len(prompts[row]) for row in padded], np.int32)),
+            jax.device_put(np.asarray(tokens_left, np.int32)),
+            conditions.take(padded),
+            None if draw is None else draw._replace(keys=draw.keys[padded]),
+            jax.device_put(ends),
+            jnp.int32(eos),
+        )
+        self._loop = _begin(self._graph, self._state, cache, hidden, self._rows)
+        self.tokens: list[list[int]] = [[] for _ in rows]
+        self._append(np.asarray(self._loop.token)[:, None])
 
     def advance(self, steps: int) -> None:
         """Add up to `steps` tokens to every row that is not done."""

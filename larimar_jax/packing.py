@@ -242,14 +242,12 @@ class ConditionRows:
             )
         self._condition = _on_host(condition)
         self._evidence = _on_host(None if condition is None else condition.evidence)
-        digests: dict[bytes, int] = {}
-        self.first = [digests.setdefault(self._digest(row), row) for row in range(prompts)]
-
-    def _digest(self, row: int) -> bytes:
-        digest = hashlib.sha256()
-        for leaf, axis in self._condition[0]:
-            digest.update(leaf.take(row, axis).tobytes())
-        return digest.digest()
+        self.first: list[int] = []
+        rows_by_digest: dict[bytes, int] = {}
+        for row in range(prompts):
+            content = b"".join(leaf.take(row, axis).tobytes() for leaf, axis in self._condition[0])
+            digest = hashlib.sha256(content).digest()
+            self.first.append(rows_by_digest.setdefault(digest, row))
 
     def take(self, rows: Int[np.ndarray, " R"]) -> Condition | None:
         """Return the condition of chosen rows."""
@@ -278,10 +276,9 @@ def read(
     texts: Sequence[Text],
     conditions: ConditionRows,
     limit: int,
-    *,
-    with_cache: bool,
+    with_cache: bool = False,
 ) -> Iterator[tuple[Packed, Float[Array, "B T D"], Cache | None]]:
-    """Yield packed rows with the decoder's last hidden states, and with its keys and values.
+    """Yield packed rows with the decoder's last hidden states, and with its keys and values if wanted.
 
     A masked place has no weight, but 0 times what is not finite still spreads to all of its row. Texts
     that are not finite come once more at the end, each in a row of its own; what comes last counts.
@@ -294,16 +291,11 @@ def read(
     for batch in batches(fill_rows(trie, texts), limit):
         packed = pack(trie, batch)
         condition = conditions.take(packed.conditions.ravel())
-        owner = None if packed.conditions.shape[1] == 1 else jax.device_put(packed.owner)
-        tree = Tree(jax.device_put(packed.index), jax.device_put(packed.visible), owner)
-        tokens = jax.device_put(packed.tokens)
-        hidden, cache, finite = _hidden(
-            graph, state, tokens, tree, condition, with_cache=with_cache
-        )
+        owner = None if packed.conditions.shape[1] == 1 else packed.owner
+        tokens, *parts = jax.device_put((packed.tokens, packed.index, packed.visible, owner))
+        hidden, cache, finite = _hidden(graph, state, tokens, Tree(*parts), condition, with_cache)
         checks.append((packed, finite))
         yield packed, hidden, cache
-    if len(alone := {text.nodes: text for text in texts}) == 1:
-        return
     broken = {
         node
         for packed, finite in checks
@@ -311,24 +303,21 @@ def read(
         for node, at in where.items()
         if not row[at]
     }
-    for nodes, text in alone.items():
-        if not broken.isdisjoint(nodes):
-            yield from read(model, trie, [text], conditions, limit, with_cache=with_cache)
+    unlike = {text.nodes: text for text in texts}
+    for text in unlike.values() if len(unlike) > 1 else ():
+        if not broken.isdisjoint(text.nodes):
+            yield from read(model, trie, [text], conditions, limit, with_cache)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="with_cache")
+@functools.partial(jax.jit, static_argnums=(0, 5))
 def _hidden(
     graph: nnx.GraphDef,
     state: nnx.State,
     tokens: Int[Array, "B T"],
     tree: Tree,
     condition: Condition | None,
-    *,
     with_cache: bool,
 ) -> tuple[Float[Array, "B T D"], Cache | None, Bool[Array, "B T"]]:
-    """Return last hidden states, keys and values, and which tokens are finite.
-
-    The condition has S rows for each row of tokens.
-    """
+    """Return hidden states, keys and values, and which tokens are finite; a row has S conditions."""
     hidden, cache = nnx.merge(graph, state).hidden(tokens, condition, tree=tree)
     return hidden, cache if with_cache else None, jnp.isfinite(hidden).all(axis=-1)

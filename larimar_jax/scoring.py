@@ -147,8 +147,7 @@ def _hidden(
 ) -> dict[int, Float[np.ndarray, "D"]]:
     """Return the decoder's last hidden states at these nodes."""
     hidden: dict[int, np.ndarray] = {}
-    results = packing.read(model, trie, texts, conditions, batch, with_cache=False)
-    for packed, states, _ in _begun_ahead(results):
+    for packed, states, _ in _begun_ahead(packing.read(model, trie, texts, conditions, batch)):
         for row, where in zip(np.asarray(states), packed.where, strict=True):
             # Copied: a view would keep all the others in memory.
             hidden.update({node: row[at].copy() for node, at in where.items() if node in wanted})
@@ -168,24 +167,22 @@ def _entropies(
     # One width for the whole call, so that only the number of places makes for another compilation.
     width = steps_bucket(max(map(len, labels.values())), 2)
 
-    def pieces() -> Iterator[tuple[int, Array, Array]]:
-        for first in range(0, len(places), HEAD):
-            piece = places[first : first + HEAD]
-            # Padding repeats a place, and a label.
-            padded = piece + [piece[0]] * (steps_bucket(len(piece), 2) - len(piece))
-            piece_losses, piece_likeliest = _cross_entropies(
-                graph,
-                state,
-                jax.device_put(np.stack([hidden[place.node] for place in padded])),
-                jax.device_put(np.asarray([place.depth for place in padded], np.int32)),
-                jax.device_put(np.asarray([(labels[p] * width)[:width] for p in padded], np.int32)),
-                conditions.evidence(np.asarray([trie.condition[place.node] for place in padded])),
-            )
-            yield len(piece), piece_losses, piece_likeliest
+    def entropies(piece: list[Place]) -> tuple[int, Array, Array]:
+        # Padding repeats a place, and a label.
+        padded = piece + [piece[0]] * (steps_bucket(len(piece), 2) - len(piece))
+        return len(piece), *_cross_entropies(
+            graph,
+            state,
+            jax.device_put(np.stack([hidden[place.node] for place in padded])),
+            jax.device_put(np.asarray([place.depth for place in padded], np.int32)),
+            jax.device_put(np.asarray([(labels[p] * width)[:width] for p in padded], np.int32)),
+            conditions.evidence(np.asarray([trie.condition[place.node] for place in padded])),
+        )
 
+    pieces = (places[first : first + HEAD] for first in range(0, len(places), HEAD))
     results = [
-        (np.asarray(losses)[:count], np.asarray(likeliest)[:count])
-        for count, losses, likeliest in _begun_ahead(pieces())
+        [np.asarray(values)[:count] for values in arrays]
+        for count, *arrays in _begun_ahead(map(entropies, pieces))
     ]
     losses, likeliest = map(np.concatenate, zip(*results, strict=True))
     return losses, likeliest

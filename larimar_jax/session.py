@@ -145,13 +145,12 @@ class Session:
             )
         fact, rows = self._facts[fact_id], self._rows[fact_id]
         memory, milliseconds = self._without(self._memory, rows)
-        solved = (self.model.memory, self.model.prepared, memory.state)
-        distance = diagnostics.distance(*solved)
-        leverage = diagnostics.leverage(*solved, rows.key[:1])[0]
+        solved = (self.model.memory, self.model.prepared, self._memory.state, memory.state)
+        certificate = diagnostics.certify(*solved, rows.key[:1])
         self._memory = memory
         del self._facts[fact_id], self._rows[fact_id]
         self._events.append(event("forget", fact, milliseconds))
-        return Forgotten(fact, float(distance), float(leverage))
+        return Forgotten(fact, float(certificate.distance), float(certificate.leverage))
 
     def health(self) -> diagnostics.Diagnostics:
         """Return diagnostics: condition number, distance to an exact solve, load, expected read error,
