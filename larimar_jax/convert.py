@@ -64,7 +64,7 @@ def from_ibm(
         _check_vocabularies(config, tokenizers)
         abstract = nnx.eval_shape(lambda: model.build(config, jax.random.key(0)))
         host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-        with _Watched(found.source, progress) as watched:
+        with _Watched(source, progress) as watched:
             filled = key_table.fill(abstract, found.keys, watched, where=lambda *_: host)
         _check_head(source, filled)
         names = ("encoder", "decoder")

@@ -1,6 +1,5 @@
 """The model file: it comes back as it went, and a damaged or foreign one is refused."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,7 +15,7 @@ PARAMS = {
 def test_an_export_comes_back_as_it_went(tmp_path):
     path, meta = tmp_path / "model.safetensors", {"config": {"name": "é"}, "step": 3}
     model_file.save_exported(path, PARAMS, meta)
-    arrays, found = model_file.load_exported(path, {**PARAMS, "frozen": np.zeros(3)})
+    arrays, found = model_file.load_exported(path)
     assert found == meta
     for name, array in PARAMS.items():
         np.testing.assert_array_equal(arrays[name], array)
@@ -58,11 +57,6 @@ def test_a_damaged_or_foreign_export_is_refused(tmp_path):
         with pytest.raises(model_file.ExportError, match="damaged"):
             model_file.load_exported(path)
     path.write_bytes(whole)
-    like = {"decoder/up/kernel": jnp.zeros((8, 15))}
-    with pytest.raises(model_file.ExportError) as error:
-        model_file.load_exported(path, like)
-    assert "(8, 16) in the file, (8, 15) in the model" in str(error.value)
-    assert "decoder/norm/scale: the model has no such parameter" in str(error.value)
     import safetensors.numpy
 
     safetensors.numpy.save_file(dict(a=np.zeros(3)), path)

@@ -188,7 +188,7 @@ def test_entries_that_are_not_as_torch_writes_them(tmp_path, monkeypatch):
         # Tuples that hold the one before twice: 2²⁰⁰ visits for a hash.
         (b"}K\x01\x85q\x00" + b"0h\x00h\x00\x86q\x00" * 200 + b"K\x01s.", "named by a tuple"),
         (b"}(X\x01\x00\x00\x00aK\x01X\x01\x00\x00\x00aK\x02u.", "'a' twice"),
-        (b"K\x012\x86.", "cannot be read"),  # DUP
+        (b"K\x012\x86.", "no state dict but a tuple"),
         (b"\x96" + struct.pack("<Q", 1 << 40) + b".", "cannot be read"),  # BYTEARRAY8
         (b"", "cannot be read"),
         (b".", "cannot be read"),

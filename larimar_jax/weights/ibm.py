@@ -1,17 +1,14 @@
 """The released checkpoint (§9): a Lightning file with both towers, what lies between them, and M₀.
 
 `describe` infers from names, shapes and hyperparameters which model a file holds. It returns that
-model's config, one key table for the whole of it (see weights/key_table.py), and the file as a source
-in which every tensor is one parameter.
+model's config, and one key table for the whole of it (see weights/key_table.py).
 """
 
 import dataclasses
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from larimar_jax import decoders, encoders
 from larimar_jax.memory.variance import SETTINGS
@@ -45,12 +42,11 @@ class Assumptions:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """config: nested, as `config.parse` takes it. keys, source: for `key_table.fill` of that config's
-    model. left: names of what the file holds and no model here uses, layers merged to `*`."""
+    """config: nested, as `config.parse` takes it. keys: the key table of that config's model.
+    left: names of what the file holds and no model here uses, layers merged to `*`."""
 
     config: dict[str, Any]
     keys: Keys
-    source: Source
     left: list[str]
 
 
@@ -71,8 +67,9 @@ def describe(
     sizes = _Sizes(source)
     shapes = sizes.shapes
     family = "gptj" if any(".mlp.fc_in." in name for name in shapes) else "gpt2"
-    keys = _keys(family)
     slots, latent = sizes.of(_MEMORY + "memory_mean", 2)
+    setting = _setting(shapes, slots, latent)
+    keys = _keys(family, slots, latent, setting)
     encoder = _encoder(sizes, assumptions)
     decoder = _decoder(sizes, family, assumptions)
     if sizes.problems:
@@ -80,7 +77,6 @@ def describe(
             f"{source.path} is no whole checkpoint of the released code (§9), or its head sizes are "
             "not the released ones:\n  " + "\n  ".join(sizes.problems + sizes.unmatched(keys))
         )
-    setting = _setting(shapes, slots, latent)
     computed = {
         "encoder_model_type": "bert",
         "decoder_model_type": family,
@@ -113,7 +109,7 @@ def describe(
             initial="identity" if settings.values.get("identity", True) else "normal",
             noise=number("observation_noise_std", 1e-6),
             variance=setting,
-            steps=settings.count("pseudoinverse_approx_step", 15),
+            steps=number("pseudoinverse_approx_step", 15),
         ),
         objective=dict(
             reconstruction=number("rec_strength", 1.0),
@@ -139,8 +135,7 @@ def describe(
             + "\n  ".join(problems)
         )
     config["memory"]["log_start"] = float(source.read(_START).item()) if _START in shapes else -5.0
-    view = View(source, _parts(shapes, slots, latent, setting))
-    return Description(config, keys, view, _left(shapes, keys, latent))
+    return Description(config, keys, _left(shapes, keys, latent))
 
 
 class _Hyperparameters:
@@ -149,32 +144,25 @@ class _Hyperparameters:
     def __init__(self, values: Mapping[str, Any]):
         self.values, self.problems = values, []
 
-    def number(self, name: str, default: float) -> float:
-        """Return a number of at least 0."""
-        return float(self._checked(name, default, int | float, 0))
-
-    def count(self, name: str, default: int) -> int:
-        """Return a whole number of at least 1."""
-        return int(self._checked(name, default, int, 1))
+    def number(self, name: str, default: int | float) -> int | float:
+        """Return a number of at least 0, or of at least 1 and whole where the default is whole."""
+        value, whole = self.values.get(name, default), isinstance(default, int)
+        valid = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        if valid and int(whole) <= value < LARGEST:
+            return type(default)(value)
+        self.problems.append(
+            f"{name} is {_shorten(value)}; a number of at least {int(whole)} belongs there"
+        )
+        return default
 
     def longest(self, name: str, default: int) -> int:
-        """Return the largest of several sizes, `default` for a single value, as old runs have it."""
+        """Return the largest of several sizes, `default` for a single value, as some runs have it."""
         sizes = self.values.get(name, ())
         if not isinstance(sizes, list | tuple) or not sizes:
             return default
         if all(type(size) is int and 0 < size < LARGEST for size in sizes):
             return max(sizes)
         self.problems.append(f"{name} is {_shorten(sizes)}; sizes above 0 belong there")
-        return default
-
-    def _checked(self, name: str, default: int | float, kind: Any, least: int) -> int | float:
-        value = self.values.get(name, default)
-        number = isinstance(value, kind) and not isinstance(value, bool)
-        if number and least <= value < LARGEST:
-            return value
-        self.problems.append(
-            f"{name} is {_shorten(value)}; a number of at least {least} belongs there"
-        )
         return default
 
 
@@ -184,32 +172,6 @@ def _shorten(value: Any) -> str:
         return reprlib.repr(value)
     except ValueError:  # a number of more digits than Python prints
         return f"a {type(value).__name__}"
-
-
-class View:
-    """A `key_table.Source` over another source, with tensors taken apart.
-
-    parts: {the part's name: (the tensor's name, the part's shape, how it is taken)}. A tensor that
-    has parts does not appear by itself.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        parts: Mapping[str, tuple[str, tuple[int, ...], Callable[[np.ndarray], np.ndarray]]],
-    ):
-        self.path, self._source, self._parts = source.path, source, parts
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Return every tensor's shape, from the header alone."""
-        apart = {name for name, _, _ in self._parts.values()}
-        whole = {n: shape for n, shape in self._source.shapes().items() if n not in apart}
-        return whole | {name: shape for name, (_, shape, _) in self._parts.items()}
-
-    def read(self, name: str) -> np.ndarray:
-        """Return one tensor."""
-        origin, _, take = self._parts.get(name, (name, (), lambda array: array))
-        return take(self._source.read(origin))
 
 
 class _Sizes:
@@ -253,7 +215,7 @@ class _Sizes:
 
     def unmatched(self, keys: Keys) -> list[str]:
         """Return names that no row knows, and rows that no name fills, beyond those in `problems`."""
-        # σ_W has a name for each setting; View's stand in the table.
+        # σ_W has a name for each setting.
         known = (_VARIANCE, _VARIANCE + ".weight")
         table = [(pattern(template), template) for template, _, _ in keys]
         lines, filled = [], set()
@@ -275,7 +237,7 @@ class _Sizes:
         return [line for line in dict.fromkeys(lines) if line not in self.problems]
 
 
-def _keys(family: str) -> Keys:
+def _keys(family: str, slots: int, latent: int, setting: str) -> Keys:
     """Return the towers' own tables, and the rows for what is neither tower.
 
     What a family's file may have before a name, these files have before all of a decoder's names
@@ -290,20 +252,30 @@ def _keys(family: str) -> Keys:
             for name, to, how in rows
         ]
 
-    encoder, decoder = encoders.family("bert").hf_keys, decoders.family(family).hf_keys
-    return (
-        *prefixed(_ENCODER, "encoder.", encoder, "[bert.]", ""),
-        *prefixed(_DECODER, "decoder.", decoder, "[transformer.]", "transformer."),
-        (_LATENT, "to_latent.kernel", "transpose"),
+    # The latent's mean and log-variance stand below each other; the mean is its encoding.
+    mean = lambda a: (a[:latent] if len(a) == 2 * latent else a).swapaxes(-1, -2)  # noqa: E731
+    scalar = lambda a: a.reshape(()) if a.shape == (1,) and setting == "scalar" else a  # noqa: E731
+    rows = [
+        *prefixed(_ENCODER, "encoder.", encoders.family("bert").hf_keys, "[bert.]", ""),
+        *prefixed(
+            _DECODER, "decoder.", decoders.family(family).hf_keys, "[transformer.]", "transformer."
+        ),
+        (_LATENT, "to_latent.kernel", mean),
         (_BLOCKS + "linear.weight", "to_slots.kernel", "transpose"),
         (_BLOCKS + "linear_emb.weight", "to_embedding.kernel", "transpose"),
         (_MEMORY + "memory_mean", "memory.prior_memory", "copy"),
-        (_VARIANCE + "[.bias]", "memory.log_variance", "copy"),
-        (_VARIANCE + ".weight/query", "memory.variance_by_query", "transpose"),
-        (_VARIANCE + ".weight/memory", "memory.variance_by_memory", "copy"),
+        (_VARIANCE + "[.bias]", "memory.log_variance", scalar),
         # The variance of the Kanerva machine's update, and a number that is in the config.
         (_MEMORY + "(memory_logvar|ben_cohen_memory_init)", None, "copy"),
-    )
+    ]
+    # Inputs of log σ_W² are z, then vec(M) by rows.
+    if setting in ("query", "both"):
+        rows.append((_VARIANCE + ".weight", "memory.variance_by_query", lambda a: a[:, :latent].T))
+    if setting in ("memory", "both"):
+        shape = (slots, latent, slots)
+        by_memory = lambda a: a[:, -slots * latent :].T.reshape(shape)  # noqa: E731
+        rows.append((_VARIANCE + ".weight", "memory.variance_by_memory", by_memory))
+    return rows
 
 
 def _encoder(sizes: _Sizes, assumptions: Assumptions) -> dict[str, Any]:
@@ -355,27 +327,6 @@ def _setting(shapes: Mapping[str, tuple[int, ...]], slots: int, latent: int) -> 
         return "slot" if tuple(vector) == (slots,) and slots > 1 else "scalar"
     inputs = {latent: "query", slots * latent: "memory", latent + slots * latent: "both"}
     return inputs.get(shapes.get(_VARIANCE + ".weight", (0, 0))[-1], "scalar")
-
-
-def _parts(
-    shapes: Mapping[str, tuple[int, ...]], slots: int, latent: int, setting: str
-) -> dict[str, Any]:
-    """Return `View`'s parts; a tensor of an unexpected shape stays whole, for `fill` to name."""
-    parts: dict[str, Any] = {}
-    if (shape := shapes.get(_LATENT)) is not None and shape[0] == 2 * latent:
-        parts[_LATENT] = (_LATENT, (latent, *shape[1:]), lambda a: a[:latent])
-    if setting == "scalar" and shapes.get(_VARIANCE) == (1,):
-        parts[_VARIANCE] = (_VARIANCE, (), lambda a: a.reshape(()))
-    weight = _VARIANCE + ".weight"
-    if len(shapes.get(weight, ())) == 2 and setting in ("query", "both"):
-        shape = (shapes[weight][0], latent)
-        parts[weight + "/query"] = (weight, shape, lambda a: a[:, :latent])
-    if len(shapes.get(weight, ())) == 2 and setting in ("memory", "both"):
-        # Inputs are vec(M) by rows, behind z where that is an input too.
-        shape = (slots, latent, shapes[weight][0])
-        take = lambda a: a[:, -slots * latent :].T.reshape(shape)  # noqa: E731
-        parts[weight + "/memory"] = (weight, shape, take)
-    return parts
 
 
 def _left(shapes: Mapping[str, tuple[int, ...]], keys: Keys, latent: int) -> list[str]:

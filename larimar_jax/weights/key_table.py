@@ -7,7 +7,7 @@ A family's table is a sequence of rows `(source, target, transform)`:
   A file of ours is written with `[x]`, and with the first of `(x|y)`.
 - `target`: the parameter's path, joined with dots. None: a known tensor that is no parameter. A
   trailing `?`: a parameter that some configurations lack; its tensor is then left out.
-- `transform`: a name of `TRANSFORMS`.
+- `transform`: a name of `TRANSFORMS`, or a function that makes a view.
 
 One source tensor may match several rows, as GPT-2's fused projection does.
 """
@@ -22,12 +22,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Sharding
 
-Keys = Sequence[tuple[str, str | None, str]]
+Transform = Callable[[np.ndarray], np.ndarray]
+Keys = Sequence[tuple[str, str | None, str | Transform]]
 # The sharding of a parameter, by its '/'-joined path and shape.
 Where = Callable[[str, tuple[int, ...]], Sharding]
 
 # Views, so that a shape can be transformed too.
-TRANSFORMS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+TRANSFORMS: Mapping[str, Transform] = {
     "copy": lambda a: a,
     "transpose": lambda a: a.swapaxes(-1, -2),
     **{f"third_{i}": lambda a, i=i: np.split(a, 3, axis=-1)[i] for i in range(3)},
@@ -55,7 +56,7 @@ class Source(Protocol):
 
 class _Use(NamedTuple):
     name: str
-    transform: str
+    transform: Transform
 
 
 # Parameter → layer (None for a parameter that is not stacked) → the tensor that fills it.
@@ -117,7 +118,7 @@ def to_source(module: nnx.Module, keys: Keys) -> Iterator[tuple[str, np.ndarray]
     """
     state = nnx.to_flat_state(nnx.state(module, nnx.Param))
     values = {".".join(map(str, path)): leaf for path, leaf in state}
-    rows: dict[str, list[tuple[str, str]]] = {}
+    rows: dict[str, list[tuple[str, str | Transform]]] = {}
     for template, target, transform in keys:
         if target is not None and target.removesuffix("?") in values:
             rows.setdefault(template, []).append((target.removesuffix("?"), transform))
@@ -149,7 +150,9 @@ def _match(
     wanted: Mapping[str, nnx.Variable],
     more_rows: int,
 ) -> tuple[_Uses, list[str]]:
-    table = [(pattern(template), target, transform) for template, target, transform in keys]
+    table = [
+        (pattern(template), target, TRANSFORMS.get(how, how)) for template, target, how in keys
+    ]
     uses: _Uses = {name: {} for name in wanted}
     problems = []
     for name, shape in shapes.items():
@@ -184,11 +187,15 @@ def _match(
     return uses, problems
 
 
-def _transformed(shape: tuple[int, ...], transform: str) -> tuple[int, ...]:
+def _transformed(shape: tuple[int, ...], transform: Transform) -> tuple[int, ...]:
     try:
         # A stand-in of the right shape that owns one number.
-        return TRANSFORMS[transform](np.broadcast_to(np.zeros((), np.int8), shape)).shape
-    except (ValueError, OverflowError):  # not divisible, too few axes, or more than NumPy has
+        return transform(np.broadcast_to(np.zeros((), np.int8), shape)).shape
+    except (
+        ValueError,
+        IndexError,
+        OverflowError,
+    ):  # not divisible, too few axes, or more than NumPy has
         return shape
 
 
@@ -241,7 +248,7 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 def _finite(use: _Use, source: Source, dtype: np.dtype) -> np.ndarray:
     """Read one tensor; raise WeightsError unless it is finite, in its own dtype and in `dtype`."""
-    tensor = TRANSFORMS[use.transform](source.read(use.name))
+    tensor = use.transform(source.read(use.name))
     if not tensor.size:
         return tensor
     # NaN is the least and the largest of what it is in, and rounding keeps the order.

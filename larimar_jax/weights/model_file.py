@@ -13,7 +13,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -62,7 +62,7 @@ def save_exported(
     meta: Mapping[str, Any],
     dtypes: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes arrays and meta to one file, whole or not at all.
+    """Write arrays and meta to one file, whole or not at all.
 
     Args:
         path: the file to write; it is replaced only when the new one is on the disk.
@@ -111,98 +111,67 @@ def save_exported(
 def amend(
     source: str | Path, path: str | Path, more: Mapping[str, Any], meta: Mapping[str, Any]
 ) -> None:
-    """Writes what `source` holds, each array as it is stored there, with `more` arrays and another meta.
+    """Write what `source` holds, each array as it is stored there, with `more` arrays and another meta.
 
     Raises:
         FileNotFoundError, ExportError: as `load_exported`, of `source`.
     """
-    arrays, _ = load_exported(source)
-    _, stored = _read(Path(source))
+    stored, described = _read(Path(source))
     narrow = {
         f"^{re.escape(name)}$": array.dtype.name
         for name, array in stored.items()
-        if name not in more and array.dtype != arrays[name].dtype
+        if name not in more and array.dtype.name != described["dtypes"][name]
     }
+    arrays, _ = load_exported(source)
     save_exported(path, {**arrays, **more}, meta, narrow)
 
 
-def load_exported(
-    path: str | Path, like: Mapping[str, Any] | None = None
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Reads what `save_exported` wrote: (arrays by path in their original dtype, meta).
+def load_exported(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return what `save_exported` wrote: (arrays by path in their original dtype, meta).
 
-    Args:
-        path: the file.
-        like: the parameters of the model to be filled (anything with a shape, by path). The file
-            may hold fewer of them, but no other ones, and of no other shape.
     Raises:
         FileNotFoundError: no such file.
-        ExportError: damaged, half written, no export at all, or of another model (naming every
-            parameter that does not fit).
+        ExportError: damaged, half written, or no export at all.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no exported model at {path}")
-    header, arrays = _read(path)
-    if _digest(arrays, header.get("larimar", "")) != header.get("sha256"):
-        raise ExportError(f"{path} is damaged: its content does not have the digest that it names.")
-    described = json.loads(header["larimar"])
-    arrays = {n: a.astype(_DTYPES[described["dtypes"][n]], copy=False) for n, a in arrays.items()}
-    if like is not None:
-        _fit(path, arrays, like)
+    arrays, described = _read(Path(path))
+    dtypes = described["dtypes"]
+    arrays = {n: a.astype(_DTYPES[dtypes[n]], copy=False) for n, a in arrays.items()}
     return arrays, described["meta"]
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return arrays in the dtype of the file, and its meta with the original dtypes."""
+    import safetensors  # Here and not on top: half a second that only a reader should pay.
+
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no exported model at {path}")
     try:
-        with path.open("rb") as file:
-            start = 8 + int.from_bytes(file.read(8), "little")
-            if start > path.stat().st_size:
-                raise ValueError("its header is longer than the file")
-            entries = json.loads(file.read(start - 8))
-            header = entries.pop("__metadata__", {})
-            if header.get("format") == _FORMAT:
-                arrays = {name: _array(file, start, entry) for name, entry in entries.items()}
-                if file.seek(0, os.SEEK_END) != start + sum(a.nbytes for a in arrays.values()):
-                    raise ValueError("it is not as long as its header says")
-                return header, arrays
-    except Exception as error:  # A cut or overwritten header fails in many ways, all of them this.
+        with safetensors.safe_open(path, framework="numpy", backend="pread") as file:
+            header = file.metadata() or {}
+            if header.get("format") != _FORMAT:
+                raise ExportError(
+                    f"{path} is a safetensors file and not an export of {_FORMAT} (its format is "
+                    f"{header.get('format')!r}). Weights of a tower alone go through the config's "
+                    "`source`."
+                )
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
         raise ExportError(
-            f"{path} is damaged, half written or no safetensors file ({type(error).__name__}: {error}). "
-            "Save, export or fetch it again, or take a copy of it."
+            f"{path} is damaged, half written or no safetensors file ({error}). Save, export or fetch "
+            "it again, or take a copy of it."
         ) from error
-    raise ExportError(
-        f"{path} is a safetensors file and not an export of {_FORMAT} (it says "
-        f"{header.get('format')!r}). Weights of a tower alone go through the config's `source`."
-    )
-
-
-def _array(file: BinaryIO, start: int, entry: Mapping[str, Any]) -> np.ndarray:
-    """One array, read into the only memory that it takes."""
-    begin, end = entry["data_offsets"]
-    file.seek(start + begin)
-    read = np.fromfile(file, np.uint8, end - begin)
-    return read.view(_DTYPES[_CODES[entry["dtype"]]]).reshape(entry["shape"])
-
-
-def _fit(path: Path, arrays: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> None:
-    problems = [f"{n}: the model has no such parameter" for n in arrays if n not in like]
-    problems += [
-        f"{n}: {arrays[n].shape} in the file, {tuple(like[n].shape)} in the model"
-        for n in arrays
-        if n in like and arrays[n].shape != tuple(like[n].shape)
-    ]
-    if problems:
-        raise ExportError(
-            f"{path} is of another model:\n  " + "\n  ".join(problems) + "\nUse the config that it "
-            "was trained with (it is in the file's meta), or another file."
-        )
+    digest = hashlib.sha256(header.get("larimar", "").encode("utf-8"))
+    for name in sorted(arrays):
+        _update(digest, name, arrays[name])
+    if digest.hexdigest() != header.get("sha256"):
+        raise ExportError(f"{path} is damaged: its content does not have the digest that it names.")
+    return arrays, json.loads(header["larimar"])
 
 
 def _header(
     described: str, dtypes: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], digest: str
 ) -> tuple[bytes, dict[str, int]]:
-    """The head of a safetensors file, and where in the file each array begins, by name in order."""
+    """Return the head of a safetensors file, and where each array begins, by name in order."""
     codes = {dtype: code for code, dtype in _CODES.items()}
     metadata = {"format": _FORMAT, "larimar": described, "sha256": digest}
     entries: dict[str, Any] = {"__metadata__": metadata}
@@ -223,17 +192,10 @@ def _header(
 def _stored(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
     with np.errstate(over="ignore"):  # Looked for below.
         stored = array.astype(_DTYPES[dtype], copy=False)
-    if stored is not array and not np.isfinite(stored.astype(np.float32)).all():
-        if np.isfinite(array).all():
-            raise ValueError(f"{name} holds values that {dtype} cannot; store it as bfloat16")
+    overflown = stored is not array and not np.isfinite(stored.astype(np.float32)).all()
+    if overflown and np.isfinite(array).all():
+        raise ValueError(f"{name} holds values that {dtype} cannot; store it as bfloat16")
     return stored
-
-
-def _digest(arrays: Mapping[str, np.ndarray], described: str) -> str:
-    digest = hashlib.sha256(described.encode("utf-8"))
-    for name in sorted(arrays):
-        _update(digest, name, arrays[name])
-    return digest.hexdigest()
 
 
 def _update(digest: Any, name: str, array: np.ndarray) -> None:
@@ -242,5 +204,5 @@ def _update(digest: Any, name: str, array: np.ndarray) -> None:
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:
-    """What it holds, byte by byte and not copied; bfloat16 has no buffer of its own."""
+    """Return its bytes, not copied; bfloat16 has no buffer of its own."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)

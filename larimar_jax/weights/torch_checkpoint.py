@@ -13,7 +13,7 @@ import pathlib
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -44,6 +44,10 @@ _RECORDED = re.compile(
     r"|torch\.(Tensor|device|dtype)|torch\._tensor\.Tensor|torch\.nn\.parameter\.(Parameter|Buffer)"
     r"|torch\.serialization\._get_layout|torch\.storage\.(TypedStorage|UntypedStorage)"
 )
+_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+# Instructions that torch does not write: they name things by number, or ask for memory.
+_UNUSED = b"".join((pickle.PERSID, pickle.DICT, pickle.EXT1, pickle.EXT2, pickle.EXT4))
+_UNUSED += b"".join((pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER))
 
 
 class TorchCheckpoint:
@@ -63,13 +67,12 @@ class TorchCheckpoint:
         if not pathlib.Path(path).is_file():
             raise FileNotFoundError(f"there is no weights file at {path}")
         with open(path, "rb") as file:
-            magic = file.read(4)
-        if magic != b"PK\x03\x04":
-            raise WeightsError(
-                f"{path} is no torch file since 1.6: it is no zip. It is damaged, was cut short, or is"
-                " of another format (safetensors, GGUF: give it the suffix of that). An older torch"
-                " file has to be loaded with torch and saved again"
-            )
+            if file.read(4) != b"PK\x03\x04":
+                raise WeightsError(
+                    f"{path} is no torch file since 1.6: it is no zip. It is damaged, was cut short, or"
+                    " is of another format (safetensors, GGUF: give it the suffix of that). An older"
+                    " torch file has to be loaded with torch and saved again"
+                )
         try:
             self.tree: Any = _Unpickler(self._pickle(), self.path).load()
         except Exception as error:  # What a pickle does wrong has any of a dozen types.
@@ -86,15 +89,15 @@ class TorchCheckpoint:
         Raises:
           WeightsError: its storage is missing, too short, or not what its checksum says.
         """
-        tensor = self._tensors[name]
-        dtype, count = tensor.storage.dtype, tensor.storage.count
+        storage, offset, shape, strides = self._tensors[name]
+        width = storage.dtype.itemsize
         try:
             with zipfile.ZipFile(self.path) as archive:
-                entry = _stored(archive, f"{self._prefix}data/{tensor.storage.key}")
-                if entry.file_size != tensor.storage.bytes:
+                entry = _stored(archive, f"{self._prefix}data/{storage.key}")
+                if entry.file_size != storage.bytes:
                     raise ValueError(
-                        f"storage {tensor.storage.key} has {entry.file_size} bytes, not the"
-                        f" {tensor.storage.bytes} that its tensors mean"
+                        f"storage {storage.key} has {entry.file_size} bytes, not the {storage.bytes}"
+                        " that its tensors mean"
                     )
                 raw = np.empty(entry.file_size, np.uint8)
                 with archive.open(entry) as file:  # which compares the checksum at the end
@@ -102,12 +105,9 @@ class TorchCheckpoint:
                         raw[at : at + _PIECE] = np.frombuffer(file.read(_PIECE), np.uint8)
         except Exception as error:
             raise self._damaged(error) from error
-        return np.lib.stride_tricks.as_strided(
-            raw[: count * dtype.itemsize].view(dtype)[tensor.offset :],
-            tensor.shape,
-            [dtype.itemsize * step for step in tensor.strides],
-            writeable=False,
-        )
+        values = raw[: storage.count * width].view(storage.dtype)[offset:]
+        steps = [width * step for step in strides]
+        return np.lib.stride_tricks.as_strided(values, shape, steps, writeable=False)
 
     @property
     def hyper_parameters(self) -> dict[str, Any] | None:
@@ -159,10 +159,9 @@ class TorchCheckpoint:
 
 def _stored(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
     """Return an entry as torch writes it: not compressed, so that it is no larger than the file."""
-    try:
-        entry = archive.getinfo(name)
-    except KeyError:
-        raise ValueError(f"{name.rpartition('data/')[2]} is missing") from None
+    if name not in archive.NameToInfo:
+        raise ValueError(f"{name} is missing")
+    entry = archive.getinfo(name)
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
         raise ValueError(f"the entry {name!r} is compressed, which torch does not do")
     return entry
@@ -192,7 +191,7 @@ class _Table(dict):
     def __setitem__(self, key: Any, value: Any) -> None:
         parts = key if isinstance(key, tuple) and len(key) <= 16 else (key,)
         if not all(
-            isinstance(part, str | bytes | float | None | Record) or _small(part) for part in parts
+            isinstance(p, str | bytes | float | None | Record) or _is_small(p) for p in parts
         ):
             raise ValueError(f"an entry named by a {type(key).__name__}")
         if key in self:
@@ -210,15 +209,10 @@ class Record(_Table):
     def __init__(self, *_: Any):
         super().__init__()
 
-    def extend(self, items: Iterable[Any]) -> None:
+    def extend(self, items: Any) -> None:
         """Drop the items of a list or a set."""
 
     append = add = extend
-
-
-# Instructions that torch does not write: they name things by number, or ask for memory.
-_UNUSED = b"".join((pickle.PERSID, pickle.DICT, pickle.EXT1, pickle.EXT2, pickle.EXT4))
-_UNUSED += b"".join((pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER))
 
 
 class _Instructions(dict):
@@ -246,7 +240,7 @@ class _Unpickler(pickle._Unpickler):
         Raises:
           WeightsError: any other name.
         """
-        full = f"{ {'__builtin__': 'builtins', 'copy_reg': 'copyreg'}.get(module, module) }.{name}"
+        full = f"{_PYTHON_2.get(module, module)}.{name}"
         if full in _REBUILD:
             return _REBUILD[full]
         if full in ("torch.Size", "collections.OrderedDict"):
@@ -275,11 +269,11 @@ class _Unpickler(pickle._Unpickler):
 
     def _build(self) -> None:
         """Note the state of a record; attributes of a dict or a tensor are no weights."""
-        state = self.stack.pop()
-        if isinstance(self.stack[-1], Record):
-            self.stack[-1].state = state
-        elif not isinstance(self.stack[-1], _Table | _Tensor):
-            raise ValueError(f"a state for a {type(self.stack[-1]).__name__}")
+        state, built = self.stack.pop(), self.stack[-1]
+        if isinstance(built, Record):
+            built.state = state
+        elif not isinstance(built, _Table | _Tensor):
+            raise ValueError(f"a state for a {type(built).__name__}")
 
     dispatch[pickle.BUILD[0]] = _build
     dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(_Table())
@@ -287,29 +281,28 @@ class _Unpickler(pickle._Unpickler):
     dispatch[pickle.FROZENSET[0]] = lambda self: self.append(Record(self.pop_mark()))
 
     def _size(self, items: Any) -> tuple[Any, ...]:
-        self._count_copy(items)
-        return tuple(items)
+        return tuple(self._counted(items))
 
     def _ordered_dict(self, pairs: Any = ()) -> _Table:
-        self._count_copy(pairs)
         table = _Table()
-        for key, value in pairs:
+        for key, value in self._counted(pairs):
             table[key] = value
         return table
 
-    def _count_copy(self, items: Any) -> None:
+    def _counted(self, items: Any) -> Any:
         # One list, memorised, could be copied by every instruction of the file.
         self._copies -= len(items)
         if self._copies < 0:
             raise ValueError(f"a copy of {len(items)} items, in all more than the file is long")
+        return items
+
+
+def _is_small(value: Any) -> bool:
+    return isinstance(value, int) and abs(value) < 1 << 63
 
 
 def _is_count(value: Any) -> bool:
-    return _small(value) and not isinstance(value, bool) and value >= 0
-
-
-def _small(value: Any) -> bool:
-    return isinstance(value, int) and abs(value) < 1 << 63
+    return _is_small(value) and not isinstance(value, bool) and value >= 0
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
@@ -337,22 +330,12 @@ def _typed_tensor(storage: Any, *place: Any) -> _Tensor:
     return _tensor(storage._replace(dtype=dtype, count=count), *place)
 
 
-def _parameter(tensor: Any, *_: Any) -> _Tensor:
-    if not isinstance(tensor, _Tensor):
-        raise ValueError("a parameter that is no tensor")
-    return tensor
-
-
-def _subclass(function: Any, _: Any, arguments: Any, *__: Any) -> Any:
-    """`torch._tensor._rebuild_from_type_v2`: a tensor, whatever its Python class."""
-    return function(*arguments)
-
-
 _REBUILD = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _typed_tensor,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_parameter_with_state": _parameter,
-    "torch._tensor._rebuild_from_type_v2": _subclass,
+    # Parameters, and subclasses of tensors: whatever they are in Python, tensors are what is read.
+    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
+    "torch._tensor._rebuild_from_type_v2": lambda rebuild, _, arguments, *__: rebuild(*arguments),
 }
