@@ -2,12 +2,15 @@
 
 import pathlib
 import random
+import re
 import sys
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from larimar_jax.weights import WeightsError
 from larimar_jax.weights.key_table import fill
@@ -53,6 +56,22 @@ def test_whole_files_are_read(kind, tmp_path):
             fuzz.load(kind, path)  # a decoder's; read as an encoder's at last
     else:
         fuzz.load(kind, path)
+
+
+@pytest.mark.parametrize("kind", ("bin", "ckpt", "gguf", "safetensors"))
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_files_cut_or_changed_anywhere(tmp_path_factory, kind, data):
+    """What is cut is refused; what is changed is read in the shapes that it names, or refused."""
+    folder, whole = tmp_path_factory.mktemp("changed"), fuzz.seeds()[kind]
+    path = folder / f"cut.{kind}"
+    path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 33))])
+    with pytest.raises(WeightsError, match=re.escape(str(path))):
+        fuzz.load(kind, path)
+    changed = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 3))):
+        changed[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    assert fuzz.check(kind, bytes(changed), folder) is None
 
 
 def test_a_few_hundred_changed_files(tmp_path):

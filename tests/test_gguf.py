@@ -10,8 +10,6 @@ import struct
 import gguf
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from larimar_jax import decoders, rotary, weights
 from larimar_jax.weights import Tokenizer, WeightsError
@@ -306,24 +304,6 @@ def test_linear_scaling_in_its_newer_and_older_form(tmp_path):
 # Damaged files ---------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=200)
-@given(data=st.data())
-def test_bytes_changed_anywhere_are_read_or_refused(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("changed")
-    whole = bytearray(small(folder / "x.gguf").read_bytes())
-    for _ in range(data.draw(st.integers(1, 3))):
-        whole[data.draw(st.integers(0, len(whole) - 129))] = data.draw(st.integers(0, 255))
-    path = folder / "y.gguf"
-    path.write_bytes(whole)
-    try:
-        source = Gguf(path)
-        shapes = source.shapes()
-        assert {name: source.read(name).shape for name in shapes} == shapes
-        source.config()
-    except WeightsError as error:
-        assert str(path) in str(error)
-
-
 def test_nothing_of_a_file_stays_mapped_and_a_later_cut_is_noticed(tmp_path):
     source = Gguf(small(tmp_path / "x.gguf"))
     assert source.read("model.embed_tokens.weight").shape == (8, 8)
@@ -407,14 +387,8 @@ def test_counts_that_a_large_file_has_room_for(tmp_path, key, kind, value, messa
         Gguf(path)
 
 
-@settings(deadline=None, max_examples=100)
-@given(data=st.data())
-def test_a_file_cut_anywhere(tmp_path_factory, data):
-    path = tmp_path_factory.mktemp("cut") / "x.gguf"
-    whole = header(tensors=[GOOD, ("b", (4,), 0, 32)], metadata=[("k", 4, b"1234")])
-    path.write_bytes(whole)
+def test_a_good_file_by_hand(tmp_path):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(header(tensors=[GOOD, ("b", (4,), 0, 32)], metadata=[("k", 4, b"1234")]))
     assert Gguf(path).shapes() == {"a": (4,), "b": (4,)}
     np.testing.assert_array_equal(Gguf(path).read("a"), np.zeros(4))
-    path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 256 + 15))])
-    with pytest.raises(WeightsError, match="cannot be read as GGUF"):
-        Gguf(path)

@@ -9,8 +9,6 @@ import zipfile
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from larimar_jax.weights import WeightsError, torch_checkpoint
 from larimar_jax.weights.torch_checkpoint import TorchCheckpoint
@@ -213,19 +211,6 @@ def test_no_memory_is_an_error_of_the_file(tmp_path, monkeypatch):
 
 def exhausted(_):
     raise MemoryError
-
-
-@pytest.mark.parametrize("file", FILES)
-@settings(deadline=None, max_examples=40)
-@given(data=st.data())
-def test_a_file_cut_anywhere_is_an_error(tmp_path_factory, file, data):
-    whole = (GOLDEN / file).read_bytes()
-    path = tmp_path_factory.mktemp("cut") / file
-    path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
-    with pytest.raises(WeightsError):
-        source = TorchCheckpoint(path)
-        for name in source.shapes():
-            source.read(name)
 
 
 def test_what_is_no_state_dict_or_no_torch_file(tmp_path):

@@ -13,7 +13,6 @@ import functools
 import hashlib
 import io
 import json
-import os
 import pathlib
 import random
 import re
@@ -34,7 +33,6 @@ HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # for test_gguf, whatever this runs from
 CORPUS, GOLDEN = HERE / "corpus", HERE.parent / "golden"
 SECONDS, MEGABYTES = 5, 1000
-BATCH = 200
 # Where a pickle that runs would leave its trace.
 MARKER = pathlib.Path(tempfile.gettempdir()) / "larimar-fuzz-marker"
 KINDS = ("bin", "ckpt", "config.json", "gguf", "index.json", "safetensors")
@@ -254,6 +252,8 @@ def _inside_zip(data: bytes, rng: random.Random) -> bytes:
             entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
     except Exception:  # noqa: BLE001 - whatever an earlier change made of it
         return _bytes(data, rng)
+    if not entries:
+        return _bytes(data, rng)
     name = rng.choice([*entries, *[n for n in entries if n.endswith("data.pkl")] * 20])
     entries[name] = _pickle(entries[name], rng)
     if rng.random() < 0.05:
@@ -293,67 +293,43 @@ def check(kind: str, data: bytes, folder: pathlib.Path) -> str | None:
     return f"it took {grown:.0f} MB" if grown > MEGABYTES else None
 
 
-def _batch(seed: int, first: int, place: pathlib.Path) -> None:
-    """In a child: so many inputs. `place` says which one is being read, and then what was found."""
-    # A library that allocates what a file says gets an error, and not the machine's memory.
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    resource.setrlimit(resource.RLIMIT_AS, (grown + (40 << 30), -1))
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(first, first + BATCH):
-            place.write_text(str(number))
-            signal.alarm(4 * SECONDS)
-            kind, data = _input(seed, number)
-            found = check(kind, data, pathlib.Path(folder))
-            signal.alarm(0)
-            if found:
-                _keep(kind, data, found)
-
-
-def _input(seed: int, number: int) -> tuple[str, bytes]:
-    rng = random.Random(f"{seed}/{number}")
-    kind = rng.choice(KINDS)
-    return kind, mutate(kind, rng)
-
-
-def _keep(kind: str, data: bytes, found: str) -> None:
-    CORPUS.mkdir(exist_ok=True)
-    # One file for each way to break: what was found names it, without the numbers in it.
-    name = f"{hashlib.sha256(re.sub(r'[0-9]+', '', found).encode()).hexdigest()[:12]}.{kind}"
-    if not (CORPUS / name).exists():
-        print(f"--- {name}\n{found}", flush=True)
+def _keep(kind: str, data: bytes, finding: str) -> None:
+    """Write an input to the corpus, one for each way to break."""
+    # The finding names it, without the numbers in it.
+    name = f"{hashlib.sha256(re.sub(r'[0-9]+', '', finding).encode()).hexdigest()[:12]}.{kind}"
+    print(f"--- {name}\n{finding}", flush=True)
     if len(data) <= 1 << 16:
         (CORPUS / name).write_bytes(data)
 
 
 def main() -> int:
-    """Runs batches in children until the time is over; the number of findings is the exit code."""
+    """Check inputs until the time is over; the number of findings is the exit code.
+
+    An input that ends the process is named by the last line: run again with its number as --first.
+    """
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0)
     options = parser.parse_args()
-    from larimar_jax import decoders, encoders
-
-    decoders.families(), encoders.families(), seeds()
-    before = len(list(CORPUS.glob("*")))
-    end, first, crashes = time.monotonic() + 60 * options.minutes, 0, 0
+    # A library that allocates what a file asks for gets an error, and not the machine's memory.
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (before + (40 << 30), -1))
+    end, number, findings = time.monotonic() + 60 * options.minutes, options.first, 0
     with tempfile.TemporaryDirectory() as folder:
-        place = pathlib.Path(folder) / "number"
         while time.monotonic() < end:
-            child = os.fork()
-            if child == 0:
-                try:
-                    _batch(options.seed, first, place)
-                finally:
-                    os._exit(0)
-            _, status = os.waitpid(child, 0)
-            if status:
-                crashes += 1
-                number = int(place.read_text())
-                _keep(*_input(options.seed, number), f"the process ended with status {status}")
-            first += BATCH
-    found = len(list(CORPUS.glob("*"))) - before
-    print(f"{first:,} inputs, {found} files kept, {crashes} crashes")
-    return min(found, 100)
+            rng = random.Random(f"{options.seed}/{number}")
+            kind = rng.choice(KINDS)
+            data = mutate(kind, rng)
+            print(f"\r{number}", end="", flush=True)
+            signal.alarm(4 * SECONDS)
+            if finding := check(kind, data, pathlib.Path(folder)):
+                findings += 1
+                _keep(kind, data, finding)
+            signal.alarm(0)
+            number += 1
+    print(f"\r{number - options.first:,} inputs, {findings} findings")
+    return min(findings, 100)
 
 
 if __name__ == "__main__":
