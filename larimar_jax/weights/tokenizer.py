@@ -93,6 +93,7 @@ class Tokenizer:
         with library_errors(path):
             framed = backend.encode("a").ids
             plain = backend.encode("a", add_special_tokens=False).ids
+            backend.encode("ꙮ")  # what a vocabulary without a token for the unknown cannot
         places = (i for i in range(len(framed) + 1) if framed[i : i + len(plain)] == plain)
         begin = next(places, 0)
         ids = {role: _special(backend, path, role, specials.get(role)) for role in _USUAL}
