@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -31,20 +31,20 @@ def from_ibm(
     assumptions: ibm.Assumptions | None = None,
     progress: bool = False,
 ) -> list[str]:
-    """Converts a checkpoint of the released code into a folder that `Session` loads.
+    """Convert a checkpoint of the released code into a folder that `Session` loads.
 
     Conversion runs on the host and holds the parameters once while it reads. Decoder tokenizers get
     `<PAD>`, `<BOS>` and `<EOS>` appended, as the released code does (§2).
 
     Args:
       file: the Lightning checkpoint.
-      out: the folder to make.
+      out: the folder to write.
       encoder_tokenizer, decoder_tokenizer: folders with the base models' tokenizer.json; the
         checkpoint has none.
-      assumptions: what the checkpoint does not say, where it is not as in the released sizes.
+      assumptions: what the checkpoint does not hold, where it differs from the released sizes.
       progress: a bar on stderr.
     Returns:
-      Names of what the checkpoint holds and was left, layers merged to `*`.
+      Names of what the checkpoint holds and the model does not use, layers merged to `*`.
     Raises:
       FileExistsError: `out` is there already.
       FileNotFoundError: no such checkpoint or tokenizer.
@@ -52,47 +52,54 @@ def from_ibm(
         checkpoint, or all that was trained in another way than is computed here, or tokenizers of
         other vocabularies. Nothing is written then.
     """
-    with _made(Path(out)) as made:
+    with _new_folder(Path(out)) as folder:
         tokenizers = [
             huggingface.Folder(path).tokenizer() for path in (encoder_tokenizer, decoder_tokenizer)
         ]
         source = TorchCheckpoint(file)
-        found = ibm.describe(source, source.hyper_parameters, assumptions or ibm.Assumptions())
-        config = configs.parse(found.config)
+        description = ibm.describe(
+            source, source.hyper_parameters, assumptions or ibm.Assumptions()
+        )
+        config = configs.parse(description.config)
         added = decoders.family(config.model.decoder.family).added_tokens
         tokenizers[1] = tokenizers[1].with_specials(added)
         _check_vocabularies(config, tokenizers)
         abstract = nnx.eval_shape(lambda: model.build(config, jax.random.key(0)))
         host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-        with _Watched(source, progress) as watched:
-            filled = key_table.fill(abstract, found.keys, watched, where=lambda *_: host)
+        console = Console(stderr=True)
+        columns = TextColumn("tensors"), MofNCompleteColumn(), BarColumn()
+        with Progress(*columns, console=console, disable=not progress) as bar:
+            watched = _Watched(source, bar)
+            filled = key_table.fill(abstract, description.keys, watched, where=lambda *_: host)
         _check_head(source, filled)
-        names = ("encoder", "decoder")
-        hashes = {name: t.hash for name, t in zip(names, tokenizers, strict=True)}
-        meta = {"config": configs.to_dict(config), "tokenizers": hashes}
-        meta["converted"] = {"from": Path(file).name, "left": found.left}
-        model_file.save_exported(made / "model.safetensors", model.parameters(filled), meta)
-        for name, tokenizer in zip(names, tokenizers, strict=True):
-            path = made / vocabulary.OWN.format(tower=name)
+        by_tower = dict(zip(("encoder", "decoder"), tokenizers, strict=True))
+        meta = {
+            "config": configs.to_dict(config),
+            "tokenizers": {name: tokenizer.hash for name, tokenizer in by_tower.items()},
+            "converted": {"from": Path(file).name, "left": description.left},
+        }
+        model_file.save_exported(folder / "model.safetensors", model.parameters(filled), meta)
+        for name, tokenizer in by_tower.items():
+            path = folder / vocabulary.OWN.format(tower=name)
             path.write_text(tokenizer.to_json(), encoding="utf-8")
-    return found.left
+    return description.left
 
 
 def to_huggingface(source: str | Path, out: str | Path) -> None:
-    """Writes a model's towers as `out`/encoder and `out`/decoder, folders that transformers loads.
+    """Write a model's towers as `out`/encoder and `out`/decoder, folders that transformers loads.
 
     What lies between the towers, and the memory, have no place there: they stay in our own file.
     Low-rank changes are merged: the decoder is the one that a memory conditions, not the base LM.
 
     Args:
       source: a shipped name, an export, or a run's folder, as in `pipeline.load`.
-      out: the folder to make.
+      out: the folder to write.
     Raises:
       FileExistsError: `out` is there already.
       FileNotFoundError, ExportError: as `pipeline.load`.
       WeightsError: a tower that such a folder cannot describe. Nothing is written then.
     """
-    with _made(Path(out)) as made:
+    with _new_folder(Path(out)) as folder:
         loaded = pipeline.load(source)
         lora.merge(loaded.model)  # Such a folder knows whole kernels.
         towers = (
@@ -100,54 +107,37 @@ def to_huggingface(source: str | Path, out: str | Path) -> None:
             ("decoder", export.write_decoder, loaded.decoder_tokenizer),
         )
         for name, write, tokenizer in towers:
-            (made / name).mkdir()
-            write(made / name, getattr(loaded.model, name), tokenizer)
+            (folder / name).mkdir()
+            write(folder / name, getattr(loaded.model, name), tokenizer)
 
 
 @contextlib.contextmanager
-def _made(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` when all is in it, and is gone otherwise."""
+def _new_folder(out: Path) -> Iterator[Path]:
+    """Yield a folder beside `out` that becomes `out` when all is in it, and is gone otherwise."""
     if out.exists():
         raise FileExistsError(f"{out} is there already; name another folder, or move it away")
     out.parent.mkdir(parents=True, exist_ok=True)
     # In the same parent, since a rename is atomic only within one file system.
-    made = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
-        made.chmod(0o755)
-        yield made
-        os.rename(made, out)
+        folder.chmod(0o755)
+        yield folder
+        os.rename(folder, out)
     except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
 class _Watched:
-    """A `key_table.Source` that shows on a bar how much of another one has been read."""
+    """A `key_table.Source` with a bar of how much of it has been read."""
 
-    def __init__(self, source: Source, shown: bool):
-        self.path, self._source, self._seen = source.path, source, set()
-        self._bar = Progress(
-            TextColumn("tensors"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            console=Console(stderr=True),
-            disable=not shown,
-        )
-        self._task = self._bar.add_task("read", total=len(source.shapes()))
-
-    def __enter__(self) -> "_Watched":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._bar.stop()
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self._source.shapes()
+    def __init__(self, source: Source, bar: Progress):
+        self.path, self.shapes, self._source, self._bar = source.path, source.shapes, source, bar
+        self._task, self._read = bar.add_task("read", total=len(source.shapes())), set()
 
     def read(self, name: str) -> np.ndarray:
-        self._seen.add(name)
-        self._bar.update(self._task, completed=len(self._seen))
+        self._read.add(name)
+        self._bar.update(self._task, completed=len(self._read))
         return self._source.read(name)
 
 
@@ -167,7 +157,7 @@ def _check_vocabularies(config: configs.Config, tokenizers: list[Tokenizer]) -> 
 
 
 def _check_head(source: Source, filled: model.Larimar) -> None:
-    """A GPT-2 here has no head but its embeddings; another one would be lost without a word."""
+    """Check that a GPT-2's head is its embeddings: it has no other head here, which would be lost."""
     if hasattr(filled.decoder, "head") or ibm.HEAD not in source.shapes():
         return
     head = source.read(ibm.HEAD)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# What each process runs: `larimar train` in all but argv, with a death in the middle where told.
+# What each process runs: `larimar train` in all but argv, with a death in the middle where one is due.
 _SCRIPT = """
 import json, os, signal, sys
 values, run, place, death, dying = map(json.loads, sys.argv[1:])
 from larimar_jax import config
-from larimar_jax.train import distributed, loop, step
+from larimar_jax.train import distributed, loop, step, train_commands
 place = distributed.Place(*place) if place else None
 distributed.LEAVE = 4
 distributed.initialise(place, heartbeat=10 if dying else 100, start=200)
@@ -39,47 +39,45 @@ sys.exit(train_commands.exit_code(lambda: loop.train(config.parse(values), run, 
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a port that nobody listens on."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         return listening.getsockname()[1]
 
 
 def start(values, run, *, count=1, devices=8, deaths=None):
-    """Starts `count` processes with `devices` in all; `deaths` is {index: {step, signal}}.
+    """Start `count` processes with `devices` in all; `deaths` is {index: {step, signal}}.
 
     For a signal, "fail" raises.
     """
     coordinator = f"127.0.0.1:{free_port()}"
+    # The last of two settings counts.
+    flag = f" --xla_force_host_platform_device_count={devices // count}"
     environment = os.environ | {
-        # The last of two settings counts.
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
-        + f" --xla_force_host_platform_device_count={devices // count}",
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + flag,
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
     }
     started = []
     for index in range(count):
         place = [coordinator, count, index] if count > 1 else None
-        death = (deaths or {}).get(index)
-        said = [json.dumps(x) for x in (values, str(run), place, death, bool(deaths))]
-        line = [sys.executable, "-c", _SCRIPT, *said]
-        started.append(
-            subprocess.Popen(
-                line, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
-            )
-        )
+        settings = (values, str(run), place, (deaths or {}).get(index), bool(deaths))
+        line = [sys.executable, "-c", _SCRIPT, *map(json.dumps, settings)]
+        pipes = dict(stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        started.append(subprocess.Popen(line, cwd=ROOT, env=environment, **pipes))
     return started
 
 
 def finish(started, seconds=240):
-    """[(exit code, stderr)] of all; those that do not end are killed, and have None for a code."""
-    found = []
+    """Return [(exit code, stderr)] of all; those that do not end are killed, and have the code None."""
+    ends = []
     for process in started:
+        code = None
         try:
-            _, said = process.communicate(timeout=seconds)
-            found.append((process.returncode, said.decode(errors="replace")))
+            _, stderr = process.communicate(timeout=seconds)
+            code = process.returncode
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
-            found.append((None, process.communicate()[1].decode(errors="replace")))
-    return found
+            _, stderr = process.communicate()
+        ends.append((code, stderr.decode(errors="replace")))
+    return ends

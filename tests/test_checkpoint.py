@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from larimar_jax import model
 from larimar_jax.config import StartConfig
-from larimar_jax.train import checkpoint, sharding
+from larimar_jax.train import checkpoint, loop, sharding
 from larimar_jax.train.checkpoint import CheckpointError, Checkpoints
 from larimar_jax.train.step import TrainState, TrainStep
 
@@ -273,7 +273,7 @@ def test_what_the_check_raises_is_no_damage(copy):
 
 def test_parts_of_a_checkpoint_start_another_run_where_its_own_parameters_were(copy):
     own = _state(50, (1, 8, 1)).params
-    started = checkpoint.start_from(own, StartConfig(str(copy), ("^memory/", "up/kernel")))
+    started, _ = loop.start_from(own, StartConfig(str(copy), ("^memory/", "up/kernel")))
     for name, array in PARAMS.items():
         if name == SCALE:
             assert started[name] is own[name]
@@ -282,7 +282,7 @@ def test_parts_of_a_checkpoint_start_another_run_where_its_own_parameters_were(c
             assert started[name].sharding.is_equivalent_to(own[name].sharding, array.ndim)
     # The optimiser is not even looked at, and one checkpoint may be named.
     shutil.rmtree(copy / "3" / "optimizer")
-    started = checkpoint.start_from(own, StartConfig(str(copy / "3"), ("up/kernel",)))
+    started, _ = loop.start_from(own, StartConfig(str(copy / "3"), ("up/kernel",)))
     np.testing.assert_array_equal(started[KERNEL], PARAMS[KERNEL] + np.float32(3))
 
 
@@ -290,8 +290,8 @@ def test_parts_that_do_not_fit_are_one_error_that_names_all(copy, tmp_path):
     own = {**_state(50, (1, 8, 1)).params, PRIOR: jnp.zeros((5, 6))}
     del own[SCALE]
     start = StartConfig(str(copy), ("^decoder/", "^memory/", "^encoder/", "^heads/"))
-    with pytest.raises(checkpoint.StartError) as error:
-        checkpoint.start_from(own, start)
+    with pytest.raises(loop.StartError) as error:
+        loop.start_from(own, start)
     for offence in (
         "'^encoder/' matches no parameter",
         "'^heads/' matches no parameter",
@@ -300,9 +300,9 @@ def test_parts_that_do_not_fit_are_one_error_that_names_all(copy, tmp_path):
     ):
         assert offence in str(error.value)
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        checkpoint.start_from(own, StartConfig(str(tmp_path / "absent"), ("^memory/",)))
+        loop.start_from(own, StartConfig(str(tmp_path / "absent"), ("^memory/",)))
     for step, part in (("4", "d/*"), ("3", "_METADATA")):
         for file in (copy / step / "params").glob(part):
             file.write_bytes(file.read_bytes()[:-9])
         with pytest.raises(CheckpointError, match="may be damaged"):
-            checkpoint.start_from(own, StartConfig(str(copy / step), ("up/kernel",)))
+            loop.start_from(own, StartConfig(str(copy / step), ("up/kernel",)))

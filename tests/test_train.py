@@ -17,7 +17,7 @@ import world
 
 from larimar_jax import config as configs
 from larimar_jax.config import StartConfig
-from larimar_jax.train import checkpoint, logging, loop, optimizer, sharding
+from larimar_jax.train import logging, loop, optimizer, sharding
 from larimar_jax.train.step import TrainStep, initialise
 from larimar_jax.weights import model_file
 
@@ -192,7 +192,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_cause(tiny, tmp_p
 def test_parameters_come_from_another_run(tiny, whole, place):
     _, parameters = initialise(tiny, sharding.make_mesh((1, 4, 2)))
     start = StartConfig(str(whole[0] / place), ("^memory/", "up/kernel$"))
-    started = checkpoint.start_from(parameters, start)
+    started, _ = loop.start_from(parameters, start)
     arrays = _exported(whole[0])
     taken = {"memory/prior_memory", "memory/log_variance"}
     taken |= {f"{tower}/layers/up/kernel" for tower in ("encoder", "decoder")}
@@ -203,8 +203,8 @@ def test_parameters_come_from_another_run(tiny, whole, place):
     smaller = {**parameters, "memory/prior_memory": parameters["memory/prior_memory"][..., :1]}
     del smaller["decoder/layers/up/kernel"]
     start = dataclasses.replace(start, parameters=(*start.parameters, "nowhere"))
-    with pytest.raises(checkpoint.StartError) as error:
-        checkpoint.start_from(smaller, start)
+    with pytest.raises(loop.StartError) as error:
+        loop.start_from(smaller, start)
     assert "memory/prior_memory: (8, 16) there, (8, 1) in this model" in str(error.value)
     assert "decoder/layers/up/kernel: this model has no such parameter" in str(error.value)
     assert "'nowhere' matches no parameter there" in str(error.value)

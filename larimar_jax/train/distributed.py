@@ -1,14 +1,17 @@
 """Several processes as one run: which one this is, and how they end when one of them is lost."""
 
+import contextlib
 import faulthandler
 import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
+from jax.experimental import multihost_utils
 
 # Exit code of a process that asks to be run again: EX_TEMPFAIL of sysexits.h. The scripts in launch/
 # look for it.
@@ -50,10 +53,10 @@ def place(
         PlaceError: only a part of the three is set, or they are no numbers that fit.
     """
     values, names = [coordinator, count, index], _OPTIONS
-    if all(value is None for value in values):
-        values, names = [environment.get(name) for name in _LARIMAR], _LARIMAR
-        if values[0] and values[1] is values[2] is None and "SLURM_PROCID" in environment:
-            values, names = [environment.get(name) for name in _SLURM], _SLURM
+    if values == [None] * 3:
+        by_slurm = "SLURM_PROCID" in environment and not environment.keys() & set(_LARIMAR[1:])
+        names = _SLURM if by_slurm and environment.get(_SLURM[0]) else _LARIMAR
+        values = [environment.get(name) for name in names]
     missing = [name for name, value in zip(names, values, strict=True) if value in (None, "")]
     if len(missing) == len(names):
         tasks = environment.get("SLURM_NTASKS", "1")
@@ -135,6 +138,25 @@ def end(code: int) -> None:
     """
     jax.distributed.shutdown()
     leave(code)
+
+
+@contextlib.contextmanager
+def preemption() -> Iterator[Callable[[int], bool]]:
+    """Yield `stopping(step)`: whether SIGTERM has come; never, outside the main thread."""
+    if jax.process_count() > 1:
+        # One process may receive it before the others, and all must stop after the same step: JAX's
+        # coordination service catches the signal itself and agrees on a step.
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda step: False
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield lambda step: stop.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Watchdog:

@@ -39,7 +39,10 @@ class Evaluator:
     """
 
     def __init__(
-        self, train_step: TrainStep, pieces: TokenizedPieces, tokenizers: tuple[Tokenizer, Tokenizer]
+        self,
+        train_step: TrainStep,
+        pieces: TokenizedPieces,
+        tokenizers: tuple[Tokenizer, Tokenizer],
     ):
         self._step, self._config, mesh = train_step, train_step.config, train_step.mesh
         data, edits = self._config.data, self._config.train.edits

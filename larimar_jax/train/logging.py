@@ -1,5 +1,7 @@
 """What a run records and shows: metrics.jsonl, TensorBoard, a bar for people, its environment."""
 
+import collections
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -7,8 +9,8 @@ import math
 import os
 import platform
 import subprocess
-import sys
 import time
+import timeit
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,7 +70,6 @@ class Logger:
             )
 
     def __enter__(self) -> "Logger":
-        self._bar.start()
         return self
 
     def __exit__(self, *_) -> None:
@@ -106,11 +107,9 @@ class Logger:
         seconds, self._read_at = now - max(began, self._read_at), now
         # A bad step left the state as it was, so these are the parameters that it began with.
         problem = self._bad_steps.check(step, metrics, state.params)
-        squares: dict[str, float] = {}
-        names = self._train_step.trained
-        for name, square in zip(names, metrics["gradient_squares"], strict=True):
-            part = f"gradient_norm_{name.split('/')[0]}"
-            squares[part] = squares.get(part, 0.0) + float(square)
+        squares = collections.Counter()
+        for name, square in zip(self._train_step.trained, metrics["gradient_squares"], strict=True):
+            squares[f"gradient_norm_{name.split('/')[0]}"] += float(square)
         flops = self._train_step.flops(batch["encoder_tokens"].shape[1])
         values = {
             "loss": float(metrics["loss"]),
@@ -173,20 +172,12 @@ class Bar:
 
     def __init__(self, total: int, done: int, *, shown: bool):
         self._shown, self._console = shown, Console(stderr=True, highlight=False)
-        self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=None),
-            TimeRemainingColumn(),
-            console=self._console,
-            expand=True,
-        )
+        columns = TextColumn("step"), MofNCompleteColumn(), BarColumn(None), TimeRemainingColumn()
+        self._progress = Progress(*columns, console=self._console, expand=True)
         self._task = self._progress.add_task("train", total=total, completed=done)
         self._losses = Text("compiling the step", no_wrap=True, overflow="ellipsis")
         self._live = Live(Group(self._progress, self._losses), console=self._console)
-
-    def start(self) -> None:
-        if self._shown:
+        if shown:
             self._live.start()
 
     def stop(self) -> None:
@@ -270,49 +261,35 @@ def matmul_rate(dtype: str) -> float:
     x = jax.device_put(jnp.ones((rows, rows), dtype), jax.local_devices()[0])
     product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
     product(x, x).block_until_ready()
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        product(x, x).block_until_ready()
-        seconds.append(time.perf_counter() - began)
-    return 2.0 * rows**3 / min(seconds)
+    seconds = min(timeit.repeat(lambda: product(x, x).block_until_ready(), number=1))
+    return 2.0 * rows**3 / seconds
 
 
 @functools.cache
 def environment() -> dict[str, Any]:
-    """Return what a run runs with: revision of the source (None outside a clone), versions (None of
-    what is not installed), devices and XLA's flags."""
-    device = jax.devices()[0]
+    """Return what a run runs with: the source's revision, versions, devices and XLA's flags.
+
+    The revision ends in "+changes" where files differ from it. It is None outside a clone, and so is
+    the version of what is not installed.
+    """
+    root, revision = Path(__file__).resolve().parents[2], None
+    if (root / ".git").exists():
+        line = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*"]
+        with contextlib.suppress(
+            OSError, subprocess.CalledProcessError
+        ):  # No git, or another's clone.
+            done = subprocess.run([*line, "--dirty=+changes"], capture_output=True, check=True)
+            revision = done.stdout.decode().strip()
+    versions: dict[str, str | None] = dict.fromkeys(_PACKAGES)
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     return {
-        "revision": _revision(),
-        "python": sys.version.split()[0],
+        "revision": revision,
+        "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in _PACKAGES},
-        "devices": {"kind": device.device_kind, "count": jax.device_count()},
+        "packages": versions,
+        "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
         "processes": jax.process_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None  # On the path without having been installed.
-
-
-def _revision() -> str | None:
-    """Return the commit of the source, with "+changes" where files differ from it."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        commit, changed = (
-            subprocess.run(
-                ["git", "-C", str(root), *line.split()], capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for line in ("rev-parse HEAD", "status --porcelain --untracked-files=no")
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None  # Without git, or in a clone of another user, there is no revision to name.
-    return commit + ("+changes" if changed else "")

@@ -6,10 +6,8 @@ import json
 import math
 import os
 import re
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from larimar_jax import config as configs
-from larimar_jax import model
+from larimar_jax import model, scope
 from larimar_jax.config import Config, StartConfig
 from larimar_jax.data import corpus, episodes, pieces, vocabulary
 from larimar_jax.train import checkpoint, distributed, sharding
@@ -39,6 +37,10 @@ _FREE = re.compile(
 # What an export holds in bfloat16: half the size for the largest map, whose products are summed over
 # hundreds of terms.
 _HALVED = {"^to_slots/kernel$": "bfloat16"}
+
+
+class StartError(ValueError):
+    """A `train.start_from` that does not fit the model."""
 
 
 class OtherRun(ValueError):
@@ -80,7 +82,7 @@ def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> Outc
 
         # 2. Mesh, rules and sizes are checked before any text is tokenised; then tokenizers and text.
         mesh = sharding.make_mesh(settings.mesh)
-        TrainStep(config, model.AbstractModel(model.abstract(config)), mesh)
+        train_step = TrainStep(config, model.AbstractModel(model.abstract(config)), mesh)
         # A corpus takes its time, and processes that wait for its pieces give up by themselves.
         watchdog.ping(math.inf)
         documents = corpus.open_corpus(data.corpus)
@@ -101,10 +103,8 @@ def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> Outc
 
         # 3. Parameters, created or loaded where their sharding rule puts them. What a checkpoint does
         # not hold, the frozen ones of `start_from`, has to be what it was when the run is resumed.
-        abstract, parameters = initialise(config, mesh)
-        train_step = TrainStep(config, abstract, mesh)
-        parameters = checkpoint.start_from(parameters, settings.start_from)
-        started = _matching(abstract.parameters, settings.start_from)
+        _, parameters = initialise(config, mesh)
+        parameters, started = start_from(parameters, settings.start_from)
         frozen = train_step.freeze(parameters)
         state = train_step.init({name: parameters[name] for name in train_step.trained})
         del parameters
@@ -131,9 +131,8 @@ def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> Outc
         if progress and first:
             say(f"going on from the checkpoint of step {first:,}")
         log = stack.enter_context(Logger(run_dir, train_step, first, progress=progress))
-        stopping = stack.enter_context(_preemption())
-        evaluation, saved, compiled = {}, first, set()
-        step = first
+        stopping = stack.enter_context(distributed.preemption())
+        evaluation, step, saved, compiled = {}, first, first, set()
         watchdog.ping(_SLOW)
         if first in (0, total):
             evaluation = evaluator(state, frozen)
@@ -148,9 +147,8 @@ def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> Outc
             placed = sharding.place_batch(batch, mesh)
             began, step = time.perf_counter(), step + 1
             state, metrics = train_step.step(state, frozen, placed)
-            log.train(
-                step, state, metrics, batch, began
-            )  # Reads the step before, while this one runs.
+            # Reads the step before, while this one runs.
+            log.train(step, state, metrics, batch, began)
             evaluates = step == total or step % settings.evaluate_every == 0
             saves = step == total or step % settings.checkpoint_every == 0
             if evaluates or saves or step == first + 1:
@@ -175,13 +173,11 @@ def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> Outc
 
         # 6. Export what was trained.
         watchdog.ping(_SLOW)
-        parameters = {**frozen, **state.evaluated}
-        trained = {*train_step.trained, *started}
-        _export(
-            run_dir, config, parameters, trained, {**meta, "step": step, "evaluation": evaluation}
-        )
+        path, trained = run_dir / "model.safetensors", {*train_step.trained, *started}
+        meta |= {"step": step, "evaluation": evaluation}
+        _export(path, config, {**frozen, **state.evaluated}, trained, meta)
         if progress:
-            say(f"finished: {step:,} steps, the model is {run_dir / 'model.safetensors'}")
+            say(f"finished: {step:,} steps, the model is {path}")
         return Outcome(step, True, evaluation)
 
 
@@ -242,39 +238,81 @@ def _check_same_config(saved: Mapping[str, Any], values: Mapping[str, Any], wher
         )
 
 
-def _matching(parameters: Iterable[str], start: StartConfig | None) -> list[str]:
-    """Return the paths that `start_from` names: a tower's own source does not have them."""
-    regexes = () if start is None else start.parameters
-    return [name for name in parameters if any(re.search(regex, name) for regex in regexes)]
+def start_from(
+    parameters: Mapping[str, jax.Array], start: StartConfig | None
+) -> tuple[dict[str, jax.Array], list[str]]:
+    """Return the parameters with those of `start` read from its path, each where it was; their names.
 
-
-@contextlib.contextmanager
-def _preemption() -> Iterator[Callable[[int], bool]]:
-    """Yield `stopping(step)`: whether SIGTERM has come; never, outside the main thread."""
-    if jax.process_count() > 1:
-        # One process may receive it before the others, and all must stop after the same step: JAX's
-        # coordination service catches the signal itself and agrees on a step.
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    Args:
+        start: path of an exported file, of a finished run's folder, or of a folder with checkpoints
+            or one of these; regexes on parameter paths. Of no other parameter is anything read.
+    Raises:
+        FileNotFoundError: nothing of these is there.
+        StartError: a regex that matches nothing there, or arrays of other shapes; names all.
+        CheckpointError: the checkpoint is damaged.
+    """
+    if start is None:
+        return dict(parameters), []
+    path = Path(start.path).absolute()
+    exported = path / "model.safetensors" if path.is_dir() else path
+    if exported.is_file():
+        arrays, _ = model_file.load_exported(exported)
+        arrays.pop(scope.PROJECTION, None)  # Fitted to the encodings of the model that it is in.
+        names = _chosen({name: array.shape for name, array in arrays.items()}, parameters, start)
+        read = {name: jax.device_put(arrays[name], parameters[name].sharding) for name in names}
+        return {**parameters, **read}, names
+    path, read = checkpoint.newest(path), {}
     try:
-        yield lambda step: stop.is_set()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        meta = checkpoint.read_meta(path)
+        shapes = {item: meta["shapes"][item] for item in ("params", "memory")}
+        names = _chosen({**shapes["params"], **shapes["memory"]}, parameters, start)
+        for item in shapes:
+            like = {name: parameters[name] for name in names if name in shapes[item]}
+            read |= checkpoint.read_item(path, item, like, meta)
+    except StartError:
+        raise
+    except Exception as error:  # Damage shows as nearly any type.
+        raise checkpoint.CheckpointError(
+            f"{path} cannot be read: {checkpoint.brief(error)}\nIt may be damaged; name the folder of "
+            "another checkpoint."
+        ) from error
+    return {**parameters, **read}, names
+
+
+def _chosen(
+    shapes: Mapping[str, Sequence[int]], parameters: Mapping[str, jax.Array], start: StartConfig
+) -> list[str]:
+    """Return the names in `shapes` that `start` matches; StartError where they do not fit."""
+    names = [n for n in shapes if any(re.search(regex, n) for regex in start.parameters)]
+    problems = [
+        f"{regex!r} matches no parameter there"
+        for regex in start.parameters
+        if not any(re.search(regex, name) for name in shapes)
+    ]
+    for name in names:
+        there = tuple(shapes[name])
+        if name not in parameters:
+            problems.append(f"{name}: this model has no such parameter")
+        elif there != parameters[name].shape:
+            problems.append(f"{name}: {there} there, {parameters[name].shape} in this model")
+    if problems:
+        raise StartError(
+            f"train.start_from {start.path} does not fit:\n  "
+            + "\n  ".join(sorted(problems))
+            + "\nThere are:\n  "
+            + "\n  ".join(sorted(shapes))
+        )
+    return names
 
 
 def _export(
-    run_dir: Path,
+    path: Path,
     config: Config,
     parameters: Mapping[str, jax.Array],
     trained: set[str],
     meta: Mapping[str, Any],
 ) -> None:
-    """Write model.safetensors; every process calls this, and the first one writes.
+    """Write the model file; every process calls this, and the first one writes.
 
     What a tower's source has as well is left out: frozen parameters of towers that are loaded.
     """
@@ -288,6 +326,6 @@ def _export(
             whole = leaf if alone else multihost_utils.process_allgather(leaf, tiled=True)
             arrays[name] = np.asarray(whole) if first else None
     if first:
-        model_file.save_exported(run_dir / "model.safetensors", arrays, meta, _HALVED)
+        model_file.save_exported(path, arrays, meta, _HALVED)
     if not alone:
         multihost_utils.sync_global_devices("a trained model is written")

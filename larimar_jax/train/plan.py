@@ -108,7 +108,7 @@ def plan(config: Config) -> Plan:
         sizes,
         {kind: (counts[kind], moved[kind]) for kind in KINDS if kind in counts},
         [c.name for c in sent if c.kind != "all-reduce" and c.within("memory")],
-        count_flops(train_step.traced, *arguments),
+        count_flops(train_step.step, *arguments),
         train_step.flops(episode),
     )
 
@@ -191,33 +191,33 @@ def parse(text: str) -> float:
 
 def show(plan: Plan, memory: float, rate: float, link: float) -> str:
     """Return the plan as text for a person."""
-    gb, config = 1e9, plan.config
-    computing, sending = plan.seconds(rate, link)
-    hours = config.train.steps * (computing + sending) / 3600
+    config, (computing, sending) = plan.config, plan.seconds(rate, link)
+
+    def table(sizes: dict[str, float], unit: str = "") -> list[str]:
+        rows = {**sizes, "together": sum(sizes.values())}.items()
+        form = ",.2f" if unit else ",d"
+        return [f"  {name:<20} {size:>16{form}}{unit}" for name, size in rows]
+
+    def gb(sizes: dict[str, float]) -> dict[str, float]:
+        return {name: size / 1e9 for name, size in sizes.items()}
+
+    fits = "fits" if plan.fits(memory) else f"does NOT fit {USABLE:.0%} of it"
+    sent = {f"{kind} x {times}": moved for kind, (times, moved) in plan.collectives.items()}
     lines = [
         f"{config.name}: one step on {plan.devices} devices (data, fsdp, tensor) = "
         f"{config.train.mesh}, {config.train.layout}, {config.model.dtype}, remat "
         f"{config.model.remat}, accumulate {config.train.accumulate}",
-        "",
-        "parameters",
-        *(f"  {name:<12} {number:>16,}" for name, number in plan.parameters.items()),
-        f"  {'together':<12} {sum(plan.parameters.values()):>16,}",
-        "",
-        f"memory per device, of {memory / gb:.1f} GB",
-        *(f"  {name:<12} {size / gb:>10.2f} GB" for name, size in plan.bytes.items()),
-        f"  {'together':<12} {plan.total / gb:>10.2f} GB   "
-        + ("fits" if plan.fits(memory) else f"does NOT fit {USABLE:.0%} of it"),
-        "",
-        "sent per device and step",
-        *(
-            f"  {kind:<18} {times:>6} x {moved / gb:>10.2f} GB"
-            for kind, (times, moved) in plan.collectives.items()
-        ),
-        "",
-        f"FLOPs per step      {plan.flops:.3e} ({plan.model_flops:.3e} without remat)",
+        "\nparameters",
+        *table(plan.parameters),
+        f"\nmemory per device, of {memory / 1e9:.1f} GB: {fits}",
+        *table(gb(plan.bytes), " GB"),
+        "\nsent per device and step",
+        *table(gb(sent), " GB"),
+        f"\nFLOPs per step      {plan.flops:.3e} ({plan.model_flops:.3e} without remat)",
         f"expected per step   {max(computing, sending):.2f} to {computing + sending:.2f} s: computing "
         f"{computing:.2f} s at {rate:.3g} FLOP/s, sending {sending:.2f} s at {link:.3g} bytes/s",
-        f"expected for all     {hours:.1f} h at most, {config.train.steps:,} steps",
+        f"expected for all    {config.train.steps * (computing + sending) / 3600:.1f} h at most, "
+        f"{config.train.steps:,} steps",
     ]
     if config.model.dtype != "float32":
         lines.append(
@@ -228,17 +228,15 @@ def show(plan: Plan, memory: float, rate: float, link: float) -> str:
 
 def numbers(plan: Plan, memory: float, rate: float, link: float) -> dict[str, Any]:
     """Return the plan as a program reads it: bytes, FLOPs, seconds."""
+    values = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
+    sent = {kind: moved for kind, (_, moved) in values.pop("collectives").items()}
     computing, sending = plan.seconds(rate, link)
     return {
-        "name": plan.config.name,
-        "devices": plan.devices,
+        "name": values.pop("config").name,
         "fits": plan.fits(memory),
-        "parameters": plan.parameters,
-        "bytes_per_device": {**plan.bytes, "together": plan.total},
-        "bytes_sent_per_device": {kind: moved for kind, (_, moved) in plan.collectives.items()},
-        "memory_collectives": plan.memory_collectives,
-        "flops": plan.flops,
-        "model_flops": plan.model_flops,
+        "bytes_per_device": {**values.pop("bytes"), "together": plan.total},
+        "bytes_sent_per_device": sent,
+        **values,
         "seconds_computing": computing,
         "seconds_sending": sending,
     }

@@ -21,7 +21,8 @@ from larimar_jax.model import AbstractModel
 
 P = PartitionSpec
 AXES = ("data", "fsdp", "tensor")
-BATCH = P(ROW_AXES)
+# A batch [B, …] of episodes, and a batch in parts [parts, B / parts, …].
+BATCH, PARTS = P(ROW_AXES), P(None, ROW_AXES)
 
 # A regex on '/'-joined parameter paths, how the parameters that match are split, and whether a model
 # may lack them.
@@ -178,20 +179,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Return the sharding whose leading axis (episodes B) lies over data and fsdp."""
-    return NamedSharding(mesh, BATCH)
-
-
-def part_sharding(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of a batch in parts [parts, B / parts, …], each over data and fsdp."""
-    return NamedSharding(mesh, P(None, *BATCH))
-
-
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Return this process' episodes [B / processes, …] as its part of the global batch [B, …]."""
-    sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, local)
-        for name, local in batch.items()
-    }
+    where = NamedSharding(mesh, BATCH)
+    return {n: jax.make_array_from_process_local_data(where, local) for n, local in batch.items()}

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.extend import core
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from larimar_jax import model, objective
@@ -70,7 +70,6 @@ class TrainStep:
         state_shardings: a TrainState of NamedShardings.
         step: (state, frozen, batch) → (state, metrics), compiled; the state is donated.
         init: trained parameters → the state before the first step, compiled.
-        traced: the function that `step` compiles.
     Raises:
         ValueError: a part of the batch (train.accumulate) does not divide over the mesh.
     """
@@ -108,11 +107,10 @@ class TrainStep:
             loss=whole,
         )
         fields = ("encoder_tokens", "encoder_mask", "decoder_tokens", "decoder_mask")
-        self.batch_shardings = dict.fromkeys(fields, sharding.batch_sharding(mesh))
+        self.batch_shardings = dict.fromkeys(fields, NamedSharding(mesh, sharding.BATCH))
         self.init: Callable[[dict[str, Array]], TrainState] = jax.jit(
             self._init, in_shardings=(self._split,), out_shardings=self.state_shardings
         )
-        self.traced: Callable[..., tuple[TrainState, Metrics]] = self._step
         self.step: Callable[..., tuple[TrainState, Metrics]] = jax.jit(
             self._step,
             in_shardings=(self.state_shardings, self.frozen_shardings, self.batch_shardings),
@@ -148,7 +146,7 @@ class TrainStep:
                 plain = dataclasses.replace(self.config.model, remat="none")
                 config = dataclasses.replace(self.config, model=plain)
                 lean = TrainStep(config, AbstractModel(model.abstract(config)), self.mesh)
-            self._flops[episode] = count_flops(lean.traced, *lean.arguments(episode))
+            self._flops[episode] = count_flops(lean.step, *lean.arguments(episode))
         return self._flops[episode]
 
     def freeze(self, parameters: Mapping[str, Array]) -> dict[str, Array]:
@@ -229,10 +227,12 @@ class TrainStep:
         if parts == 1:
             return reduced(params, batch, keys)
 
+        parts_sharding = NamedSharding(self.mesh, sharding.PARTS)
+
         def part(array):
             # Every device's episodes are spread over all parts, so that no episode has to move.
             array = array.reshape(array.shape[0] // parts, parts, *array.shape[1:]).swapaxes(0, 1)
-            return jax.lax.with_sharding_constraint(array, sharding.part_sharding(self.mesh))
+            return jax.lax.with_sharding_constraint(array, parts_sharding)
 
         def add(total, episodes):
             return jax.tree.map(jnp.add, total, reduced(params, *episodes)), None
@@ -284,26 +284,27 @@ def count_flops(function: Callable, *arguments: Any) -> int:
         function: traceable.
         arguments: arrays or ShapeDtypeStructs.
     """
-    return _jaxpr_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return _flops(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def _jaxpr_flops(jaxpr: core.Jaxpr) -> int:
-    return sum(_equation_flops(e.primitive.name, e.params, e) for e in jaxpr.eqns)
+def _flops(jaxpr: core.Jaxpr) -> int:
+    return sum(map(_equation_flops, jaxpr.eqns))
 
 
-def _equation_flops(name: str, params: dict[str, Any], equation: core.JaxprEqn) -> int:
+def _equation_flops(equation: core.JaxprEqn) -> int:
+    name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
         return 2 * math.prod(equation.outvars[0].aval.shape) * depth
     if name == "cond":
-        return max(_jaxpr_flops(branch.jaxpr) for branch in params["branches"])
+        return max(_flops(branch.jaxpr) for branch in params["branches"])
     # Rules for derivatives and batching are other programs than the one that runs.
     rules = ("jvp_jaxpr_fun", "jvp_jaxpr_thunk", "fwd_jaxpr_thunk", "bwd", "rule")
     values = [value for key, value in params.items() if key not in rules]
     items = [x for v in values for x in (v if isinstance(v, (tuple, list)) else (v,))]
     bodies = [getattr(item, "jaxpr", item) for item in items]
-    inner = sum(_jaxpr_flops(body) for body in bodies if hasattr(body, "eqns"))
+    inner = sum(_flops(body) for body in bodies if hasattr(body, "eqns"))
     if name == "scan":
         return params["length"] * inner
     if name == "shard_map":
