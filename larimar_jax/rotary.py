@@ -75,17 +75,16 @@ def from_huggingface(config: Mapping[str, Any]) -> tuple[float, RopeScaling | No
             f"rope scaling {kind!r} is not computed here; default, linear, llama3 and yarn are"
         )
     try:
-        implied = {"original_max_position_embeddings": config["max_position_embeddings"]}
+        values = {"original_max_position_embeddings": config["max_position_embeddings"]}
+        values |= {key: value for key, value in parameters.items() if value is not None}
         if kind == "yarn":
-            magnitude = _yarn_magnitude(parameters)
-            implied |= {"beta_slow": 1, "beta_fast": 32, "attention_factor": magnitude}
+            values.setdefault("attention_factor", _yarn_magnitude(parameters))
+            for key, default in (("beta_slow", 1), ("beta_fast", 32)):
+                values[key] = values.get(key) or default
             if parameters.get("truncate", True) is False:
                 raise ValueError("yarn scaling with truncate=false is not computed here")
-        parameters = implied | {
-            key: value for key, value in parameters.items() if value is not None
-        }
         keys = _KEYS["linear"] | _KEYS[kind]
-        numbers = {field: float(parameters[key]) for field, key in keys.items()}
+        numbers = {field: float(values[key]) for field, key in keys.items()}
     except KeyError as error:
         raise ValueError(f"rope scaling {kind!r} lacks its {error}") from error
     length = int(numbers.pop("original_length"))

@@ -1,8 +1,9 @@
 """Where arrays live: a mesh, the table of rules for parameters, and the batch.
 
-Models never see any of this. Axes: `data` splits the batch, `fsdp` splits batch and parameters,
-`tensor` splits the matrices of attention and MLPs. Episodes are independent, so everything that the
-memory computes is mapped over them device by device, without a collective.
+Models know no mesh: they name the axes of a batch's rows (`layers.ROW_AXES`). Axes: `data` splits the
+batch, `fsdp` splits batch and parameters, `tensor` splits the matrices of attention and MLPs. Episodes
+are independent, so everything that the memory computes is mapped over them device by device, without
+a collective.
 """
 
 import logging
