@@ -31,26 +31,19 @@ def facts():
 
 
 def encoder():
-    """Encodings that say the wording loudest, then the subject, and the relation hardly at all."""
+    """Return encodings that state the wording loudest, then the subject, the relation hardly at all."""
     draw = np.random.default_rng(0)
     basis = np.linalg.qr(draw.standard_normal((WIDTH, WIDTH)))[0]
-    parts = {
-        "wording": draw.standard_normal((2, 4)) @ basis[:4],
-        "relation": draw.standard_normal((RELATIONS, 6)) @ basis[4:10],
-        "subject": draw.standard_normal((SUBJECTS, 14)) @ basis[10:],
-    }
+    wording = 3 * draw.standard_normal((2, 4)) @ basis[:4]
+    relation = 0.6 * draw.standard_normal((RELATIONS, 6)) @ basis[4:10]
+    subject = draw.standard_normal((SUBJECTS, 14)) @ basis[10:]
     calls = []
 
     def encode(texts):
         calls.append(texts)
         rows = [text.split() for text in texts]
         return np.stack(
-            [
-                3 * parts["wording"]["ab".index(w)]
-                + 0.6 * parts["relation"][int(r)]
-                + parts["subject"][int(s)]
-                for w, r, s in rows
-            ]
+            [wording["ab".index(w)] + relation[int(r)] + subject[int(s)] for w, r, s in rows]
         )
 
     return encode, calls
@@ -104,15 +97,11 @@ def test_a_fold_is_judged_by_a_detector_that_was_fitted_on_the_others():
     assert result.internal.others == pytest.approx(others, abs=0.1)
 
 
-def test_without_a_step_it_is_the_encoders_own_cosine():
+def test_degenerate_questions_leave_the_fit_finite_and_no_step_the_encoders_own_cosine():
     encode, _ = encoder()
     result = calibrate.calibrate(encode, facts(), dataclasses.replace(FEW, steps=0))
     np.testing.assert_array_equal(result.projection, np.eye(WIDTH))
     assert result.external == result.internal and result.share == 0
-
-
-def test_facts_that_nothing_else_is_asked_of_leave_the_fit_finite():
-    encode, _ = encoder()
     few = [dataclasses.replace(f, others=f.others[: n % 3]) for n, f in enumerate(facts())]
     none = [dataclasses.replace(fact, others=()) for fact in facts()]
     for variant in (few, none):
@@ -120,13 +109,10 @@ def test_facts_that_nothing_else_is_asked_of_leave_the_fit_finite():
         assert np.isfinite(result.projection).all() and result.share > 0
 
 
-def test_a_recipe_that_makes_no_sense_names_what_is_wrong():
+def test_a_recipe_or_facts_that_it_cannot_learn_from_are_refused():
+    encode, calls = encoder()
     with pytest.raises(ValueError, match="batch must be at least 1, folds must be at least 2"):
         calibrate.Recipe(folds=1, batch=0)
-
-
-def test_what_it_cannot_learn_from_is_refused():
-    encode, calls = encoder()
     with pytest.raises(ValueError, match="2 records of 2 relations do not make 3 folds"):
         calibrate.calibrate(encode, facts()[:2], FEW)
     broken = [dataclasses.replace(fact, neighbours=()) for fact in facts()]
@@ -135,73 +121,59 @@ def test_what_it_cannot_learn_from_is_refused():
     assert not calls
 
 
-def record(number, prompt, paraphrase, subject):
-    return EditRecord(number, prompt, subject, "new", "true", (paraphrase,), ("Who?",), ("me",))
-
-
 def test_what_else_is_asked_of_a_subject_is_of_other_relations():
+    rows = ("Ann speaks", "Ann, a native", "Ann"), ("Bob was born in", "Bob hails from", "Bob")
+    rows += ("Cy plays", "Cy on the", "Cy"), ("It speaks", "It sings", "Eve")
     records = [
-        record(0, "Ann speaks", "Ann, a native", "Ann"),
-        record(1, "Bob was born in", "Bob hails from", "Bob"),
-        record(2, "Cy plays", "Cy on the", "Cy"),
-        record(3, "It speaks", "It sings", "Eve"),
+        EditRecord(n, prompt, subject, "new", "true", (paraphrase,), ("Who?",), ("me",))
+        for n, (prompt, paraphrase, subject) in enumerate(rows)
     ]
-    result = scope_questions(records, Paraphrases(records), others=5, seed=0)
+
+    def questions(others):
+        return scope_questions(records, Paraphrases(records), others=others, seed=0)
+
+    result = questions(5)
     places = [("Ann was born in", "Ann hails from"), ("Ann plays", "Ann on the")]
     assert len(result[0].others) == 2
     assert all(len({*result[0].others} & {*pair}) == 1 for pair in places)
     assert result[3].others == () and result[0].paraphrases == ("Ann, a native",)
-    assert [one.relation for one in result] == [0, 1, 2, None]
-    assert [
-        len(one.others) for one in scope_questions(records, Paraphrases(records), others=1, seed=0)
-    ] == [1, 1, 1, 0]
-    again = scope_questions(records, Paraphrases(records), others=5, seed=0)
-    assert again == result
-
-
-def records():
-    """Return forty records in the flat schema."""
-    verbs = (("speaks", "is a native of"), ("was born in", "hails from"))
-    return [
-        dict(
-            case_id=n,
-            prompt=f"Person {n} {verbs[n % 2][0]}",
-            subject=f"Person {n}",
-            target_new="Rome",
-            ground_truth="Paris",
-            rephrase_prompt=f"Rain fell. Person {n} {verbs[n % 2][1]}",
-            locality_prompt=f"Somebody {n} {verbs[n % 2][0]}",
-            locality_ground_truth="Paris",
-        )
-        for n in range(40)
-    ]
+    assert [fact.relation for fact in result] == [0, 1, 2, None]
+    assert [len(fact.others) for fact in questions(1)] == [1, 1, 1, 0]
+    assert questions(5) == result
 
 
 def test_the_file_is_the_model_with_a_detector_in_it(tmp_path, capsys):
     data, out = tmp_path / "counterfact.json", tmp_path / "detector.safetensors"
-    data.write_text(json.dumps(records()))
+    verbs = (("speaks", "is a native of"), ("was born in", "hails from"))
+    record = dict(target_new="Rome", ground_truth="Paris", locality_ground_truth="Paris")
+    records = [
+        record
+        | dict(case_id=n, prompt=f"Person {n} {verb}", subject=f"Person {n}")
+        | dict(
+            rephrase_prompt=f"Rain fell. Person {n} {same}", locality_prompt=f"Somebody {n} {verb}"
+        )
+        for n in range(40)
+        for verb, same in [verbs[n % 2]]
+    ]
+    data.write_text(json.dumps(records))
     line = ["calibrate", "smol", "--data", str(data), "--out", str(out)]
-    assert (
-        vars(cli.parser().parse_args(line)).items()
-        >= dataclasses.asdict(calibrate.Recipe()).items()
-    )
+    recipe = dataclasses.asdict(calibrate.Recipe())
+    assert vars(cli.parser().parse_args(line)).items() >= recipe.items()
     assert cli.main([*line, "--steps", "20", "--folds", "2"]) == 0
-    shown = capsys.readouterr().out
     before, after = pipeline.load("smol"), pipeline.load(out)
-    assert f"threshold {after.scope_threshold:.3f}" in shown
+    assert f"threshold {after.scope_threshold:.3f}" in capsys.readouterr().out
     assert after.fingerprint != before.fingerprint
     texts = ["Person 3 speaks", "The capital of France is"]
     mine, theirs = after.encode(texts), before.encode(texts)
     np.testing.assert_array_equal(mine.latent, theirs.latent)
     np.testing.assert_array_equal(mine.pooled, theirs.pooled)
-    np.testing.assert_allclose(
-        mine.embedding, mine.pooled @ np.asarray(after.projection), atol=1e-5
-    )
-    old, _ = model_file.load_exported(model_file.locate("smol"))
-    new, meta = model_file.load_exported(out)
-    assert new.keys() == old.keys() | {scope.PROJECTION}
-    for name in old.keys() - {scope.PROJECTION}:
-        np.testing.assert_array_equal(new[name], old[name])
+    projected = mine.pooled @ np.asarray(after.projection)
+    np.testing.assert_allclose(mine.embedding, projected, atol=1e-5)
+    source, _ = model_file.load_exported(model_file.locate("smol"))
+    result, meta = model_file.load_exported(out)
+    assert result.keys() == source.keys() | {scope.PROJECTION}
+    for name in source.keys() - {scope.PROJECTION}:
+        np.testing.assert_array_equal(result[name], source[name])
     assert meta["scope"]["records"] == 40 and meta["scope"]["recipe"]["steps"] == 20
     assert meta["scope"]["data"]["name"] == "counterfact.json"
     assert set(meta["scope"]["unseen_relations"]) == {"external", "internal"}
@@ -219,7 +191,6 @@ def test_a_detector_of_another_width_is_refused(tmp_path):
     source = model_file.locate("smol")
     _, meta = model_file.load_exported(source)
     model_file.amend(source, path, {scope.PROJECTION: jnp.eye(3)}, meta)
-    with pytest.raises(
-        model_file.ExportError, match=r"scope/projection: \(3, 3\) in the file, \(384, 38"
-    ):
+    message = r"scope/projection: \(3, 3\) in the file, \(384, 38"
+    with pytest.raises(model_file.ExportError, match=message):
         pipeline.load(path)
