@@ -302,10 +302,8 @@ _PIVOT = 1e-7
 def factor_update(
     factor: Float[Array, "K K"], row: Float[Array, "K"], sign: Float[Array, ""]
 ) -> tuple[Float[Array, "K K"], Bool[Array, ""]]:
-    """Return the factor of L Lᵀ + sign · wᵀw, and whether it exists; the same factor where it does not.
-
-    A Givens rotation (sign 1) or a hyperbolic one (−1) of w with each column in turn, O(K²).
-    """
+    """Return the factor of L Lᵀ + sign · wᵀw, and whether it exists; the same factor where it does not:
+    a Givens rotation (sign 1) or a hyperbolic one (−1) of w with each column in turn, O(K²)."""
 
     def rotate(carry, columns):
         w, is_sound = carry
@@ -334,11 +332,8 @@ def is_positive_definite(factor: Float[Array, "K K"]) -> Bool[Array, ""]:
 
 
 def condition(factor: Float[Array, "K K"], steps: int = 12) -> Float[Array, ""]:
-    """Estimate (from below) the 2-norm condition number of A = L Lᵀ from its factor L.
-
-    `steps` of power iteration on A and on A⁻¹, O(K²) each: usually within a factor of two, which is
-    what a warning needs.
-    """
+    """Estimate (from below) the 2-norm condition number of A = L Lᵀ from its factor L: `steps` of power
+    iteration on A and A⁻¹, O(K²) each, usually within a factor of two, as a warning needs."""
     start = jnp.cos(jnp.arange(factor.shape[0], dtype=jnp.float32) + 1.0)
 
     def largest(apply):
