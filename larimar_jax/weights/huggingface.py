@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 from larimar_jax.weights.key_table import Source, WeightsError
@@ -57,12 +58,9 @@ class Folder:
                 raise WeightsError(
                     f"{self.path / 'config.json'}: {name} is {values[name]}; damaged"
                 )
-        from transformers import AutoConfig
-
+        auto = _transformers().AutoConfig
         with _transformers_errors(f"{self.path / 'config.json'} describes no model"):
-            return AutoConfig.from_pretrained(
-                self.path, local_files_only=True, trust_remote_code=False
-            )
+            return auto.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
 
     def tensors(self) -> Source:
         """Return the folder's weights: safetensors or torch's, in one file or in shards.
@@ -88,12 +86,11 @@ class Folder:
                 f"there is no tokenizer in {self.path}: no {', no '.join(_TOKENIZERS)}"
             )
         self.json("tokenizer_config.json")
-        from transformers import AutoTokenizer, PreTrainedConfig
-
+        auto = _transformers().AutoTokenizer
         # A folder that holds a tokenizer alone has no config.json.
-        config = self._transformers_config or PreTrainedConfig()
+        config = self._transformers_config or _transformers().PreTrainedConfig()
         with library_errors(self.path), _transformers_errors(f"the tokenizer of {self.path}"):
-            tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer = auto.from_pretrained(
                 self.path, config=config, local_files_only=True, trust_remote_code=False
             )
             backend = tokenizer.backend_tokenizer
@@ -157,11 +154,17 @@ _WEIGHTS: Mapping[str, Callable[[pathlib.Path], Source]] = {
 }
 
 
+def _transformers() -> ModuleType:
+    # It would report that there is no torch, which nothing here uses.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
+
+    return transformers
+
+
 @contextlib.contextmanager
 def _transformers_errors(what: str) -> Iterator[None]:
     """Turn what transformers raises for a bad file into a WeightsError that begins with `what`."""
-    # It would say that there is no torch, which nothing here uses.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         yield
     except Exception as error:  # Of a dozen types, from as many files of its.
