@@ -132,7 +132,7 @@ def test_generation_decodes_the_same_tokens(tiny, monkeypatch):
     monkeypatch.setattr(weights, "load_decoder", lambda source: decoder)
     (ratio,) = generation.compare("tiny", 1, batches=[3], prompt=4, tokens=6)
     assert "100.0% of tokens" in ratio.agreement and ratio.wanted is None
-    monkeypatch.setattr(generation.HuggingFace, "decode", lambda *_: np.zeros((3, 6)))
+    monkeypatch.setattr(generation, "huggingface", lambda *_: np.zeros((3, 6)))
     with pytest.raises(Disagreement, match=r"of 3 rows are those of Hugging Face"):
         generation.compare("tiny", 1, batches=[3], prompt=4, tokens=6)
 

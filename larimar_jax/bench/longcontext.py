@@ -24,7 +24,7 @@ from larimar_jax.data import atlas
 from larimar_jax.data.edit_records import EditRecord
 from larimar_jax.data.segments import sentences
 
-# Systems that are asked in other words too.
+# Systems that answer questions in other words too.
 IN_OTHER_WORDS = ("lookup", "verbatim", "larimar")
 
 
@@ -85,15 +85,19 @@ class LongContext(EditTask):
     chunk: int = option("cases computed together", default=32)
 
     def read(self, limit: int | None, skipped: list[str] | None) -> list[EditRecord]:
+        """Return facts of cities where no file is named."""
         return atlas.load(limit) if self.data is None else super().read(limit, skipped)
 
     def records_needed(self) -> int:
+        """Return the facts of the longest text."""
         return max(self.facts)
 
     def data_settings(self) -> dict[str, Any]:
+        """Return what identifies the facts."""
         return atlas.provenance() if self.data is None else super().data_settings()
 
     def cases(self, systems) -> Sequence[Question]:
+        """Return the questions, spread over each text from its beginning to its end."""
         if len(self.records) < max(self.facts) or self.queries > min(self.facts):
             name = self.data or atlas.provenance()["name"]
             raise ValueError(
@@ -104,7 +108,6 @@ class LongContext(EditTask):
         return [
             Question(f"{size}/{index}", size, int(index))
             for size in self.facts
-            # Spread over the text, from its beginning to its end.
             for index in np.linspace(0, size - 1, self.queries).round().astype(int)
         ]
 

@@ -90,9 +90,11 @@ class MemorySpeed(Task):
     chunk: int = option("timings computed together", default=1)
 
     def cases(self, systems) -> Sequence[Turn]:
+        """Return the turns."""
         return [Turn(number) for number in range(self.repeats)]
 
     def evaluate(self, systems, cases: Sequence[Turn]) -> Iterator[dict[str, Any]]:
+        """Yield each ratio of two sides of one turn."""
         for case in cases:
             seconds = {name: _seconds(side) for name, side in self._compiled.items()}
             seconds["stream"] /= rls.MAX_PENDING

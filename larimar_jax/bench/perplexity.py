@@ -74,6 +74,7 @@ class Perplexity(EditTask):
             )
 
     def records_needed(self) -> int:
+        """Return the number of facts."""
         return self.facts
 
     @functools.cached_property
@@ -96,13 +97,16 @@ class Perplexity(EditTask):
         return texts
 
     def data_settings(self) -> dict[str, Any]:
+        """Return what identifies the facts and the texts."""
         return super().data_settings() | {"corpus_identity": self._corpus.identity}
 
     def cases(self, systems) -> Sequence[HeldOutText]:
+        """Return the texts."""
         self.require(self.facts, "are to be in the memory", "--facts")
         return self._texts
 
     def evaluate(self, systems, cases: Sequence[HeldOutText]) -> Iterator[dict[str, Any]]:
+        """Yield ℓ of the rest of each text, and how what is decoded in its place reads."""
         store = systems.cached("store", self.facts, lambda: self._store(systems))
         tfidf = systems.cached("tfidf", self.texts, lambda: self._tfidf())
         prompts = [text.prompt for text in cases]

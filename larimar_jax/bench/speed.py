@@ -69,13 +69,16 @@ class Speed(EditTask):
     chunk: int = option("timings computed together", default=1)
 
     def records_needed(self) -> int:
+        """Return the facts that are timed or scored."""
         return max(self.scored, BESIDE + 1)
 
     def cases(self, systems) -> Sequence[Repeat]:
+        """Return the turns."""
         self.require(self.records_needed(), "are needed", "--scored")
         return [Repeat(number) for number in range(self.repeats)]
 
     def evaluate(self, systems, cases: Sequence[Repeat]) -> Iterator[dict]:
+        """Yield the seconds of each side."""
         sides = systems.cached("sides", self, lambda: self._compile(systems))
         for case in cases:
             for name, side in sides.items():

@@ -76,14 +76,12 @@ def _check_variants(variants: Mapping[str, Any]) -> str:
 
 def choices(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return every combination of settings that are lists, those of sections within included."""
-    listed = [
-        choices(value)
-        if isinstance(value, Mapping)
-        else value
-        if isinstance(value, (list, tuple))
-        else [value]
-        for value in settings.values()
-    ]
+    listed = []
+    for value in settings.values():
+        if isinstance(value, Mapping):
+            listed.append(choices(value))
+        else:
+            listed.append(value if isinstance(value, list | tuple) else [value])
     return [
         dict(zip(settings, combination, strict=True)) for combination in itertools.product(*listed)
     ]
@@ -139,6 +137,7 @@ class Sweep(Task):
             )
 
     def options(self) -> dict[str, Any]:
+        """Return all fields: a sweep is its config."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @functools.cached_property
@@ -177,6 +176,7 @@ class Sweep(Task):
         return {}
 
     def evaluate(self, systems, cases: Sequence[Cell]) -> Iterator[dict[str, Any]]:
+        """Yield the measures of each cell; those of one shape are computed together."""
         for _, group in itertools.groupby(cases, key=lambda cell: cell.shape):
             yield from self._rows(list(group))
 

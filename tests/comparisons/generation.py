@@ -30,7 +30,8 @@ def compare(
         Disagreement: less than `SAME` of the tokens are equal.
     """
     model, _ = weights.load_decoder(decoder)
-    theirs = HuggingFace(model)
+    theirs = towers.from_ours(model.decoder).eval()
+    theirs.generation_config.eos_token_id = None  # both sides go on to the last token
     return [_ratio(model, theirs, rows, prompt, tokens, repeats) for rows in batches]
 
 
@@ -41,7 +42,7 @@ def _ratio(model, theirs, rows: int, prompt: int, tokens: int, repeats: int) -> 
     ids = draw.integers(vocabulary // 50, vocabulary, (rows, prompt))
     sides = {
         "here": lambda: generate.continue_ids(model, ids.tolist(), tokens),
-        "beside": lambda: theirs.decode(ids, tokens),
+        "beside": lambda: huggingface(theirs, ids, tokens),
     }
     same = float(np.mean(sides["here"]() == sides["beside"]()))
     if same < SAME:
@@ -55,24 +56,17 @@ def _ratio(model, theirs, rows: int, prompt: int, tokens: int, repeats: int) -> 
     return timing.Ratio(name, times["beside"], times["here"], BATCHES.get(rows), agreement)
 
 
-class HuggingFace:
-    """transformers' `generate` over the numbers of our decoder."""
+def huggingface(model, ids: np.ndarray, tokens: int) -> np.ndarray:
+    """Return greedy tokens [rows, tokens] of transformers' `generate`."""
+    import torch
 
-    def __init__(self, model):
-        self._model = towers.from_ours(model.decoder).eval()
-        self._model.generation_config.eos_token_id = None  # both sides go on to the last token
-
-    def decode(self, ids: np.ndarray, tokens: int) -> np.ndarray:
-        """Return greedy tokens [rows, tokens]; nothing stops them."""
-        import torch
-
-        prompts = torch.from_numpy(ids)
-        with torch.no_grad():
-            texts = self._model.generate(
-                prompts,
-                attention_mask=torch.ones_like(prompts),
-                max_new_tokens=tokens,
-                do_sample=False,
-                pad_token_id=0,
-            )
-        return texts[:, ids.shape[1] :].numpy()
+    prompts = torch.from_numpy(ids)
+    with torch.no_grad():
+        texts = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    return texts[:, ids.shape[1] :].numpy()
