@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import tiny_config
 
-from larimar_jax import config
+from larimar_jax import config, schema
 from larimar_jax.bench import reproduce, sweep
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -32,9 +32,9 @@ def test_shipped_configs_resolve_to_what_they_are_recorded_as(path):
     kind = path.stem.partition("_")[0]
     if kind == "bench":
         values["data"] = dict.fromkeys(values["data"], "file")  # a user's
-        assert reproduce.parse(values).name == path.stem
+        assert reproduce.parse(values)[0].name == path.stem
     elif kind == "sweep":
-        assert sweep.parse(values).name == path.stem
+        schema.from_dict(sweep.Sweep, values | {"zsre": "file"})  # a user's
     else:
         parsed = config.load(path)
         assert json.loads(json.dumps(config.to_dict(parsed))) == RESOLVED[path.stem]

@@ -45,25 +45,14 @@ def test_it_fulfils_the_contract(fading):
 
 
 def test_the_sweep_finds_it(fading, tmp_path):
-    values = dict(
-        name="fading",
-        latent=8,
-        paired=False,
-        zsre="",
-        variants=dict(fading=dict(variant="fading", decay=[0.5, 1.0])),
-        slots=[8],
-        facts=[8],
-        rephrasings=[0],
-        noises=[0.0],
-        seeds=[0, 1],
-    )
-    made = sweep.Sweep(sweep.parse(values))
-    runner.run(made, tmp_path / "run", quiet=True)
-    ages = {record["decay"]: [] for record in runner.read_cases(tmp_path / "run")}
-    for record in runner.read_cases(tmp_path / "run"):
-        ages[record["decay"]].append(record["recall_by_age"])
+    variants = dict(fading=dict(variant="fading", decay=[0.5, 1.0]))
+    task = sweep.Sweep(latent=8, variants=variants, slots=(8,), facts=(8,), seeds=(0, 1))
+    runner.run(task, tmp_path, quiet=True)
+    ages = {0.5: [], 1.0: []}
+    for row in runner.read_rows(tmp_path):
+        ages[row["settings"]["decay"]].append(row["recall_by_age"])
     early, late = np.mean(ages[0.5], axis=0)[[0, 3]]
-    assert made.compiled == 1 and late == 1.0 and early <= late
+    assert len(task.programs) == 1 and late == 1.0 and early <= late
     assert np.mean(ages[1.0]) == 1.0
 
 
@@ -86,7 +75,9 @@ def test_the_command_line_the_runner_and_the_report_find_it(
             rephrase_prompt=f"Says of fact {n}:",
             cond="",
             locality={},
-            portability={"Reasoning": [{"prompt": f"City {n} of", "ground_truth": "Japan"}] * (n % 3)},
+            portability={
+                "Reasoning": [{"prompt": f"City {n} of", "ground_truth": "Japan"}] * (n % 3)
+            },
         )
         for n in range(7)
     ]
@@ -108,6 +99,9 @@ def test_the_readmes_results_are_lines_of_the_report():
     """A number that is changed in one of the two files alone is found here."""
 
     texts = [(DOCS.parent / path).read_text("utf-8") for path in ("README.md", "docs/results.md")]
-    results, known = texts[0].partition("## Results")[2].partition("## Train")[0], texts[1].splitlines()
+    results, known = (
+        texts[0].partition("## Results")[2].partition("## Train")[0],
+        texts[1].splitlines(),
+    )
     shown = [line for line in results.splitlines() if line.count("|") == 8]
     assert len(shown) > 20 and [line for line in shown if line not in known] == []
