@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import os
+import sys
 
 import jax
 import numpy as np
 import pytest
 
-from larimar_jax import pipeline, session, session_file
+from larimar_jax import decoding, pipeline, session, session_file
 from larimar_jax.pipeline import EncodingNotFinite
 from larimar_jax.session import Session
 from larimar_jax.weights import TextTooLong
@@ -90,6 +92,30 @@ def test_a_question_in_scope_is_answered_by_the_memory(tiny, written):
     base = tiny.score(["Fact 1 is"], [("new 1",)])
     assert abs(written.score(["Fact 1 is"], [("new 1",)]) - base).max() > 1e-4
     assert written.ask_all([]) == []
+
+
+def test_a_question_enters_twelve_modules_before_its_first_logits(written, monkeypatch):
+    """Of a warm process: what is compiled is not entered again (docs/architecture.md)."""
+    files, begin = set(), decoding._begin
+
+    def profile(frame, event, argument):
+        if event == "call":
+            files.add(frame.f_code.co_filename)
+
+    def first_logits(*arguments):
+        sys.setprofile(None)
+        return begin(*arguments)
+
+    written.ask("Fact 1 is", max_tokens=2)
+    monkeypatch.setattr(decoding, "_begin", first_logits)
+    sys.setprofile(profile)
+    try:
+        assert written.ask("Fact 1 is", max_tokens=2).in_scope
+    finally:
+        sys.setprofile(None)
+    package = os.path.dirname(session.__file__)
+    entered = sorted(os.path.relpath(file, package) for file in files if file.startswith(package))
+    assert "session.py" in entered and len(entered) <= 12, entered
 
 
 def test_a_fact_of_two_sentences_is_recognised_by_its_own_words(empty):
