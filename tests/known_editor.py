@@ -1,5 +1,6 @@
 """An editor whose answers are known, records to edit it with, and tasks over them."""
 
+import dataclasses
 import hashlib
 import json
 
@@ -7,7 +8,6 @@ import numpy as np
 
 from larimar_jax.bench import runner
 from larimar_jax.bench.editor import Recall
-from larimar_jax.data import edit_records
 from larimar_jax.data.edit_records import EditRecord
 
 
@@ -50,18 +50,12 @@ class KnownEditor:
             ]
         return np.asarray(losses, np.float32).reshape(-1, 2)
 
-    def accuracy(self, prompts, targets, condition):
-        shares = [fraction(p, t) for p, t in zip(prompts, targets, strict=True)]
-        if condition is not None:
-            rows = zip(shares, condition, targets, strict=True)
-            shares = [1.0 if answer == target else share for share, (_, answer), target in rows]
-        return np.asarray(shares, np.float32)
-
-    def hits(self, prompts, targets, places, condition):
-        rows = zip(prompts, targets, places, condition or [("", "")] * len(prompts), strict=True)
-        return np.asarray(
-            [answer == t or fraction(p, t, k) > 0.5 for p, t, k, (_, answer) in rows], np.float32
-        )
+    def hits(self, prompts, targets, condition):
+        rows = zip(prompts, targets, condition or [("", "")] * len(prompts), strict=True)
+        return [
+            np.asarray([answer == t or fraction(p, t, k) > 0.5 for k in range(len(t.split()))])
+            for p, t, (_, answer) in rows
+        ]
 
     def generate(self, prompts, condition, tokens):
         answers = [("", "")] * len(prompts) if condition is None else condition
@@ -96,31 +90,25 @@ def cases(count):
 
 def saved(records, path):
     """Write records as a file of CounterFact's flat schema, and return its path."""
-    raw = [
-        dict(
-            case_id=r.case_id,
-            prompt=r.prompt,
-            subject=r.subject,
-            target_new=r.target_new,
-            ground_truth=r.target_true,
-            rephrase_prompt=list(r.paraphrases),
-            locality_prompt=list(r.neighbourhood),
-            locality_ground_truth=list(r.neighbourhood_targets),
-        )
-        for r in records
-    ]
+    names = dict(
+        case_id="case_id",
+        prompt="prompt",
+        subject="subject",
+        target_new="target_new",
+        ground_truth="target_true",
+        rephrase_prompt="paraphrases",
+        locality_prompt="neighbourhood",
+        locality_ground_truth="neighbourhood_targets",
+    )
+    raw = [{field: getattr(r, name) for field, name in names.items()} for r in records]
     path.write_text(json.dumps(raw))
-    assert edit_records.load(path) == [
-        EditRecord(**{**vars(r), "answers": (r.target_new,)}) for r in records
-    ]
     return str(path)
 
 
 def rows(task, editor, count=None):
-    """Return the rows of a task's first cases, all computed in its chunks."""
+    """Return the rows of a task's first cases, computed in its chunks."""
     work = runner.start(task, editor)
-    chosen = work.cases[:count]
-    chunks = [chosen[n : n + task.chunk] for n in range(0, len(chosen), task.chunk)]
+    chunks = dataclasses.replace(work, cases=work.cases[:count]).chunks()
     return [row for chunk in chunks for row in work.rows(chunk)]
 
 
@@ -132,3 +120,13 @@ def rows_of_both_ways(make, editor, folder):
     whole, cut = ((folder / name / runner.ROWS).read_bytes() for name in ("whole", "cut"))
     assert cut == whole
     return runner.read_rows(folder / "cut")
+
+
+def values(rows, metric, **chosen):
+    """Return {case: {system: [values of a metric]}} of the rows with the chosen columns."""
+    table = {}
+    for row in rows:
+        if all(row.get(name) == value for name, value in chosen.items()):
+            by_system = table.setdefault(row["case"], {})
+            by_system.setdefault(row["system"], []).append(row[metric])
+    return table

@@ -3,37 +3,39 @@
 import base64
 import dataclasses
 import html.parser
-import json
-import types
 
+import matplotlib
 import numpy as np
 import pytest
-from rich.table import Table
+from known_editor import KnownEditor, cases, saved
+from matplotlib import pyplot
 from scipy import stats
-from test_bench import KnownEditor, cases
 
-from larimar_jax import cli
-from larimar_jax.bench import counterfact, pages, report, runner
+from larimar_jax import bench, cli
+from larimar_jax.bench import figures, report, runner, summary, tables, web_page
+from larimar_jax.bench.counterfact import CounterFact
+from larimar_jax.bench.queries import LABELS
+from larimar_jax.bench.tables import Grid
 
 TEXT = "a <b>|*x*_`\n&\"'"
+matplotlib.use("Agg")
 
 
 class Sharper(KnownEditor):
-    """The same editor, whose losses of what is asked through the memory are higher on odd rows."""
+    """The same editor, whose memory makes the true answer far less likely."""
 
     def score(self, prompts, candidates, condition):
-        found = super().score(prompts, candidates, condition)
-        if condition is not None:
-            found = found + np.asarray([[0.0, -20.0]] * len(prompts), np.float32)
-        return found
+        losses = super().score(prompts, candidates, condition)
+        more = np.asarray([[0.0, -20.0]] * len(prompts), np.float32)
+        return losses if condition is None else losses + more
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
-    for name, editor in (("one", KnownEditor()), ("two", Sharper())):
-        made = counterfact.CounterFact(editor, cases(12), data={"name": "x", "sha256": name})
-        runner.run(made, root / name, quiet=True)
+    for name, editor, extra in (("one", KnownEditor(), ()), ("two", Sharper(), cases(13)[12:])):
+        task = CounterFact(data=saved([*cases(12), *extra], root / f"{name}.json"))
+        runner.run(task, root / name, editor=editor, quiet=True)
     return root
 
 
@@ -42,36 +44,55 @@ def runs(folders):
     return [report.read(folders / name) for name in ("one", "two")]
 
 
-def test_a_report_has_the_tables_the_papers_numbers_pictures_and_cases(runs):
+def test_a_report_has_the_tables_the_papers_numbers_figures_and_cases(runs):
     (section,) = report.sections(runs[:1])
-    grids = [item for item in section.items if isinstance(item, report.Grid)]
-    wanted = [report.grid(table) for table in counterfact.tables(runs[0].summary)]
-    assert grids == wanted and len(grids[0].rows) == 7
+    (grid,) = [item for item in section.items if isinstance(item, Grid)]
+    assert [grid] == tables.grids(runs[0].task, runs[0].summary)
+    assert [row[0] for row in grid.rows] == [*LABELS.values(), "prompts in scope"]
+    assert grid.header[1:] == ["edit", "paraphrase", "neighbourhood", "score"]
     (drawn,) = [item for item in section.items if isinstance(item, report.Picture)]
     svg = base64.b64decode(drawn.source.partition(",")[2])
     assert b"<svg" in svg and "percent" in drawn.alt
     assert any(isinstance(i, str) and i.startswith("The paper: Table 2") for i in section.items)
-    shown = [item for item in section.items if isinstance(item, report.Case)]
+    shown = [item for item in section.items if isinstance(item, report.CaseText)]
     assert [item.title.split(":")[0] for item in shown] == ["worst"] * 3 + ["best"] * 3
-    assert all(line for item in shown for line in item.lines)
+    for item in shown:
+        assert (
+            item.lines[0].startswith("Larimar with scope, edit: Fact")
+            and " → new " in item.lines[0]
+        )
+
+
+def test_cells_hold_means_errors_and_what_is_not_beaten(runs):
+    (grid,) = tables.grids(runs[0].task, runs[0].summary)
+    entries = {(e["system"], e["kind"]): e for e in runs[0].summary["results"]}
+    rows = {row[0]: row[1:] for row in grid.rows}
+    for system, label in LABELS.items():
+        for kind, cell in zip(("edit", "paraphrase", "neighbourhood"), rows[label], strict=False):
+            s, m = (entries[system, kind][name] for name in "SM")
+            lines = cell.split("\n")
+            assert lines[0] == f"{s['mean']:.1f} ± {s['standard_error']:.1f}"
+            assert lines[1] == tables.number(m["mean"])
+            assert " ".join(lines[2:]) == s.get("note", "")
+    assert any("does not beat" in cell for cell in rows["Larimar with scope"])
+    assert tables.number(None) == "–" and tables.number(0.00012, 2) == "1.2e-04"
 
 
 def test_a_report_without_texts_quotes_no_case(folders, tmp_path):
     line = ["report", str(folders / "one"), "--out", str(tmp_path)]
     assert cli.main(line) == 0
-    assert "written: " in (tmp_path / "report.md").read_text()
+    assert "worst: case" in (tmp_path / "report.md").read_text()
     assert cli.main([*line, "--no-texts"]) == 0
-    told = (tmp_path / "report.md").read_text() + (tmp_path / "report.html").read_text()
-    assert "written: " not in told and "worst" not in told and "Larimar with scope" in told
+    text = (tmp_path / "report.md").read_text() + (tmp_path / "report.html").read_text()
+    assert "Fact 0 is" not in text and "worst" not in text and "Larimar with scope" in text
 
 
 def test_the_worst_cases_are_those_with_the_lowest_score(runs):
     shown = [i for i in report.cases(runs[0]) if i.title.startswith("worst")]
+    values = summary.case_values(runs[0].task, runs[0].rows)
     ours = {
-        str(record["case_id"]): np.mean(
-            [v for k, v in counterfact.values(record).items() if k.startswith("Larimar with scope")]
-        )
-        for record in runs[0].records
+        str(case): np.mean([v for key, v in groups.items() if key[0] == "larimar"])
+        for case, groups in values.items()
     }
     named = [item.title.split("case ")[1].split(",")[0] for item in shown]
     assert sorted(ours[name] for name in named) == sorted(ours.values())[:3]
@@ -81,13 +102,13 @@ def test_several_runs_begin_with_a_line_for_each_result(runs):
     overview = report.sections(runs)[0]
     assert overview.title == "Overview"
     (grid,) = overview.items
-    names = ["base LM", "z = 0", "fact in the prompt", "nearest neighbour", "Larimar", "the paper"]
-    assert grid.header[1:] == names
-    labels = ["edit S", "paraphrase S", "neighbourhood S", "score"]
+    names = ["base LM", "z = 0", "fact in the prompt", "nearest neighbour", "verbatim lookup"]
+    assert grid.header[1:] == [*names, "Larimar", "the paper"]
+    labels = ["edit, S", "paraphrase, S", "neighbourhood, S", "score, S"]
     for run, rows in zip(runs, (grid.rows[:4], grid.rows[4:]), strict=True):
         assert [row[0] for row in rows] == [f"{run.folder.name}: {label}" for label in labels]
-        full = report.grid(counterfact.tables(run.summary)[0]).rows
-        for column, system in enumerate(("base LM", "z = 0", "fact in the prompt"), 1):
+        full = tables.grids(run.task, run.summary)[0].rows
+        for column, system in enumerate(names, 1):
             (line,) = [row for row in full if row[0] == system]
             # The same number stands in the run's own table, above M.
             for row, cell in zip(rows, line[1:], strict=True):
@@ -101,13 +122,16 @@ def test_two_runs_are_compared_pair_by_pair(runs):
     assert section.items[0].startswith("The two runs are not of the same data")
     table = section.items[1]
     rows = {row[0]: row for row in table.rows}
-    name = "Larimar with scope, edit"
-    before, after = (
-        np.asarray([counterfact.values(record)[name] for record in run.records]) for run in runs
-    )
-    assert rows[name][1:3] == [f"{100 * before.mean():.1f}", f"{100 * after.mean():.1f}"]
+    key, values = ("larimar", "edit"), []
+    for run in runs:
+        by_case = summary.case_values(run.task, run.rows)
+        values.append(np.asarray([by_case[case.case_id][key] for case in cases(12)]))
+    before, after = values
+    row = rows["Larimar with scope, edit"]
+    assert row[1:3] == [f"{100 * before.mean():.1f}", f"{100 * after.mean():.1f}"]
+    assert row[5] == "12"  # of the 13 cases of the second
     if np.ptp(after - before) > 0:
-        assert rows[name][4] == f"{stats.ttest_rel(after, before).pvalue:.2g}"
+        assert row[4] == f"{stats.ttest_rel(after, before).pvalue:.2g}"
     assert rows["base LM, edit"][4] == "1" and rows["base LM, edit"][6] == ""
     for number, row in enumerate(table.rows):
         assert (number in table.marks) == (row[6] == "differs")
@@ -116,21 +140,52 @@ def test_two_runs_are_compared_pair_by_pair(runs):
 def test_rounding_is_no_difference(runs):
     """Accuracies of ⅓ and ⅔, once from float32 and once from float64, are the same in every case."""
     shares = np.tile([1 / 3, 2 / 3, 0.0], 4)
-    module = types.ModuleType("shares")
-    module.values = lambda record: {"share": record["share"]}
     first, second = (
         dataclasses.replace(
-            run,
-            module=module,
-            records=[
-                record | {"share": float(kind(share))}
-                for record, share in zip(run.records, shares, strict=True)
+            runs[0],
+            rows=[
+                dict(case=n, system="base", kind="edit", S=float(kind(share)))
+                for n, share in enumerate(shares)
             ],
         )
-        for run, kind in zip(runs, (np.float32, np.float64), strict=True)
+        for kind in (np.float32, np.float64)
     )
     ((row,),) = [item.rows for item in report.compare(first, second).items if hasattr(item, "rows")]
     assert row[3].startswith("0.0") and row[4:] == ["1", "12", ""]
+
+
+@pytest.mark.parametrize("name", sorted(bench.tasks()))
+def test_every_task_draws_axes_with_labels_and_fills_its_tables(name):
+    kind = bench.tasks()[name]
+    task = kind(
+        **{
+            field.name: ""
+            for field in dataclasses.fields(kind)
+            if field.default is dataclasses.MISSING
+        }
+    )
+    estimate = {"mean": 40.0, "standard_error": 1.0, "cases": 3}
+    kinds = {where for pivot in (*task.tables, *task.plots) for where in _kinds(pivot)} or {"edit"}
+    results = [
+        {"system": system, "kind": kind, **dict.fromkeys(task.metrics, estimate)}
+        | {factor: value for factor in task.factors}
+        for system in ("base", "open")
+        for kind in sorted(kinds)
+        for value in (1, 2)
+    ]
+    for pivot in task.tables:
+        grid = tables.grid(task, pivot, {"cases": 3, "results": results})
+        assert all(len(row) == len(grid.header) for row in grid.rows)
+    for plot in task.plots:
+        figure, axes = pyplot.subplots()
+        figures.draw(axes, task, plot._replace(where={}), results)
+        assert axes.get_ylabel() and (axes.get_xlabel() or axes.get_xticklabels())
+        pyplot.close(figure)
+
+
+def _kinds(pivot):
+    wanted = pivot.where.get("kind", ())
+    return wanted if isinstance(wanted, tuple) else (wanted,)
 
 
 def test_chance_is_shared_out_among_the_rows():
@@ -157,16 +212,16 @@ def test_a_page_is_whole_closed_and_of_itself(runs):
         def handle_endtag(self, tag):
             assert opened.pop() == tag
 
-    table = report.Grid(TEXT, [TEXT], [[TEXT]], TEXT, frozenset({0}))
-    odd = report.Section(TEXT, [TEXT, table, report.Case(TEXT, [TEXT])])
-    page = pages.page([*report.sections(runs), odd], TEXT)
+    table = Grid(TEXT, [TEXT], [[TEXT]], TEXT, frozenset({0}))
+    odd = report.Section(TEXT, [TEXT, table, report.CaseText(TEXT, [TEXT])])
+    page = web_page.page([*report.sections(runs), odd], TEXT)
     Reader().feed(page)
     assert opened == [] and fetched == [] and "<b>" not in page and 'class="mark"' in page
 
 
 def test_numbers_are_ranged_and_names_are_not():
     """By column; what a row is of stands first and stays at the left, even if it is a number."""
-    grid = report.Grid(
+    grid = Grid(
         "t", ["N", "of", "S", "note"], [["16", "others", "–", ""], ["32", "all", "-9.1 ± 2", "x 3"]]
     )
     kinds = []
@@ -176,7 +231,7 @@ def test_numbers_are_ranged_and_names_are_not():
             if tag in ("th", "td"):
                 kinds.append(dict(attributes).get("class"))
 
-    Reader().feed(pages.page([report.Section("s", [grid])], "t"))
+    Reader().feed(web_page.page([report.Section("s", [grid])], "t"))
     assert kinds == [None, None, "number", None] * 3
 
 
@@ -195,20 +250,19 @@ def test_a_wide_table_scrolls_in_a_box_that_the_keyboard_reaches(runs):
             if tag == "div":
                 assert boxes[-1]["tabindex"] == "0" and boxes.pop()["aria-label"]
 
-    page = pages.page(report.sections(runs), "t")
+    page = web_page.page(report.sections(runs), "t")
     Reader().feed(page)
     assert page.count("<table>") == 4 and outside == []
-    for rule in (".wide { overflow-x: auto;", "img { max-width: 100%;", "position: sticky; left: 0;"):
+    for rule in (
+        ".wide { overflow-x: auto;",
+        "img { max-width: 100%;",
+        "position: sticky; left: 0;",
+    ):
         assert rule in page
     assert 'name="viewport" content="width=device-width' in page
 
 
 def test_no_label_of_a_picture_is_longer_than_its_axis():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     with pyplot.rc_context({"font.size": 11}):
         figure, axes = pyplot.subplots(figsize=(5.0, 4.6), layout="constrained")
         axes.plot([0, 1], [0, 1], label="x")
@@ -216,7 +270,7 @@ def test_no_label_of_a_picture_is_longer_than_its_axis():
         axes.set_ylabel("recall of what was never seen (percent, ± standard error)")
         axes.legend(fontsize=6)
         axes.twinx().set_ylabel("perplexity of the continuation, beside it (dashed)")
-        report.fit(figure)
+        figures.fit(figure)
         figure.canvas.draw()
         for one in figure.axes:
             for label in (one.xaxis.label, one.yaxis.label):
@@ -228,17 +282,10 @@ def test_no_label_of_a_picture_is_longer_than_its_axis():
 
 
 def test_markdown_keeps_a_table_in_its_lines_and_shows_texts_as_they_are():
-    table = report.Grid(TEXT, ["x", "y|z"], [["1\n2", "<i>"]], "")
-    text = pages.markdown([report.Section("s", [table])], "t")
+    table = Grid(TEXT, ["x", "y|z"], [["1\n2", "<i>"]], "")
+    text = web_page.markdown([report.Section("s", [table])], "t")
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert rows == ["| x | y\\|z |", "|---|---|", "| 1<br>2 | \\<i\\> |"]
-
-
-def test_a_rich_table_keeps_its_cells():
-    table = Table("a", "b", title="t", caption="c")
-    table.add_row("1", "2")
-    table.add_row("3", "")
-    assert report.grid(table) == report.Grid("t", ["a", "b"], [["1", "2"], ["3", ""]], "c")
 
 
 def test_the_command_writes_both_files_and_names_what_is_no_run(folders, tmp_path, capsys):
@@ -251,6 +298,6 @@ def test_the_command_writes_both_files_and_names_what_is_no_run(folders, tmp_pat
     assert "no folder of a benchmark's run" in capsys.readouterr().err
     begun = tmp_path / "begun"
     begun.mkdir()
-    (begun / runner.CASES).write_text(json.dumps({"case_id": 1}) + "\n")
+    (begun / runner.CHUNKS).mkdir()
     with pytest.raises(report.NoRun, match="has not ended"):
         report.read(begun)

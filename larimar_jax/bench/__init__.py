@@ -22,11 +22,3 @@ def tasks() -> Mapping[str, Any]:
             ):
                 classes[value.name] = value
     return dict(sorted(classes.items()))
-
-
-def task(name: str) -> Any:
-    """Return the task of that name; ValueError lists the known ones."""
-    known = tasks()
-    if name not in known:
-        raise ValueError(f"unknown benchmark {name!r}; known: {', '.join(known)}")
-    return known[name]

@@ -31,6 +31,7 @@ class CounterFact(EditTask):
         "M": Metric("M"),
         "in_scope": Metric("prompts in scope"),
     }
+    kinds = (*KINDS, "score")
     tables = (Pivot(cells=("S", "M"), caption="S ± standard error, below it M; percent"),)
     plots = (Plot(y="S", where={"kind": KINDS}),)
     paper: ClassVar = {("edit",): 100.0, ("paraphrase",): 83.5, ("neighbourhood",): 74.7}

@@ -23,6 +23,7 @@ class FreeGeneration(EditTask):
         "begins": Metric("at once"),
         "in_scope": Metric("prompts in scope"),
     }
+    kinds = ("edit", "paraphrase")
     tables = (
         Pivot(cells=("contains", "begins"), caption="percent ± standard error, below it at once"),
     )

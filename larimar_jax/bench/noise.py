@@ -41,6 +41,7 @@ class Noise(EditTask):
     }
     factors = ("sigma",)
     labels: ClassVar = {"sigma": "σ_W", "open": "Larimar"}
+    kinds = ("edit", "paraphrase")
     tables = (
         Pivot(("system", "sigma"), "kind", ("S",)),
         Pivot(("system", "sigma"), None, ("perplexity", "silent"), where={"kind": "edit"}),

@@ -80,7 +80,7 @@ def read(folder: str | Path) -> FinishedRun:
     path = folder / runner.SUMMARY
     summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if "results" not in summary:
-        begun = (folder / runner.ROWS).is_file()
+        begun = (folder / runner.SETTINGS).is_file() or (folder / runner.CHUNKS).is_dir()
         raise NoRun(
             f"{folder} has no {runner.SUMMARY} with results: "
             + (

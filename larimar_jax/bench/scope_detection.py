@@ -69,6 +69,7 @@ class Scope(EditTask):
         "internal": "ISD: projected",
         "other": "other relations",
     }
+    kinds = KINDS
     tables = (
         Pivot(
             ("system", "store"),

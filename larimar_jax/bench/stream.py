@@ -74,6 +74,7 @@ class Stream(EditTask):
         "rephrased": "held-out rephrasings",
         "unwritten": "test retention",
     }
+    kinds = ("edit", "rephrased", "unwritten")
     tables = (
         Pivot(where={"edits": "last"}, title="word F1 at the end of the stream"),
         Pivot(("edits",), "system", where={"kind": "rephrased"}, title="held-out rephrasings"),

@@ -38,7 +38,9 @@ def summarise(task: Task, rows: Sequence[Row]) -> list[dict[str, Any]]:
                 estimate |= _versus(task, groups, entry, key, name)
             entry[name] = estimate
         entries.append(entry)
-    return entries + task.derived(rows)
+    entries += task.derived(rows)
+    order = {kind: place for place, kind in enumerate(task.kinds)}
+    return sorted(entries, key=lambda entry: order.get(entry["kind"], len(order)))
 
 
 def group(task: Task, rows: Sequence[Row]) -> dict[Key, dict[str, Values]]:

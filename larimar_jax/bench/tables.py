@@ -76,8 +76,11 @@ def grid(task: Task, pivot: Pivot, summary: Mapping[str, Any]) -> Grid:
         for key, line in lines.items()
     ]
     if pivot.rows == ("system",) and pivot.columns == "kind" and "in_scope" in task.metrics:
-        share = {entry["kind"]: entry["in_scope"] for entry in entries if "in_scope" in entry}
-        share = {kind: estimate for kind, estimate in share.items() if estimate["cases"]}
+        share = {
+            entry["kind"]: entry["in_scope"]
+            for entry in entries
+            if entry.get("in_scope", {}).get("cases")
+        }
         if share:
             metric = task.metrics["in_scope"]
             line = [noted(metric, share[kind]) if kind in share else "" for kind in columns]

@@ -105,6 +105,8 @@ class Task:
     metrics: ClassVar[Mapping[str, Metric]]
     """The first one is compared between runs and heads the overview."""
     factors: ClassVar[tuple[str, ...]] = ()
+    kinds: ClassVar[tuple[str, ...]] = ()
+    """The order of kinds in tables; else that of appearance."""
     labels: ClassVar[Mapping[Any, str]] = {}
     """Names of kinds, systems and factors in tables, where they differ from systems.LABELS."""
     tables: ClassVar[tuple[Pivot, ...]] = (Pivot(),)

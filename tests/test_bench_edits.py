@@ -1,0 +1,282 @@
+"""Benchmarks of single edits against plain loops: a float64 one, and one over known answers."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from known_editor import KnownEditor, cases, fraction, rows, saved, values
+from plain import SYSTEMS, Plain
+
+from larimar_jax.bench import queries, runner
+from larimar_jax.bench.counterfact import CounterFact
+from larimar_jax.bench.editor import LarimarEditor
+from larimar_jax.bench.free_generation import FreeGeneration
+from larimar_jax.bench.metrics import KINDS, magnitude, success
+from larimar_jax.bench.zsre import ZsRE
+from larimar_jax.weights.tokenizers import TextTooLong
+
+MODES = ("rome", "released")
+
+
+def records(count=6):
+    """Records whose paraphrases have a distractor sentence, and one whose answers begin alike."""
+    some = [
+        dataclasses.replace(case, paraphrases=tuple(f"It is so. {p}" for p in case.paraphrases))
+        for case in cases(count)
+    ]
+    some[1] = dataclasses.replace(some[1], target_new="new 1 2", target_true="new 1")
+    return some
+
+
+def knowedit(records, path):
+    """Write records as KnowEdit's ZsRE, and return its path."""
+    path.write_text(
+        json.dumps(
+            [
+                dict(
+                    subject=r.subject,
+                    target_new=r.target_new,
+                    prompt=r.prompt,
+                    ground_truth=[r.target_true],
+                    rephrase_prompt=list(r.paraphrases),
+                    locality={
+                        "near": [
+                            dict(prompt=prompt, ground_truth=[target])
+                            for prompt, target in zip(
+                                r.neighbourhood, r.neighbourhood_targets, strict=True
+                            )
+                        ]
+                    },
+                )
+                for r in records
+            ]
+        )
+    )
+    return str(path)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_counterfact_is_that_of_a_plain_loop_in_float64(tiny, tmp_path, mode):
+    task = CounterFact(data=saved(records(), tmp_path / "f.json"), chunk=4, mode=mode)
+    plain, decided, wanted = Plain(tiny), set(), {}
+    for row in rows(task, tiny):
+        record = next(r for r in task.records if r.case_id == row["case"])
+        key = (row["case"], row["prompt"])
+        if key not in wanted:
+            assert mode == "rome" or "It is so" not in row["prompt"]
+            pair, fact = (row["new"], row["true"]), (record.prompt, record.target_new)
+            wanted[key] = plain.counterfact(row["kind"], row["prompt"], pair, fact, mode)
+        losses = wanted[key][row["system"]]
+        # An answer that has all the probability has a loss of rounding.
+        measured = [row["loss_new"], row["loss_true"]]
+        np.testing.assert_allclose(measured, losses, rtol=2e-5, atol=1e-6)
+        assert row["S"] == success(row["kind"], *losses)
+        assert row["M"] == pytest.approx(magnitude(row["kind"], *losses), abs=1e-5)
+        decided.add(row.get("in_scope"))
+    assert {0.0, 1.0} <= decided
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_zsre_is_that_of_a_plain_loop_in_float64(tiny, tmp_path, mode):
+    task = ZsRE(data=knowedit(records(), tmp_path / "f.json"), chunk=4, mode=mode)
+    plain, wanted = Plain(tiny), {}
+    for row in rows(task, tiny):
+        record = task.records[row["case"]]
+        key = (row["case"], row["prompt"])
+        if key not in wanted:
+            fact = (record.prompt, record.target_new)
+            wanted[key] = plain.zsre(row["prompt"], row["target"], fact, mode)
+        assert row["accuracy"] == pytest.approx(wanted[key][row["system"]], rel=1e-6)
+    assert {row["system"] for row in rows(task, tiny, 1)} == set(SYSTEMS)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_systems_are_what_their_names_promise(tmp_path, mode):
+    """Against a plain loop over cases, prompts and candidates of known answers."""
+    known = KnownEditor()
+    task = CounterFact(data=saved(records(5), tmp_path / "f.json"), chunk=2, mode=mode)
+    decided = set()
+    for row in rows(task, known):
+        record = next(r for r in task.records if r.case_id == row["case"])
+        prompt, fact = row["prompt"], (record.prompt, record.target_new)
+        for column in ("new", "true"):
+            answer = row[column]
+
+            def loss(text, condition=None, answer=answer):
+                return float(known.score([text], [[answer] * 2], condition)[0, 0])
+
+            inside = fraction("scope", prompt if mode == "rome" else f"{prompt} {answer}") > 0.4
+            decided.add((row["kind"], inside))
+            zero, read = loss(prompt, known.zero(1)), loss(prompt, [fact])
+            supported = loss(f"{known.written(*fact)[:-1]}. {prompt}")
+            words, forced = answer.split(), fact[1].split()
+            wrong = sum(forced[n : n + 1] != words[n : n + 1] for n in range(len(words)))
+            outside = loss(prompt) if mode == "rome" else zero
+            wanted = {
+                "base": loss(prompt),
+                "zero": zero,
+                "prompt": supported,
+                "lookup": supported if inside else outside,
+                "verbatim": 100.0 * wrong / len(words) if inside else outside,
+                "larimar": read if inside else outside,
+                "open": read,
+            }
+            assert row[f"loss_{column}"] == pytest.approx(wanted[row["system"]], rel=1e-6)
+    assert len(decided) == 6
+
+
+def test_what_verbatim_lookup_forces_ties_with_nothing_but_itself(tiny, tmp_path):
+    """Forced alike, two targets tie, and a tie fails; else the new one has all the probability."""
+    same = dataclasses.replace(cases(1)[0], target_true="new 0")
+    task = CounterFact(data=saved([same], tmp_path / "f.json"))
+    (edit,) = values(rows(task, tiny), "S", kind="edit")[1]["verbatim"]
+    assert edit == 0.0
+    task = CounterFact(data=saved(cases(1), tmp_path / "g.json"))
+    (success_of,) = values(rows(task, tiny), "S", kind="edit")[1]["verbatim"]
+    (margin,) = values(rows(task, tiny), "M", kind="edit")[1]["verbatim"]
+    assert (success_of, margin) == (1.0, pytest.approx(1.0))
+    task = FreeGeneration(data=task.data, tokens=1)
+    (text,) = values(rows(task, tiny), "text", kind="edit")[1]["verbatim"]
+    ids = tiny.decoder_tokenizer.following("new 0")
+    assert text == tiny.decoder_tokenizer.decode(ids[:1]) and len(ids) > 1
+
+
+def test_a_batch_of_cases_equals_one_by_one(tiny, tmp_path):
+    """A case's memory holds its own fact only, whatever stands in the memories beside it."""
+    task = CounterFact(data=saved(cases(3), tmp_path / "f.json"), chunk=3)
+    together, alone = rows(task, tiny), rows(dataclasses.replace(task, chunk=1), tiny)
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            if isinstance(value, float):
+                assert value == pytest.approx(theirs[name], rel=2e-5, abs=1e-6)
+            else:
+                assert value == theirs[name]
+
+
+def test_the_memory_is_read_where_it_is_in_scope_only(tiny, tmp_path):
+    task = CounterFact(data=saved(cases(3), tmp_path / "f.json"))
+    measured = rows(task, tiny)
+    inside = {kind: values(measured, "in_scope", kind=kind, system="larimar") for kind in KINDS}
+    assert all(each["larimar"] == [1.0] for each in inside["edit"].values())
+    for losses in values(measured, "loss_new", kind="neighbourhood").values():
+        assert losses["larimar"] == losses["base"]
+    # Memory, z = 0, the untouched LM and a lookup are four different things.
+    for losses in values(measured, "loss_new", kind="edit").values():
+        apart = [losses[name][0] for name in ("base", "zero", "larimar", "lookup")]
+        gaps = [abs(a - b) for place, a in enumerate(apart) for b in apart[:place]]
+        assert min(gaps) > 1e-5
+
+
+def test_rephrasings_are_written_beside_the_prompt_and_are_no_query(tiny, tmp_path):
+    """Several records have the same words for other subjects."""
+    wordings = ("{} is", "Says of {}:", "The city {}")
+    some = [
+        dataclasses.replace(
+            case,
+            prompt=wordings[n % 3].format(case.subject),
+            paraphrases=(wordings[(n + 1) % 3].format(case.subject),),
+        )
+        for n, case in enumerate(cases(3))
+    ]
+    task = CounterFact(data=saved(some, tmp_path / "f.json"), rephrasings=2)
+    extra = task.other_wordings(task.records, 2)
+    assert extra == [("The city Fact 0",), ("Fact 1 is",), ("Says of Fact 2:",)]
+    facts, asked = [(r.prompt, r.target_new) for r in some], [[r.prompt] for r in some]
+    read = LarimarEditor(tiny).recall(facts, asked, extra).condition(np.arange(3))
+    wanted = tiny.score([r.prompt for r in some], [[r.target_new] for r in some], read)[:, 0]
+    losses = values(rows(task, tiny), "loss_new", kind="edit")
+    np.testing.assert_allclose([each["open"][0] for each in losses.values()], wanted, rtol=1e-5)
+    with pytest.raises(ValueError, match="--rephrasings must be at least 0, not -1"):
+        task.other_wordings(task.records, -1)
+
+
+def test_a_text_that_the_encoder_does_not_take_is_named(tiny):
+    with pytest.raises(TextTooLong, match="word word"):
+        LarimarEditor(tiny).recall([("word " * 90, "x")], [["short"]])
+
+
+# Free generation
+
+
+def test_continuations_are_those_of_a_plain_loop(tmp_path):
+    task = FreeGeneration(data=saved(cases(11), tmp_path / "f.json"), chunk=4)
+    result = runner.run(task, tmp_path / "run", editor=KnownEditor(), quiet=True)
+    for row in runner.read_rows(tmp_path / "run"):
+        prompt, inside = row["prompt"], fraction("scope", row["prompt"]) > 0.4
+        untouched, read = f" {prompt[-4:]} and", f" {row['new']} and"
+        wanted = dict.fromkeys(("base", "zero", "prompt", "lookup"), untouched)
+        wanted |= {"open": read, "larimar": read if inside else untouched}
+        wanted["verbatim"] = f" {row['new']}" if inside else untouched
+        assert row["text"] == wanted[row["system"]]
+    entries = {(entry["system"], entry["kind"]): entry for entry in result["results"]}
+    assert entries["open", "paraphrase"]["begins"]["mean"] == 100
+    assert entries["open", "paraphrase"]["contains"]["cases"] == 7  # that have a paraphrase
+    assert entries["base", "edit"]["contains"]["mean"] == 0
+    share = entries["larimar", "edit"]["in_scope"]["mean"]
+    assert entries["larimar", "edit"]["contains"]["mean"] == share and 0 < share < 100
+    assert "verbatim lookup" in entries["larimar", "edit"]["contains"]["note"]
+
+
+@pytest.mark.parametrize(
+    ("text", "contains", "begins"),
+    [
+        (" New York and", 1, 1),
+        ("\n New  York", 1, 1),
+        (" the city of New York", 1, 0),
+        (" new york", 0, 0),
+        ("", 0, 0),
+    ],
+)
+def test_an_answer_counts_where_it_stands_in_the_text(
+    tmp_path, monkeypatch, text, contains, begins
+):
+    case = dataclasses.replace(cases(1)[0], target_new="New  York")
+    task = FreeGeneration(data=saved([case], tmp_path / "f.json"))
+    monkeypatch.setattr(KnownEditor, "generate", lambda self, prompts, *_: [text] * len(prompts))
+    row = rows(task, KnownEditor())[0]
+    assert (row["contains"], row["begins"]) == (contains, begins)
+    with pytest.raises(ValueError, match="--tokens must be at least 1, not 0"):
+        FreeGeneration(data="x", tokens=0)
+
+
+# What all controls share
+
+
+def test_facts_stand_in_front_as_one_sentence_or_not_at_all():
+    texts = queries.in_front(["Rome is old", "Oslo is cold.", None], ["A", "B", "C"])
+    assert texts == ["Rome is old. A", "Oslo is cold. B", "C"]
+
+
+def test_every_text_is_measured_once_for_each_of_its_targets():
+    calls = []
+
+    def measure(prompts, targets, condition):
+        calls.append((list(zip(prompts, targets, strict=True)), condition))
+        return np.asarray([[len(prompt), len("".join(target))] for prompt, target in calls[-1][0]])
+
+    class NoFact(KnownEditor):
+        def zero(self, rows):
+            return rows
+
+    facts, near = ["x", "y", None], [("x", "1"), None, ("z", "2")]
+    inside = np.asarray([True, True, False])
+    asked = queries.Queries(
+        NoFact(), ["a", "bb", "a"], facts, near, np.ones(3), inside, lambda rows: rows
+    )
+    targets, memo = [["one", "two"], ["one"], ["one", "two"]], {}
+    table = asked.measure(measure, targets, lambda answer, target: [0, 0], memo=memo)
+    (base, none), (zero, count), (through, read) = calls
+    # Of nine texts: plain prompts, one of them twice, facts in front, and the nearest in front.
+    texts = ["a", "bb", "x. a", "y. bb", "x 1. a"]
+    assert [text for text, _ in base] == texts and none is None
+    assert len(zero) == count == 2 and len(through) == len(read) == 3
+    assert table["lookup"].tolist() == [[6, 6], [2, 3], [1, 6]]
+    assert table["verbatim"].tolist() == [[0, 0], [2, 3], [1, 6]]
+    assert table["larimar"].tolist() == [[1, 6], [2, 3], [1, 6]]
+    asked.measure(measure, targets, lambda *_: [0, 0], ("base", "zero", "lookup"), memo)
+    assert len(calls) == 3
+    # Without `open`, what is out of scope is not decoded through the memory.
+    asked.measure(measure, targets, lambda *_: [0, 0], ("larimar",), memo)
+    assert [text for text, _ in calls[3][0]] == ["a", "bb"] and calls[3][1].tolist() == [0, 1]

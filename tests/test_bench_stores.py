@@ -1,0 +1,499 @@
+"""Benchmarks of one memory of many facts, on a tiny model against loops of one question each."""
+
+import argparse
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from known_editor import cases, fraction, rows, saved, values
+
+from larimar_jax.bench import attack, batch, forget, noise, rephrase, runner, summary
+from larimar_jax.bench.editor import LarimarEditor, written
+from larimar_jax.bench.fact_store import FactStore, encode_facts
+from larimar_jax.bench.systems import Systems
+from larimar_jax.pipeline import Pipeline
+from larimar_jax.session import Session
+
+RECORDS = cases(6)
+FACTS = [(record.prompt, record.target_new) for record in RECORDS]
+
+
+def known_hits(self, prompts, targets, condition):
+    """Hits that differ for each prompt, target and condition; a tiny model's own are nearly all 0."""
+    shares = np.asarray([fraction(p, t) for p, t in zip(prompts, targets, strict=True)])
+    if condition is not None:
+        embedding = np.abs(np.asarray(condition.prefix.embedding)[: len(prompts)])
+        shares = shares + 1 + embedding.reshape(len(prompts), -1).mean(axis=1)
+    return [np.asarray([share]) for share in shares]
+
+
+@pytest.fixture
+def hits(monkeypatch):
+    """Known hits, and a scope that lets through what is as near as a threshold."""
+
+    def install(threshold):
+        monkeypatch.setattr(LarimarEditor, "hits", known_hits)
+        monkeypatch.setattr(Pipeline, "scope_threshold", threshold)
+
+    return install
+
+
+def share(editor, prompt, target, condition=None):
+    """The share of a target's tokens that are the likeliest."""
+    return float(np.mean(editor.hits([prompt], [target], condition)[0]))
+
+
+def forced(editor, answer, target):
+    """The same under verbatim lookup."""
+    answer, target = editor.tokens(answer), editor.tokens(target)
+    return float(np.mean([answer[n : n + 1] == target[n : n + 1] for n in range(len(target))]))
+
+
+def read(model, store, prompt):
+    """The condition of a query, the number of its nearest fact, and whether that is in scope."""
+    latent, match = store.read([prompt])
+    inside = bool(match.within(model.scope_threshold)[0])
+    return model.condition(latent), int(match.key[0]), inside
+
+
+def resumes(task, model, tmp_path):
+    """Run a task, and again without its last chunk; return rows and entries of the summary."""
+    result = runner.run(task, tmp_path / "whole", editor=model, quiet=True)
+    whole = runner.read_rows(tmp_path / "whole")
+    work = runner.start(task, model)
+    (tmp_path / "cut" / runner.CHUNKS).mkdir(parents=True)
+    settings = (tmp_path / "whole" / runner.SETTINGS).read_text()
+    (tmp_path / "cut" / runner.SETTINGS).write_text(settings)
+    for number, chunk in enumerate(work.chunks()[:-1]):
+        ids = runner.ids_of(chunk)
+        lines = [json.dumps(row) + "\n" for row in whole if row["case"] in ids]
+        (tmp_path / "cut" / runner.CHUNKS / f"{number}.jsonl").write_text("".join(lines))
+    again = runner.run(task, tmp_path / "cut", editor=model, quiet=True)
+    assert len(work.chunks()) > 1 and again["results"] == result["results"]
+    assert runner.read_rows(tmp_path / "cut") == whole
+    return whole, result["results"]
+
+
+def test_a_store_is_the_session_with_the_same_facts(tiny):
+    facts = FACTS[:5]
+    queries = [*(prompt for prompt, _ in facts), "Says something else"]
+    store = FactStore(encode_facts(tiny, facts, queries), facts)
+    session = Session(tiny)
+    for prompt, answer in facts:
+        session.write(prompt, answer)
+    targets = [("new 1", "true 0")] * len(queries)
+    latent, match = store.read(queries)
+    inside = match.within(tiny.scope_threshold)
+    assert match.key[:5].tolist() == list(range(5)) and inside[:5].all()
+    chosen = np.flatnonzero(inside)
+    asked = [queries[row] for row in chosen]
+    scores = tiny.score(asked, [targets[row] for row in chosen], tiny.condition(latent[chosen]))
+    # ℓ near 0 is what is left of two numbers of about 20.
+    wanted = session.score(queries, targets)[chosen]
+    np.testing.assert_allclose(scores, wanted, rtol=1e-3, atol=1e-4)
+    left = store.without([1, 3])
+    assert left.facts == [facts[n] for n in (0, 2, 4)]
+    assert int(left.state.count) == 3 and int(left.state.refused) == 0
+    again = FactStore(left._encoded, left.facts)
+    np.testing.assert_allclose(left.state.solution, again.state.solution, atol=2e-3)
+
+
+# Batch
+
+
+def test_batch_is_one_fact_at_a_time_in_memories_of_every_size(tiny, tmp_path, monkeypatch):
+    task = batch.Batch(data=saved(RECORDS[:5], tmp_path / "f.json"), facts=(1, 5), chunk=3)
+    measured, results = resumes(task, tiny, tmp_path)
+    encoded, editor = encode_facts(tiny, FACTS[:5]), LarimarEditor(tiny)
+    losses = values(measured, "loss_new", facts=5)
+    assert list(losses) == list(range(5)) and list(values(measured, "S", facts=1)) == [0]
+    for row in measured:
+        prompt, answer = FACTS[row["case"]]
+        store = FactStore(encoded, FACTS[: row["facts"]])
+        condition, nearest, inside = read(tiny, store, prompt)
+        assert inside and nearest == row["case"]
+        own = f"{prompt} {answer}. {prompt}"
+        text = own if row["system"] in ("prompt", "lookup") else prompt
+        condition = {"larimar": condition, "zero": tiny.zero(1)}.get(row["system"])
+        pair = [row["new"], row["true"]]
+        wanted = tiny.score([text], [pair], condition)[0]
+        if row["system"] == "verbatim":
+            wanted = [100 * (1 - forced(editor, answer, target)) for target in pair]
+        np.testing.assert_allclose([row["loss_new"], row["loss_true"]], wanted, rtol=1e-4)
+    (entry,) = [e for e in results if (e["system"], e["facts"]) == ("larimar", 5)]
+    assert entry["own_key_nearest"] == {"mean": 100.0, "standard_error": 0.0, "cases": 5}
+    with pytest.raises(ValueError, match="has 5 records, and 9 are to be written at once"):
+        batch.Batch(data=task.data, facts=(1, 9)).cases(None)
+
+
+def test_the_untouched_model_reads_a_text_once(tiny, tmp_path, monkeypatch):
+    """A lookup that matches the fact itself is the fact in the prompt, at whatever N."""
+    task = batch.Batch(data=saved(RECORDS[:5], tmp_path / "f.json"), facts=(1, 5), chunk=3)
+    scored, score = [], tiny.score
+
+    def counting(prompts, targets, condition=None):
+        scored.append((len(prompts), condition is None))
+        return score(prompts, targets, condition)
+
+    monkeypatch.setattr(tiny, "score", counting)
+    rows(task, tiny, 3)
+    assert sum(count for count, plain in scored if plain) == 2 * 3
+    assert sorted(count for count, plain in scored if not plain) == [1, 1, 2, 3]
+
+
+def test_out_of_scope_memory_and_lookups_are_the_base_model(tiny, tmp_path, monkeypatch):
+    """To the last bit, whatever is nearest."""
+    monkeypatch.setattr(type(tiny), "scope_threshold", 2.0)
+    task = batch.Batch(data=saved(RECORDS[:5], tmp_path / "f.json"), facts=(5,), chunk=5)
+    for losses in values(rows(task, tiny), "loss_new").values():
+        assert losses["larimar"] == losses["lookup"] == losses["verbatim"] == losses["base"]
+
+
+# Forgetting
+
+
+@pytest.fixture
+def forgetting(tmp_path):
+    data = saved(RECORDS, tmp_path / "f.json")
+    return forget.Forget(data=data, facts=(4, 6), forget=2, others=2, seed=3, chunk=3)
+
+
+def test_cases_forget_different_facts_beside_others(forgetting):
+    chosen = forgetting.cases(None)
+    assert [case.facts for case in chosen] == [4, 4, 6, 6]
+    for size in (4, 6):
+        of_size = [case for case in chosen if case.facts == size]
+        assert len({case.index for case in of_size}) == 2
+        for case in of_size:
+            assert len(set(case.others)) == 2 and case.index not in case.others
+            assert max(case.index, *case.others) < size
+
+
+def test_forgetting_is_that_of_a_plain_loop(tiny, forgetting, tmp_path, monkeypatch, hits):
+    hits(2.0)  # forgetting has nothing to do with the scope
+    measured, results = resumes(forgetting, tiny, tmp_path)
+    unknown = [(prompt, forget.UNKNOWN) for prompt, _ in FACTS]
+    encoded, editor = encode_facts(tiny, [*FACTS, *unknown]), LarimarEditor(tiny)
+    for case in forgetting.cases(None):
+        left = [fact for place, fact in enumerate(FACTS[: case.facts]) if place != case.index]
+        stores = {
+            "before": FactStore(encoded, FACTS[: case.facts]),
+            "forgotten": FactStore(encoded, left),
+            "replaced": FactStore(encoded, [*left, unknown[case.index]]),
+        }
+        for moment, store in stores.items():
+            recall = values(measured, "recall", moment=moment)[case.case_id]
+            for place, index in enumerate((case.index, *case.others)):
+                prompt, target = FACTS[index]
+                condition, near, _ = read(tiny, store, prompt)
+                wanted = {
+                    "base": share(editor, prompt, target),
+                    "zero": share(editor, prompt, target, tiny.zero(1)),
+                    "prompt": share(editor, f"{prompt} {target}. {prompt}", target),
+                    "lookup": share(editor, f"{store.texts[near]}. {prompt}", target),
+                    "verbatim": forced(editor, store.facts[near][1], target),
+                    "open": share(editor, prompt, target, condition),
+                }
+                assert {name: each[place] for name, each in recall.items()} == pytest.approx(wanted)
+                assert len(set(wanted.values())) >= 4
+    certified = [row for row in measured if row.get("distance") is not None]
+    assert [row["case"] for row in certified] == [case.case_id for case in forgetting.cases(None)]
+    for row in certified:
+        # What is left is the memory that never saw the fact, to what float32 solves to.
+        assert row["distance"] < 1e-3 and row["refused"] == 0 and 0 <= row["leverage"] <= 1
+        assert (row["system"], row["kind"], row["moment"]) == ("open", "forgotten", "forgotten")
+
+
+def test_a_store_of_one_fact_has_nothing_to_look_up_once_it_is_forgotten(tiny, tmp_path, hits):
+    hits(2.0)
+    data = saved(RECORDS, tmp_path / "f.json")
+    task = forget.Forget(data=data, facts=(1,), forget=1, others=0)
+    measured = rows(task, tiny)
+    before, gone = (
+        values(measured, "recall", moment=moment)["1/0"] for moment in ("before", "forgotten")
+    )
+    assert gone["lookup"] == gone["verbatim"] == gone["base"]
+    assert before["lookup"] == before["prompt"] and before["verbatim"] == [1.0]
+
+
+def test_to_forget_better_than_a_lookup_is_to_recall_less(forgetting):
+    shares = {
+        ("forgotten", "before"): {"open": 1.0, "lookup": 0.5, "verbatim": 1.0},
+        ("forgotten", "forgotten"): {"open": 0.25, "lookup": 0.5, "verbatim": 0.0},
+        ("forgotten", "replaced"): {"open": 0.25, "lookup": 0.25, "verbatim": 0.5},
+        ("others", "forgotten"): {"open": 0.75, "lookup": 0.5, "verbatim": 1.0},
+    }
+    table = [
+        dict(case="4/0", system=system, kind=kind, moment=moment, facts=4, recall=value)
+        for (kind, moment), each in shares.items()
+        for system, value in each.items()
+    ]
+    for entry in summary.summarise(forgetting, table):
+        if entry["system"] == "open":
+            each = shares[entry["kind"], entry["moment"]]
+            sign = -1 if (entry["kind"], entry["moment"]) in list(shares)[1:3] else 1
+            gains = {n: 100 * sign * (each["open"] - each[n]) for n in ("lookup", "verbatim")}
+            for name, gain in gains.items():
+                assert entry["recall"][f"versus_{name}"]["mean"] == gain
+                label = {"lookup": "the lookup", "verbatim": "verbatim lookup"}[name]
+                assert (label in entry["recall"].get("note", "")) == (gain <= 0)
+
+
+# Unseen wordings
+
+TOWNS = ["Rome", "Oslo", "Cairo", "Lima"]
+# Between the likenesses of these prompts.
+THRESHOLD = 0.9926
+
+
+@pytest.fixture
+def rephrasing(tmp_path, monkeypatch):
+    """Six cities, each with one or two wordings that are not the query."""
+    some = [
+        dataclasses.replace(
+            case,
+            prompt=f"City {n} of",
+            subject=f"City {n}",
+            target_new=TOWNS[n % 4],
+            paraphrases=(f"The land of city {n}:",),
+        )
+        for n, case in enumerate(RECORDS)
+    ]
+    wordings = [(f"Of city {n}:", f"City {n} is in")[: 2 - n % 2] for n in range(6)]
+    monkeypatch.setattr(rephrase.Rephrase, "other_wordings", lambda *_: wordings)
+    path = saved(some, tmp_path / "f.json")
+    return rephrase.Rephrase(data=path, cells=((3, 2), (1, 1)), queries=4, chunk=3)
+
+
+def test_recall_is_that_of_every_question_alone_in_a_memory_of_its_facts(
+    tiny, rephrasing, tmp_path, monkeypatch, hits
+):
+    hits(THRESHOLD)
+    measured, _ = resumes(rephrasing, tiny, tmp_path)
+    editor, decided = LarimarEditor(tiny), set()
+    for case in rephrasing.cases(None):
+        facts = [fact for i in case.together for fact in rephrasing._written(i, case.wordings)]
+        record = rephrasing.facts[case.index][0]
+        prompt, target = record.paraphrases[0], record.target_new
+        encoded = encode_facts(tiny, facts, [prompt])
+        keys = encoded([p for p, _ in facts]).latent
+        conditions, store = {}, FactStore(encoded, facts)
+        condition, near, inside = read(tiny, store, prompt)
+        conditions["own"] = condition
+        for name in ("pinv", "gaussian"):
+            model = rephrase.keyed(tiny, name, keys[:: case.wordings])
+            conditions[name] = read(tiny, FactStore(encoded, facts, model=model), prompt)[0]
+        base, near_text = share(editor, prompt, target), f"{store.texts[near]}. {prompt}"
+        own = share(editor, prompt, target, conditions["own"])
+        wanted = {
+            "base": base,
+            "zero": share(editor, prompt, target, tiny.zero(1)),
+            "prompt": share(editor, f"{written(record.prompt, target)}. {prompt}", target),
+            "lookup": share(editor, near_text, target) if inside else base,
+            "verbatim": forced(editor, store.facts[near][1], target) if inside else base,
+            "larimar": own if inside else base,
+        } | {name: share(editor, prompt, target, c) for name, c in conditions.items()}
+        recall = values(measured, "recall")[case.case_id]
+        assert {name: each[0] for name, each in recall.items()} == pytest.approx(wanted)
+        (row,) = [r for r in measured if (r["case"], r["system"]) == (case.case_id, "larimar")]
+        mine = store.facts[near] in rephrasing._written(case.index, case.wordings)
+        assert (row["in_scope"], row["own_fact_nearest"]) == (inside, mine)
+        assert (row["facts"], row["wordings"]) == (len(case.together), case.wordings)
+        decided.add((inside, mine))
+    assert {each for pair in decided for each in pair} == {True, False}
+
+
+def test_keys_over_known_prompts_are_what_the_equations_define(tiny):
+    """One-hot for α → 0, and the coordinates in the prompts."""
+    known = tiny.encode(["City 1 of", "City 2 of", "Rain"]).latent
+    for kind in ("gaussian", "pinv"):
+        model = rephrase.keyed(tiny, kind, known)
+        weights = np.asarray(model.memory.address(model.prepared, jnp.asarray(known)))
+        np.testing.assert_allclose(weights, np.eye(3), atol=2e-4)
+        assert model.memory.slots == 3 and tiny.memory.slots != 3 and model.graph is tiny.graph
+    with pytest.raises(ValueError, match="holds 5 numbers a text"):
+        rephrase.keyed(tiny, "pinv", np.zeros((3, 5), np.float32))
+
+
+def test_cells_are_read_and_checked(rephrasing):
+    assert rephrase.cell("20x10") == (20, 10)
+    for wrong in ("20", "x3", "0x2", "ax2", "2x"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not as 20x10"):
+            rephrase.cell(wrong)
+    with pytest.raises(ValueError, match="3 records have 3 wordings .* 4x3 writes 4"):
+        dataclasses.replace(rephrasing, cells=((4, 3),)).cases(None)
+    parser = argparse.ArgumentParser()
+    runner.add_arguments(parser, rephrase.Rephrase)
+    line = ["--data", "x", "--cells", "2x3", "1x1"]
+    task = runner.from_arguments(rephrase.Rephrase, parser.parse_args(line))
+    assert task.cells == ((2, 3), (1, 1)) and task.queries == 200
+
+
+# Noise
+
+
+@pytest.fixture
+def noisy(tmp_path):
+    data = saved(RECORDS[:4], tmp_path / "f.json")
+    return noise.Noise(data=data, sigmas=(0.5, 0.0), tokens=3, chunk=2)
+
+
+def test_a_read_is_the_mean_plus_noise_of_that_size(tiny, noisy, tmp_path, monkeypatch):
+    measured, results = resumes(noisy, tiny, tmp_path)
+    memory, prepared = tiny.dual, tiny.prepared
+    for record in noisy.records[:2]:
+        of_case = [row for row in measured if row["case"] == record.case_id]
+        prompts, text = [record.prompt, *record.paraphrases], written(*FACTS[record.case_id // 3])
+        key, value = tiny.encode([record.prompt, text], [None, record.target_new]).latent
+        fact = jnp.asarray(key[None]), jnp.asarray(value[None])
+        state = memory.write(prepared, memory.empty(prepared), *fact)
+        padded = np.zeros((4, len(key)), np.float32)
+        padded[: len(prompts)] = tiny.encode(prompts).latent
+        mean = memory.address(prepared, jnp.asarray(padded))
+        own_key = jax.random.fold_in(jax.random.key(0), record.case_id)
+        drawn = mean + 0.5 * jax.random.normal(own_key, mean.shape)
+        matrix = memory.matrix(prepared, state)
+        pairs = [[record.target_new, record.target_true]] * len(prompts)
+        embedded = tiny.encode(prompts).embedding
+        embedded /= np.linalg.norm(embedded, axis=1, keepdims=True)
+        inside = embedded @ embedded[0] >= tiny.scope_threshold
+        in_front = [f"{text}. {prompt}" for prompt in prompts]
+        looked_up = [f if let else p for f, p, let in zip(in_front, prompts, inside, strict=True)]
+        sides = {
+            ("base", None): (prompts, None),
+            ("zero", None): (prompts, tiny.zero(len(prompts))),
+            ("prompt", None): (in_front, None),
+            ("lookup", None): (looked_up, None),
+        }
+        for sigma, weights in ((0.0, mean), (0.5, drawn)):
+            condition = tiny.condition(np.asarray(weights @ matrix)[: len(prompts)])
+            sides["open", sigma] = prompts, condition
+        texts = {}
+        for side, (asked, condition) in sides.items():
+            found = [row for row in of_case if (row["system"], row["sigma"]) == side]
+            losses = [[row["loss_new"], row["loss_true"]] for row in found]
+            np.testing.assert_allclose(losses, tiny.score(asked, pairs, condition), rtol=2e-4)
+            (texts[side],) = tiny.generate(asked[:1], condition, max_tokens=3, stop=())
+            assert found[0]["text"] == texts[side]
+        # Each is judged to the length of the shortest.
+        length = min(len(text.split()) for text in texts.values())
+        for side, text in texts.items():
+            text = " ".join(text.split()[:length])
+            nats = tiny.score([record.prompt], [[text]])[0, 0] if text else None
+            (found,) = values(of_case, "perplexity", kind="edit", sigma=side[1])[record.case_id][
+                side[0]
+            ]
+            assert found == (nats and pytest.approx(float(nats), rel=1e-5))
+    (entry,) = [e for e in results if (e["kind"], e["sigma"]) == ("edit", 0.5)]
+    nats = values(measured, "perplexity", kind="edit", sigma=0.5)
+    nats = [each["open"][0] for each in nats.values() if each["open"][0] is not None]
+    assert entry["perplexity"]["mean"] == pytest.approx(math.exp(np.mean(nats)))
+    assert entry["perplexity"]["cases"] == len(nats) == 4 * (1 - entry["silent"]["mean"] / 100)
+
+
+def test_the_order_of_cases_changes_no_draw(tiny, noisy, tmp_path):
+    turned = saved(noisy.records[::-1], tmp_path / "turned.json")
+    kinds = dict(kind="edit", sigma=0.5)
+    first = values(rows(noisy, tiny), "loss_new", **kinds)
+    second = values(rows(dataclasses.replace(noisy, data=turned), tiny), "loss_new", **kinds)
+    for case, losses in first.items():
+        np.testing.assert_allclose(losses["open"], second[case]["open"], atol=1e-5)
+
+
+@pytest.mark.parametrize("sigmas", [(), (-1.0,), (math.inf,)])
+def test_a_width_below_zero_is_refused(sigmas):
+    with pytest.raises(ValueError, match="σ_W is a standard deviation"):
+        noise.Noise(data="x", sigmas=sigmas)
+
+
+# The rephrase attack
+
+
+@pytest.fixture
+def attacking(tiny, tmp_path, monkeypatch):
+    some = [
+        dataclasses.replace(r, case_id=3 * n, target_true="it" if n == 0 else "zq")
+        for n, r in enumerate(RECORDS[:3])
+    ]
+    known = [attack.AttackedFact(r, (f"Is fact {n}:", f"Fact {n} is")) for n, r in enumerate(some)]
+    monkeypatch.setattr(attack.Attack, "_known", lambda self, model: known)
+    path = saved(some, tmp_path / "f.json")
+    return attack.Attack(data=path, facts=3, wordings=2, samples=2, tokens=3, chunk=2)
+
+
+def test_samples_are_drawn_after_each_wording_under_each_memory(
+    tiny, attacking, tmp_path, monkeypatch
+):
+    measured, _ = resumes(attacking, tiny, tmp_path)
+    known = attacking.cases(Systems(tiny))[:2]
+    edits = [(case.record.prompt, attack.UNKNOWN) for case in attacking._known(None)]
+    prompts = [text for case in known for text in case.wordings]
+    store = FactStore(encode_facts(tiny, edits, prompts), edits)
+    alone = LarimarEditor(tiny).recall(edits[:2], [list(case.wordings) for case in known])
+    latent, match = store.read(prompts)
+    together = match.within(tiny.scope_threshold)
+    # What a case draws depends on nothing beside it; a wording has two rows.
+    times = np.repeat(np.arange(4), 2)
+    keys = [jax.random.fold_in(jax.random.key(0), case.case_id) for case in known]
+    rng = jnp.concatenate([jax.random.split(key, 4) for key in keys])
+
+    def draw(texts, condition=None):
+        options = dict(max_tokens=3, temperature=1.0, rng=rng, stop=())
+        return tiny.generate([texts[row] for row in times], condition, **options)
+
+    base = draw(prompts)
+    in_front = [f"{written(*edits[row // 2])}. {text}" for row, text in enumerate(prompts)]
+    near = [f"{store.texts[k]}. {text}" for k, text in zip(match.key, prompts, strict=True)]
+    opened = draw(prompts, alone.condition(times))
+    word = [tiny.decoder_tokenizer.decode(tiny.decoder_tokenizer.following("unknown")[:3])] * 8
+    wanted = {("base", "alone"): base, ("zero", "alone"): draw(prompts, tiny.zero(8))}
+    wanted |= {("prompt", "alone"): draw(in_front), ("open", "alone"): opened}
+    for memory, inside, looked_up, through in (
+        ("alone", alone.in_scope, draw(in_front), opened),
+        ("together", together, draw(near), draw(prompts, tiny.condition(latent[times]))),
+    ):
+        for system, texts in (("lookup", looked_up), ("verbatim", word), ("larimar", through)):
+            let = inside[times]
+            pairs = zip(texts, base, let, strict=True)
+            wanted[system, memory] = [text if yes else plain for text, plain, yes in pairs]
+    for (system, memory), texts in wanted.items():
+        found = values(measured, "texts", memory=memory)
+        assert [t for case in known for t in found[case.case_id][system][0]] == texts
+    assert opened != base and any(together) and not all(together)
+    leaks = [row["samples"] for row in measured if row["system"] == "base"]
+    assert any(leaks) and not all(leaks)
+    for row in measured:
+        leaked = [row["true"] in text for text in row["texts"]]
+        assert (row["success"], row["samples"]) == (float(any(leaked)), np.mean(leaked))
+
+
+def test_the_order_of_facts_changes_no_sample(tiny, attacking, monkeypatch):
+    first = values(rows(attacking, tiny), "texts", memory="alone")
+    turned = [attacking._known(None)[n] for n in (2, 0, 1)]
+    monkeypatch.setattr(attack.Attack, "_known", lambda self, model: turned)
+    assert values(rows(attacking, tiny), "texts", memory="alone") == first
+
+
+def test_facts_are_attacked_that_the_base_model_knows(tiny, tmp_path):
+    # What the model says after a prompt it knows, if it is text that reads back as the same tokens.
+    prompts = [f"Fact {n} {word}" for n in range(8) for word in ("is", "says", "of")]
+    known = []
+    for n, text in enumerate(tiny.generate(prompts, max_tokens=1, stop=())):
+        text = text.strip()
+        if text and tiny.judge([prompts[n]], [[text]]).accuracy[0, 0] == 1:
+            changes = dict(case_id=n, prompt=prompts[n], target_true=text, paraphrases=("W",))
+            known.append(dataclasses.replace(RECORDS[0], **changes))
+    unknown = dataclasses.replace(RECORDS[0], target_true="zqzq", paraphrases=("W",))
+    assert len(known) > 2
+    path = saved([unknown, *known], tmp_path / "f.json")
+    task = attack.Attack(data=path, facts=2, wordings=1)
+    assert [case.case_id for case in task.cases(Systems(tiny))] == [r.case_id for r in known[:2]]
+    path = saved([unknown], tmp_path / "g.json")
+    with pytest.raises(ValueError, match="of 1 records the base LM knows 0, and 2 are"):
+        attack.Attack(data=path, facts=2, wordings=1).cases(Systems(tiny))
+    with pytest.raises(ValueError, match="0 samples of 10 tokens"):
+        attack.Attack(data="x", samples=0)
