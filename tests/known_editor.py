@@ -128,5 +128,5 @@ def values(rows, metric, **chosen):
     for row in rows:
         if all(row.get(name) == value for name, value in chosen.items()):
             by_system = table.setdefault(row["case"], {})
-            by_system.setdefault(row["system"], []).append(row[metric])
+            by_system.setdefault(row["system"], []).append(row.get(metric))
     return table

@@ -285,7 +285,7 @@ def test_recall_is_that_of_every_question_alone_in_a_memory_of_its_facts(
         condition, near, inside = read(tiny, store, prompt)
         conditions["own"] = condition
         for name in ("pinv", "gaussian"):
-            model = rephrase.keyed(tiny, name, keys[:: case.wordings])
+            model = rephrase.keyed(tiny, rephrase.ADDRESSINGS[name], keys[:: case.wordings])
             conditions[name] = read(tiny, FactStore(encoded, facts, model=model), prompt)[0]
         base, near_text = share(editor, prompt, target), f"{store.texts[near]}. {prompt}"
         own = share(editor, prompt, target, conditions["own"])
@@ -310,13 +310,13 @@ def test_recall_is_that_of_every_question_alone_in_a_memory_of_its_facts(
 def test_keys_over_known_prompts_are_what_the_equations_define(tiny):
     """One-hot for α → 0, and the coordinates in the prompts."""
     known = tiny.encode(["City 1 of", "City 2 of", "Rain"]).latent
-    for kind in ("gaussian", "pinv"):
-        model = rephrase.keyed(tiny, kind, known)
+    for addressing in rephrase.ADDRESSINGS.values():
+        model = rephrase.keyed(tiny, addressing, known)
         weights = np.asarray(model.memory.address(model.prepared, jnp.asarray(known)))
         np.testing.assert_allclose(weights, np.eye(3), atol=2e-4)
         assert model.memory.slots == 3 and tiny.memory.slots != 3 and model.graph is tiny.graph
     with pytest.raises(ValueError, match="holds 5 numbers a text"):
-        rephrase.keyed(tiny, "pinv", np.zeros((3, 5), np.float32))
+        rephrase.keyed(tiny, rephrase.ADDRESSINGS["pinv"], np.zeros((3, 5), np.float32))
 
 
 def test_cells_are_read_and_checked(rephrasing):

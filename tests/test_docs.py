@@ -59,7 +59,7 @@ def test_the_sweep_finds_it(fading, tmp_path):
 @pytest.fixture
 def portability(tmp_path, monkeypatch):
     saved("new_benchmark.md", tmp_path / "portability.py", bench, monkeypatch)
-    yield bench.benchmarks()["portability"]
+    yield bench.tasks()["portability"]
     sys.modules.pop("larimar_jax.bench.portability")
 
 
@@ -86,13 +86,15 @@ def test_the_command_line_the_runner_and_the_report_find_it(
     monkeypatch.setattr(systems, "load", lambda source, overrides: tiny)
     out = tmp_path / "run"
     assert cli.main(["bench", "portability", "--data", str(path), "--out", str(out)]) == 0
-    lines = runner.read_cases(out)
-    assert [line["case_id"] for line in lines] == [1, 2, 4, 5]
-    base = tiny.judge(["City 4 of"], [["Japan"]]).accuracy[0, 0]
-    assert lines[2]["accuracy"]["base"] == pytest.approx(float(base))
+    lines = runner.read_rows(out)
+    assert runner.cases_of(lines) == [1, 2, 4, 5]
+    hits = tiny.judge(["City 4 of"], [["Japan"]]).accuracy[0, 0]
+    (base,) = {r["accuracy"] for r in lines if (r["case"], r["system"]) == (4, "base")}
+    assert base == pytest.approx(float(hits))
     run = report.read(out)
-    first, second = report.sections([run, run])[0], report.sections([run, run])[2]
+    first, second = report.sections([run, run])[1], report.sections([run, run])[3]
     assert first.items[1].title == "portability, 4 cases" and "differs" not in str(second)
+    assert "verbatim lookup" in str(first.items[1])
 
 
 def test_the_readmes_results_are_lines_of_the_report():

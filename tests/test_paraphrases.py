@@ -1,7 +1,5 @@
 """Other wordings of a prompt, found in the records of a benchmark."""
 
-import argparse
-import dataclasses
 import string
 
 import numpy as np
@@ -9,11 +7,9 @@ import pytest
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
-from test_bench import KnownEditor, cases
+from known_editor import cases, rows, saved, values
 
-from larimar_jax.bench import counterfact, given
-from larimar_jax.bench.editor import LarimarEditor
-from larimar_jax.data import edit_records as data
+from larimar_jax.bench.counterfact import CounterFact
 from larimar_jax.data.edit_records import EditRecord
 from larimar_jax.data.paraphrases import Paraphrases
 from larimar_jax.session import Session
@@ -60,46 +56,18 @@ def test_wordings_are_a_relation_of_equals(pairs):
         assert not {*one.paraphrases} & {*found.unseen(one)}
 
 
-def test_counterfact_writes_as_many_wordings_as_it_is_told(tmp_path):
-    found = Paraphrases(RECORDS)
-    wordings = [found.unseen(one)[:1] for one in RECORDS[:2]]
-    some = [dataclasses.replace(record, case_id=n) for n, record in enumerate(RECORDS[:2])]
-    told = []
-
-    class Watched(KnownEditor):
-        def recall(self, facts, queries, wordings=(), **options):
-            told.append((facts, wordings))
-            return super().recall(facts, queries, wordings, **options)
-
-    made = counterfact.CounterFact(Watched(), some, data={}, wordings=wordings)
-    records = made.run(some)
-    assert told == [([("Ann speaks", "new"), ("Bob speaks", "new")], wordings)]
-    assert [r["wordings"] for r in records] == [["The talk of Ann is in"], ["Bob's tongue is"]]
-    summary = {"settings": made.settings, "cases": 2, "results": counterfact.summarise(records)}
-    assert "in 1.00 more wordings" in counterfact.tables(summary)[0].title
-    assert made.settings["rephrasings"] == 1
-
-
-def test_what_is_written_in_more_wordings_is_what_a_session_writes(tiny):
+def test_what_is_written_in_more_wordings_is_what_a_session_writes(tiny, tmp_path, monkeypatch):
     """Each case's own number of wordings, beside each other in one batch."""
     wordings = [["That fact 0 was"], [], ["Of fact 2:", "Fact 2, it is said, is"]]
-    some = cases(3)
-    made = counterfact.CounterFact(LarimarEditor(tiny), some, data={}, wordings=wordings)
-    for case, more, found in zip(some, wordings, made.run(some), strict=True):
+    task = CounterFact(data=saved(cases(3), tmp_path / "facts.json"))
+    alone = values(rows(task, tiny), "loss_new", kind="edit")
+    monkeypatch.setattr(CounterFact, "other_wordings", lambda *_: wordings)
+    together = values(rows(task, tiny), "loss_new", kind="edit")
+    for case, more in zip(task.records, wordings, strict=True):
         session = Session(tiny)
         session.write(case.prompt, case.target_new, more)
-        targets = [[case.target_new, case.target_true]] * len(found["prompts"]["edit"])
-        told = session.score(found["prompts"]["edit"], targets)
-        assert found["loss"]["larimar"]["edit"][0] == pytest.approx(told[0].tolist(), rel=2e-4)
-        (alone,) = counterfact.CounterFact(LarimarEditor(tiny), [case], data={}).run([case])
-        same = alone["loss"]["open"]["edit"][0] == pytest.approx(told[0].tolist(), rel=1e-5)
-        assert same == (not more)
-        for kind in ("edit", "neighbourhood"):
-            mine, theirs = found["loss"]["base"][kind], alone["loss"]["base"][kind]
-            np.testing.assert_allclose(mine, theirs, rtol=2e-5)
-
-
-def test_a_number_of_wordings_below_zero_is_refused():
-    args = argparse.Namespace(data="none", skip_bad=False)
-    with pytest.raises(ValueError, match="--rephrasings must be at least 0, not -1"):
-        given.wordings(args, data.load, [], -1)
+        loss = float(session.score([case.prompt], [[case.target_new]])[0, 0])
+        mine, single = together[case.case_id], alone[case.case_id]
+        assert mine["larimar"][0] == pytest.approx(loss, rel=2e-4)
+        assert (single["open"][0] == pytest.approx(loss, rel=1e-5)) == (not more)
+        np.testing.assert_allclose(mine["base"], single["base"], rtol=2e-5)

@@ -36,7 +36,10 @@ class Recall:
 
 @runtime_checkable
 class Editor(Protocol):
-    """A language model with a memory that single facts are written into."""
+    """A language model with a memory that single facts are written into.
+
+    A condition is whatever the decoder is handed, one row a prompt; None is the base LM.
+    """
 
     settings: Mapping[str, Any]
     """What decides its numbers, as JSON: weights, thresholds."""
@@ -44,13 +47,7 @@ class Editor(Protocol):
     def written(self, prompt: str, answer: str) -> str:
         """Return the text that a written fact consists of."""
 
-    def recall(
-        self,
-        facts: Sequence[tuple[str, str]],
-        queries: Sequence[Sequence[str]],
-        wordings: Sequence[Sequence[str]] = (),
-        by_text: bool = False,
-    ) -> Recall:
+    def recall(self, facts, queries, wordings=(), by_text=False) -> Recall:
         """Write (prompt, answer) n into empty memory n, and wordings n with the same answer; read
         queries n from it. by_text: the scope detector compares with the written text instead of its
         prompt."""
@@ -58,18 +55,13 @@ class Editor(Protocol):
     def zero(self, rows: int) -> Any:
         """Return the condition z = 0 for so many rows."""
 
-    def score(
-        self, prompts: Sequence[str], candidates: Sequence[Sequence[str]], condition: Any
-    ) -> np.ndarray:
-        """Return ℓ of c candidates after each of n prompts, in nats, float32 [n, c]; None is the
-        base LM."""
+    def score(self, prompts, candidates, condition) -> Float[np.ndarray, "n c"]:
+        """Return ℓ of c candidates after each of n prompts, in nats."""
 
-    def hits(
-        self, prompts: Sequence[str], targets: Sequence[str], condition: Any
-    ) -> list[np.ndarray]:
+    def hits(self, prompts, targets, condition) -> list[Bool[np.ndarray, "_"]]:
         """Return of each target's tokens, teacher-forced, whether they are the likeliest."""
 
-    def generate(self, prompts: Sequence[str], condition: Any, tokens: Sequence[int]) -> list[str]:
+    def generate(self, prompts, condition, tokens: Sequence[int]) -> list[str]:
         """Return greedy continuations of n prompts, each of so many tokens at the most."""
 
     def tokens(self, target: str) -> list[int]:
@@ -130,39 +122,36 @@ class LarimarEditor:
         ]
         owner, line, prompts, answers = zip(*rows, strict=True) if rows else ((), (), (), ())
         owner, line = np.asarray(owner, np.int32), np.asarray(line, np.int32)
-        texts = [self.written(prompt, answer) for _, _, prompt, answer in rows]
+        texts = [written(prompt, answer) for _, _, prompt, answer in rows]
         sentences, owners = scope.split_sentences([query for row in queries for query in row])
         unique = list(dict.fromkeys([*prompts, *sentences]))
         place = {text: number for number, text in enumerate(unique)}
         encodings = self.model.encode([*unique, *texts], [None] * len(unique) + [*answers])
-
-        def rows_of(chosen):
-            return [place[text] for text in chosen]
+        of_prompts = [place[text] for text in prompts]
+        of_texts = slice(len(unique), None)
+        of_sentences = np.asarray([place[text] for text in sentences], np.int64)
 
         where = [(fact, slot) for fact, row in enumerate(queries) for slot in range(len(row))]
         fact, slot = np.asarray(where, np.int32).reshape(-1, 2).T
-        keys_of_scope = (
-            encodings.embedding[len(unique) :] if by_text else encodings.embedding[rows_of(prompts)]
-        )
         match = scope.nearest_key(
-            encodings.embedding[rows_of(sentences)], owners, keys_of_scope, fact[:, None] == owner
+            encodings.embedding[of_sentences],
+            owners,
+            encodings.embedding[of_texts if by_text else of_prompts],
+            fact[:, None] == owner,
         )
-        nearest = [sentences[number] for number in match.sentence]
 
         latents = encodings.latent
         count = bucket(len(facts), _FACTS)
-        width = bucket(max((len(row) for row in queries), default=0), _QUERIES)
+        width = bucket(max(map(len, queries), default=0), _QUERIES)
         # A fact of zeros is padding: it changes nothing (memory/base.py).
         deep = 1 + max(map(len, extra), default=0)
         keys, values = np.zeros((2, count, deep, latents.shape[1]), np.float32)
-        keys[owner, line], values[owner, line] = latents[rows_of(prompts)], latents[len(unique) :]
-        query_keys = np.zeros((count, width, latents.shape[1]), np.float32)
-        query_keys[fact, slot] = latents[rows_of(nearest)]
+        keys[owner, line], values[owner, line] = latents[of_prompts], latents[of_texts]
+        asking = np.zeros((count, width, latents.shape[1]), np.float32)
+        asking[fact, slot] = latents[of_sentences[match.sentence]]
         rng = None if rng is None else row_keys(rng, len(facts), count)
-        readout = np.asarray(
-            _recall(self.model.dual, self.model.prepared, keys, values, query_keys, rng)
-        )
-        readout = readout[fact, slot]
+        memory, prepared = self.model.dual, self.model.prepared
+        readout = np.asarray(_recall(memory, prepared, keys, values, asking, rng))[fact, slot]
         return Recall(
             scope_score=match.score,
             in_scope=match.within(self.model.scope_threshold),
@@ -173,27 +162,18 @@ class LarimarEditor:
         """Return z = 0, without an answer code."""
         return self.model.zero(rows)
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        candidates: Sequence[Sequence[str]],
-        condition: Condition | None,
-    ) -> np.ndarray:
+    def score(self, prompts, candidates, condition) -> Float[np.ndarray, "n c"]:
         """Return `scoring.score` of this model."""
         return self.model.score(prompts, candidates, condition)
 
-    def hits(
-        self, prompts: Sequence[str], targets: Sequence[str], condition: Condition | None
-    ) -> list[np.ndarray]:
+    def hits(self, prompts, targets, condition) -> list[Bool[np.ndarray, "_"]]:
         """Return `hits` of `scoring.judge`."""
         hits = self.model.judge(prompts, [[target] for target in targets], condition).hits[:, 0]
         lengths = [len(self.tokens(target)) for target in targets]
         return [row[:length] for row, length in zip(hits, lengths, strict=True)]
 
-    def generate(
-        self, prompts: Sequence[str], condition: Condition | None, tokens: Sequence[int]
-    ) -> list[str]:
-        """Return `generate.generate` of this model, through line breaks: an answer may come after
+    def generate(self, prompts, condition, tokens: Sequence[int]) -> list[str]:
+        """Return `generate.generate` of this model, through line breaks: an answer may follow
         one."""
         return self.model.generate(prompts, condition, max_tokens=tokens, stop=())
 

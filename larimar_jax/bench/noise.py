@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from larimar_jax.bench.editor import LarimarEditor
-from larimar_jax.bench.metrics import success
-from larimar_jax.bench.queries import Queries
+from larimar_jax.bench.metrics import rewrite_columns
+from larimar_jax.bench.queries import CONTROLS
 from larimar_jax.bench.systems import Systems, case_keys
 from larimar_jax.bench.task import EditTask, Metric, Pivot, Plot, option
 from larimar_jax.data.edit_records import EditRecord
 from larimar_jax.pipeline import Pipeline
 
-CONTROLS = ("base", "zero", "prompt", "lookup", "verbatim")
 # A control, or the memory at a σ_W.
 Side = tuple[str, float | None]
 
@@ -75,80 +74,58 @@ class Noise(EditTask):
     def evaluate(self, systems, cases) -> Iterator[dict[str, Any]]:
         """Yield S and the surprise of the continuation under every control and σ_W."""
         facts = [(case.prompt, case.target_new) for case in cases]
-        queries = [[case.prompt, *case.paraphrases] for case in cases]
-        owners = [
-            (case, place)
-            for case, row in zip(cases, queries, strict=True)
-            for place in range(len(row))
+        prompts = [[case.prompt, *case.paraphrases] for case in cases]
+        columns = [
+            dict(case=case.case_id, kind="paraphrase" if place else "edit", prompt=prompt)
+            | {"sigma": None, "new": case.target_new, "true": case.target_true}
+            for case, row in zip(cases, prompts, strict=True)
+            for place, prompt in enumerate(row)
         ]
-        pairs = [(case.target_new, case.target_true) for case, _ in owners]
-        first = np.flatnonzero([place == 0 for _, place in owners])
+        pairs = [(column["new"], column["true"]) for column in columns]
+        first = np.flatnonzero([column["kind"] == "edit" for column in columns])
         rng = case_keys(self.seed, [case.case_id for case in cases])
-        sides: dict[Side, Queries] = {}
+        losses: dict[Side, np.ndarray] = {}
+        texts: dict[Side, np.ndarray] = {}
         for sigma in sorted(set(self.sigmas)):
             noisy = Systems(LarimarEditor(_with_noise(systems.model, sigma)))
-            keys = {"rng": rng} if sigma else {}
-            sides["open", sigma] = noisy.single_edits(facts, queries, **keys)
-        # What is in scope depends on no σ_W.
-        plain = next(iter(sides.values()))
-        losses = {(name, None): v for name, v in plain.score(pairs, CONTROLS).items()}
-        begun = plain.take(first)
-        texts = {(name, None): v for name, v in begun.generate(self.tokens, CONTROLS).items()}
-        for side, each in sides.items():
-            losses[side] = each.score(pairs, ("open",))["open"]
-            texts[side] = each.take(first).generate(self.tokens, ("open",))["open"]
-        surprise = self._surprise(systems.model, begun.prompts, texts)
-        for row, (case, place) in enumerate(owners):
-            number = int(np.searchsorted(first, row, side="right")) - 1
-            for (system, sigma), values in losses.items():
-                new, true = (float(loss) for loss in values[row])
-                kind = "paraphrase" if place else "edit"
-                columns = {
-                    "case": case.case_id,
-                    "system": system,
-                    "kind": kind,
-                    "sigma": sigma,
-                    "S": success(kind, new, true),
-                    "prompt": plain.prompts[row],
-                    "written": plain.facts[row],
-                    "loss_new": new,
-                    "loss_true": true,
-                }
-                if not place:
-                    nats = surprise[system, sigma][number]
-                    columns |= {"perplexity": nats, "text": texts[system, sigma][number]}
-                    columns["silent"] = float(nats is None) if system != "verbatim" else None
-                yield columns
+            queries = noisy.single_edits(facts, prompts, **({"rng": rng} if sigma else {}))
+            # No σ_W changes the controls.
+            for names, key in ((("open",), sigma), (() if losses else CONTROLS, None)):
+                for name, values in queries.score(pairs, names).items():
+                    losses[name, key] = values
+                for name, values in queries.take(first).generate(self.tokens, names).items():
+                    texts[name, key] = values
+        nats = self._surprise(systems.model, [case.prompt for case in cases], texts)
+        spoken = {int(row): number for number, row in enumerate(first)}
+        for row, column in enumerate(columns):
+            for side in sorted(losses, key=lambda side: side[0] == "open"):
+                fixed = column | {"system": side[0], "sigma": side[1]}
+                if row in spoken:
+                    fixed["text"] = texts[side][spoken[row]]
+                    if side[0] != "verbatim":
+                        fixed["perplexity"] = nats[side][spoken[row]]
+                        fixed["silent"] = float(fixed["perplexity"] is None)
+                yield fixed | rewrite_columns(column, losses[side][row])
 
     def _surprise(
         self, model: Pipeline, prompts: Sequence[str], texts: Mapping[Side, np.ndarray]
     ) -> dict[Side, list[float | None]]:
         """ℓ of each continuation under the base LM, in nats a token, each text once; None of one
         without words."""
-        spoken = {side: text for side, text in texts.items() if side[0] != "verbatim"}
+        spoken = {side: rows for side, rows in texts.items() if side[0] != "verbatim"}
         # A continuation through the memory may end with its answer: all have the same length.
-        shortest = [
-            min(len(text[row].split()) for text in spoken.values()) for row in range(len(prompts))
+        lengths = [
+            min(len(text.split()) for text in row) for row in zip(*spoken.values(), strict=True)
         ]
         cut = {
-            side: [" ".join(text.split()[:most]) for text, most in zip(each, shortest, strict=True)]
-            for side, each in spoken.items()
+            side: [" ".join(text.split()[:most]) for text, most in zip(rows, lengths, strict=True)]
+            for side, rows in spoken.items()
         }
-        unique = list(
-            dict.fromkeys(
-                (prompts[row], text)
-                for each in cut.values()
-                for row, text in enumerate(each)
-                if text
-            )
-        )
-        scores = model.score([prompt for prompt, _ in unique], [[text] for _, text in unique])[:, 0]
-        nats = {key: float(score) for key, score in zip(unique, scores, strict=True)}
-        none = dict.fromkeys(texts, [None] * len(prompts))
-        return none | {
-            side: [nats.get((prompts[row], text)) for row, text in enumerate(each)]
-            for side, each in cut.items()
-        }
+        pairs = {side: list(zip(prompts, rows, strict=True)) for side, rows in cut.items()}
+        unique = list(dict.fromkeys(pair for rows in pairs.values() for pair in rows if pair[1]))
+        scores = model.score([prompt for prompt, _ in unique], [[text] for _, text in unique])
+        nats = dict(zip(unique, scores[:, 0].tolist(), strict=True))
+        return {side: [nats.get(pair) for pair in rows] for side, rows in pairs.items()}
 
 
 def _with_noise(model: Pipeline, sigma: float) -> Pipeline:

@@ -68,26 +68,17 @@ class Queries:
     condition: Callable[[np.ndarray], Any]
     outside: Literal["base", "zero"] = "base"
 
-    def score(
-        self,
-        pairs: Sequence[Sequence[str]],
-        systems: Sequence[str] = SYSTEMS,
-        memo: Memo | None = None,
-    ) -> dict[str, np.ndarray]:
-        """Return ℓ of c candidates a prompt by system, in nats [R, c]."""
+    def score(self, pairs: Sequence[Sequence[str]], *options: Any) -> dict[str, np.ndarray]:
+        """Return ℓ of c candidates a prompt by system, in nats [R, c]. options: as of `measure`."""
 
         def forced(answer: list[int], candidates: Sequence[str]) -> list[float]:
             hits = (_agreement(answer, self.editor.tokens(text)) for text in candidates)
             return [FLOOR * (1.0 - float(np.mean(row))) for row in hits]
 
-        return self.measure(self.editor.score, pairs, forced, systems, memo)
+        return self.measure(self.editor.score, pairs, forced, *options)
 
     def accuracy(
-        self,
-        targets: Sequence[str],
-        systems: Sequence[str] = SYSTEMS,
-        memo: Memo | None = None,
-        places: Sequence[int] | None = None,
+        self, targets: Sequence[str], *options: Any, places: Sequence[int] | None = None
     ) -> dict[str, np.ndarray]:
         """Return the share of each target's tokens that are the likeliest, teacher-forced, by
         system [R]; where `places` are given, of the token at one place of each target."""
@@ -103,16 +94,10 @@ class Queries:
         def forced(answer: list[int], key: tuple[str, int | None]) -> float:
             return share(_agreement(answer, self.editor.tokens(key[0])), key[1])
 
-        return self.measure(measure, keys, forced, systems, memo)
+        return self.measure(measure, keys, forced, *options)
 
-    def generate(
-        self,
-        tokens: int | Sequence[int],
-        systems: Sequence[str] = SYSTEMS,
-        memo: Memo | None = None,
-    ) -> dict[str, np.ndarray]:
-        """Return greedy continuations by system, an array of texts [R]. tokens: the most, of all or
-        of each."""
+    def generate(self, tokens: int | Sequence[int], *options: Any) -> dict[str, np.ndarray]:
+        """Return greedy continuations by system, texts [R]. tokens: the most, of all or of each."""
         limits = [tokens] * len(self.prompts) if isinstance(tokens, int) else list(tokens)
 
         def generate(prompts, limits, condition):
@@ -121,7 +106,7 @@ class Queries:
         def forced(answer: list[int], limit: int) -> str:
             return self.editor.text(answer[:limit])
 
-        return self.measure(generate, limits, forced, systems, memo)
+        return self.measure(generate, limits, forced, *options)
 
     def measure(
         self,
@@ -134,18 +119,18 @@ class Queries:
         """Return what a measure makes of every prompt and its target, by system.
 
         A text that several controls have, such as that of a lookup which finds the right fact, is
-        measured once for
-        each target, and all that the base LM reads in one call: it is packed better (scoring.py).
+        measured once for each target, and all that the base LM reads in one call: it is packed
+        better (scoring.py).
 
         Args:
             forced: (tokens of an answer, a target) → the value of verbatim lookup.
-            memo: what the base LM and z = 0 made of earlier texts, to be shared by Queries under
-                one measure.
+            memo: what the base LM and z = 0 made of earlier texts, shared under one measure.
         """
         memo = {} if memo is None else memo
         targets = [tuple(target) if isinstance(target, list) else target for target in targets]
         wanted, derived = set(systems), {"lookup", "verbatim", "larimar"} & set(systems)
-        inside = self.in_scope.reshape(len(self.prompts), -1).any(axis=1)
+        decided = self.in_scope.reshape(len(self.prompts), -1)
+        inside = decided.any(axis=1)
         near = [
             self.editor.written(*fact) if fact is not None and let else None
             for fact, let in zip(self.nearest, inside, strict=True)
@@ -158,38 +143,30 @@ class Queries:
         if "zero" in reads:
             once = memo.setdefault("zero", {})
             values |= _once(measure, {"zero": self.prompts}, targets, once, self.editor.zero)
-        if "open" in wanted or self.in_scope.ndim > 1 and "larimar" in wanted:
-            rows = np.arange(len(self.prompts))
-            values["open"] = measure(self.prompts, targets, self.condition(rows))
-        if not derived:
-            return {name: values[name] for name in systems}
-        outside = values[self.outside]
-        # Of one value a prompt there is one decision; of c values, one or c.
-        decided = self.in_scope.reshape(len(self.prompts), -1)
-        let = decided[:, 0] if outside.ndim == 1 else decided
-        if "lookup" in wanted:
-            values["lookup"] = np.where(let, values["lookup"], outside)
-        if "verbatim" in wanted:
+        # Without `open`, what is out of scope is not decoded a second time.
+        everything = "open" in wanted
+        rows = np.arange(len(inside)) if everything else np.flatnonzero(inside)
+        if everything or "larimar" in wanted and len(rows):
+            prompts, own = ([each[row] for row in rows] for each in (self.prompts, targets))
+            through = measure(prompts, own, self.condition(rows))
+            values["open"] = through if everything else values[self.outside].copy()
+            values["open"][rows] = through
+        if derived:
+            outside = values[self.outside]
+            # Of one value a prompt there is one decision; of c values, one or c.
+            let = decided[:, 0] if outside.ndim == 1 else decided
             answers = [
                 None if fact is None else self.editor.tokens(fact[1]) for fact in self.nearest
             ]
-            rows = zip(answers, targets, outside, strict=True)
-            forced_values = [
-                value if answer is None else forced(answer, target)
-                for answer, target, value in rows
-            ]
-            values["verbatim"] = np.where(let, np.asarray(forced_values, outside.dtype), outside)
-        if "larimar" in wanted:
-            if "open" in values:
-                through = values["open"]
-            else:  # What is out of scope is not decoded a second time.
-                through, rows = outside.copy(), np.flatnonzero(inside)
-                if len(rows):
-                    prompts, inner = (
-                        [each[row] for row in rows] for each in (self.prompts, targets)
-                    )
-                    through[rows] = measure(prompts, inner, self.condition(rows))
-            values["larimar"] = np.where(let, through, outside)
+            values["verbatim"] = _array(
+                [
+                    value if answer is None else forced(answer, target)
+                    for answer, target, value in zip(answers, targets, outside, strict=True)
+                ]
+            )
+            values["larimar"] = values.get("open", outside)
+            for name in derived:
+                values[name] = np.where(let, values[name], outside)
         return {name: values[name] for name in systems}
 
     def rows(
@@ -207,13 +184,13 @@ class Queries:
         """
         for row, fixed in enumerate(columns):
             scope = {"scope_score": self.scope_score[row], "in_scope": self.in_scope[row]}
-            scope = {name: float(np.mean(value)) for name, value in scope.items()}
             for system, each in values.items():
                 if system == "prompt" and self.facts[row] is None:
                     continue
-                more = of_memory[row] if of_memory and system not in CONTROLS else {}
-                more = {**more, **(scope if system == "larimar" else {})}
-                yield {**fixed, "system": system, **metrics(fixed, each[row]), **more}
+                extra = dict(of_memory[row]) if of_memory and system not in CONTROLS else {}
+                if system == "larimar":
+                    extra |= {name: float(np.mean(value)) for name, value in scope.items()}
+                yield {**fixed, "system": system, **metrics(fixed, each[row]), **extra}
 
     def take(self, rows: np.ndarray) -> "Queries":
         """Return the chosen queries, in the order of `rows`; a query may be taken several times."""

@@ -15,7 +15,6 @@ from larimar_jax.bench.task import ZSRE, EditTask, Metric, Pivot, Plot, option
 from larimar_jax.data.edit_records import EditRecord
 from larimar_jax.memory.addressing import Addressing, Gaussian, PseudoInverse
 from larimar_jax.memory.base import MemoryParams
-from larimar_jax.memory.streaming import Streaming
 from larimar_jax.pipeline import Pipeline
 
 KEYS = {"own": "keys of the model", "pinv": "pseudo-inverse", "gaussian": "Gaussian"}
@@ -183,20 +182,14 @@ class Rephrase(EditTask):
 
 def keyed(model: Pipeline, addressing: Addressing, known: np.ndarray) -> Pipeline:
     """Return the model with an empty memory whose slots are known prompts, addressed by Eqs. 7–8
-    ("gaussian") or by their pseudo-inverse ("pinv").
+    or by their pseudo-inverse.
 
     Args:
         known: the prompts' encodings [K, C], K slots.
     """
     slots, latent = known.shape
-    own = model.memory
-    memory = Streaming(
-        slots=slots,
-        latent=latent,
-        ridge=own.ridge,
-        query_noise=own.query_noise,
-        addressing=addressing,
-    )
+    sizes = {"slots": slots, "latent": latent}
+    memory = dataclasses.replace(model.memory, addressing=addressing, **sizes)
     zero = jnp.zeros((slots, latent), jnp.float32)
     params = MemoryParams(zero, jnp.zeros((), jnp.float32), reference_memory=jnp.asarray(known))
     return model.with_memory(memory, memory.prepare(params))

@@ -1,7 +1,7 @@
 """The scope detector on CounterFact (§6 of the paper)."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -9,7 +9,6 @@ import numpy as np
 from larimar_jax import scope
 from larimar_jax.bench.fact_store import EncodedTexts
 from larimar_jax.bench.task import EditTask, Metric, Pivot, Plot, option
-from larimar_jax.data.edit_records import EditRecord
 from larimar_jax.data.paraphrases import Paraphrases, scope_questions
 
 # Of the questions that are put to a record's subject.
@@ -24,17 +23,6 @@ class ScopeCase(NamedTuple):
     case_id: int
     prompt: str
     queries: dict[str, Sequence[str]]
-
-
-class Scores(NamedTuple):
-    """A query's kind and text, its best cosine alone with its prompt and against all, and whether
-    its own prompt is the nearest of all."""
-
-    kind: str
-    query: str
-    pairwise: float
-    store: float
-    own: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,94 +99,76 @@ class Scope(EditTask):
         skipped = [] if self.skip_bad else None
         wordings = Paraphrases(self.read(None, skipped))
         asides = scope_questions(self.records, wordings, others=self.others, seed=SEED)
-        cases = [
-            _case(record, each.others) for record, each in zip(self.records, asides, strict=True)
-        ]
+        cases = []
+        for record, aside in zip(self.records, asides, strict=True):
+            queries = (record.paraphrases, record.neighbourhood, aside.others)
+            by_kind = dict(zip(KINDS, queries, strict=True))
+            cases.append(ScopeCase(record.case_id, record.prompt, by_kind))
         return [case for case in cases if any(case.queries.values())]
 
     def evaluate(self, systems, cases) -> Iterator[dict[str, Any]]:
         """Yield the score of every query, alone with its prompt and against all."""
-        scores, thresholds = systems.cached("scores", (), lambda: self._scores(systems))
+        rows = systems.cached("rows", (), lambda: self._rows(systems))
         for case in cases:
-            for detector, by_case in scores.items():
-                for each in by_case[case.case_id]:
-                    for store in STORES:
-                        score = getattr(each, store)
-                        own = each.kind == "paraphrase" and store == "store"
-                        yield {
-                            "case": case.case_id,
-                            "system": detector,
-                            "kind": each.kind,
-                            "store": store,
-                            "passes": float(score >= thresholds[detector]),
-                            "own_prompt": float(each.own) if own else None,
-                            "prompt": case.prompt,
-                            "query": each.query,
-                            "score": score,
-                        }
+            yield from rows[case.case_id]
 
-    def _scores(self, systems) -> tuple[dict[str, dict[int, list[Scores]]], dict[str, float]]:
-        """{detector: {case: scores}} of all cases, and the threshold of each detector."""
+    def _rows(self, systems) -> dict[int, list[dict[str, Any]]]:
+        """The rows of all cases: no threshold but the model's is known before all scores."""
         model, cases = systems.model, self.cases(systems)
         prompts = [record.prompt for record in self.records]
         queries = [q for case in cases for each in case.queries.values() for q in each]
         encoded = EncodedTexts(model, [*prompts, *scope.split_sentences(queries)[0]])
-        written = encoded(prompts)
         place = {record.case_id: number for number, record in enumerate(self.records)}
         # What the model's own detector compares, last, is its embedding in any case.
         detectors = {"external": "embedding"}
         if model.projection is not None:
             detectors = {"external": "pooled", "internal": "embedding"}
-        scores: dict[str, dict[int, list[Scores]]] = {}
+        rows: dict[int, list[dict[str, Any]]] = {case.case_id: [] for case in cases}
         for detector, by in detectors.items():
-            keys = getattr(written, by)
+            keys, scored = getattr(encoded(prompts), by), []
             for case in cases:
-                own, rows = place[case.case_id], []
+                own = place[case.case_id]
                 for kind, texts in case.queries.items():
                     sentences, owners = scope.split_sentences(texts)
                     embedding = getattr(encoded(sentences), by)
                     alone = scope.nearest_key(embedding, owners, keys[own : own + 1])
                     among = scope.nearest_key(embedding, owners, keys)
-                    columns = (alone.score.tolist(), among.score.tolist(), among.key == own)
-                    rows += [Scores(kind, *each) for each in zip(texts, *columns, strict=True)]
-                scores.setdefault(detector, {})[case.case_id] = rows
-        thresholds = dict.fromkeys(detectors, model.scope_threshold)
-        if len(detectors) > 1:
-            rows = [row for each in scores["external"].values() for row in each]
-            sides = [[r.pairwise for r in rows if r.kind == kind] for kind in KINDS[:2]]
-            thresholds["external"] = scope.detection(*map(np.asarray, sides)).threshold
-        return scores, thresholds
+                    fixed = dict(case=case.case_id, system=detector, kind=kind, prompt=case.prompt)
+                    for n, query in enumerate(texts):
+                        for store, match in zip(STORES, (alone, among), strict=True):
+                            row = fixed | {"store": store, "query": query, "score": match.score[n]}
+                            if (kind, store) == ("paraphrase", "store"):
+                                row["own_prompt"] = float(match.key[n] == own)
+                            scored.append(row)
+            threshold = model.scope_threshold
+            if by == "pooled":
+                threshold = scope.detection(*_sides(scored, detector, "pairwise")).threshold
+            for row in scored:
+                rows[row["case"]].append(row | {"passes": float(row["score"] >= threshold)})
+        return rows
 
     def derived(self, rows) -> list[dict[str, Any]]:
-        """Return equal error rate, F1 and AUROC of each detector, pairwise and against the
-        store."""
+        """Return equal error rate, F1 and AUROC of each detector, pairwise and against the store."""
         entries = []
         for detector in dict.fromkeys(row["system"] for row in rows):
             for store in STORES:
-                sides = [
-                    np.asarray(
-                        [
-                            row["score"]
-                            for row in rows
-                            if (row["system"], row["store"], row["kind"]) == (detector, store, kind)
-                        ]
-                    )
-                    for kind in KINDS[:2]
-                ]
+                sides = _sides(rows, detector, store)
+                detection = vars(scope.detection(*sides))
+                fixed = {"standard_error": None, "cases": sum(map(len, sides))}
                 estimates = {
-                    name: {
-                        "mean": self.metrics[name].scale * value,
-                        "standard_error": None,
-                        "cases": sum(map(len, sides)),
-                    }
-                    for name, value in vars(scope.detection(*sides)).items()
+                    name: {"mean": self.metrics[name].scale * value, **fixed}
+                    for name, value in detection.items()
                 }
-                entries.append(
-                    {"system": detector, "kind": "detection", "store": store, **estimates}
-                )
+                entry = {"system": detector, "kind": "detection", "store": store}
+                entries.append(entry | estimates)
         return entries
 
 
-def _case(record: EditRecord, others: Sequence[str]) -> ScopeCase:
-    queries = (record.paraphrases, record.neighbourhood, others)
-    return ScopeCase(record.case_id, record.prompt, dict(zip(KINDS, queries, strict=True)))
+def _sides(rows: Sequence[Mapping[str, Any]], *group: str) -> list[np.ndarray]:
+    """The scores of positives and of negatives under a detector and a store."""
+    return [
+        np.asarray(
+            [r["score"] for r in rows if (r["system"], r["store"], r["kind"]) == (*group, kind)]
+        )
+        for kind in KINDS[:2]
+    ]

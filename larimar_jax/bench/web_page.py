@@ -1,6 +1,7 @@
 """A report's sections as Markdown and as one HTML page that needs nothing beside it."""
 
 import html
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align:
 td + td { white-space: pre; }
 th { vertical-align: bottom; }
 td.number, th.number { text-align: right; }
-/* What a row is of stays in sight when its table is scrolled. */
+/* The name of a row stays in sight when its table is scrolled. */
 td:first-child, th:first-child { position: sticky; left: 0; background: Canvas; }
 @media (max-width: 40rem) { th, td { padding: .3rem .4rem; font-size: .9rem; } }
 tr.mark td { background: linear-gradient(var(--mark), var(--mark)), Canvas; }
@@ -29,29 +30,24 @@ details { background: var(--soft); padding: .4rem .8rem; margin: .4rem 0; overfl
 """
 
 
+_NUMBER, _MARK = ' class="number"', ' class="mark"'
+
+
 def write(sections: Sequence[Section], folder: str | Path, title: str) -> list[Path]:
-    """Writes report.md and report.html into a folder; returns their paths."""
+    """Write report.md and report.html into a folder; return their paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    made = []
-    for name, text in (
-        ("report.md", markdown(sections, title)),
-        ("report.html", page(sections, title)),
-    ):
-        made.append(folder / name)
-        made[-1].write_text(text, encoding="utf-8")
-    return made
-
-
-# Markdown
+    texts = {"report.md": markdown(sections, title), "report.html": page(sections, title)}
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [folder / name for name in texts]
 
 
 def markdown(sections: Sequence[Section], title: str) -> str:
-    """Tables and texts; pictures are in the page alone."""
+    """Return tables and texts; pictures are in the page alone."""
     parts = [f"# {title}"]
     for section in sections:
-        parts.append(f"## {section.title}")
-        parts += filter(None, map(_markdown, section.items))
+        parts += [f"## {section.title}", *filter(None, map(_markdown, section.items))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -60,36 +56,25 @@ def _markdown(item: Item) -> str:
         case Picture():
             return ""
         case CaseText(heading, lines):
-            return "\n".join(
-                [f"**{_plain(heading)}**", "", *(f"* {_plain(line)}" for line in lines)]
-            )
-        case Grid():
-            return _markdown_table(item)
+            return "\n".join([f"**{_plain(heading)}**", "", *(f"* {_plain(x)}" for x in lines)])
+        case Grid(title, header, rows, caption, _):
+            cells = [
+                [_plain(cell).replace("\n", "<br>") for cell in row] for row in (header, *rows)
+            ]
+            head, *lines = [f"| {' | '.join(row)} |" for row in cells]
+            above = [f"**{_plain(title)}**", ""] if title else []
+            below = ["", f"*{_plain(caption)}*"] if caption else []
+            return "\n".join([*above, head, "|" + "---|" * len(header), *lines, *below])
     return _plain(item)
-
-
-def _markdown_table(grid: Grid) -> str:
-    def row(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(_plain(cell).replace("\n", "<br>") for cell in cells) + " |"
-
-    rows = [row(grid.header), "|" + "---|" * len(grid.header), *map(row, grid.rows)]
-    head = [f"**{_plain(grid.title)}**", ""] if grid.title else []
-    foot = ["", f"*{_plain(grid.caption)}*"] if grid.caption else []
-    return "\n".join([*head, *rows, *foot])
 
 
 def _plain(text: str) -> str:
     """Text that Markdown shows as it is."""
-    for sign in "\\`*_|<>[]":
-        text = text.replace(sign, f"\\{sign}")
-    return text
-
-
-# HTML
+    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", text)
 
 
 def page(sections: Sequence[Section], title: str) -> str:
-    """One page; nothing is fetched, and nothing runs in it."""
+    """Return one page of HTML; nothing is fetched, and nothing runs in it."""
     body = [f"<h1>{html.escape(title)}</h1>"]
     if len(sections) > 1:
         links = (
@@ -115,35 +100,33 @@ def _html(item: Item) -> str:
         case Picture(alt, source):
             return f'<p><img alt="{html.escape(alt, quote=True)}" src="{source}"></p>'
         case CaseText(heading, lines):
-            listed = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
-            return f"<details><summary>{html.escape(heading)}</summary><ul>{listed}</ul></details>"
+            items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+            return f"<details><summary>{html.escape(heading)}</summary><ul>{items}</ul></details>"
         case Grid():
             return _html_table(item)
     return f'<p class="note">{html.escape(item)}</p>'
 
 
 def _html_table(grid: Grid) -> str:
-    columns = [any(_number(row[place]) for row in grid.rows) for place in range(len(grid.header))]
-    # The first column says what a row is of, even by a number.
-    kinds = [' class="number"' if number and place else "" for place, number in enumerate(columns)]
+    # Numbers stand at the right; the first column names its row, even by a number.
+    numeric = [
+        place > 0 and any(row[place].lstrip("-−–+.")[:1].isdigit() for row in grid.rows)
+        for place in range(len(grid.header))
+    ]
 
-    def row(cells: Sequence[str], tag: str, mark: bool = False) -> str:
+    def row(cells: Sequence[str], tag: str, marked: bool = False) -> str:
         inside = "".join(
-            f"<{tag}{kind}>{html.escape(cell)}</{tag}>"
-            for cell, kind in zip(cells, kinds, strict=True)
+            f"<{tag}{_NUMBER * number}>{html.escape(cell)}</{tag}>"
+            for cell, number in zip(cells, numeric, strict=True)
         )
-        return f'<tr class="mark">{inside}</tr>' if mark else f"<tr>{inside}</tr>"
+        return f"<tr{_MARK * marked}>{inside}</tr>"
 
     rows = "".join(row(cells, "td", n in grid.marks) for n, cells in enumerate(grid.rows))
     # Above the box: a title does not scroll away with its table.
     title = f'<p class="title">{html.escape(grid.title)}</p>' if grid.title else ""
     note = f'<p class="note">{html.escape(grid.caption)}</p>' if grid.caption else ""
-    head = f"<thead>{row(grid.header, 'th')}</thead>"
     # Wider than a narrow screen, a table scrolls in its own box, by the keyboard too.
     name = html.escape(grid.title or "table", quote=True)
     box = f'<div class="wide" role="region" tabindex="0" aria-label="{name}">'
+    head = f"<thead>{row(grid.header, 'th')}</thead>"
     return f"{title}{box}<table>{head}<tbody>{rows}</tbody></table></div>{note}"
-
-
-def _number(cell: str) -> bool:
-    return cell.lstrip("-−–+.")[:1].isdigit()
