@@ -14,7 +14,7 @@ from larimar_jax.bench.editor import LarimarEditor
 from larimar_jax.bench.free_generation import FreeGeneration
 from larimar_jax.bench.metrics import KINDS, magnitude, success
 from larimar_jax.bench.zsre import ZsRE
-from larimar_jax.weights.tokenizers import TextTooLong
+from larimar_jax.weights.tokenizer import TextTooLong
 
 MODES = ("rome", "released")
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from known_editor import cases, fraction, rows, saved, values
+from known_editor import cases, fraction, rows, rows_of_both_ways, saved, values
 
 from larimar_jax.bench import attack, batch, forget, noise, rephrase, runner, summary
 from larimar_jax.bench.editor import LarimarEditor, written
@@ -60,22 +60,10 @@ def read(model, store, prompt):
     return model.condition(latent), int(match.key[0]), inside
 
 
-def resumes(task, model, tmp_path):
-    """Run a task, and again without its last chunk; return rows and entries of the summary."""
-    result = runner.run(task, tmp_path / "whole", editor=model, quiet=True)
-    whole = runner.read_rows(tmp_path / "whole")
-    work = runner.start(task, model)
-    (tmp_path / "cut" / runner.CHUNKS).mkdir(parents=True)
-    settings = (tmp_path / "whole" / runner.SETTINGS).read_text()
-    (tmp_path / "cut" / runner.SETTINGS).write_text(settings)
-    for number, chunk in enumerate(work.chunks()[:-1]):
-        ids = runner.ids_of(chunk)
-        lines = [json.dumps(row) + "\n" for row in whole if row["case"] in ids]
-        (tmp_path / "cut" / runner.CHUNKS / f"{number}.jsonl").write_text("".join(lines))
-    again = runner.run(task, tmp_path / "cut", editor=model, quiet=True)
-    assert len(work.chunks()) > 1 and again["results"] == result["results"]
-    assert runner.read_rows(tmp_path / "cut") == whole
-    return whole, result["results"]
+def measured_by(task, model, folder):
+    """The rows of a task, which are those of a run that is taken up, and its summary."""
+    rows = rows_of_both_ways(lambda: task, model, folder)
+    return rows, json.loads((folder / "whole" / runner.SUMMARY).read_text())["results"]
 
 
 def test_a_store_is_the_session_with_the_same_facts(tiny):
@@ -107,7 +95,7 @@ def test_a_store_is_the_session_with_the_same_facts(tiny):
 
 def test_batch_is_one_fact_at_a_time_in_memories_of_every_size(tiny, tmp_path, monkeypatch):
     task = batch.Batch(data=saved(RECORDS[:5], tmp_path / "f.json"), facts=(1, 5), chunk=3)
-    measured, results = resumes(task, tiny, tmp_path)
+    measured, results = measured_by(task, tiny, tmp_path)
     encoded, editor = encode_facts(tiny, FACTS[:5]), LarimarEditor(tiny)
     losses = values(measured, "loss_new", facts=5)
     assert list(losses) == list(range(5)) and list(values(measured, "S", facts=1)) == [0]
@@ -175,7 +163,7 @@ def test_cases_forget_different_facts_beside_others(forgetting):
 
 def test_forgetting_is_that_of_a_plain_loop(tiny, forgetting, tmp_path, monkeypatch, hits):
     hits(2.0)  # forgetting has nothing to do with the scope
-    measured, results = resumes(forgetting, tiny, tmp_path)
+    measured, results = measured_by(forgetting, tiny, tmp_path)
     unknown = [(prompt, forget.UNKNOWN) for prompt, _ in FACTS]
     encoded, editor = encode_facts(tiny, [*FACTS, *unknown]), LarimarEditor(tiny)
     for case in forgetting.cases(None):
@@ -273,7 +261,7 @@ def test_recall_is_that_of_every_question_alone_in_a_memory_of_its_facts(
     tiny, rephrasing, tmp_path, monkeypatch, hits
 ):
     hits(THRESHOLD)
-    measured, _ = resumes(rephrasing, tiny, tmp_path)
+    measured, _ = measured_by(rephrasing, tiny, tmp_path)
     editor, decided = LarimarEditor(tiny), set()
     for case in rephrasing.cases(None):
         facts = [fact for i in case.together for fact in rephrasing._written(i, case.wordings)]
@@ -343,7 +331,7 @@ def noisy(tmp_path):
 
 
 def test_a_read_is_the_mean_plus_noise_of_that_size(tiny, noisy, tmp_path, monkeypatch):
-    measured, results = resumes(noisy, tiny, tmp_path)
+    measured, results = measured_by(noisy, tiny, tmp_path)
     memory, prepared = tiny.dual, tiny.prepared
     for record in noisy.records[:2]:
         of_case = [row for row in measured if row["case"] == record.case_id]
@@ -428,7 +416,7 @@ def attacking(tiny, tmp_path, monkeypatch):
 def test_samples_are_drawn_after_each_wording_under_each_memory(
     tiny, attacking, tmp_path, monkeypatch
 ):
-    measured, _ = resumes(attacking, tiny, tmp_path)
+    measured, _ = measured_by(attacking, tiny, tmp_path)
     known = attacking.cases(Systems(tiny))[:2]
     edits = [(case.record.prompt, attack.UNKNOWN) for case in attacking._known(None)]
     prompts = [text for case in known for text in case.wordings]

@@ -58,7 +58,7 @@ def test_wordings_are_a_relation_of_equals(pairs):
 
 def test_what_is_written_in_more_wordings_is_what_a_session_writes(tiny, tmp_path, monkeypatch):
     """Each case's own number of wordings, beside each other in one batch."""
-    wordings = [["That fact 0 was"], [], ["Of fact 2:", "Fact 2, it is said, is"]]
+    wordings = [("That fact 0 was",), (), ("Of fact 2:", "Fact 2, it is said, is")]
     task = CounterFact(data=saved(cases(3), tmp_path / "facts.json"))
     alone = values(rows(task, tiny), "loss_new", kind="edit")
     monkeypatch.setattr(CounterFact, "other_wordings", lambda *_: wordings)

@@ -136,7 +136,7 @@ class Scope(EditTask):
                     fixed = dict(case=case.case_id, system=detector, kind=kind, prompt=case.prompt)
                     for n, query in enumerate(texts):
                         for store, match in zip(STORES, (alone, among), strict=True):
-                            row = fixed | {"store": store, "query": query, "score": match.score[n]}
+                            row = fixed | {"store": store, "query": query, "score": float(match.score[n])}
                             if (kind, store) == ("paraphrase", "store"):
                                 row["own_prompt"] = float(match.key[n] == own)
                             scored.append(row)
