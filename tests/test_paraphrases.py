@@ -60,13 +60,13 @@ def test_what_is_written_in_more_wordings_is_what_a_session_writes(tiny, tmp_pat
     """Each case's own number of wordings, beside each other in one batch."""
     wordings = [("That fact 0 was",), (), ("Of fact 2:", "Fact 2, it is said, is")]
     task = CounterFact(data=saved(cases(3), tmp_path / "facts.json"))
-    alone = values(rows(task, tiny), "loss_new", kind="edit")
+    alone = values(rows(task, tiny), "loss_true", kind="edit")
     monkeypatch.setattr(CounterFact, "other_wordings", lambda *_: wordings)
-    together = values(rows(task, tiny), "loss_new", kind="edit")
+    together = values(rows(task, tiny), "loss_true", kind="edit")
     for case, more in zip(task.records, wordings, strict=True):
         session = Session(tiny)
         session.write(case.prompt, case.target_new, more)
-        loss = float(session.score([case.prompt], [[case.target_new]])[0, 0])
+        loss = float(session.score([case.prompt], [[case.target_true]])[0, 0])
         mine, single = together[case.case_id], alone[case.case_id]
         assert mine["larimar"][0] == pytest.approx(loss, rel=2e-4)
         assert (single["open"][0] == pytest.approx(loss, rel=1e-5)) == (not more)
