@@ -104,11 +104,7 @@ class Checkpoints:
                 raise RuntimeError(f"Orbax skipped it: there are {self.steps()[-3:]} already")
 
     def wait(self) -> None:
-        """Return when the last save is on the disk.
-
-        Raises:
-            CheckpointError: it could not be written; those before it are as they were.
-        """
+        """Return when the last save is on the disk; CheckpointError where it cannot be written."""
         with self._reported():
             self._manager.wait_until_finished()
 
@@ -168,8 +164,7 @@ class Checkpoints:
                     aside = self.directory / f"damaged-{step}-{number}"
                 (self.directory / str(step)).rename(aside)
         if failures:
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("damaged checkpoints are put aside")
+            multihost_utils.sync_global_devices("damaged checkpoints are put aside")
             self._manager.reload()
 
     @contextlib.contextmanager
@@ -242,26 +237,25 @@ def unnamed(like: Any, leaves: Mapping[str, Any]) -> Any:
 
 
 @jax.jit
-def _bit_sum(array: jax.Array) -> jax.Array:
-    if array.dtype != jnp.bool_:
-        bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
-        array = jax.lax.bitcast_convert_type(array, bits)
-    return array.astype(jnp.uint32).sum(dtype=jnp.uint32)
+def _bit_sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def bit_sum(array: jax.Array) -> jax.Array:
+        if array.dtype != jnp.bool_:
+            bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
+            array = jax.lax.bitcast_convert_type(array, bits)
+        return array.astype(jnp.uint32).sum(dtype=jnp.uint32)
 
-
-_bit_sums = jax.jit(lambda arrays: jax.tree.map(_bit_sum, arrays))
+    return jax.tree.map(bit_sum, arrays)
 
 
 def array_checksums(arrays: Mapping[str, Any]) -> dict[str, int]:
     """Return each array's bits summed modulo 2³²: on the device, and the same on every mesh."""
-    return {name: int(value) for name, value in jax.device_get(_bit_sums(dict(arrays))).items()}
+    return jax.tree.map(int, jax.device_get(_bit_sums(dict(arrays))))
 
 
 def _json_checksum(value: Any) -> int:
     """Return a CRC-32 of what JSON can hold, whatever the order and the spacing of its file."""
     # There and back first: JSON has no tuples, and its keys are texts.
-    plain = json.loads(json.dumps(value))
-    return zlib.crc32(json.dumps(plain, sort_keys=True).encode())
+    return zlib.crc32(json.dumps(json.loads(json.dumps(value)), sort_keys=True).encode())
 
 
 def _save_args(items: Mapping[str, Mapping[str, Any]], meta: Mapping[str, Any]) -> Any:
@@ -281,7 +275,7 @@ def write(folder: Path, items: Mapping[str, Mapping[str, Any]], meta: Mapping[st
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Return the meta of a folder; OSError, ValueError or KeyError where it is damaged."""
+    """Return a folder's meta; OSError, ValueError or KeyError where it is damaged."""
     meta = json.loads((folder / "meta" / "metadata").read_text(encoding="utf-8"))
     if meta.pop("checksum") != _json_checksum(meta):
         raise ValueError("checksum of meta differs")
@@ -298,11 +292,11 @@ def read_item(
     """
     if not like:
         return {}
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def place(leaf: Any) -> ocp.ArrayRestoreArgs:
-        sharding = getattr(leaf, "sharding", None) or device
-        return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+        alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        where = getattr(leaf, "sharding", None) or alone
+        return ocp.ArrayRestoreArgs(sharding=where, global_shape=leaf.shape, dtype=leaf.dtype)
 
     places = {name: place(leaf) for name, leaf in like.items()}
     args = ocp.args.PyTreeRestore(item=dict(like), restore_args=places, partial_restore=True)
@@ -316,11 +310,10 @@ def read_item(
 
 def agreed(read: Callable[[], Any]) -> tuple[Any, Exception | None]:
     """Return (what was read, None) or (None, why not), the same of the two on all processes."""
-    result, damage = None, None
     try:
-        result = read()
+        result, damage = read(), None
     except Exception as error:  # Damage shows as nearly any type; the caller reports it.
-        damage = error
+        result, damage = None, error
     if jax.process_count() > 1:
         failed = multihost_utils.process_allgather(np.array(damage is not None)).reshape(-1)
         if damage is None and failed.any():
@@ -331,8 +324,8 @@ def agreed(read: Callable[[], Any]) -> tuple[Any, Exception | None]:
 def brief(error: Exception) -> str:
     """Return an exception in one line of at most about 400 characters."""
     text = " ".join(str(error).split())
-    if len(text) > 400:  # The system's own words come last.
-        text = f"{text[:200]} … {text[-200:]}"
+    # The system's own words come last.
+    text = text if len(text) <= 400 else f"{text[:200]} … {text[-200:]}"
     return f"{type(error).__name__}: {text}"
 
 

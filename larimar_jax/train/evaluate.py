@@ -163,8 +163,9 @@ def choose_edits(
         tokens = np.full((len(cuts), length), decoder.pad, np.int32)
         is_ending = np.zeros((len(cuts), length), bool)
         for row, (start, ending) in enumerate(zip(starts, side, strict=True)):
-            tokens[row, : len(start) + len(ending)] = [*start, *ending]
-            is_ending[row, len(start) : len(start) + len(ending)] = True
+            end = len(start) + len(ending)
+            tokens[row, :end] = [*start, *ending]
+            is_ending[row, len(start) : end] = True
         edits |= {name: tokens, f"{name}_ending": is_ending}
     return edits
 

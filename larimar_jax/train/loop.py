@@ -327,5 +327,4 @@ def _export(
             arrays[name] = np.asarray(whole) if first else None
     if first:
         model_file.save_exported(path, arrays, meta, _HALVED)
-    if not alone:
-        multihost_utils.sync_global_devices("a trained model is written")
+    multihost_utils.sync_global_devices("a trained model is written")

@@ -59,10 +59,10 @@ def load(path: str | Path, like: Any, *, encoder: str) -> tuple[Any, dict[str, A
         raise FileNotFoundError(f"there is no memory in {path}")
     try:
         meta = checkpoint.read_meta(path)
+        if meta.get("format") != FORMAT:
+            raise ValueError("it is of another format")
     except (OSError, ValueError, KeyError) as error:
         raise _damaged(path, error) from error
-    if meta.get("format") != FORMAT:
-        raise _damaged(path, ValueError("it is of another format"))
     if meta["encoder"] != encoder:
         raise MemoryFileError(
             f"{path} holds encodings of the encoder {meta['encoder'][:16]}; the encoder here is "

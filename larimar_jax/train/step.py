@@ -251,10 +251,7 @@ class TrainStep:
 
 
 def _placed(shapes: Any, where: Any) -> Any:
-    def place(leaf, place):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-
-    return jax.tree.map(place, shapes, where)
+    return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, where)
 
 
 def _check_batch(config: Config, mesh: Mesh) -> None:
