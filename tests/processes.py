@@ -16,7 +16,7 @@ import json, os, signal, sys
 values, run, place, death, dying = map(json.loads, sys.argv[1:])
 from larimar_jax import config
 from larimar_jax.train import distributed, loop, step, train_commands
-place = distributed.Place(*place) if place else None
+place = distributed.ProcessPlace(*place) if place else None
 distributed.LEAVE = 4
 distributed.initialise(place, heartbeat=10 if dying else 100, start=200)
 if death:

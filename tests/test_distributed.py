@@ -15,7 +15,7 @@ import world
 
 from larimar_jax import config as configs
 from larimar_jax.train import distributed, train_commands
-from larimar_jax.train.distributed import RETRY, Place
+from larimar_jax.train.distributed import RETRY, ProcessPlace
 from larimar_jax.train.logging import read_metrics
 from larimar_jax.weights import model_file
 
@@ -125,9 +125,9 @@ SLURM = dict(LARIMAR_COORDINATOR="a:1", SLURM_NTASKS="3", SLURM_PROCID="2")
 @pytest.mark.parametrize(
     "arguments, environment, place",
     [
-        (("a:1", 3, 2), {}, Place("a:1", 3, 2)),
-        (NOTHING, LARIMAR, Place("a:1", 3, 2)),
-        (NOTHING, SLURM, Place("a:1", 3, 2)),
+        (("a:1", 3, 2), {}, ProcessPlace("a:1", 3, 2)),
+        (NOTHING, LARIMAR, ProcessPlace("a:1", 3, 2)),
+        (NOTHING, SLURM, ProcessPlace("a:1", 3, 2)),
         (NOTHING, dict(SLURM_PROCID="0", SLURM_NTASKS="1"), None),
         (NOTHING, {}, None),
         (("a:1", 1, 0), {}, None),
@@ -186,7 +186,7 @@ def test_the_watchdog_ends_a_process_that_does_not_move():
 def test_late_peers_end_a_process_in_time_and_ask_to_be_run_again():
     done = _python(
         "from larimar_jax.train import distributed as d;"
-        f"d.initialise(d.Place('127.0.0.1:{processes.free_port()}', 2, 1), start=2)"
+        f"d.initialise(d.ProcessPlace('127.0.0.1:{processes.free_port()}', 2, 1), start=2)"
     )
     assert done.returncode == RETRY and "process 1 of 2 has not met all" in done.stderr
 
@@ -200,7 +200,8 @@ def test_a_peer_that_is_lost_in_any_program_asks_to_be_run_again():
         "    for step in range(1000):\n"
         "        if step == 3 and {index}: raise OSError('no space left on device')\n"
         "        hosts.sync_global_devices(str(step))\n"
-        "d.LEAVE = 4; d.initialise(d.Place('127.0.0.1:{port}', 2, {index}), heartbeat=10, start=60)\n"
+        "place = d.ProcessPlace('127.0.0.1:{port}', 2, {index})\n"
+        "d.LEAVE = 4; d.initialise(place, heartbeat=10, start=60)\n"
         "sys.exit(train_commands.exit_code(train))"
     )
     assert failed.returncode == 1 and "no space left on device" in failed.stderr, failed
@@ -247,7 +248,7 @@ def test_what_counts_as_a_peer_that_is_lost(monkeypatch, error, code):
 def test_what_one_process_cannot_read_is_damaged_for_all(damaged, outputs):
     ends = _both(
         "import sys; from larimar_jax.train import checkpoint, distributed as d; i = {index}\n"
-        "d.initialise(d.Place('127.0.0.1:{port}', 2, i), start=60)\n"
+        "d.initialise(d.ProcessPlace('127.0.0.1:{port}', 2, i), start=60)\n"
         "read = lambda: 1 // (1 - i) if {damaged} else 7\n"
         "result, damage = checkpoint.agreed(read)\n"
         "print(result, type(damage).__name__, damage)\n"

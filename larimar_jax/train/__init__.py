@@ -1,1 +1,1 @@
-"""Training: where arrays live, what moves, what is kept, and the loop."""
+"""Training: where arrays live, the step, the loop around it, and its checkpoints."""

@@ -30,7 +30,7 @@ class PlaceError(ValueError):
     """Settings that do not add up to this process' place among all."""
 
 
-class Place(NamedTuple):
+class ProcessPlace(NamedTuple):
     """coordinator: host:port where process 0 listens. count, index: of processes."""
 
     coordinator: str
@@ -43,7 +43,7 @@ def place(
     count: int | None,
     index: int | None,
     environment: Mapping[str, str],
-) -> Place | None:
+) -> ProcessPlace | None:
     """Return which process this is, from arguments, LARIMAR_* or SLURM; None if it is the only one.
 
     SLURM provides the number of tasks and the index of this one; where process 0 listens has to be
@@ -73,7 +73,7 @@ def place(
             "needs none of them."
         )
     try:
-        result = Place(str(values[0]), int(values[1]), int(values[2]))
+        result = ProcessPlace(str(values[0]), int(values[1]), int(values[2]))
     except ValueError as error:
         raise PlaceError(f"{names[1]} and {names[2]} are numbers, not {values[1:]}") from error
     if not 0 <= result.index < result.count:
@@ -85,7 +85,9 @@ def place(
     return result if result.count > 1 else None
 
 
-def initialise(where: Place | None, *, heartbeat: int = HEARTBEAT, start: int = START) -> None:
+def initialise(
+    where: ProcessPlace | None, *, heartbeat: int = HEARTBEAT, start: int = START
+) -> None:
     """Join the other processes, before anything of JAX is used; with None there are none.
 
     JAX's coordination service ends every process when one of them has not been heard of for
