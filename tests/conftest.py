@@ -106,9 +106,8 @@ def tiny():
         return jax.numpy.asarray(draw.normal(0, 0.3, leaf.shape), leaf.dtype)
 
     larimar = nnx.merge(graph, jax.tree_util.tree_map_with_path(fill, abstract))
-    return Pipeline(
-        parsed, larimar, tokenizer.framed(), tokenizer, source="tiny", fingerprint="tiny"
-    )
+    names = dict(source="tiny", fingerprint="tiny")
+    return Pipeline(parsed, larimar, tokenizer.framed(), tokenizer, **names)
 
 
 def tiny_config():

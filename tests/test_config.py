@@ -78,11 +78,10 @@ def test_all_offences_are_named_at_once_with_the_likely_spelling():
 
 
 def test_settings_that_contradict_each_other_are_refused():
-    values = tiny_config()
-    values["train"]["accumulate"] = 3
-    values["objective"] = dict(reconstruction=0.0, autoencoding=0.0, language=0.0)
+    weights = dict(reconstruction=0.0, autoencoding=0.0, language=0.0)
+    values = tiny_config() | dict(objective=weights)
     with pytest.raises(config.ConfigError) as error:
-        config.parse(values)
+        config.load(values, ["train.accumulate=3"])
     assert "accumulate: 3 does not divide" in str(error.value)
     assert "nothing is learned" in str(error.value)
 
@@ -128,17 +127,14 @@ def test_an_override_of_what_does_not_exist_names_what_does():
             config.load(tiny_config(), [wrong])
 
 
-def test_a_file_that_is_missing_or_without_a_config(tmp_path):
+def test_a_config_is_read_from_any_folder_and_a_file_without_one_is_refused(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert config.load("configs/tiny.py").name == "tiny"
     with pytest.raises(config.ConfigError, match="no config file"):
         config.load(tmp_path / "none.py")
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(config.ConfigError, match="defines no get_config"):
-        config.load(tmp_path / "empty.py")
-
-
-def test_a_config_is_read_from_any_folder(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    assert config.load("configs/tiny.py").name == "tiny"
+        config.load("empty.py")
 
 
 # Programs of a shell's commands are compiled once, and never at the price of a command.
@@ -147,8 +143,7 @@ _SCRIPT = """
 import jax, jax.numpy as jnp
 from larimar_jax import config
 config.PROGRAMS_SECONDS = 0.0
-folder = config.cache_programs()
-hits = []
+folder, hits = config.cache_programs(), []
 jax.monitoring.register_event_listener(lambda name, **_: hits.append(name))
 print(float(jax.jit(lambda x: jnp.sum(jnp.sin(x) * 3))(jnp.arange(4.0))))
 print(sum(name.endswith("cache_hits") for name in hits), folder)
@@ -157,16 +152,12 @@ print(sum(name.endswith("cache_hits") for name in hits), folder)
 
 def run_script(cache, **environment):
     """Return the number that a fresh process computes, its cache hits, and its folder of programs."""
-    clean = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))
-    }
+    jax_own = ("JAX_COMPILATION", "JAX_PERSISTENT")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(jax_own)}
     environment = {**clean, "LARIMAR_CACHE": str(cache), **environment}
     line = [sys.executable, "-c", _SCRIPT]
     done = subprocess.run(line, env=environment, capture_output=True, text=True, check=True)
-    value, last = done.stdout.splitlines()
-    hits, folder = last.split(" ", 1)
+    value, hits, folder = done.stdout.split()
     return value, int(hits), folder
 
 
@@ -190,8 +181,7 @@ def test_without_a_writable_folder_or_with_jaxs_own_nothing_is_cached(tmp_path):
 
 def test_another_cpu_has_another_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("LARIMAR_CACHE", str(tmp_path))
-    assert config.cache_folder() == tmp_path
     here = config._processor()
-    assert here == config._processor()
+    assert config.cache_folder() == tmp_path and here == config._processor()
     monkeypatch.setattr(config.platform, "machine", lambda: "other")
     assert config._processor() != here
