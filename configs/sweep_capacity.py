@@ -2,7 +2,8 @@
 
 command   larimar sweep --config=configs/sweep_capacity.py --out runs/capacity
 hardware  2 CPU cores, 4 GB of memory
-expected  40 cells in a minute; the pseudo-inverse's error peaks at N = K, that of `streaming` nowhere
+time      a minute
+expected  40 cells; the pseudo-inverse's error peaks at N = K, that of `streaming` nowhere
 """
 
 from ml_collections import ConfigDict

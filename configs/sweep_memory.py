@@ -3,7 +3,8 @@
 command   larimar sweep --config=configs/sweep_memory.py --out runs/sweep
           (with real prompts beside the random facts: --set zsre=zsre-knowedit.json)
 hardware  2 CPU cores, 4 GB of memory
-expected  1,296 cells in 60 programs, 4 minutes on one core
+time      4 minutes on one core
+expected  1,296 cells in 60 programs
 """
 
 from ml_collections import ConfigDict

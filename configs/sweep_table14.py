@@ -3,7 +3,8 @@
 command   larimar sweep --config=configs/sweep_table14.py --out runs/table14 --set zsre=FILE
           (FILE: ZsRE in KnowEdit's schema)
 hardware  2 CPU cores, 4 GB of memory
-expected  960 cells in 64 programs, 4 minutes; at noise 3 and with `direct`, recall of unseen wordings by
+time      4 minutes
+expected  960 cells in 64 programs; at noise 3 and with `direct`, recall of unseen wordings by
           Gaussian and by pseudo-inverse keys is .984 and .977 for 200 facts written once, 1 and 1 for
           20 facts written ten times
 """
