@@ -74,11 +74,11 @@ def load(kind: str, path: pathlib.Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(seeds()["safetensors"])
+    others = ("config.json", "tokenizer.json", "tokenizer_config.json")
     if kind == "vocab.txt":
+        others = ()
         (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
-    for other in (
-        () if kind == "vocab.txt" else ("config.json", "tokenizer.json", "tokenizer_config.json")
-    ):
+    for other in others:
         (folder / other).write_bytes(seeds()[other])
     (folder / kind).write_bytes(path.read_bytes())
     if kind != "config.json":
@@ -142,29 +142,29 @@ _NUMBERS = (0, 1, 2, 7, 8, 9, 255, 1 << 15, 1 << 31, (1 << 32) - 1, 1 << 40, 1 <
 
 
 def _bytes(data: bytes, rng: random.Random) -> bytes:
+    """A bit, a byte or a number becomes another; a piece goes, comes twice or is another file's."""
     out = bytearray(data)
     if not out:
         return bytes(rng.randrange(256) for _ in range(rng.randrange(40)))
-    at, size = rng.randrange(len(out)), rng.choice((1, 2, 4, 8, 30, 200))
-    choice = rng.randrange(8)
-    if choice == 0:
-        out[at] ^= 1 << rng.randrange(8)
-    elif choice == 1:
-        out[at] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
-    elif choice == 2:
-        del out[at : at + size]
-    elif choice == 3:
-        out[at:at] = out[at : at + size]
-    elif choice == 4:
-        del out[at:]
-    elif choice == 5:
-        other = seeds()[rng.choice(KINDS)]
-        begin = rng.randrange(len(other))
-        out[at : at + rng.choice((0, size))] = other[begin : begin + size]
-    elif choice == 6:
-        out[at : at + 8] = struct.pack("<Q", rng.choice(_NUMBERS))
-    else:
-        out[at : at + 4] = struct.pack("<I", rng.choice(_NUMBERS) & 0xFFFFFFFF)
+    at, size, other = (
+        rng.randrange(len(out)),
+        rng.choice((1, 2, 4, 8, 30, 200)),
+        seeds()[rng.choice(KINDS)],
+    )
+    begin, number = rng.randrange(len(other)), rng.choice(_NUMBERS)
+    end, piece = rng.choice(
+        (
+            (at + 1, bytes([out[at] ^ 1 << rng.randrange(8)])),
+            (at + 1, bytes([rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))])),
+            (at + size, b""),
+            (at, out[at : at + size]),
+            (len(out), b""),
+            (at + rng.choice((0, size)), other[begin : begin + size]),
+            (at + 8, struct.pack("<Q", number)),
+            (at + 4, struct.pack("<I", number & 0xFFFFFFFF)),
+        )
+    )
+    out[at:end] = piece
     return bytes(out)
 
 
@@ -203,21 +203,12 @@ def _evil(rng: random.Random) -> bytes:
     text = b"X" + struct.pack("<I", len(command)) + command
     code = f"open({str(MARKER)!r}, 'w')".encode()
     source = b"X" + struct.pack("<I", len(code)) + code
-    module, name, argument = rng.choice(
-        (
-            (b"os", b"system", text),
-            (b"posix", b"system", text),
-            (b"subprocess", b"getoutput", text),
-            (b"builtins", b"eval", source),
-            (b"__builtin__", b"exec", source),
-            (b"torch._utils", b"_rebuild_tensor_v2", text),
-            (b"torch.serialization", b"load", text),
-            (b"torch", b"FloatStorage", text),
-            (b"pytorch_lightning.x", b"os.system", text),
-            (b"transformers.os", b"system", text),
-            (b"builtins", b"getattr", text),
-        )
-    )
+    names = "os.system posix.system subprocess.getoutput builtins.eval __builtin__.exec"
+    names += " torch._utils._rebuild_tensor_v2 torch.serialization.load torch.FloatStorage"
+    names += " pytorch_lightning.x.system transformers.os.system builtins.getattr"
+    full = rng.choice(names.split()).encode()
+    module, _, name = full.rpartition(b".")
+    argument = source if name in (b"eval", b"exec") else text
     named = b"c" + module + b"\n" + name + b"\n"
     short = b"\x8c" + bytes([len(module)]) + module + b"\x8c" + bytes([len(name)]) + name + b"\x93"
     function = rng.choice((named, short))
