@@ -48,7 +48,7 @@ class GgufFile:
                     raise ValueError(f"{size} bytes are fewer than a header has")
                 # Mapped no longer than this takes: mapped pages count beside what is made of them.
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                    reader = _Reader(data)
+                    reader = _HeaderReader(data)
                     self.metadata, self.tensors = reader.header()
             alignment = self.metadata.get("general.alignment", 32)
             if not isinstance(alignment, int) or alignment not in (1 << n for n in range(3, 21)):
@@ -127,7 +127,7 @@ def _blocks() -> Mapping[int, tuple[int, int]]:
     return {int(kind): gguf.GGML_QUANT_SIZES[kind] for kind in kinds}
 
 
-class _Reader:
+class _HeaderReader:
     """A place in the bytes, and how to read on from there."""
 
     def __init__(self, data: mmap.mmap):
