@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from known_editor import cases, rows
 
-from larimar_jax.bench import metrics, runner, stream
+from larimar_jax.bench import metrics, runner, stream, summary
 from larimar_jax.bench.fact_store import FactStore, encode_facts
 from larimar_jax.bench.systems import Systems
 
@@ -94,7 +94,7 @@ def test_answers_are_those_of_every_question_alone(tiny, short, tmp_path):
     assert ("prompt", "unwritten") not in decided and len(decided) == 3 * 6 - 1
     ends = [entry for entry in result["results"] if entry["edits"] == 6]
     assert {entry["kind"] for entry in ends} == {"edit", "rephrased", "unwritten"}
-    assert short.headlines(result["results"]) == ends
+    assert summary.select(result["results"], short.overview) == ends
 
 
 def test_a_run_that_is_taken_up_streams_the_same_blocks(tiny, short):

@@ -30,14 +30,11 @@ class Batch(EditTask):
     plots = (Plot("facts", "S", log="x", xlabel="N, facts in one memory"),)
     # N = K there, and in its K = 512 alone; its 82 is of N = 2K.
     paper: ClassVar = {("edit", 512): 100.0}
+    paper_if: ClassVar = {"model": {"slots": 512}}
     reference = "Fig. 2a, K = 512: about 100 % up to N = 512, 82 % at 1,024."
 
     facts: tuple[int, ...] = option("how many at once, N", default=(1, 64, 256, 512, 1024, 2048))
     chunk: int = option("cases computed together", default=128)
-
-    def paper_holds(self, settings) -> bool:
-        """Return whether the memory has the paper's slots."""
-        return settings["model"].get("slots") == 512
 
     def records_needed(self) -> int:
         """Return the largest N."""

@@ -73,6 +73,8 @@ class Forget(EditTask):
         ("forgotten", "replaced", 512): 0.1,
         ("others", "replaced", 512): 99.7,
     }
+    paper_if: ClassVar = {"model": {"slots": 512}}
+    overview: ClassVar = {"moment": ("forgotten", "replaced")}
     reference = (
         "Table 4, CounterFact, recall of the forgotten / of the others: Larimar-1.3B .001 / .997 at "
         "N = K, .02 / .79 at N = 2K (after the same prompt was written with “unknown”)."
@@ -88,18 +90,10 @@ class Forget(EditTask):
         """Return the largest N."""
         return max(self.facts)
 
-    def paper_holds(self, settings) -> bool:
-        """Return whether the memory has the paper's slots."""
-        return settings["model"].get("slots") == 512
-
     def lower_is_better(self, metric, entry) -> bool:
         """Return whether it is about what should be gone."""
         gone = entry["kind"] == "forgotten" and entry["moment"] != "before"
         return gone if metric == "recall" else super().lower_is_better(metric, entry)
-
-    def headlines(self, results):
-        """Return recall after α = −1 and after “unknown” was written."""
-        return [entry for entry in results if entry["moment"] != "before"]
 
     def cases(self, systems) -> Sequence[ForgottenFact]:
         """Return `forget` of the facts, and for each of them `others` of the rest, at every N."""

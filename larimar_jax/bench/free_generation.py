@@ -1,11 +1,10 @@
 """CounterFact, one edit at a time: free generation after an edit."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from larimar_jax.bench.task import EditTask, Metric, Pivot, option
-from larimar_jax.data.edit_records import EditRecord
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,10 +37,6 @@ class FreeGeneration(EditTask):
             raise ValueError(
                 f"--tokens must be at least 1, not {self.tokens}: so many are decoded."
             )
-
-    def cases(self, systems) -> Sequence[EditRecord]:
-        """Return the records."""
-        return self.records
 
     def evaluate(self, systems, cases) -> Iterator[dict[str, Any]]:
         """Yield the continuations of a chunk of cases."""

@@ -13,7 +13,6 @@ from larimar_jax.bench.metrics import rewrite_columns
 from larimar_jax.bench.queries import CONTROLS
 from larimar_jax.bench.systems import Systems, case_keys
 from larimar_jax.bench.task import EditTask, Metric, Pivot, Plot, option
-from larimar_jax.data.edit_records import EditRecord
 from larimar_jax.pipeline import Pipeline
 
 # A control, or the memory at a σ_W.
@@ -49,6 +48,8 @@ class Noise(EditTask):
         Plot("sigma", "S", xlabel="σ_W (standard deviation of an addressing weight)"),
         Plot("sigma", "perplexity", where={"kind": "edit"}, log="y", xlabel="σ_W"),
     )
+    # Which σ_W a model has is its own.
+    overview: ClassVar = {"kind": ()}
     reference = (
         "Fig. 6: perplexity of generations and edit success against σ_W (a figure without numbers)."
     )
@@ -62,14 +63,6 @@ class Noise(EditTask):
         super().__post_init__()
         if not self.sigmas or not all(0 <= sigma < math.inf for sigma in self.sigmas):
             raise ValueError(f"σ_W is a standard deviation, at least 0; got {list(self.sigmas)}")
-
-    def headlines(self, results):
-        """Return none: which σ_W a model has is its own."""
-        return []
-
-    def cases(self, systems) -> Sequence[EditRecord]:
-        """Return the records."""
-        return self.records
 
     def evaluate(self, systems, cases) -> Iterator[dict[str, Any]]:
         """Yield S and the surprise of the continuation under every control and σ_W."""

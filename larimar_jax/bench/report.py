@@ -132,9 +132,14 @@ def _headlines(run: FinishedRun) -> Iterator[list[str]]:
     task = run.task
     name, metric = next(iter(task.metrics.items()))
     settings = run.summary["settings"]
-    paper = task.paper if task.paper_holds(settings) else {}
+    conditions = [
+        settings.get(section, {}).get(name) == value
+        for section, values in task.paper_if.items()
+        for name, value in values.items()
+    ]
+    paper = task.paper if all(conditions) else {}
     lines: dict[tuple, dict[str, str]] = {}
-    for entry in task.headlines(run.summary["results"]):
+    for entry in summaries.select(run.summary["results"], task.overview):
         if name in entry and entry["system"] in (*OVERVIEW, "open"):
             key = (entry["kind"], *(entry.get(factor) for factor in task.factors))
             line = lines.setdefault(key, {})

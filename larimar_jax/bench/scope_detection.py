@@ -136,7 +136,11 @@ class Scope(EditTask):
                     fixed = dict(case=case.case_id, system=detector, kind=kind, prompt=case.prompt)
                     for n, query in enumerate(texts):
                         for store, match in zip(STORES, (alone, among), strict=True):
-                            row = fixed | {"store": store, "query": query, "score": float(match.score[n])}
+                            row = fixed | {
+                                "store": store,
+                                "query": query,
+                                "score": float(match.score[n]),
+                            }
                             if (kind, store) == ("paraphrase", "store"):
                                 row["own_prompt"] = float(match.key[n] == own)
                             scored.append(row)
@@ -148,7 +152,8 @@ class Scope(EditTask):
         return rows
 
     def derived(self, rows) -> list[dict[str, Any]]:
-        """Return equal error rate, F1 and AUROC of each detector, pairwise and against the store."""
+        """Return equal error rate, F1 and AUROC of each detector, pairwise and against the
+        store."""
         entries = []
         for detector in dict.fromkeys(row["system"] for row in rows):
             for store in STORES:

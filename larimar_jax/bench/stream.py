@@ -81,6 +81,8 @@ class Stream(EditTask):
     )
     plots = (Plot("edits", "f1", where={"kind": "rephrased"}, xlabel="edits so far"),)
     paper: ClassVar = {("edit", 1000): 97.0}
+    paper_if: ClassVar = {"options": {"wordings": 5}}
+    overview: ClassVar = {"edits": "last"}
     reference = (
         "Table 3, 1,000 edits (200 facts in 5 wordings), edit retention: MEND 27, GRACE 93, "
         "Larimar-1.3B 97, Larimar-6B 92 (with a slot for each of the prompts, known beforehand)."
@@ -117,14 +119,6 @@ class Stream(EditTask):
         """Return the facts of the stream; which have enough wordings is known from the whole
         file."""
         return self.edits + self.unwritten if self.wordings == 1 else None
-
-    def paper_holds(self, settings) -> bool:
-        """Return whether facts are written as often as the paper's."""
-        return self.wordings == 5
-
-    def headlines(self, results):
-        """Return the entries at the end of the stream."""
-        return [entry for entry in results if entry["edits"] == self.edits]
 
     @functools.cached_property
     def stream(self) -> Edits:

@@ -113,6 +113,10 @@ class Task:
     plots: ClassVar[tuple[Plot, ...]] = (Plot(),)
     paper: ClassVar[Mapping[tuple, float]] = {}
     """The paper's numbers of Larimar-1.3B, by (kind, *factors)."""
+    paper_if: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Settings of a run that measures what these numbers are of."""
+    overview: ClassVar[Mapping[str, Any]] = {}
+    """Which entries stand in a report's overview, as `where` of a Pivot."""
     reference: ClassVar[str] = ""
     """The paper's numbers in words, shown below the tables."""
     needs_model: ClassVar[bool] = False
@@ -147,14 +151,6 @@ class Task:
     def lower_is_better(self, metric: str, entry: Mapping[str, Any]) -> bool:
         """Return whether less is better in a group of rows."""
         return self.metrics[metric].lower
-
-    def paper_holds(self, settings: Mapping[str, Any]) -> bool:
-        """Return whether a run with these settings measures what the paper's numbers are of."""
-        return True
-
-    def headlines(self, results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Return the entries of the summary that stand in a report's overview."""
-        return list(results)
 
     def data_settings(self) -> dict[str, Any]:
         """Return what decides the data, for a run's settings."""
@@ -232,6 +228,10 @@ class EditTask(ModelTask):
         skipped."""
         skipped = self._source[1]
         return provenance(self.data) | ({"skipped": skipped} if skipped else {})
+
+    def cases(self, systems: Any) -> Sequence[Any]:
+        """Return the records."""
+        return self.records
 
     def require(self, count: int, why: str, fewer: str) -> None:
         """Raise ValueError where the file has fewer records than a task needs."""

@@ -1,7 +1,7 @@
 """ZsRE, one edit at a time (Tables 12 and 13)."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -31,6 +31,7 @@ class ZsRE(EditTask):
     kinds = ("rewrite", "paraphrase", "neighbourhood")
     tables = (Pivot(cells=("accuracy",), caption="accuracy ± standard error, percent"),)
     paper: ClassVar = {("rewrite",): 98.1, ("paraphrase",): 81.6, ("neighbourhood",): 19.7}
+    paper_if: ClassVar = {"options": {"mode": "rome"}}
     reference = (
         "Tables 12–13, rewrite / paraphrase / neighbourhood: Larimar-1.3B 98.1 / 81.6 / 19.7, "
         "Larimar-6B 94.5 / 70.4 / 25.1 (other base LMs; neighbours from Natural Questions)."
@@ -44,14 +45,6 @@ class ZsRE(EditTask):
     )
     limit: int | None = option("only the first N records (default: all)", default=None)
     mode: Mode = option(MODE, default="rome")
-
-    def paper_holds(self, settings) -> bool:
-        """Return whether it is the paper's protocol."""
-        return self.mode == "rome"
-
-    def cases(self, systems) -> Sequence[EditRecord]:
-        """Return the records."""
-        return self.records
 
     def evaluate(self, systems, cases) -> Iterator[dict[str, Any]]:
         """Yield the accuracy on every prompt of a chunk of cases."""
