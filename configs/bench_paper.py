@@ -42,7 +42,9 @@ def get_config() -> ConfigDict:
                     ),
                 ),
                 # What is decoded after an edit
-                free_generation=dict(bench="free_generation", data="counterfact", options=dict(limit=100)),
+                free_generation=dict(
+                    bench="free_generation", data="counterfact", options=dict(limit=100)
+                ),
                 # Tables 12 and 13, and as the authors' code measures them
                 zsre=dict(bench="zsre", data="zsre", options=dict(limit=1000)),
                 zsre_released=dict(

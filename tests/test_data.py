@@ -129,9 +129,7 @@ def test_zsre_reads_both_schemas_by_their_own_protocol(tmp_path):
         (KNOWEDIT, {"locality": {"R": [{"prompt": "x"}]}}, r"locality.R\[0\].ground_truth"),
     ],
 )
-def test_a_malformed_record_is_named_by_file_index_line_and_field(
-    tmp_path, record, change, field
-):
+def test_a_malformed_record_is_named_by_file_index_line_and_field(tmp_path, record, change, field):
     for lines, line in ((False, 1), (True, 2)):
         path = _file(tmp_path, record, {**record, **change}, lines=lines)
         with pytest.raises(
@@ -233,11 +231,16 @@ def _documents(name):
 
 def test_corpora_come_by_name_and_by_path(tmp_path):
     (tmp_path / "a.txt").write_text("First one.\nStill first.\n\n\nSecond.")
-    assert [d.text for d in _documents(tmp_path / "a.txt")] == ["First one. Still first.", "Second."]
+    assert [d.text for d in _documents(tmp_path / "a.txt")] == [
+        "First one. Still first.",
+        "Second.",
+    ]
     (tmp_path / "a.jsonl").write_text('{"text": "One.", "title": "A"}\n{"text": "Two."}\n')
     assert [d.title for d in _documents(tmp_path / "a.jsonl")] == ["A", "Two."]
     (tmp_path / "b.jsonl").write_text('{"body": "One."}\n{"title": "A"}\n')
-    with pytest.raises(CorpusError, match="b.jsonl, and its rows have no column 'text'; they have body"):
+    with pytest.raises(
+        CorpusError, match="b.jsonl, and its rows have no column 'text'; they have body"
+    ):
         _documents(tmp_path / "b.jsonl")
     (tmp_path / "c.txt").write_bytes(b"fine\n\n\xff")
     with pytest.raises(CorpusError, match="c.txt, which could not be opened.*utf-8"):
@@ -258,7 +261,10 @@ def test_a_corpus_is_another_when_its_file_is(tmp_path):
 
 def test_pieces_are_distinct():
     texts = [corpus.Document("a", "One two three. Four five."), corpus.Document("b", "Four five.")]
-    assert list(segments.distinct_pieces(texts, "sentence", 9, len)) == ["One two three.", "Four five."]
+    assert list(segments.distinct_pieces(texts, "sentence", 9, len)) == [
+        "One two three.",
+        "Four five.",
+    ]
 
 
 def test_wikipedia_summaries_split_by_title():
@@ -364,11 +370,15 @@ def test_too_small_a_corpus_says_so():
 
 def test_sizes_are_mixed_and_an_epoch_is_all_pieces():
     def batches(process=None, seed=1):
-        return list(episodes.episodes(_Numbered(130), (2, 5, 3), 4, seed, epochs=3, process=process))
+        return list(
+            episodes.episodes(_Numbered(130), (2, 5, 3), 4, seed, epochs=3, process=process)
+        )
 
     whole = batches()
     sizes = [_rows(batch).shape[1] for batch in whole]
-    assert len(whole) == 3 * 9 and all(sorted(sizes[i : i + 3]) == [2, 3, 5] for i in range(0, 27, 3))
+    assert len(whole) == 3 * 9 and all(
+        sorted(sizes[i : i + 3]) == [2, 3, 5] for i in range(0, 27, 3)
+    )
     assert len(set(map(tuple, np.reshape(sizes, (9, 3))))) > 1
     for epoch in range(3):
         rows = np.concatenate([_rows(b).ravel() for b in whole[9 * epoch : 9 * epoch + 9]])

@@ -99,7 +99,9 @@ def test_a_dataset_of_tensorflow_in_array_record(tmp_path):
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import example_serializer
 
-    features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "title": tfds.features.Text()})
+    features = tfds.features.FeaturesDict(
+        {"text": tfds.features.Text(), "title": tfds.features.Text()}
+    )
     folder = tmp_path / "tiny" / "1.0.0"
     folder.mkdir(parents=True)
     serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
@@ -116,10 +118,14 @@ def test_a_dataset_of_tensorflow_in_array_record(tmp_path):
         "name": "tiny",
         "version": "1.0.0",
         "fileFormat": "array_record",
-        "splits": [{
-            "name": "train", "shardLengths": ["2"], "numBytes": "10",
-            "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-        }],
+        "splits": [
+            {
+                "name": "train",
+                "shardLengths": ["2"],
+                "numBytes": "10",
+                "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+            }
+        ],
     }
     (folder / "dataset_info.json").write_text(json.dumps(info))
     assert _documents(f"tfds:{folder}:train") == rows

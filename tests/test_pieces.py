@@ -120,7 +120,8 @@ def documents():
         yield Document(title, f"the cat {n}")
 import pathlib
 config = DataConfig(unit="sentence", encoder_tokens=24, decoder_tokens=16)
-print(len(pieces.tokenize(Corpus("c", documents), False, config, tokenizer, tokenizer, folder=pathlib.Path(folder))))
+corpus, place = Corpus("c", documents), pathlib.Path(folder)
+print(len(pieces.tokenize(corpus, False, config, tokenizer, tokenizer, folder=place)))
 """  # fmt: skip
 
 
@@ -128,8 +129,8 @@ def test_processes_that_are_killed_or_meet_leave_whole_pieces(tmp_path, tokenize
     (tmp_path / "tokenizer.json").write_text(tokenizer.to_json())
 
     def child(pause):
-        command = [sys.executable, "-c", _CHILD, str(tmp_path / "pieces"), str(tmp_path / "tokenizer.json"),
-                   str(pause)]  # fmt: skip
+        places = [str(tmp_path / name) for name in ("pieces", "tokenizer.json")]
+        command = [sys.executable, "-c", _CHILD, *places, str(pause)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
 
     slow = child(0.1)

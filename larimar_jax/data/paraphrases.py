@@ -94,8 +94,8 @@ class ScopeQuestions:
     """A fact's written prompt with questions beside it: what a scope detector learns from.
 
     paraphrases: which mean the fact. neighbours: the same of other subjects. others: of another relation
-    of this subject; empty where none is known, or the prompt does not hold its subject. relation: facts of
-    the same number have the same relation; None where that is not known.
+    of this subject; empty where none is known, or the prompt does not hold its subject. relation: the
+    number of the fact's relation; None where that is not known.
     """
 
     prompt: str

@@ -32,7 +32,7 @@ RUNS = {
     "eight devices": dict(mesh=(2, 2, 2), accumulate=2, memory_layout="slots"),
     "bfloat16 products": dict(mesh=(1, 1, 1), products="bfloat16"),
 }
-# A softmax does not depend on a bias of the keys: its gradient is rounding, of which Adam takes the sign.
+# A softmax does not depend on a bias of the keys: its gradient is rounding, and Adam takes its sign.
 FROZEN = ["^encoder/position/", "attention/key/bias$"]
 
 

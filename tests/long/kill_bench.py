@@ -42,7 +42,9 @@ def main():
             done += 1
             path = killed / "cases.jsonl"
             lines = path.read_bytes().count(b"\n") if path.exists() else 0
-            print(f"kill {done}: {lines} of {wanted.count(bytes([10]))} lines are there", flush=True)
+            print(
+                f"kill {done}: {lines} of {wanted.count(bytes([10]))} lines are there", flush=True
+            )
         else:
             assert process.returncode == 0, f"exit code {process.returncode}"
             assert (killed / "cases.jsonl").read_bytes() == wanted, "the lines differ"

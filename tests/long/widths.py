@@ -36,7 +36,9 @@ def leads(model, config, shares, codes, right):
 def main() -> None:
     """See the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", required=True, help="CounterFact; the training file, to choose by")
+    parser.add_argument(
+        "--data", required=True, help="CounterFact; the training file, to choose by"
+    )
     parser.add_argument("--model", default="smol")
     parser.add_argument("--facts", type=int, default=1000)
     parser.add_argument("--widths", type=int, nargs="+", default=[96, 128, 192, 256, 384])
