@@ -21,9 +21,8 @@ def test_a_config_survives_the_trip_to_a_dict_and_back():
     parsed = config.parse(tiny_config())
     assert config.parse(json.loads(json.dumps(config.to_dict(parsed)))) == parsed
     assert parsed.train.mesh == (1, 1, 1) and parsed.train.layout == "zero3"
-    assert (
-        parsed.memory.variant == "direct" and parsed.memory.hyperparameters["query"] == "posterior"
-    )
+    memory = parsed.memory
+    assert memory.variant == "direct" and memory.hyperparameters["query"] == "posterior"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -41,40 +40,38 @@ def test_shipped_configs_resolve_to_what_they_are_recorded_as(path):
         assert parsed.name == path.stem
 
 
+OFFENCES = {
+    "objektive.kl=1": "objektive: unknown key; did you mean objective? known: name, model,",
+    "steps=1": "steps: unknown key; known: name, model, memory, train,",
+    "train.stepz=3": "train.stepz: unknown key; did you mean steps? known: steps, optimizer,",
+    "train.ema=1.0": "train.ema: must be at least 0 and below 1",
+    'train.frozen=["("]': "train.frozen[0]: '(' is no regular expression",
+    "train.clip_norm=NaN": "train.clip_norm: must be finite",
+    "train.start_from.path=x": "train.start_from.parameters: missing",
+    "train.keep=True": "train.keep: expected int, got True",
+    "data.batch=three": "data.batch: expected int, got 'three'",
+    "data.episode=[]": "data.episode: needs at least one",
+    "data.workers=-1": "data.workers: must be at least 0, got -1",
+    "model.decoder.family=gpt3": "model.decoder.family: no 'gpt3'; did you mean gpt",
+    "model.encoder.heads=3": "model.encoder: width 16 is not a multiple of 3 heads",
+    "memory.ridge=1.0": "memory.ridge: unknown key",
+    "memory.initial=ones": "memory.initial: must be one of 'identity', 'normal'",
+    "memory.addressing=gausian": "memory.addressing.kind: no 'gausian'; did you mean gaussian?",
+    "editing.ridge=0": "editing.ridge: must be above 0",
+    "editing.answer_code.width=100": "editing.answer_code.width: must be a multiple of 32",
+}
+
+
 def test_all_offences_are_named_at_once_with_the_likely_spelling():
     values = tiny_config()
-    values["train"]["stepz"] = values["train"].pop("steps")
-    values["train"] |= dict(
-        ema=1.0, frozen=["("], clip_norm=float("nan"), start_from=dict(path="x")
-    )
-    values["data"] |= dict(batch="three", episode=[], workers=-1)
-    values["model"]["decoder"]["family"] = "gpt3"
-    values["model"]["encoder"]["heads"] = 3
-    values["memory"] |= dict(ridge=1.0, initial="ones")
-    values["editing"] |= dict(ridge=0.0, answer_code=dict(width=100), query_noise=True)
-    values["objektive"] = {}
+    del values["train"]["steps"]
     with pytest.raises(config.ConfigError) as error:
-        config.parse(values)
-    for words in (
-        "train.stepz: unknown key; did you mean steps? known: steps, optimizer,",
-        "train.steps: missing",
-        "train.ema: must be at least 0 and below 1",
-        "train.frozen[0]: '(' is no regular expression",
-        "train.clip_norm: must be finite",
-        "train.start_from.parameters: missing",
-        "data.batch: expected int, got 'three'",
-        "data.episode: needs at least one",
-        "data.workers: must be at least 0, got -1",
-        "model.decoder.family: no 'gpt3'; did you mean gpt",
-        "model.encoder: width 16 is not a multiple of 3 heads",
-        "memory.ridge: unknown key",
-        "memory.initial: must be one of 'identity', 'normal'",
-        "editing.ridge: must be above 0",
-        "editing.answer_code.width: must be a multiple of 32",
-        "editing.query_noise: expected float, got True",
-        "objektive: unknown key; did you mean objective?",
-    ):
+        config.load(values, list(OFFENCES))
+    for words in (*OFFENCES.values(), "train.steps: missing"):
         assert words in str(error.value)
+    for wrong in ("train.steps", "name.of.it=1"):
+        with pytest.raises(config.ConfigError, match="Write it as section.key=value"):
+            config.load(tiny_config(), [wrong])
 
 
 def test_settings_that_contradict_each_other_are_refused():
@@ -86,27 +83,27 @@ def test_settings_that_contradict_each_other_are_refused():
     assert "nothing is learned" in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "text, value",
-    [
-        ("model.tied_slots=True", True),
-        ("model.tied_slots=true", True),
-        ("model.tied_slots=FALSE", False),
-        ("train.best=None", None),
-        ("train.best=none", None),
-        ("train.best=null", None),
-        ("train.steps=7", 7),
-        ("train.learning_rate=1e-3", 1e-3),
-        ("train.mesh=[2,1,1]", (2, 1, 1)),
-        ("train.mesh=(1, -1, 1)", (1, -1, 1)),
-        ('train.frozen=["^a", "b"]', ("^a", "b")),
-        ("train.frozen=['^a']", ("^a",)),
-        ("data.unit=chunk", "chunk"),
-        ('data.unit="chunk"', "chunk"),
-        ("data.corpus=hf:a,b#c=d", "hf:a,b#c=d"),
-        ("model.lora.rank=4", 4),
-    ],
-)
+OVERRIDES = {
+    "model.tied_slots=True": True,
+    "model.tied_slots=true": True,
+    "model.tied_slots=FALSE": False,
+    "train.best=None": None,
+    "train.best=none": None,
+    "train.best=null": None,
+    "train.steps=7": 7,
+    "train.learning_rate=1e-3": 1e-3,
+    "train.mesh=[2,1,1]": (2, 1, 1),
+    "train.mesh=(1, -1, 1)": (1, -1, 1),
+    'train.frozen=["^a", "b"]': ("^a", "b"),
+    "train.frozen=['^a']": ("^a",),
+    "data.unit=chunk": "chunk",
+    'data.unit="chunk"': "chunk",
+    "data.corpus=hf:a,b#c=d": "hf:a,b#c=d",
+    "model.lora.rank=4": 4,
+}
+
+
+@pytest.mark.parametrize("text, value", OVERRIDES.items())
 def test_an_override_is_json_a_python_literal_or_a_text(text, value):
     lora = ["model.lora.modules=query"] if "lora" in text else []
     result = config.load(tiny_config(), [text, *lora])
@@ -114,17 +111,6 @@ def test_an_override_is_json_a_python_literal_or_a_text(text, value):
         result = getattr(result, name)
     assert result == value and type(result) is type(value)
     assert config.parse(tiny_config()).train.steps == 4
-
-
-def test_an_override_of_what_does_not_exist_names_what_does():
-    for wrong, words in (
-        ("train.stepz=1", "train.stepz: unknown key; did you mean steps?"),
-        ("steps=1", "steps: unknown key; known: name, model, memory, train,"),
-        ("train.steps", "Write it as section.key=value"),
-        ("name.of.it=1", "Write it as section.key=value"),
-    ):
-        with pytest.raises(config.ConfigError, match=words.replace("?", r"\?")):
-            config.load(tiny_config(), [wrong])
 
 
 def test_a_config_is_read_from_any_folder_and_a_file_without_one_is_refused(monkeypatch, tmp_path):
