@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from algebra import distance
 
-from larimar_jax.compensated import rank_update, zero_sum
+from larimar_jax.memory.compensated import rank_update, zero_sum
 
 SLOTS, LATENT = 24, 40
 update = jax.jit(rank_update)

@@ -22,9 +22,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from larimar_jax.compensated import rank_update
 from larimar_jax.linalg import cholesky, dot, solve_lower
 from larimar_jax.memory.base import Prepared, Signs
+from larimar_jax.memory.compensated import rank_update
 from larimar_jax.memory.pytrees import Latents
 from larimar_jax.memory.streaming import Streaming, StreamingState
 

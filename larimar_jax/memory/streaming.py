@@ -35,7 +35,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from larimar_jax.compensated import Sum, rank_update, zero_sum
 from larimar_jax.linalg import (
     add_ridge,
     cholesky,
@@ -46,6 +45,7 @@ from larimar_jax.linalg import (
     spd_solve,
 )
 from larimar_jax.memory.base import Memory, Prepared, Signs
+from larimar_jax.memory.compensated import Sum, rank_update, zero_sum
 from larimar_jax.memory.pytrees import Latents, Real, Weights, pytree
 
 # See `Streaming._slack`.
