@@ -347,15 +347,6 @@ def test_own_tokenizers_are_used_or_refused(first, tmp_path):
 # The command line -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["convert", "convert ibm", "export", "export hf"])
-def test_the_commands_explain_themselves(command, capsys):
-    with pytest.raises(SystemExit) as caught:
-        cli.main([*command.split(), "--help"])
-    assert caught.value.code == 0
-    shown = capsys.readouterr().out
-    assert "larimar" in shown and "--debug" in shown
-
-
 def test_the_commands_convert_and_export(tmp_path, bases, capsys):
     line = ["convert", "ibm", str(GOLDEN / "setting_4.ckpt"), str(tmp_path / "model")]
     line += ["--encoder-tokenizer", str(bases[0]), "--decoder-tokenizer", str(bases[1])]

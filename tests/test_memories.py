@@ -52,33 +52,30 @@ def test_it_comes_back_bit_for_bit_onto_any_mesh(tmp_path):
 
 
 def test_what_does_not_fit_is_named(tmp_path):
-    variant, prepared, write = built()
-    memories.save(tmp_path / "one", variant.empty(prepared), encoder="0123456789abcdefXYZ")
+    variant, prepared, _ = built()
+    path, encoder = tmp_path / "one", "0123456789abcdefXYZ"
+    memories.save(path, variant.empty(prepared), encoder=encoder)
     like = jax.eval_shape(variant.empty, prepared)
-
-    def load(path=tmp_path / "one", like=like, encoder="0123456789abcdefXYZ"):
-        return memories.load(path, like, encoder=encoder)
-
-    with pytest.raises(FileExistsError, match="never written over"):
-        memories.save(tmp_path / "one", variant.empty(prepared), encoder="abc")
-    with pytest.raises(FileNotFoundError, match="no memory in"):
-        load(path=tmp_path / "two")
-    with pytest.raises(MemoryFileError, match="of the encoder 0123456789abcdef; .* is xyz"):
-        load(encoder="xyz")
-    direct = memory.build("direct", slots=K, latent=C)
-    with pytest.raises(MemoryFileError, match="a StreamingState .*another variant"):
-        load(like=jax.eval_shape(direct.empty, prepared))
+    direct = jax.eval_shape(memory.build("direct", slots=K, latent=C).empty, prepared)
     small = Streaming(K, C - 2)
-    other = jax.eval_shape(small.empty, small.prepare(small.init(jax.random.key(0))))
-    with pytest.raises(MemoryFileError, match=r"solution: \(16, 12\) there, \(16, 10\) asked for"):
-        load(like=other)
+    small = jax.eval_shape(small.empty, small.prepare(small.init(jax.random.key(0))))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(MemoryFileError, match="no memory, or a damaged one"):
-        load(path=tmp_path / "empty")
-    meta = tmp_path / "one" / "meta" / "metadata"
+    with pytest.raises(FileExistsError, match="never written over"):
+        memories.save(path, variant.empty(prepared), encoder="abc")
+    with pytest.raises(FileNotFoundError, match="no memory in"):
+        memories.load(tmp_path / "two", like, encoder=encoder)
+
+    def refuse(message, path=path, like=like, encoder=encoder):
+        with pytest.raises(MemoryFileError, match=message):
+            memories.load(path, like, encoder=encoder)
+
+    refuse("of the encoder 0123456789abcdef; .* is xyz", encoder="xyz")
+    refuse("a StreamingState .*another variant", like=direct)
+    refuse(r"solution: \(16, 12\) there, \(16, 10\) asked for", like=small)
+    refuse("no memory, or a damaged one", path=tmp_path / "empty")
+    meta = path / "meta" / "metadata"
     meta.write_text(meta.read_text().replace("StreamingState", "StreamingStale"))
-    with pytest.raises(MemoryFileError, match="checksum of meta differs"):
-        load()
+    refuse("checksum of meta differs")
 
 
 def test_merging_is_writing_both_and_subtracting_forgets():

@@ -146,7 +146,7 @@ class TrainStep:
                 plain = dataclasses.replace(self.config.model, remat="none")
                 config = dataclasses.replace(self.config, model=plain)
                 lean = TrainStep(config, AbstractModel(model.abstract(config)), self.mesh)
-            self._flops[episode] = count_flops(lean.step, *lean.arguments(episode))
+            self._flops[episode] = count_flops(lean._step, *lean.arguments(episode))
         return self._flops[episode]
 
     def freeze(self, parameters: Mapping[str, Array]) -> dict[str, Array]:
