@@ -22,7 +22,7 @@ class CounterFact(EditTask):
     so that the two candidates of a prompt may be decoded differently; a paraphrase is cut to its
     last sentence; out of scope is z = 0. Each case is written into an empty memory of its own, with
     `--rephrasings N` in N more wordings, none of which is a query. The controls are in
-    `systems.py`.
+    `queries.py`.
     """
 
     name = "counterfact"

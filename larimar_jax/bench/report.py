@@ -215,19 +215,24 @@ def cases(run: FinishedRun) -> list[CaseText]:
 def case_lines(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the rows of a case under its memory, or under all systems where it has none, as lines
     to read: its texts, then its metrics."""
-    known = {"case", "system", "kind", "written", "scope_score", *task.factors, *task.metrics}
+    known = {"case", "system", "kind", "written", "prompt", "scope_score"}
+    known |= {*task.factors, *task.metrics}
     ours = [row for row in rows if row["system"] == "larimar"] or rows
     lines = dict.fromkeys(f"written: {row['written']}" for row in rows if row.get("written"))
     for row in ours:
-        texts = " → ".join(str(v) for n, v in row.items() if n not in known and v not in (None, ""))
-        shown = ", ".join(
+        texts = [
+            f"{name.replace('_', ' ')} {f'{value:.2f}' if isinstance(value, float) else value}"
+            for name, value in row.items()
+            if name not in known and value not in (None, "")
+        ]
+        shown = [
             f"{metric.label} {number(metric.scale * row[name], metric.digits)}"
             for name, metric in task.metrics.items()
             if row.get(name) is not None
-        )
+        ]
         factors = tuple(row.get(factor) for factor in task.factors)
         label = summaries.group_label(task, (row["system"], row["kind"], *factors))
-        lines[f"{label}: {texts}: {shown}"] = None
+        lines[f"{label}: {row.get('prompt', '')} → {', '.join([*texts, *shown])}"] = None
     return list(lines)
 
 

@@ -3,7 +3,7 @@
 A task is a frozen dataclass. Its fields are its options, from which the command line is generated.
 `cases` lists what is measured, and `evaluate` yields one row for each measurement, a flat dict:
 
-    case, system, kind      which case, under which system (systems.py), on which kind of prompt
+    case, system, kind      which case, under which system (queries.py), on which kind of prompt
     factors                 what else tells rows apart, such as the number of facts in memory
     metrics                 numbers, None where a metric does not apply
     anything else           texts, for people who read cases
@@ -108,7 +108,7 @@ class Task:
     kinds: ClassVar[tuple[str, ...]] = ()
     """The order of kinds in tables; else that of appearance."""
     labels: ClassVar[Mapping[Any, str]] = {}
-    """Names of kinds, systems and factors in tables, where they differ from systems.LABELS."""
+    """Names of kinds, systems and factors in tables, where they differ from queries.LABELS."""
     tables: ClassVar[tuple[Pivot, ...]] = (Pivot(),)
     plots: ClassVar[tuple[Plot, ...]] = (Plot(),)
     paper: ClassVar[Mapping[tuple, float]] = {}

@@ -20,7 +20,7 @@ class ZsRE(EditTask):
     the authors' code: every token is a question of its own. Memory and scope detector see the
     prompt with the right tokens so far, the detector beside the written fact; out of scope is
     z = 0. Neighbours are scored on their own right answers. Each case is written into an empty
-    memory of its own; its controls are in `systems.py`.
+    memory of its own; its controls are in `queries.py`.
     """
 
     name = "zsre"
