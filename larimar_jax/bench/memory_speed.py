@@ -78,7 +78,7 @@ class MemorySpeed(Task):
         "here": Metric("here, ms", 1e3, 2, lower=True, median=True),
         "facts_per_second": Metric("facts/s", 1.0, 0, median=True),
     }
-    tables: ClassVar = (Pivot(("kind",), None, caption="medians"),)
+    tables: ClassVar = (Pivot(("kind",), None, caption="medians", labels=("comparison",)),)
     plots: ClassVar = ()
 
     slots: int = option("K", default=512)

@@ -42,7 +42,13 @@ class Perplexity(EditTask):
     metrics: ClassVar = {
         "loss": Metric("perplexity", 1.0, 2, lower=True, weight="tokens", exponential=True),
         "loss_above_base": Metric(
-            "over the base LM's", 1.0, 4, True, "tokens", exponential=True, compared=False
+            "perplexity over the base LM's",
+            1.0,
+            4,
+            True,
+            "tokens",
+            exponential=True,
+            compared=False,
         ),
         "words": Metric("words", 1.0, compared=False),
         "entropy": Metric("n-gram entropy, bits", 1.0, 2, compared=False),
@@ -53,7 +59,7 @@ class Perplexity(EditTask):
     }
     labels: ClassVar = {"prompt": "nearest fact in the prompt", "text": "texts"}
     tables: ClassVar = (Pivot(columns=None, title="held-out texts"),)
-    plots: ClassVar = (Plot(y="loss_above_base"),)
+    plots: ClassVar = (Plot(y="loss_above_base", log="y"),)
 
     facts: int = option("facts in the memory", default=512)
     corpus: str = option(
