@@ -53,7 +53,7 @@ def steps_bucket(size: int, unit: int) -> int:
     return unit * (power * 3 // 4 if power >= 4 and whole <= power * 3 // 4 else power)
 
 
-class Place(NamedTuple):
+class TokenPlace(NamedTuple):
     """Where a token is scored: after which node, and how many tokens into the answer that is."""
 
     node: int
@@ -65,7 +65,7 @@ class Text:
     """A prompt with its candidates: all nodes, and for each token of each candidate its place and id."""
 
     nodes: frozenset[int]
-    paths: Sequence[Sequence[tuple[Place, int]]] = ()
+    paths: Sequence[Sequence[tuple[TokenPlace, int]]] = ()
 
 
 class Trie:
@@ -107,7 +107,7 @@ class Trie:
         for answer in answers:
             before = [stem[-1], *self.path(answer[:-1], condition, stem[-1])]
             nodes.update(before)
-            places = (Place(node, depth) for depth, node in enumerate(before))
+            places = (TokenPlace(node, depth) for depth, node in enumerate(before))
             paths.append(list(zip(places, answer, strict=True)))
         return Text(frozenset(nodes), paths)
 

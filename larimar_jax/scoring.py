@@ -15,7 +15,7 @@ from larimar_jax import packing
 from larimar_jax.answer_code import TokenEvidence
 from larimar_jax.generate import PromptTooLong, prompt_ids
 from larimar_jax.model import Condition
-from larimar_jax.packing import ConditionRows, LanguageModel, Place, Text, Trie, steps_bucket
+from larimar_jax.packing import ConditionRows, LanguageModel, Text, TokenPlace, Trie, steps_bucket
 from larimar_jax.weights.tokenizer import Tokenizer
 
 # How many places go through the vocabulary's product at a time.
@@ -76,7 +76,7 @@ def judge(
         trie.add(*_tokens(model, tokenizer, prompt, targets), conditions.first[row])
         for row, (prompt, targets) in enumerate(zip(prompts, candidates, strict=True))
     ]
-    labels: dict[Place, list[int]] = {}
+    labels: dict[TokenPlace, list[int]] = {}
     for place, token in (step for text in texts for path in text.paths for step in path):
         if token not in (tokens := labels.setdefault(place, [])):
             tokens.append(token)
@@ -157,7 +157,7 @@ def _hidden(
 def _entropies(
     model: LanguageModel,
     trie: Trie,
-    labels: dict[Place, list[int]],
+    labels: dict[TokenPlace, list[int]],
     hidden: dict[int, Float[np.ndarray, "D"]],
     conditions: ConditionRows,
 ) -> tuple[Float[np.ndarray, "N R"], Bool[np.ndarray, "N R"]]:
@@ -167,7 +167,7 @@ def _entropies(
     # One width for the whole call, so that only the number of places makes for another compilation.
     width = steps_bucket(max(map(len, labels.values())), 2)
 
-    def entropies(piece: list[Place]) -> tuple[int, Array, Array]:
+    def entropies(piece: list[TokenPlace]) -> tuple[int, Array, Array]:
         # Padding repeats a place, and a label.
         padded = piece + [piece[0]] * (steps_bucket(len(piece), 2) - len(piece))
         return len(piece), *_cross_entropies(

@@ -92,7 +92,6 @@ def test_libraries_and_foreign_names_have_one_place():
             assert not re.search(r"state_dict|c_attn|q_proj|lm_head|pytorch_model", text), name
 
 
-@pytest.mark.skip(reason="switched on when no file has one")
 def test_no_name_is_taken_twice_or_says_nothing():
     files = collections.Counter(path.name for path in TREES)
     # Both are the base of a folder's variants.

@@ -36,7 +36,7 @@ class Name(NamedTuple):
     column: str
 
 
-class _Rows(NamedTuple):
+class _LibraryRows(NamedTuple):
     """What a library opened. rows: mappings, as often as they are iterated over."""
 
     rows: Iterable[Any]
@@ -64,7 +64,7 @@ def open_file(path: str) -> Corpus:
     return _open(path, Name(path, None, "train", "text"), _hugging_face)
 
 
-def _open(label: str, name: Name, library: Callable[[Name], _Rows]) -> Corpus:
+def _open(label: str, name: Name, library: Callable[[Name], _LibraryRows]) -> Corpus:
     try:
         source = library(name)
     except CorpusError:
@@ -111,7 +111,7 @@ def _parse(label: str, rest: str) -> Name:
     return Name(path, config or None, parts["split"], parts["column"] or "text")
 
 
-def _hugging_face(name: Name) -> _Rows:
+def _hugging_face(name: Name) -> _LibraryRows:
     import datasets
 
     path = Path(name.path)
@@ -138,10 +138,10 @@ def _hugging_face(name: Name) -> _Rows:
     version = _content(path) if path.exists() else dataset._fingerprint
     columns = tuple(dataset.column_names)
     wanted = [column for column in (name.column, _TITLE) if column in columns]
-    return _Rows(dataset.select_columns(wanted), columns, _identity("hf", name, version))
+    return _LibraryRows(dataset.select_columns(wanted), columns, _identity("hf", name, version))
 
 
-def _tensorflow(name: Name) -> _Rows:
+def _tensorflow(name: Name) -> _LibraryRows:
     import tensorflow_datasets as tfds
 
     path = Path(name.path)
@@ -154,7 +154,7 @@ def _tensorflow(name: Name) -> _Rows:
         builder.download_and_prepare(file_format="array_record")
         version = f"{builder.info.full_name} {builder.info.splits[name.split].num_bytes}"
     rows = builder.as_data_source(split=name.split)
-    return _Rows(rows, tuple(builder.info.features), _identity("tfds", name, version))
+    return _LibraryRows(rows, tuple(builder.info.features), _identity("tfds", name, version))
 
 
 def _identity(prefix: str, name: Name, version: str) -> str:

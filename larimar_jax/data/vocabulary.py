@@ -81,10 +81,10 @@ def tokenizers(
 def _trained(texts: Callable[[], Iterable[str]], size: int, path: Path) -> Tokenizer:
     if path.is_file():
         return Tokenizer.from_json(path.read_text(encoding="utf-8"))
-    made = Tokenizer.train(texts(), size)
+    tokenizer = Tokenizer.train(texts(), size)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Replaced whole; processes of one run that write it at once write the same.
     temporary = path.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
-    temporary.write_text(made.to_json(), encoding="utf-8")
+    temporary.write_text(tokenizer.to_json(), encoding="utf-8")
     os.replace(temporary, path)
-    return made
+    return tokenizer
