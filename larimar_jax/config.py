@@ -162,7 +162,7 @@ class KeyFeaturesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AnswerCodeConfig:
-    """How an answer is written token by token (answer_code.py)."""
+    """How an answer is written token by token (latent_layout.py)."""
 
     positions: Count = 12  # P tokens are written; the language model continues a longer answer
     width: Annotated[Count, schema.multiple_of_32] = 256  # d, numbers per token

@@ -13,9 +13,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import decoders, encoders, lora, weights
-from larimar_jax.answer_code import TokenEvidence
 from larimar_jax.config import Config, make_memory
 from larimar_jax.decoders.decoder import Cache, Prefix, Tree
+from larimar_jax.latent_layout import TokenEvidence
 from larimar_jax.memory.base import MemoryParams
 from larimar_jax.weights import model_file
 
@@ -26,7 +26,7 @@ class Condition:
     """All that a read hands to the decoder, one row per sequence.
 
     prefix: memory slots and embedding made from the latent (§2). evidence: for the tokens of the answer
-    (answer_code.py), where the memory holds them.
+    (latent_layout.py), where the memory holds them.
     """
 
     prefix: Prefix

@@ -20,8 +20,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from larimar_jax.answer_code import TokenEvidence
 from larimar_jax.decoders.decoder import Cache, Tree
+from larimar_jax.latent_layout import TokenEvidence
 from larimar_jax.model import Condition
 
 # Lengths and numbers of rows grow in steps of a quarter to a half, so that few shapes are compiled.

@@ -19,8 +19,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from larimar_jax import answer_code, generate, latent_layout, scope, scoring, weights
 from larimar_jax import config as configs
+from larimar_jax import generate, latent_layout, scope, scoring, weights
 from larimar_jax.config import AnswerCodeConfig, Config, KeyFeaturesConfig
 from larimar_jax.data import vocabulary
 from larimar_jax.latent_layout import LatentLayout
@@ -178,13 +178,13 @@ class Pipeline:
     def _answer_codes(self, answers: Sequence[str | None]) -> Float[np.ndarray, "n S"]:
         code, following = self.config.editing.answer_code, self.decoder_tokenizer.following
         tokens = [None if answer is None else following(answer.strip()) for answer in answers]
-        packed = answer_code.pack(code, tokens, self.decoder_tokenizer.eos)
+        packed = latent_layout.pack_answers(code, tokens, self.decoder_tokenizer.eos)
         codes = np.zeros((len(packed), self.layout.answer_code), np.float32)
-        rows = np.flatnonzero((packed != answer_code.NOTHING).any(axis=1))
+        rows = np.flatnonzero((packed != latent_layout.NOTHING).any(axis=1))
         if len(rows):
             # Padded, so that few numbers of answers are compiled for.
             padded = np.resize(packed[rows], (bucket(len(rows), 8), code.positions))
-            codes[rows] = np.asarray(answer_code.encode(code, padded))[: len(rows)]
+            codes[rows] = np.asarray(latent_layout.encode_answers(code, padded))[: len(rows)]
         return codes
 
     def condition(
@@ -274,7 +274,9 @@ def _condition(
     model, evidence = nnx.merge(graph, state), None
     if code is not None:
         codes = readout[:, layout.size - layout.answer_code :]
-        evidence = answer_code.decode(code, codes, model.decoder.config.vocab_size, active)
+        evidence = latent_layout.decode_answers(
+            code, codes, model.decoder.config.vocab_size, active
+        )
     return model.condition(readout[:, : layout.encoding], active, evidence)
 
 

@@ -12,8 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import packing
-from larimar_jax.answer_code import TokenEvidence
 from larimar_jax.generate import PromptTooLong, prompt_ids
+from larimar_jax.latent_layout import TokenEvidence
 from larimar_jax.model import Condition
 from larimar_jax.packing import ConditionRows, LanguageModel, Text, TokenPlace, Trie, steps_bucket
 from larimar_jax.weights.tokenizer import Tokenizer

@@ -9,24 +9,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from larimar_jax import Session, answer_code, config
-from larimar_jax.answer_code import NOTHING
+from larimar_jax import Session, config, latent_layout
 from larimar_jax.config import AnswerCodeConfig
+from larimar_jax.latent_layout import NOTHING
 
 CONFIG = AnswerCodeConfig(positions=4, width=64, limit=1000.0)
 ONE = AnswerCodeConfig(positions=1, width=64, limit=1.0)
 VOCAB, EOS = 400, 399
 
-decode = jax.jit(functools.partial(answer_code.decode, CONFIG, vocab_size=VOCAB))
+decode = jax.jit(functools.partial(latent_layout.decode_answers, CONFIG, vocab_size=VOCAB))
 
 
 def written(*answers):
-    packed = answer_code.pack(CONFIG, answers, EOS)
-    return np.asarray(answer_code.encode(CONFIG, jnp.asarray(packed)))
+    packed = latent_layout.pack_answers(CONFIG, answers, EOS)
+    return np.asarray(latent_layout.encode_answers(CONFIG, jnp.asarray(packed)))
 
 
 def codes_of(count):
-    return np.float64(answer_code.encode(ONE, jnp.arange(count)[:, None]))
+    return np.float64(latent_layout.encode_answers(ONE, jnp.arange(count)[:, None]))
 
 
 def read(rows, active=None):
@@ -52,7 +52,9 @@ def test_codes_of_many_tokens_are_as_far_apart_as_chance():
 
 
 def test_an_answer_ends_with_the_end_of_text_and_then_nothing():
-    assert answer_code.pack(CONFIG, [[7, 8], [1, 2, 3, 4, 5], [], None], EOS).tolist() == [
+    assert latent_layout.pack_answers(
+        CONFIG, [[7, 8], [1, 2, 3, 4, 5], [], None], EOS
+    ).tolist() == [
         [7, 8, EOS, NOTHING],
         [1, 2, 3, 4],
         [EOS, NOTHING, NOTHING, NOTHING],
@@ -107,7 +109,7 @@ def test_rows_that_are_silent_or_not_active_gain_exactly_nothing():
     _, _, gain = read(readout, [True, False, True])
     assert gain[0].any() and not gain[1].any() and not gain[2].any()
     low = AnswerCodeConfig(positions=4, width=64, limit=2.5)
-    limited = answer_code.decode(low, jnp.asarray(readout), VOCAB, jnp.ones(3, bool))
+    limited = latent_layout.decode_answers(low, jnp.asarray(readout), VOCAB, jnp.ones(3, bool))
     assert float(limited.logit_gain.max()) == 2.5
 
 

@@ -11,7 +11,7 @@ import tokenizers as hf
 from flax import nnx
 from tokenizers import decoders, models
 
-from larimar_jax import answer_code, decoding, generate, packing, scoring
+from larimar_jax import decoding, generate, latent_layout, packing, scoring
 from larimar_jax.config import AnswerCodeConfig
 from larimar_jax.weights import Tokenizer
 
@@ -25,11 +25,13 @@ both = pytest.mark.parametrize("conditioned", [True, False])
 def condition(tiny):
     latent = jax.random.normal(jax.random.key(0), (3, 16))
     # What memory reads where three answers are written: the last of another length than the rest.
-    answers = answer_code.pack(CODE, [[5, 6, 7], [8], [9, 9]], 3)
+    answers = latent_layout.pack_answers(CODE, [[5, 6, 7], [8], [9, 9]], 3)
     noise = 0.02 * jax.random.normal(jax.random.key(2), (3, 96))
-    readout = answer_code.encode(CODE, jnp.asarray(answers)) + noise
+    readout = latent_layout.encode_answers(CODE, jnp.asarray(answers)) + noise
     active = jnp.asarray([True, True, False])
-    evidence = answer_code.decode(CODE, readout, tiny.model.decoder.config.vocab_size, active)
+    evidence = latent_layout.decode_answers(
+        CODE, readout, tiny.model.decoder.config.vocab_size, active
+    )
     return tiny.model.condition(latent, active, evidence)
 
 

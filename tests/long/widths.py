@@ -13,7 +13,7 @@ import dataclasses
 
 import numpy as np
 
-from larimar_jax import answer_code
+from larimar_jax import latent_layout
 from larimar_jax.data import edit_records
 from larimar_jax.pipeline import load
 
@@ -25,7 +25,9 @@ def leads(model, config, shares, codes, right):
     vocab_size, differences = model.model.decoder.config.vocab_size, []
     for start in range(0, len(shares), _ROWS):
         readout = np.float32(shares[start : start + _ROWS] @ codes)
-        evidence = answer_code.decode(config, readout, vocab_size, np.ones(len(readout), bool))
+        evidence = latent_layout.decode_answers(
+            config, readout, vocab_size, np.ones(len(readout), bool)
+        )
         tokens, gain = (np.asarray(x)[:, 0] for x in (evidence.tokens, evidence.logit_gain))
         is_right = tokens == right[start : start + _ROWS, None]
         gains = (np.where(mask, gain, 0.0).max(axis=1) for mask in (is_right, ~is_right))
@@ -62,8 +64,8 @@ def main() -> None:
     print(f"{len(cases)} facts in {keys.shape[1]} slots")
     for width in options.widths:
         config = dataclasses.replace(model.config.editing.answer_code, width=width, limit=1e4)
-        packed = answer_code.pack(config, answers, model.decoder_tokenizer.eos)
-        codes = np.float64(answer_code.encode(config, packed))
+        packed = latent_layout.pack_answers(config, answers, model.decoder_tokenizer.eos)
+        codes = np.float64(latent_layout.encode_answers(config, packed))
         for name, rows in shares.items():
             lead = leads(model, config, rows, codes, right)
             print(
