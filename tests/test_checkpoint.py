@@ -136,6 +136,22 @@ def test_a_run_saved_on_4x2_comes_back_bit_for_bit_on_other_meshes(tmp_path):
         assert jax.tree.map(lambda leaf: leaf.sharding, state) == step.state_shardings
 
 
+@pytest.mark.parametrize("without", ["memory/", "decoder/"])
+def test_a_run_that_trains_no_memory_or_only_memory_is_saved_and_restored(tmp_path, without):
+    def part(state):
+        params = {n: a for n, a in state.params.items() if not n.startswith(without)}
+        return state._replace(params=params)
+
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        checkpoints.save(1, part(_state(1)), _batches(), {"config": {}}, None)
+        checkpoints.wait()
+        state, _ = checkpoints.restore(_like(part(_state(0))), _batches())
+        _same(state, part(_state(1)))
+        with pytest.raises(CheckpointError, match="arrays that this run does not have: optimizer/"):
+            fewer = _like(part(_state(0)))._replace(optimizer=())
+            checkpoints.restore(fewer, _batches())
+
+
 def test_the_best_stays_when_a_run_is_resumed_until_a_better_one_comes(tmp_path):
     _save(tmp_path, [3.0, 1.0, float("nan")], keep=1)
     assert _save(tmp_path, [2.0, None, 1.5], first=4, keep=1) == [2, 6]

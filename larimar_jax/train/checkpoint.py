@@ -52,10 +52,8 @@ class Checkpoints:
             preservation_policy=self._policy, cleanup_tmp_directories=True
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
-        for step in self.steps():
-            with contextlib.suppress(
-                OSError, ValueError, KeyError
-            ):  # A restore reports the damage.
+        for step in self.steps():  # A restore reports damage.
+            with contextlib.suppress(OSError, ValueError, KeyError):
                 self._policy.judge(step, read_meta(self.directory / str(step))["evaluation"])
 
     def __enter__(self) -> "Checkpoints":
@@ -206,19 +204,19 @@ class _NewestAndBest:
         return [s in newest or (s == best and v < math.inf) for s, v in values.items()]
 
 
-# Items and their checksums ------------------------------------------------------------------------
-
-
 def _items(state: TrainState) -> dict[str, dict[str, Any]]:
     """Return a state's items by name; M₀ and log σ_W² are one of their own."""
     memory = {name: leaf for name, leaf in state.params.items() if name.startswith("memory/")}
     params = {name: leaf for name, leaf in state.params.items() if name not in memory}
-    optimizer = named((state.optimizer, state.average, state.loss))
-    return dict(params=params, memory=memory, optimizer=optimizer)
+    rest = named((state.optimizer, state.average, state.loss))
+    return dict(params=params, memory=memory, optimizer=rest)
 
 
 def _read_state(folder: Path, meta: Mapping[str, Any], like: TrainState) -> TrainState:
-    arrays = {item: read_item(folder, item, leaves, meta) for item, leaves in _items(like).items()}
+    items = _items(like)
+    if more := sorted(f"{i}/{n}" for i in items for n in meta["checksums"][i] if n not in items[i]):
+        raise ValueError(f"arrays that this run does not have: {', '.join(more)}")
+    arrays = {item: read_item(folder, item, leaves, meta) for item, leaves in items.items()}
     params = {**arrays["params"], **arrays["memory"]}
     rest = unnamed((like.optimizer, like.average, like.loss), arrays["optimizer"])
     step = jax.device_put(np.int32(meta["step"]), like.step.sharding)
@@ -228,7 +226,9 @@ def _read_state(folder: Path, meta: Mapping[str, Any], like: TrainState) -> Trai
 def named(tree: Any) -> dict[str, Any]:
     """Return the leaves of any pytree by readable names."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in leaves}
+    names = {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in leaves}
+    assert len(names) == len(leaves), "two leaves have one name in a checkpoint"
+    return names
 
 
 def unnamed(like: Any, leaves: Mapping[str, Any]) -> Any:
@@ -264,7 +264,8 @@ def _save_args(items: Mapping[str, Mapping[str, Any]], meta: Mapping[str, Any]) 
     sums = {item: array_checksums(arrays) for item, arrays in items.items()}
     meta = {**meta, "shapes": shapes, "checksums": sums}
     meta["checksum"] = _json_checksum(meta)
-    saved = {item: ocp.args.StandardSave(dict(arrays)) for item, arrays in items.items()}
+    # Orbax refuses an item without arrays, such as the memory of a run that freezes all of it.
+    saved = {item: ocp.args.StandardSave(dict(a)) for item, a in items.items() if a}
     return ocp.args.Composite(**saved, meta=ocp.args.JsonSave(meta))
 
 
@@ -277,7 +278,7 @@ def write(folder: Path, items: Mapping[str, Mapping[str, Any]], meta: Mapping[st
 def read_meta(folder: Path) -> dict[str, Any]:
     """Return a folder's meta; OSError, ValueError or KeyError where it is damaged."""
     meta = json.loads((folder / "meta" / "metadata").read_text(encoding="utf-8"))
-    if meta.pop("checksum") != _json_checksum(meta):
+    if not isinstance(meta, dict) or meta.pop("checksum") != _json_checksum(meta):
         raise ValueError("checksum of meta differs")
     return meta
 
@@ -323,8 +324,7 @@ def agreed(read: Callable[[], Any]) -> tuple[Any, Exception | None]:
 
 def brief(error: Exception) -> str:
     """Return an exception in one line of at most about 400 characters."""
-    text = " ".join(str(error).split())
-    # The system's own words come last.
+    text = " ".join(str(error).split())  # The system's own words come last.
     text = text if len(text) <= 400 else f"{text[:200]} … {text[-200:]}"
     return f"{type(error).__name__}: {text}"
 
@@ -340,7 +340,7 @@ def newest(path: Path) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    if (path / "params").is_dir():
+    if (path / "meta").is_dir():
         return path
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if not _steps(folder):
