@@ -108,7 +108,8 @@ def parser() -> argparse.ArgumentParser:
     for name, function in COMMANDS.items():
         group, _, leaf = name.rpartition(" ")
         if group not in parents:
-            outer = parents[""].add_parser(group, help=GROUPS[group], **common)
+            about = f"{GROUPS[group][0].upper()}{GROUPS[group][1:]}."
+            outer = parents[""].add_parser(group, help=GROUPS[group], description=about, **common)
             parents[group] = outer.add_subparsers(title="formats", metavar="FORMAT", required=True)
         about, _, rest = inspect.cleandoc(function.__doc__ or "").partition("Args:\n")
         helps, _, example = (rest or about).partition("Example: ")

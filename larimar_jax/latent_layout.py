@@ -13,9 +13,10 @@ reads every text back as itself as before. Without features and answer codes all
 
 The code of an answer (§10) is ours, not the paper's. A latent of some hundred numbers holds what a text
 is about, and not how its words are written. So the value of a fact carries its answer behind the
-encoding, token by token: place j of P holds the code of the j-th token, d signs that a hash of its id decides, and the place after the last
-one that of the end-of-text token. M₀ and queries are zero there: what is read at these places is what
-was written, weighed as the memory weighs all else, and gone when the fact is.
+encoding, token by token: place j of P holds the code of the j-th token, d signs that a hash of its id
+decides, and the place after the last one that of the end-of-text token. M₀ and queries are zero there:
+what is read at these places is what was written, weighed as the memory weighs all else, and gone when
+the fact is.
 
 Reading tests each of V tokens against chance. If a place reads y = a·code(v) + isotropic noise, then the
 log likelihood ratio against noise alone, at the likeliest a > 0 and size of the noise, is

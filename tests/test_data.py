@@ -230,7 +230,7 @@ def _documents(name):
 
 
 def test_corpora_come_by_name_and_by_path(tmp_path):
-    (tmp_path / "a.txt").write_text("First one.\nStill first.\n\n\nSecond.")
+    (tmp_path / "a.txt").write_text("First one.\nStill first.\n \n\nSecond.")
     assert [d.text for d in _documents(tmp_path / "a.txt")] == [
         "First one. Still first.",
         "Second.",

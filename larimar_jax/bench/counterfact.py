@@ -51,6 +51,11 @@ class CounterFact(EditTask):
     )
     mode: Mode = option(MODE, default="rome")
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rephrasings < 0:
+            raise ValueError(f"--rephrasings is {self.rephrasings}; give a number from 0 on")
+
     def evaluate(self, systems, cases) -> Iterator[dict[str, Any]]:
         """Yield S and M of every prompt of a chunk of cases, from ℓ of its two answers."""
         columns = [column for case in cases for column in self.queries(case)]

@@ -35,7 +35,7 @@ class Noise(EditTask):
     metrics: ClassVar = {
         "S": Metric("S"),
         "perplexity": Metric("perplexity", 1.0, lower=True, exponential=True),
-        "silent": Metric("without words", lower=True),
+        "silent": Metric("without words", lower=True, compared=False),
     }
     factors = ("sigma",)
     labels: ClassVar = {"sigma": "σ_W", "open": "Larimar"}

@@ -3,9 +3,10 @@
     base      the untouched language model
     zero      z = 0: the memory slot is there and holds zeros
     prompt    the right fact in front of the prompt, whatever the scope detector decides
-    lookup    the nearest written fact in front of the prompts that the scope detector lets through,
-    and no matrix verbatim  the nearest written fact's answer, forced token by token on the prompts
-              that it lets through: no matrix, and no decoder's say
+    lookup    the nearest written fact in front of the prompts that the scope detector lets through: no
+              matrix
+    verbatim  the nearest written fact's answer, forced token by token on the prompts that it lets
+              through: no matrix, and no decoder's say
     larimar   memory-conditioned decoding of the prompts that it lets through
     open      memory-conditioned decoding of every prompt
 

@@ -102,7 +102,9 @@ class Speed(EditTask):
         for fact in facts[1:BESIDE]:
             session.write(*fact)
         prompt, ids = facts[BESIDE][0], []
-        task = CounterFact(data=self.data, chunk=self.scored)
+        task = CounterFact(
+            data=self.data, chunk=self.scored, limit=self.scored, skip_bad=self.skip_bad
+        )
         records = self.records[: self.scored]
         sides = _Sides(
             write=lambda: ids.append(session.write(*facts[BESIDE]).id),

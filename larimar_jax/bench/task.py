@@ -272,7 +272,9 @@ def add_arguments(parser: argparse.ArgumentParser, task: type[Task]) -> None:
         if field.metadata["metavar"]:
             how["metavar"] = field.metadata["metavar"]
         help = field.metadata["help"].replace("%", "%%")
-        if field.default not in (dataclasses.MISSING, None, False, ()) and "default" not in help:
+        if not (
+            required or field.default in (None, ()) or field.default is False or "default" in help
+        ):
             shown = field.default
             help += f" ({' '.join(map(str, shown)) if isinstance(shown, tuple) else shown})"
         flag = "--set" if field.name == "overrides" else f"--{field.name.replace('_', '-')}"

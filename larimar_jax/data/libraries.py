@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from larimar_jax.config import cache_folder
 from larimar_jax.data.corpus import Corpus, Document
 
 # A column of this name holds a document's title; without one, its text stands in for it.
@@ -89,6 +90,8 @@ def _open(label: str, name: Name, library: Callable[[Name], _LibraryRows]) -> Co
             title = _text(title, where) if isinstance(title, str | bytes) else ""
             yield title, _text(row[name.column], where)
 
+    if Path(name.path).is_file() and Path(name.path).suffix not in _READERS:
+        return Corpus(source.identity, lambda: _paragraphs(text for _, text in texts()))
     head = (text for _, text in itertools.islice(texts(), _RECOGNISED_WITHIN))
     # Not by the corpus's name, which a copy on disk need not keep.
     if _TITLE not in source.columns and any(title for title, _ in _headed_lines(head)):
@@ -128,10 +131,10 @@ def _hugging_face(name: Name) -> _LibraryRows:
         dataset = saved[name.split]
     elif path.is_file():
         reader = _READERS.get(path.suffix, "text")
-        by = {"sample_by": "paragraph"} if reader == "text" else {}
-        dataset = datasets.load_dataset(reader, data_files=name.path, split=name.split, **by)
-        if by:  # A line break within a paragraph is a blank.
-            dataset = dataset.map(lambda row: {"text": " ".join(row["text"].split())})
+        folder = str(cache_folder() / "datasets")
+        dataset = datasets.load_dataset(
+            reader, data_files=name.path, split=name.split, cache_dir=folder
+        )
     else:
         dataset = datasets.load_dataset(name.path, name.config, split=name.split)
     # A local file's fingerprint has its path and its time inside, which differ between hosts.
@@ -197,6 +200,16 @@ def _documents(texts: Iterable[tuple[str, str]]) -> Iterator[Document]:
     for title, text in texts:
         if text := text.strip():
             yield Document(title or text, text)
+
+
+def _paragraphs(lines: Iterable[str]) -> Iterator[Document]:
+    """Yield the paragraphs of plain text, between lines without words."""
+    words: list[str] = []
+    for line in itertools.chain(lines, [""]):
+        words += line.split()
+        if words and not line.strip():
+            text, words = " ".join(words), []
+            yield Document(text, text)
 
 
 def _articles(lines: Iterable[str]) -> Iterator[Document]:

@@ -83,7 +83,7 @@ def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> Outc
         # 2. Mesh, rules and sizes are checked before any text is tokenised; then tokenizers and text.
         mesh = sharding.make_mesh(settings.mesh)
         train_step = TrainStep(config, model.AbstractModel(model.abstract(config)), mesh)
-        # A corpus takes its time, and processes that wait for its pieces give up by themselves.
+        # A corpus takes its time: one process writes its pieces, and the others wait for its lock.
         watchdog.ping(math.inf)
         documents = corpus.open_corpus(data.corpus)
         tokenizers = vocabulary.tokenizers(

@@ -8,7 +8,7 @@ import math
 import re
 import typing
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -156,7 +156,7 @@ def changes(config: Config) -> Iterator[tuple[dict[str, str], Config]]:
         yield change("train", optimizer="adafactor")
 
 
-def load(path: Any, overrides: list[str], devices: int) -> Config:
+def load(path: Any, overrides: Sequence[str], devices: int) -> Config:
     """Return the config of a run on so many devices; a -1 in its mesh takes those that remain.
 
     Raises:

@@ -130,7 +130,7 @@ def plan(
       devices N: how many
       overrides KEY=VALUE: settings that differ from the file, such as data.batch=64
       memory SIZE: of each device
-      flops RATE: FLOP/s that a device reaches; the default is an A100's peak in bfloat16
+      flops RATE: FLOP/s that a device reaches, such as 120e12; the default is an A100's peak
       link RATE: bytes/s that a device sends; the default is NVLink 3
       json: numbers for a program
     Example: larimar plan --config=configs/larimar_6b.py --devices 8 --memory 80GB

@@ -17,10 +17,10 @@ from larimar_jax.weights.safetensors_files import Safetensors, Shards, read_json
 from larimar_jax.weights.tokenizer import Tokenizer, library_errors
 from larimar_jax.weights.torch_checkpoint import TorchCheckpoint
 
-_TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
+_TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json")
 # What a folder of ours needs beside the weights.
 SETTINGS = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "merges.txt")
-SETTINGS += ("modules.json", "1_Pooling/config.json", *_TOKENIZERS[:3])
+SETTINGS += ("modules.json", "1_Pooling/config.json", *_TOKENIZERS)
 # Counts that transformers makes lists of, and that no model has so many of.
 _LISTED, _MOST = ("num_hidden_layers", "n_layer", "num_labels"), 1 << 12
 # What a sentence-transformers model may do, one step after the other.
@@ -60,7 +60,12 @@ class Folder:
                 )
         auto = _transformers().AutoConfig
         with _transformers_errors(f"{self.path / 'config.json'} describes no model"):
-            return auto.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
+            config = auto.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
+        # No tensor's shape tells the number of heads, so that the library's default would go unnoticed.
+        heads = "num_attention_heads"
+        if not {heads, config.attribute_map.get(heads, heads)} & values.keys():
+            raise WeightsError(f"{self.path / 'config.json'} does not say its {heads}")
+        return config
 
     def tensors(self) -> Source:
         """Return the folder's weights: safetensors or torch's, in one file or in shards.
@@ -82,8 +87,13 @@ class Folder:
           WeightsError: files that are no tokenizer.
         """
         if not any((self.path / name).is_file() for name in _TOKENIZERS):
+            hint = (
+                ". Its tokenizer.model is SentencePiece's; save it once with transformers:"
+                " AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+            )
+            hint = hint if (self.path / "tokenizer.model").is_file() else ""
             raise FileNotFoundError(
-                f"there is no tokenizer in {self.path}: no {', no '.join(_TOKENIZERS)}"
+                f"there is no tokenizer in {self.path}: no {', no '.join(_TOKENIZERS)}{hint}"
             )
         self.json("tokenizer_config.json")
         auto = _transformers().AutoTokenizer

@@ -159,7 +159,8 @@ def fingerprint(source: str) -> str:
     files = sorted(file for file in path.rglob("*") if file.is_file()) or [path]
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.relative_to(path.parent).name} {file.stat().st_size}\n".encode())
+        name = "" if file == path else file.relative_to(path).as_posix()
+        digest.update(f"{name} {file.stat().st_size}\n".encode())
         if file.suffix == ".safetensors":
             with file.open("rb") as opened:
                 size = int.from_bytes(opened.read(8), "little")
