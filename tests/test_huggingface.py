@@ -135,6 +135,22 @@ def test_settings_that_no_model_has(tiny_folder, settings):
         weights.load_decoder(str(tiny_folder))
 
 
+def test_a_folder_tells_its_number_of_heads(tiny_folder):
+    config = json.loads((tiny_folder / "config.json").read_text())
+    config.pop("n_head")
+    (tiny_folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match="does not say its num_attention_heads"):
+        weights.load_decoder(str(tiny_folder))
+
+
+def test_a_sentencepiece_model_is_told_how_to_be_saved(tiny_folder):
+    for file in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (tiny_folder / file).unlink(missing_ok=True)
+    (tiny_folder / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="SentencePiece's; save it once with transformers"):
+        weights.load_tokenizer(str(tiny_folder))
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
