@@ -107,15 +107,17 @@ def test_no_name_is_taken_twice_or_says_nothing():
     assert sorted({f"{m}: {n}" for m, n in stored if n.strip("_") in BANNED}) == []
 
 
-@pytest.mark.skip(reason="switched on when all files are")
 def test_nothing_is_longer_than_it_needs_to_be():
+    """The totals only go down, towards 14,000 and 10,000 lines."""
+
     def lines(paths):
         return {path: len(path.read_text("utf-8").splitlines()) for path in paths}
 
     package = lines(TREES)
     assert {path.name: size for path, size in package.items() if size > 350} == {}
-    assert sum(package.values()) <= 14_000 and len(list(PACKAGE.glob("*.py"))) <= 24
-    assert sum(lines((ROOT / "tests").rglob("*.py")).values()) <= 10_000
+    assert len(list(PACKAGE.glob("*.py"))) <= 24
+    assert sum(package.values()) <= 22_200
+    assert sum(lines((ROOT / "tests").rglob("*.py")).values()) <= 16_100
     assert sum(lines([ROOT / "README.md"]).values()) <= 160
 
 
