@@ -1,8 +1,6 @@
 """GGUF files of Llama, Mistral, Qwen2 and GPT-2, dequantised, under their Hugging Face names."""
 
-import functools
 import math
-import os
 import pathlib
 import re
 from collections.abc import Mapping
@@ -12,40 +10,40 @@ import numpy as np
 
 from larimar_jax import rotary
 from larimar_jax.weights import gguf_tokenizer
-from larimar_jax.weights.gguf_file import GgufFile
+from larimar_jax.weights.gguf_file import TensorInfo, damaged, read_header, read_tensor
 from larimar_jax.weights.key_table import WeightsError
 from larimar_jax.weights.tokenizer import Tokenizer
 
-# llama.cpp's names of tensors → Hugging Face's. {layer} is a layer's number.
+# llama.cpp's names of tensors → Hugging Face's, and how it has their rows: as they are, (in, out)
+# of (out, in), or the two halves of each query or key head interleaved. {layer} is a layer's number.
 _LLAMA = {
-    "token_embd": "model.embed_tokens",
-    "blk.{layer}.attn_norm": "model.layers.{layer}.input_layernorm",
-    "blk.{layer}.attn_q": "model.layers.{layer}.self_attn.q_proj",
-    "blk.{layer}.attn_k": "model.layers.{layer}.self_attn.k_proj",
-    "blk.{layer}.attn_v": "model.layers.{layer}.self_attn.v_proj",
-    "blk.{layer}.attn_output": "model.layers.{layer}.self_attn.o_proj",
-    "blk.{layer}.ffn_norm": "model.layers.{layer}.post_attention_layernorm",
-    "blk.{layer}.ffn_gate": "model.layers.{layer}.mlp.gate_proj",
-    "blk.{layer}.ffn_up": "model.layers.{layer}.mlp.up_proj",
-    "blk.{layer}.ffn_down": "model.layers.{layer}.mlp.down_proj",
-    "output_norm": "model.norm",
-    "output": "lm_head",
+    "token_embd": ("model.embed_tokens", "copy"),
+    "blk.{layer}.attn_norm": ("model.layers.{layer}.input_layernorm", "copy"),
+    "blk.{layer}.attn_q": ("model.layers.{layer}.self_attn.q_proj", "queries"),
+    "blk.{layer}.attn_k": ("model.layers.{layer}.self_attn.k_proj", "keys"),
+    "blk.{layer}.attn_v": ("model.layers.{layer}.self_attn.v_proj", "copy"),
+    "blk.{layer}.attn_output": ("model.layers.{layer}.self_attn.o_proj", "copy"),
+    "blk.{layer}.ffn_norm": ("model.layers.{layer}.post_attention_layernorm", "copy"),
+    "blk.{layer}.ffn_gate": ("model.layers.{layer}.mlp.gate_proj", "copy"),
+    "blk.{layer}.ffn_up": ("model.layers.{layer}.mlp.up_proj", "copy"),
+    "blk.{layer}.ffn_down": ("model.layers.{layer}.mlp.down_proj", "copy"),
+    "output_norm": ("model.norm", "copy"),
+    "output": ("lm_head", "copy"),
 }
 _GPT2 = {
-    "token_embd": "transformer.wte",
-    "position_embd": "transformer.wpe",
-    "blk.{layer}.attn_norm": "transformer.h.{layer}.ln_1",
-    "blk.{layer}.attn_qkv": "transformer.h.{layer}.attn.c_attn",
-    "blk.{layer}.attn_output": "transformer.h.{layer}.attn.c_proj",
-    "blk.{layer}.ffn_norm": "transformer.h.{layer}.ln_2",
-    "blk.{layer}.ffn_up": "transformer.h.{layer}.mlp.c_fc",
-    "blk.{layer}.ffn_down": "transformer.h.{layer}.mlp.c_proj",
-    "output_norm": "transformer.ln_f",
-    "output": "lm_head",
+    "token_embd": ("transformer.wte", "copy"),
+    "position_embd": ("transformer.wpe", "copy"),
+    "blk.{layer}.attn_norm": ("transformer.h.{layer}.ln_1", "copy"),
+    "blk.{layer}.attn_qkv": ("transformer.h.{layer}.attn.c_attn", "transpose"),
+    "blk.{layer}.attn_output": ("transformer.h.{layer}.attn.c_proj", "transpose"),
+    "blk.{layer}.ffn_norm": ("transformer.h.{layer}.ln_2", "copy"),
+    "blk.{layer}.ffn_up": ("transformer.h.{layer}.mlp.c_fc", "transpose"),
+    "blk.{layer}.ffn_down": ("transformer.h.{layer}.mlp.c_proj", "transpose"),
+    "output_norm": ("transformer.ln_f", "copy"),
+    "output": ("lm_head", "copy"),
 }
-NAMES = {"llama": _LLAMA, "qwen2": _LLAMA, "gpt2": _GPT2}
-# GPT-2's tensors that Hugging Face stores (in, out).
-_TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+_QWEN2 = {own: (name, "copy") for own, (name, _) in _LLAMA.items()}
+NAMES = {"llama": _LLAMA, "qwen2": _QWEN2, "gpt2": _GPT2}
 # Divisors of rotary frequencies, which Hugging Face names by the rule that they follow.
 _DIVISORS = "rope_freqs.weight"
 # What llama.cpp lets a file change beside the kind of scaling, and the values that change nothing.
@@ -70,21 +68,21 @@ class Gguf:
         self.path = str(path)
         if not pathlib.Path(path).is_file():
             raise FileNotFoundError(f"there is no weights file at {path}")
-        self._file = GgufFile(self.path)
-        self.metadata = self._file.metadata
+        self.metadata, tensors = read_header(self.path)
         self.architecture = self.metadata.get("general.architecture")
         if not isinstance(self.architecture, str) or self.architecture not in NAMES:
             raise WeightsError(
                 f"{path} holds a {self.architecture!r} model; GGUF files of {', '.join(NAMES)} are"
                 " what can be read"
             )
-        # By Hugging Face's names, llama.cpp's.
-        self._names: dict[str, str] = {}
-        for name in self._file.tensors:
-            if (renamed := self._rename(name)) in self._names:
-                raise self._file.damaged(f"{name} and another tensor are both {renamed}")
-            self._names[renamed] = name
-        self._divides = self._names.pop(_DIVISORS, None) is not None
+        self._tensors: dict[str, TensorInfo] = {}
+        self._kinds: dict[str, str] = {}
+        for name, tensor in tensors.items():
+            renamed, kind = self._rename(name)
+            if renamed in self._tensors:
+                raise damaged(self.path, f"{name} and another tensor are both {renamed}")
+            self._tensors[renamed], self._kinds[renamed] = tensor, kind
+        self._divisors = self._tensors.pop(_DIVISORS, None)
 
     def tensors(self) -> "Gguf":
         """Return the file as a source of tensors."""
@@ -106,8 +104,10 @@ class Gguf:
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Return every tensor's shape as Hugging Face has it: (out, in), for GPT-2 (in, out)."""
-        shapes = {new: self._file.tensors[name].shape for new, name in self._names.items()}
-        return {n: shape[::-1] if self._is_transposed(n) else shape for n, shape in shapes.items()}
+        return {
+            name: tensor.shape[::-1] if self._kinds[name] == "transpose" else tensor.shape
+            for name, tensor in self._tensors.items()
+        }
 
     def read(self, name: str) -> np.ndarray:
         """Return one tensor, float32, query and key rows in Hugging Face's order.
@@ -116,33 +116,30 @@ class Gguf:
           WeightsError: the file was cut short since it was opened, or its head counts are missing or
             do not fit.
         """
-        values = self._file.read(self._names[name])
-        if self._is_transposed(name):
+        values, kind = read_tensor(self.path, self._tensors[name]), self._kinds[name]
+        if kind == "copy":
+            return values
+        if kind == "transpose":
             return values.T
-        if self.architecture == "llama" and re.search(r"[qk]_proj\.(weight|bias)$", name):
-            heads = self._setting("attention.head_count", int)
-            if "k_proj" in name:
-                heads = self._setting("attention.head_count_kv", int, heads)
-            return self._unpermute(values, heads, name)
-        return values
+        heads = self._setting("attention.head_count", int)
+        if kind == "keys":
+            heads = self._setting("attention.head_count_kv", int, heads)
+        return self._unpermute(values, heads, name)
 
-    def _is_transposed(self, name: str) -> bool:
-        return self.architecture == "gpt2" and name.endswith(_TRANSPOSED)
-
-    def _rename(self, name: str) -> str:
+    def _rename(self, name: str) -> tuple[str, str]:
         """Return Hugging Face's name; an unknown name stays, and the strict fill reports it."""
         stem, _, suffix = name.rpartition(".")
         layer = re.match(r"blk\.(\d+)\.", stem)
         template = stem if layer is None else stem.replace(layer[0], "blk.{layer}.", 1)
         if suffix not in ("weight", "bias") or template not in NAMES[self.architecture]:
-            return name
-        stem = NAMES[self.architecture][template]
-        return (stem if layer is None else stem.replace("{layer}", layer[1])) + "." + suffix
+            return name, "copy"
+        stem, kind = NAMES[self.architecture][template]
+        return (stem if layer is None else stem.replace("{layer}", layer[1])) + "." + suffix, kind
 
     def _unpermute(self, values: np.ndarray, heads: int, name: str) -> np.ndarray:
         """Undo llama.cpp's interleaving: the rows of a head from (i, half) to (half, i)."""
         if heads < 1 or len(values) % (2 * heads):
-            raise self._file.damaged(f"{len(values)} rows of {name} for {heads} heads")
+            raise damaged(self.path, f"{len(values)} rows of {name} for {heads} heads")
         pairs = values.reshape(heads, len(values) // heads // 2, 2, *values.shape[1:])
         return pairs.swapaxes(1, 2).reshape(values.shape)
 
@@ -176,19 +173,19 @@ class Gguf:
         if valid and kind is not str:
             valid = not isinstance(value, bool) and 0 <= value < math.inf
         if not valid:
-            raise self._file.damaged(f"{key} is {str(value)[:60]!r}")
+            raise damaged(self.path, f"{key} is {str(value)[:60]!r}")
         return value
 
     def _rows(self, name: str) -> int:
-        if name not in self._names:
-            raise self._file.damaged(f"it has no tensor {name}")
-        return self._file.tensors[self._names[name]].shape[0]
+        if name not in self._tensors:
+            raise damaged(self.path, f"it has no tensor {name}")
+        return self._tensors[name].shape[0]
 
     def _repeats(self, name: str, table: str) -> bool:
         """Whether two tables hold the same rows: equal, or quantised from the same numbers."""
-        names = [self._names[n] for n in (name, table)]
-        x, y = (self._file.read(n).ravel() for n in names)
-        if len({self._file.tensors[n].kind for n in names}) == 1:
+        tensors = [self._tensors[n] for n in (name, table)]
+        x, y = (read_tensor(self.path, tensor).ravel() for tensor in tensors)
+        if len({tensor.kind for tensor in tensors}) == 1:
             return np.array_equal(x, y)
         # The best two bits a number err by a third of the spread: a correlation of 0.94.
         return x.shape == y.shape and bool(x @ y >= 0.9 * math.sqrt((x @ x) * (y @ y)))
@@ -217,9 +214,9 @@ class Gguf:
             "max_position_embeddings": setting("context_length", int),
             "rope_parameters": self._rope(size),
             "rms_norm_eps": setting("attention.layer_norm_rms_epsilon", float),
-            "tie_word_embeddings": "lm_head.weight" not in self._names,
-            "attention_bias": plain and "model.layers.0.self_attn.o_proj.bias" in self._names,
-            "mlp_bias": "model.layers.0.mlp.up_proj.bias" in self._names,
+            "tie_word_embeddings": "lm_head.weight" not in self._tensors,
+            "attention_bias": plain and "model.layers.0.self_attn.o_proj.bias" in self._tensors,
+            "mlp_bias": "model.layers.0.mlp.up_proj.bias" in self._tensors,
             **({"sliding_window": window} if window else {}),
             **({} if plain else {"use_sliding_window": False}),
         }
@@ -228,7 +225,7 @@ class Gguf:
         setting = self._setting
         theta = setting("rope.freq_base", float, 10000.0)
         if theta < 1:
-            raise self._file.damaged(f"a rope.freq_base of {theta}")
+            raise damaged(self.path, f"a rope.freq_base of {theta}")
         # Files of 2023 have a factor without its kind, the oldest in a key of its own; 0 is none.
         factor = setting("rope.scaling.factor", float, 0) or setting("rope.scale_linear", float, 0)
         kind = setting("rope.scaling.type", str, "none" if factor in (0, 1) else "linear")
@@ -238,12 +235,13 @@ class Gguf:
                 " Llama 3's rule are computed"
             )
         if kind != "none" and factor == 0:
-            raise self._file.damaged(f"its {kind} rope.scaling.factor is missing or 0")
+            raise damaged(self.path, f"its {kind} rope.scaling.factor is missing or 0")
         changed = [key for key, usual in _NEUTRAL.items() if setting(key, float, usual) != usual]
         if changed:
             raise WeightsError(f"{self.path} sets {', '.join(changed)}, which is not computed here")
-        if self._divides:
-            return self._llama3(size, theta, self._file.read(_DIVISORS), alone=kind == "none")
+        if self._divisors is not None:
+            divisors = read_tensor(self.path, self._divisors)
+            return self._llama3(size, theta, divisors, alone=kind == "none")
         if kind == "none":
             return {"rope_theta": theta, "rope_type": "default"}
         length = setting(
@@ -273,7 +271,7 @@ class Gguf:
 
     def _gpt2(self) -> dict[str, Any]:
         setting = self._setting
-        untied = "lm_head.weight" in self._names and not self._repeats(
+        untied = "lm_head.weight" in self._tensors and not self._repeats(
             "transformer.wte.weight", "lm_head.weight"
         )
         return {
@@ -287,16 +285,3 @@ class Gguf:
             "layer_norm_epsilon": setting("attention.layer_norm_epsilon", float),
             "tie_word_embeddings": not untied,
         }
-
-
-def open_gguf(path: str) -> Gguf:
-    """Return the file at `path`, parsed once for tensors and tokenizer; again once it changed."""
-    if not os.path.isfile(path):
-        return Gguf(path)  # which raises
-    status = os.stat(path)
-    return _opened(path, status.st_size, status.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=2)
-def _opened(path: str, size: int, mtime_ns: int) -> Gguf:
-    return Gguf(path)

@@ -5,6 +5,7 @@ view of each vocabulary entry, which takes thirty times as long, and trusts the 
 """
 
 import functools
+import itertools
 import math
 import mmap
 import struct
@@ -26,95 +27,88 @@ _VALUES, _LARGEST = 1 << 22, 1 << 27
 
 
 class TensorInfo(NamedTuple):
-    """shape: slowest axis first. kind: GGML's type. offset: bytes from where tensors begin."""
+    """shape: slowest axis first. kind: GGML's type. begin, size: its bytes in the file."""
 
     shape: tuple[int, ...]
     kind: int
-    offset: int
+    begin: int
+    size: int
 
 
-class GgufFile:
-    """An open GGUF file of version 2 or 3: `metadata`, and `tensors` by llama.cpp's names.
+def read_header(path: str) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """Return metadata and tensors of a GGUF file of version 2 or 3, by llama.cpp's names.
 
     Raises:
       WeightsError: a file of another kind, cut short or damaged, or with tensors of an unknown kind.
     """
-
-    def __init__(self, path: str):
-        self.path = path
-        try:
-            with open(path, "rb") as file:
-                if (size := file.seek(0, 2)) < 24:
-                    raise ValueError(f"{size} bytes are fewer than a header has")
-                # Mapped no longer than this takes: mapped pages count beside what is made of them.
-                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                    reader = _HeaderReader(data)
-                    self.metadata, self.tensors = reader.header()
-            alignment = self.metadata.get("general.alignment", 32)
-            if not isinstance(alignment, int) or alignment not in (1 << n for n in range(3, 21)):
-                raise ValueError(f"an alignment of {alignment!r}")
-            self._start = -(-reader.at // alignment) * alignment
-            self._check(alignment, size)
-        except ValueError as error:
-            raise error if isinstance(error, WeightsError) else self.damaged(error) from error
-
-    def read(self, name: str) -> np.ndarray:
-        """Return one tensor, float32, slowest axis first.
-
-        Raises:
-          WeightsError: the file was cut short since it was opened.
-        """
-        import gguf
-
-        tensor = self.tensors[name]
-        # Read and not mapped, as above.
-        data = np.fromfile(
-            self.path, np.uint8, self._size(tensor), offset=self._start + tensor.offset
-        )
-        if data.size != self._size(tensor):
-            raise self.damaged("it is shorter than when it was opened")
-        # The package goes by 16 rows, which are short here; longer ones, of whole blocks still, take
-        # half the time.
-        rows = math.prod(tensor.shape[:-1])
-        data = data.reshape(rows // math.gcd(rows, 32), -1)
-        values = gguf.dequantize(data, gguf.GGMLQuantizationType(tensor.kind))
-        return np.asarray(values, np.float32).reshape(tensor.shape)
-
-    def damaged(self, reason: object) -> WeightsError:
-        """Return the error for a file that cannot be what it was."""
-        return WeightsError(
-            f"{self.path} cannot be read as GGUF ({reason}); it is damaged or was cut short while"
-            " being fetched. Fetch it again"
-        )
-
-    def _size(self, tensor: TensorInfo) -> int:
-        block, size = _blocks()[tensor.kind]
-        return math.prod(tensor.shape) // block * size
-
-    def _check(self, alignment: int, size: int) -> None:
-        places = []
-        for name, tensor in self.tensors.items():
-            if tensor.kind not in _blocks():
-                raise WeightsError(
-                    f"{self.path}: tensor {name} is of kind {tensor.kind}, which is not read here; it"
-                    " is damaged, or quantised in another way. Take an F16, Q8_0, Q4_0, Q4_1 or"
-                    " K-quant file of the model"
-                )
-            block, _ = _blocks()[tensor.kind]
-            if not tensor.shape or tensor.shape[-1] % block or 0 in tensor.shape:
-                raise ValueError(f"tensor {name} of shape {tensor.shape} in blocks of {block}")
-            if tensor.offset % alignment:
-                raise ValueError(
-                    f"tensor {name} begins at {tensor.offset}, no multiple of {alignment}"
-                )
-            begin = self._start + tensor.offset
-            places.append((begin, begin + self._size(tensor), name))
-            if places[-1][1] > size:
+    try:
+        with open(path, "rb") as file:
+            if (size := file.seek(0, 2)) < 24:
+                raise ValueError(f"{size} bytes are fewer than a header has")
+            # Mapped no longer than this takes: mapped pages count beside what is made of them.
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                reader = _HeaderReader(data)
+                metadata, entries = reader.header()
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment not in (1 << n for n in range(3, 21)):
+            raise ValueError(f"an alignment of {alignment!r}")
+        start = -(-reader.at // alignment) * alignment
+        tensors = {n: _located(path, n, *entry, start, alignment) for n, entry in entries.items()}
+        places = sorted((t.begin, t.begin + t.size, name) for name, t in tensors.items())
+        for _, end, name in places:
+            if end > size:
                 raise ValueError(f"tensor {name} ends after the file does")
-        places.sort()
-        for (_, end, name), (begin, _, following) in zip(places, places[1:], strict=False):
+        for (_, end, name), (begin, _, following) in itertools.pairwise(places):
             if begin < end:
                 raise ValueError(f"tensors {name} and {following} overlap")
+    except ValueError as error:
+        raise error if isinstance(error, WeightsError) else damaged(path, error) from error
+    return metadata, tensors
+
+
+def read_tensor(path: str, tensor: TensorInfo) -> np.ndarray:
+    """Return one tensor, float32, slowest axis first.
+
+    Raises:
+      WeightsError: the file was cut short since its header was read.
+    """
+    import gguf
+
+    # Read and not mapped, as above.
+    data = np.fromfile(path, np.uint8, tensor.size, offset=tensor.begin)
+    if data.size != tensor.size:
+        raise damaged(path, "it is shorter than when it was opened")
+    # The package goes by 16 rows, which are short here; longer ones, of whole blocks still, take
+    # half the time.
+    rows = math.prod(tensor.shape[:-1])
+    data = data.reshape(rows // math.gcd(rows, 32), -1)
+    values = gguf.dequantize(data, gguf.GGMLQuantizationType(tensor.kind))
+    return np.asarray(values, np.float32).reshape(tensor.shape)
+
+
+def damaged(path: str, reason: object) -> WeightsError:
+    """Return the error for a file that cannot be what it was."""
+    return WeightsError(
+        f"{path} cannot be read as GGUF ({reason}); it is damaged or was cut short while"
+        " being fetched. Fetch it again"
+    )
+
+
+def _located(
+    path: str, name: str, shape: tuple[int, ...], kind: int, offset: int, start: int, alignment: int
+) -> TensorInfo:
+    if kind not in _blocks():
+        raise WeightsError(
+            f"{path}: tensor {name} is of kind {kind}, which is not read here; it"
+            " is damaged, or quantised in another way. Take an F16, Q8_0, Q4_0, Q4_1 or"
+            " K-quant file of the model"
+        )
+    block, width = _blocks()[kind]
+    if not shape or shape[-1] % block or 0 in shape:
+        raise ValueError(f"tensor {name} of shape {shape} in blocks of {block}")
+    if offset % alignment:
+        raise ValueError(f"tensor {name} begins at {offset}, no multiple of {alignment}")
+    return TensorInfo(shape, kind, start + offset, math.prod(shape) // block * width)
 
 
 @functools.cache
@@ -133,8 +127,8 @@ class _HeaderReader:
     def __init__(self, data: mmap.mmap):
         self._data, self.at, self._left = data, 0, _VALUES
 
-    def header(self) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-        """Return metadata and tensors; `at` is then where the header ends."""
+    def header(self) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], int, int]]]:
+        """Return metadata and tensors (shape, kind, offset); `at` is then where the header ends."""
         if self._bytes(4) != b"GGUF":
             raise ValueError("it does not begin with 'GGUF'")
         version = self._scalar("I")
@@ -154,7 +148,7 @@ class _HeaderReader:
                 raise ValueError(f"the tensor {name[:60]!r} has {axes} axes")
             # GGUF names the fastest axis first.
             shape = tuple(self._scalar("Q") for _ in range(axes))[::-1]
-            tensors[name] = TensorInfo(shape, self._scalar("I"), self._scalar("Q"))
+            tensors[name] = shape, self._scalar("I"), self._scalar("Q")
         return metadata, tensors
 
     def _new_name(self, names: dict[str, Any], what: str) -> str:

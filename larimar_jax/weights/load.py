@@ -128,7 +128,7 @@ def open_checkpoint(source: str) -> Checkpoint:
             f"{path} is one file of a model and does not hold all of it; give the folder that it is"
             " in, with its config.json and tokenizer, or a GGUF file"
         )
-    return gguf.open_gguf(str(path))
+    return gguf.Gguf(path)
 
 
 def sizes(source: str, kind: ModuleType) -> tuple[type, Any]:

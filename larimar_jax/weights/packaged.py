@@ -95,7 +95,7 @@ class _MiniLM(huggingface.Folder):
 
 
 def _smollm2() -> gguf.Gguf:
-    return gguf.open_gguf(str(SMOLLM2.locate()))
+    return gguf.Gguf(SMOLLM2.locate())
 
 
 # Names that need no path: how their files are opened, and their pinned content.
