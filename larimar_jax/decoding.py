@@ -42,7 +42,7 @@ class Draw(NamedTuple):
 def sampling(
     temperature: float, top_k: int, top_p: float, rng: jax.Array | None, rows: int
 ) -> Draw | None:
-    """Return how so many rows draw, by `generate.generate`'s options; None takes the likeliest.
+    """Return how so many rows draw, by `generate.Options`; None takes the likeliest.
 
     Raises:
       ValueError: a number out of its range, one that draws nothing, drawing without `rng`, or keys but

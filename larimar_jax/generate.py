@@ -4,12 +4,14 @@ prompts ─▶ rows of the decoder, several prompts in each (packing.py) ─▶ 
         ─▶ a compiled loop of steps, each a token of every row (decoding.py) ─▶ texts, up to a stop
 """
 
+import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from larimar_jax.decoding import Decoding, sampling
 from larimar_jax.model import Condition
@@ -24,19 +26,35 @@ class PromptTooLong(ValueError):
     """A prompt and its continuation do not fit into the decoder's positions."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a continuation is drawn, and where it ends.
+
+    max_tokens: the most tokens, of all prompts or (not streamed) of each; of more prompts than a batch,
+      those with like numbers are decoded together.
+    temperature: 0 takes the likeliest token; above 0 draws, and then needs `rng`.
+    top_k: draws among so many of the likeliest only; 0 is all.
+    top_p: draws among the fewest of the likeliest that have this much probability together.
+    stop: texts that end a continuation; what follows is cut off with them.
+    rng: one key, or one for each prompt, with which it draws the same whatever it stands beside.
+    """
+
+    max_tokens: int | Sequence[int] = 16
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop: str | Sequence[str] = "\n"
+    rng: jax.Array | None = None
+
+
 def generate(
     model: LanguageModel,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     condition: Condition | None = None,
     *,
-    max_tokens: int | Sequence[int] = 16,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    stop: str | Sequence[str] = "\n",
-    rng: jax.Array | None = None,
     batch: int = BATCH,
+    **options: Any,
 ) -> list[str]:
     """Continue each prompt by up to `max_tokens` tokens, many rows in one compiled loop.
 
@@ -45,14 +63,8 @@ def generate(
 
     Args:
       condition: row i belongs to prompt i; None is the untouched base LM.
-      max_tokens: a number for all prompts, or for each. Of more prompts than a batch, those with like
-        numbers are decoded together.
-      temperature: 0 takes the likeliest token; above 0 draws, and then needs `rng`.
-      top_k: draws among so many of the likeliest only; 0 is all.
-      top_p: draws among the fewest of the likeliest that have this much probability together.
-      stop: texts that end a continuation; what follows is cut off with them.
-      rng: one key, or one for each prompt, with which it draws the same whatever it stands beside.
       batch: the most prompts that are decoded together; a cache for so many has to fit.
+      options: fields of `Options`.
 
     Raises:
       PromptTooLong: a prompt plus its `max_tokens` exceeds the decoder's positions.
@@ -61,17 +73,16 @@ def generate(
     """
     if batch < 1:
         raise ValueError(f"batch is a number of prompts, at least 1; got {batch}")
-    draw = sampling(temperature, top_k, top_p, rng, len(prompts))
-    ids, limits = _ids(tokenizer, prompts), _limits(max_tokens, len(prompts))
-    _check_positions(model, ids, limits)
-    conditions, reader = ConditionRows(condition, len(prompts)), _Reader(tokenizer, stop)
-    ends = reader.ends(model.decoder.config.vocab_size)
-    order, texts = list(range(len(prompts))), [""] * len(prompts)
+    settings = Options(**options)
+    reader = _Reader(tokenizer, settings.stop)
+    ids = reader.ids(prompts)
+    limits, start = _start(model, reader, ids, condition, settings)
+    order, texts = list(range(len(ids))), [""] * len(ids)
     if len(order) > batch:
         order.sort(key=lambda row: (limits[row], len(ids[row])))
     for first in range(0, len(order), batch):
         rows = order[first : first + batch]
-        decoding = Decoding(model, ids, limits, rows, conditions, draw, ends, tokenizer.eos)
+        decoding = start(rows)
         decoding.advance(max(limits[row] for row in rows) - 1)
         for row, tokens in zip(rows, decoding.tokens, strict=True):
             texts[row] = reader.text(tokens[: limits[row]])[0]
@@ -84,13 +95,8 @@ def stream(
     prompts: Sequence[str],
     condition: Condition | None = None,
     *,
-    max_tokens: int = 16,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    stop: str | Sequence[str] = "\n",
-    rng: jax.Array | None = None,
     every: int = 1,
+    **options: Any,
 ) -> Iterator[list[str]]:
     """As `generate`, yielding what each row has gained after every `every` tokens, all in one batch.
 
@@ -105,16 +111,12 @@ def stream(
     """
     if every < 1:
         raise ValueError(f"every is the number of tokens per piece, at least 1; got {every}")
-    draw = sampling(temperature, top_k, top_p, rng, len(prompts))
-    ids, limits = _ids(tokenizer, prompts), _limits(int(max_tokens), len(prompts))
-    _check_positions(model, ids, limits)
-    if not ids:
+    settings = Options(**options)
+    max_tokens, reader = int(settings.max_tokens), _Reader(tokenizer, settings.stop)
+    _, start = _start(model, reader, reader.ids(prompts), condition, settings)
+    if not prompts:
         return
-    conditions, reader = ConditionRows(condition, len(prompts)), _Reader(tokenizer, stop)
-    ends = reader.ends(model.decoder.config.vocab_size)
-    rows = range(len(ids))
-    decoding = Decoding(model, ids, limits, rows, conditions, draw, ends, tokenizer.eos)
-    yielded = [0] * len(prompts)
+    decoding, yielded = start(range(len(prompts))), [0] * len(prompts)
     for count in range(1, max_tokens + every, every):  # the first token comes with the prompt
         last = count >= max_tokens or decoding.finished()
         pieces = []
@@ -152,13 +154,10 @@ def continue_ids(
                 f" vocabulary goes from 0 to {vocab_size - 1}; encode it with the decoder's own"
                 " tokenizer"
             )
-    limits = _limits(max_tokens, len(prompts))
-    _check_positions(model, prompts, limits)
+    _, start = _start(model, None, prompts, condition, Options(max_tokens))
     if not prompts:
         return np.zeros((0, max_tokens), np.int32)
-    rows, conditions = range(len(prompts)), ConditionRows(condition, len(prompts))
-    never = np.zeros(vocab_size, bool)
-    decoding = Decoding(model, prompts, limits, rows, conditions, None, never, 0)
+    decoding = start(range(len(prompts)))
     decoding.advance(max_tokens - 1)
     return np.asarray(decoding.tokens, np.int32).reshape(len(prompts), max_tokens)
 
@@ -168,27 +167,25 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return [tokenizer.bos, *tokenizer.ids(prompt.rstrip())]
 
 
-def _ids(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    if isinstance(prompts, str):
-        raise TypeError("prompts is a list of texts, not one text")
-    return [prompt_ids(tokenizer, prompt) for prompt in prompts]
+def _start(
+    model: LanguageModel,
+    reader: "_Reader | None",
+    ids: Sequence[Sequence[int]],
+    condition: Condition | None,
+    options: Options,
+) -> tuple[list[int], Callable[[Sequence[int]], Decoding]]:
+    """Return the most tokens of each prompt, and what begins to decode some of the prompts.
 
-
-def _limits(max_tokens: int | Sequence[int], prompts: int) -> list[int]:
-    """Return the most tokens of each prompt."""
+    Without a reader no token ends a row.
+    """
+    count, max_tokens = len(ids), options.max_tokens
+    draw = sampling(options.temperature, options.top_k, options.top_p, options.rng, count)
     single = np.ndim(max_tokens) == 0
-    limits = [max_tokens] * prompts if single else list(max_tokens)
-    if len(limits) != prompts:
-        raise ValueError(f"max_tokens has {len(limits)} numbers for {prompts} prompts")
+    limits = [max_tokens] * count if single else list(max_tokens)
+    if len(limits) != count:
+        raise ValueError(f"max_tokens has {len(limits)} numbers for {count} prompts")
     if min([max_tokens] if single else limits, default=1) < 1:
         raise ValueError(f"max_tokens is at least 1; got {max_tokens}")
-    return limits
-
-
-def _check_positions(
-    model: LanguageModel, ids: Sequence[Sequence[int]], limits: Sequence[int]
-) -> None:
-    """Raise PromptTooLong where a prompt and its tokens exceed the decoder's positions."""
     positions = model.decoder.config.max_length - 1
     for row, (prompt, more) in enumerate(zip(ids, limits, strict=True)):
         if len(prompt) + more > positions:
@@ -196,26 +193,35 @@ def _check_positions(
                 f"Prompt {row} has {len(prompt)} tokens; with {more} more it exceeds the "
                 f"decoder's {positions} positions. Shorten it or ask for fewer tokens."
             )
+    conditions = ConditionRows(condition, count)
+    ends, eos = np.zeros(model.decoder.config.vocab_size, bool), 0
+    if reader is not None:
+        ends[list(reader.ending_ids())], eos = True, reader.tokenizer.eos
+    return limits, lambda rows: Decoding(model, ids, limits, rows, conditions, draw, ends, eos)
 
 
 class _Reader:
-    """Tokens as text, up to a stop."""
+    """Texts as tokens, and tokens as text up to a stop."""
 
     def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str]):
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._stops = tuple(text for text in ((stop,) if isinstance(stop, str) else stop) if text)
 
-    def ends(self, vocab_size: int) -> Bool[np.ndarray, "V"]:
-        """Return which tokens end a row."""
-        ends = np.zeros(vocab_size, bool)
-        ends[list(_ending_ids(self._tokenizer, self._stops))] = True
-        return ends
+    def ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of each prompt."""
+        if isinstance(prompts, str):
+            raise TypeError("prompts is a list of texts, not one text")
+        return [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
+
+    def ending_ids(self) -> tuple[int, ...]:
+        """Return the tokens that end a row."""
+        return _ending_ids(self.tokenizer, self._stops)
 
     def text(self, tokens: Sequence[int]) -> tuple[str, int]:
         """Return a continuation so far, and how much of it later tokens can't change."""
-        eos = self._tokenizer.eos
+        eos = self.tokenizer.eos
         ended = eos in tokens
-        text = self._tokenizer.decode(tokens[: tokens.index(eos)] if ended else tokens)
+        text = self.tokenizer.decode(tokens[: tokens.index(eos)] if ended else tokens)
         cut = min((at for stop in self._stops if (at := text.find(stop)) >= 0), default=None)
         if cut is not None:
             return text[:cut], cut

@@ -165,7 +165,7 @@ class Session:
 
         Args:
           on_text: called with every piece of the answer as soon as it is known.
-          options: as in `generate.generate` (max_tokens, temperature, top_k, top_p, rng, stop).
+          options: fields of `generate.Options`.
         """
         if on_text is None:
             return self.ask_all([prompt], **options)[0]
