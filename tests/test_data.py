@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from larimar_jax.data import corpus, edit_records, episodes, segments
+from larimar_jax.data.edit_records import MalformedRecord
 from larimar_jax.data.libraries import CorpusError
-from larimar_jax.data.record_fields import MalformedRecord
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

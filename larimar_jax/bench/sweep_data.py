@@ -38,7 +38,7 @@ def encode(path: str | Path, encoder: str = "smol") -> RealFacts:
     """Return encodings of a ZsRE file's prompts, rephrasings, and prompts with their new answers.
 
     Raises:
-        FileNotFoundError, record_fields.MalformedRecord: of the file.
+        FileNotFoundError, edit_records.MalformedRecord: of the file.
         ValueError: no record has a rephrasing.
     """
     records = [record for record in edit_records.load(path) if record.paraphrases]

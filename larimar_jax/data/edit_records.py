@@ -1,19 +1,27 @@
 """Records of the editing benchmarks: one type for all, read by the schema that each record has.
 
-A schema is recognised by a field that no other has. A new one is a function and a row of `SCHEMAS`.
+A schema is recognised by a field that no other has. It says where in a raw record each field of
+`EditRecord` is. A new one is a row of `SCHEMAS`. An error names file, record, line and field.
 """
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Callable
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
-
-from larimar_jax.data.record_fields import Field, MalformedRecord, raw_records
+from typing import Any, Literal, NoReturn
 
 Target = Literal["answer", "alternative"]
+Values = dict[str, Any]
+Finish = Callable[[Values, Target], Values]
 # MEND marks its locality questions, which come from Natural Questions, with this.
 _NATURAL_QUESTIONS = "nq question: "
+
+
+class MalformedRecord(ValueError):
+    """A benchmark file holds a record that its schema does not allow."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +91,12 @@ def load(
         try:
             if isinstance(raw, MalformedRecord):
                 raise raw
-            records.append(_parse(Field(raw, str(source), place), index, target))
+            records.append(_parse(raw, index, target))
         except MalformedRecord as error:
+            reason = f"{source}, {place}: {error}"
             if skipped is None:
-                raise
-            skipped.append(str(error))
+                raise MalformedRecord(reason) from error
+            skipped.append(reason)
     if not records and limit != 0:
         more = f" that can be read; of the first: {skipped[0]}" if skipped else "."
         raise MalformedRecord(f"{source}: holds no record{more}")
@@ -101,123 +110,241 @@ def provenance(source: str | Path) -> dict[str, str | None]:
     return {"name": path.name, "sha256": digest}
 
 
-def rome(field: Field, index: int, target: Target | None) -> EditRecord:
-    """CounterFact as ROME and MEMIT publish it: any number of paraphrases and neighbourhood prompts.
+def get(record: Any, path: str) -> Any:
+    """Return the value at a path of a raw record, such as "requested_rewrite.target_new.str:text".
 
-    The neighbours share the true object by construction.
+    "*" stands for every item of every list in an object, {group: [item, …], …}, and gives a tuple. "?"
+    allows that a name is missing, which gives (). After the colon is what the value must be: a "number";
+    "text", whose outer blanks go; "blank", text that may be empty; "texts", a string or a list of
+    strings, as a tuple; "filled", texts of which there are any; "first", the first of these.
+
+    Raises:
+        MalformedRecord: of a missing field or a wrong type; names the field.
     """
-    rewrite = field.inside("requested_rewrite")
-    template, subject = rewrite.text("prompt"), rewrite.text("subject")
+    names, kind = path.split(":")
+    values = tuple(_read(value, place, kind) for place, value in _walk(record, names.split(".")))
+    return values[0] if values and "*" not in path else values
+
+
+def _walk(value: Any, names: list[str], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each value that a path leads to, after its own path."""
+    if not names:
+        yield path, value
+        return
+    _require(value, path, "an object", dict)
+    name, *inner = names
+    if name == "*":
+        for group, items in value.items():
+            place = f"{path}.{group}"
+            for i, item in enumerate(_require(items, place, "a list", list)):
+                yield from _walk(item, inner, f"{place}[{i}]")
+    elif (key := name.removesuffix("?")) in value:
+        yield from _walk(value[key], inner, f"{path}.{key}".removeprefix("."))
+    elif key == name:
+        present = ", ".join(sorted(value)) or "none"
+        _fail(f"{path}.{key}".removeprefix("."), f"is missing (the record has {present})")
+
+
+def _read(value: Any, path: str, kind: str) -> Any:
+    if kind == "number":
+        return _require(value, path, "a whole number", int)
+    if kind in ("text", "blank"):
+        text = _require(value, path, "text", str).strip()
+        return text if text or kind == "blank" else _fail(path, "is empty")
+    single = type(_require(value, path, "text or a list of texts", str, list)) is str
+    items = [(path, value)] if single else ((f"{path}[{i}]", v) for i, v in enumerate(value))
+    texts = tuple(_read(item, place, "text") for place, item in items)
+    if kind != "texts" and not texts:
+        _fail(path, "is an empty list")
+    return texts[0] if kind == "first" else texts
+
+
+def _require(value: Any, path: str, what: str, *types: type) -> Any:
+    # Not isinstance(): True is an int.
+    if type(value) not in types:
+        _fail(path, f"must be {what}, not {type(value).__name__}")
+    return value
+
+
+def _fail(path: str, why: str) -> NoReturn:
+    """Raise MalformedRecord about the field at `path`; about the whole record where that is empty."""
+    raise MalformedRecord(
+        f"{f'field {path!r} ' if path else ''}{why}. The file may be cut short or of another schema; "
+        "compare it with the benchmark's original."
+    )
+
+
+def rome(values: Values, target: Target) -> Values:
+    template = values["prompt"]
     if "{}" not in template:
-        rewrite.fail("prompt", f"has no '{{}}' for the subject: {template!r}")
-    new, true = (rewrite.inside(name).text("str") for name in ("target_new", "target_true"))
-    neighbourhood = field.texts("neighborhood_prompts")
-    return EditRecord(
-        case_id=field.integer("case_id"),
-        prompt=template.replace("{}", subject, 1),
-        subject=subject,
-        target_new=new,
-        target_true=true,
-        paraphrases=field.texts("paraphrase_prompts"),
-        neighbourhood=neighbourhood,
-        neighbourhood_targets=(true,) * len(neighbourhood),
-        answers=(new,),
-        generation=field.texts("generation_prompts") if "generation_prompts" in field.raw else (),
-    )
+        _fail("requested_rewrite.prompt", f"has no '{{}}' for the subject: {template!r}")
+    prompt = template.replace("{}", values["subject"], 1)
+    # The neighbours share the true object by construction.
+    targets = (values["target_true"],) * len(values["neighbourhood"])
+    return values | {"prompt": prompt, "neighbourhood_targets": targets}
 
 
-def flat(field: Field, index: int, target: Target | None) -> EditRecord:
-    """CounterFact as the editing toolkits publish it: one prompt of each kind."""
-    new = field.text("target_new")
-    neighbourhood, targets = field.texts("locality_prompt"), field.texts("locality_ground_truth")
-    if len(targets) != len(neighbourhood):
-        field.fail(
-            "locality_ground_truth",
-            f"has {len(targets)} answers for {len(neighbourhood)} locality prompts",
-        )
-    return EditRecord(
-        case_id=field.integer("case_id"),
-        prompt=field.text("prompt"),
-        subject=field.text("subject"),
-        target_new=new,
-        target_true=field.text("ground_truth"),
-        paraphrases=field.texts("rephrase_prompt"),
-        neighbourhood=neighbourhood,
-        neighbourhood_targets=targets,
-        answers=(new,),
-    )
+def flat(values: Values, target: Target) -> Values:
+    answers, prompts = (len(values[f]) for f in ("neighbourhood_targets", "neighbourhood"))
+    if answers != prompts:
+        _fail("locality_ground_truth", f"has {answers} answers for {prompts} locality prompts")
+    return values
 
 
-def mend(field: Field, index: int, target: Target | None) -> EditRecord:
-    """ZsRE as MEND publishes it; a locality question loses its mark and gets a question mark."""
-    locality = field.text("loc")
+def mend(values: Values, target: Target) -> Values:
+    locality = values["neighbourhood"]
     if locality.startswith(_NATURAL_QUESTIONS):
         locality = locality.removeprefix(_NATURAL_QUESTIONS) + "?"
-    target = target or "answer"
-    return _question(
-        field,
-        index,
-        target,
-        (field.first("answers"), *field.texts("answers")[1:]),
-        field.text("alt", empty=target == "answer"),
-        prompt=field.text("src"),
-        paraphrases=field.texts("rephrase"),
-        neighbourhood=(locality,),
-        neighbourhood_targets=(field.first("loc_ans"),),
-    )
+    targets = (values["neighbourhood_targets"],)
+    return _zsre(values | {"neighbourhood": (locality,), "neighbourhood_targets": targets}, target)
 
 
-def knowedit(field: Field, index: int, target: Target | None) -> EditRecord:
-    """ZsRE as KnowEdit publishes it, with portability."""
-    locality = field.groups("locality")
-    portability = field.groups("portability") if "portability" in field.raw else []
-    return _question(
-        field,
-        index,
-        target or "alternative",
-        (field.first("ground_truth"), *field.texts("ground_truth")[1:]),
-        field.text("target_new"),
-        prompt=field.text("prompt"),
-        paraphrases=field.texts("rephrase_prompt"),
-        neighbourhood=tuple(item.text("prompt") for item in locality),
-        neighbourhood_targets=tuple(item.first("ground_truth") for item in locality),
-        portability=tuple((p.text("prompt"), p.first("ground_truth")) for p in portability),
-    )
+def knowedit(values: Values, target: Target) -> Values:
+    pairs = zip(values["portability"], values.pop("portability_answers"), strict=True)
+    return _zsre(values | {"portability": tuple(pairs)}, target)
 
 
-def _question(
-    field: Field,
-    index: int,
-    target: Target,
-    answers: tuple[str, ...],
-    alternative: str,
-    **prompts: Any,
-) -> EditRecord:
-    """Return a record whose target is the right answer or the alternative; its id is its index."""
-    right = target == "answer"
-    return EditRecord(
-        case_id=index,
-        subject=field.text("subject"),
-        target_new=answers[0] if right else alternative,
-        target_true=alternative if right else answers[0],
-        answers=answers if right else (alternative,),
-        **prompts,
-    )
+def _zsre(values: Values, target: Target) -> Values:
+    """Return values whose target is the right answer or the alternative."""
+    answers, alternative = values.pop("answers"), values.pop("alternative")
+    if target == "answer":
+        return values | {"target_new": answers[0], "target_true": alternative, "answers": answers}
+    if not alternative:
+        _fail("alt", "is empty")
+    return values | {"target_new": alternative, "target_true": answers[0]}
 
 
-# The field that tells a schema.
-SCHEMAS: dict[str, Callable[[Field, int, Target | None], EditRecord]] = {
-    "requested_rewrite": rome,
-    "locality_prompt": flat,
-    "src": mend,
-    "locality": knowedit,
+# CounterFact as ROME and MEMIT publish it, with any number of prompts, and as the editing toolkits do,
+# with one of each kind; ZsRE as MEND publishes it, and as KnowEdit does, with portability.
+ROME = {
+    "case_id": "case_id:number",
+    "prompt": "requested_rewrite.prompt:text",
+    "subject": "requested_rewrite.subject:text",
+    "target_new": "requested_rewrite.target_new.str:text",
+    "target_true": "requested_rewrite.target_true.str:text",
+    "paraphrases": "paraphrase_prompts:texts",
+    "neighbourhood": "neighborhood_prompts:texts",
+    "generation": "generation_prompts?:texts",
+}
+FLAT = {
+    "case_id": "case_id:number",
+    "prompt": "prompt:text",
+    "subject": "subject:text",
+    "target_new": "target_new:text",
+    "target_true": "ground_truth:text",
+    "paraphrases": "rephrase_prompt:texts",
+    "neighbourhood": "locality_prompt:texts",
+    "neighbourhood_targets": "locality_ground_truth:texts",
+}
+MEND = {
+    "prompt": "src:text",
+    "subject": "subject:text",
+    "answers": "answers:filled",
+    "alternative": "alt:blank",
+    "paraphrases": "rephrase:texts",
+    "neighbourhood": "loc:text",
+    "neighbourhood_targets": "loc_ans:first",
+}
+KNOWEDIT = {
+    "prompt": "prompt:text",
+    "subject": "subject:text",
+    "answers": "ground_truth:filled",
+    "alternative": "target_new:text",
+    "paraphrases": "rephrase_prompt:texts",
+    "neighbourhood": "locality.*.prompt:text",
+    "neighbourhood_targets": "locality.*.ground_truth:first",
+    "portability": "portability?.*.prompt:text",
+    "portability_answers": "portability?.*.ground_truth:first",
+}
+# By the field that tells a schema: its paths, what makes their values those of `EditRecord`, and the
+# target of its own protocol.
+SCHEMAS: dict[str, tuple[dict[str, str], Finish, Target]] = {
+    "requested_rewrite": (ROME, rome, "answer"),
+    "locality_prompt": (FLAT, flat, "answer"),
+    "src": (MEND, mend, "answer"),
+    "locality": (KNOWEDIT, knowedit, "alternative"),
 }
 
 
-def _parse(field: Field, index: int, target: Target | None) -> EditRecord:
+def _parse(raw: Any, index: int, target: Target | None) -> EditRecord:
     """Return the record by the schema that its fields tell; an error lists the known schemas."""
-    for mark, schema in SCHEMAS.items():
-        if mark in field.raw:
-            return schema(field, index, target)
-    known = ", ".join(f"{schema.__name__} ({mark})" for mark, schema in SCHEMAS.items())
-    field.fail("", f"is of no schema that is read; known, by a field of theirs: {known}")
+    _require(raw, "", "an object", dict)
+    for mark, (paths, finish, protocol) in SCHEMAS.items():
+        if mark in raw:
+            values = {name: get(raw, path) for name, path in paths.items()}
+            values = finish({"case_id": index} | values, target or protocol)
+            return EditRecord(**{"answers": (values["target_new"],)} | values)
+    known = ", ".join(f"{finish.__name__} ({mark})" for mark, (_, finish, _) in SCHEMAS.items())
+    _fail("", f"is of no schema that is read; known, by a field of theirs: {known}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """The place of item `index` of a JSON list, for messages: the line in which it begins."""
+
+    text: str
+    index: int
+
+    def __str__(self) -> str:
+        return f"record {self.index} (line {_item_lines(self.text)[self.index]})"
+
+
+@functools.lru_cache(1)
+def _item_lines(text: str) -> list[int]:
+    """Return the line in which each item of a JSON list begins."""
+    blanks, decode = re.compile(r"[ \t\n\r,]*"), json.JSONDecoder().raw_decode
+    lines, line, counted, place = [], 1, 0, text.index("[") + 1
+    while not text.startswith("]", place := blanks.match(text, place).end()):
+        line, counted = line + text.count("\n", counted, place), place
+        lines.append(line)
+        _, place = decode(text, place)
+    return lines
+
+
+def raw_records(source: str | Path) -> Iterator[tuple[Any, Any]]:
+    """Yield where each record is and the raw record; of a line that is not JSON, the error."""
+    path = Path(source)
+    if not path.is_file():
+        for index, raw in enumerate(_read_hub(str(source))):
+            yield f"record {index}", raw
+        return
+    text = path.read_text(encoding="utf-8")
+    if text.lstrip().startswith("["):
+        try:
+            items = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise MalformedRecord(
+                f"{path}: not valid JSON at line {error.lineno}, column {error.colno} "
+                f"({error.msg}). The file may be cut short; fetch it again."
+            ) from error
+        yield from ((_Place(text, index), raw) for index, raw in enumerate(items))
+        return
+    # Not splitlines(): JSON text may hold U+2028 and its like unescaped.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    for index, (number, line) in enumerate(lines):
+        place = f"record {index} (line {number})"
+        try:
+            raw = json.loads(line)
+        except json.JSONDecodeError as error:
+            raw = MalformedRecord(
+                f"not valid JSON ({error.msg}). The file must be a JSON list, or hold one JSON object a "
+                "line."
+            )
+        yield place, raw
+
+
+def _read_hub(source: str) -> Iterable[Any]:
+    if source.count("/") != 1 or source.startswith((".", "/")) or source.endswith((".json", "l")):
+        raise FileNotFoundError(
+            f"no such file: {source}. Give the path of a JSON or JSONL file, or a Hugging Face "
+            "data set's id such as owner/name."
+        )
+    import datasets  # Takes a second, and only this branch needs it.
+
+    try:
+        return datasets.load_dataset(source, split="train")
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{source} is neither a file nor a data set that could be loaded from the Hugging Face "
+            f"hub ({type(error).__name__}: {error}). Check the path and the network."
+        ) from error
