@@ -56,28 +56,15 @@ def test_every_kind_of_number_keeps_its_digits(tmp_path, kind, values):
     [
         b"",
         b"\xff" * 4000,
-        struct.pack("<Q", 1 << 60),
         struct.pack("<Q", 50) + b"{}",
-        struct.pack("<Q", 0) + b"{}",
-        struct.pack("<Q", 8) + b"nonsense",
-        file([]),
         file("[" * 10**5),
-        file({"a": 3}),
-        file({"a": {"dtype": "F32", "shape": [4]}}, 16),
         file({"a": ROW, "b": NEXT}, 31),
-        file({"a": ROW, "b": NEXT}, 33),
-        file({"a": ROW, "b": ROW}),
         file({"a": ROW, "b": ROW | {"data_offsets": [8, 24]}}, 24),
         *(
             file({"a": ROW | changed})
             for changed in (
-                {"data_offsets": [16, 32]},
-                {"data_offsets": [16, 0]},
                 {"data_offsets": [-16, 0]},
-                {"data_offsets": [0, 15]},
                 {"data_offsets": [0, 160]},
-                {"shape": 4},
-                {"shape": [-4]},
                 {"shape": [1 << 40, 1 << 40]},
                 {"dtype": "F33"},
             )

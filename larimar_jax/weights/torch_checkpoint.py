@@ -31,7 +31,7 @@ _AXES = 64  # NumPy's own limit
 _DTYPES = {
     **{"Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16"},
     **{"Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8"},
-    **{"Bool": "bool"},
+    **{"Bool": "bool", "Untyped": "uint8"},
 }
 # Names of what a checkpoint may hold beside tensors.
 _RECORDED = re.compile(
@@ -41,8 +41,8 @@ _RECORDED = re.compile(
     r"|builtins\.(str|tuple)|collections\.(Counter|defaultdict|deque)"
     r"|copyreg\._reconstructor|_codecs\.encode"
     r"|numpy\.(dtype|ndarray)|numpy\._?core\.multiarray\.(scalar|_reconstruct)"
-    r"|torch\.(Tensor|device|dtype)|torch\._tensor\.Tensor|torch\.nn\.parameter\.(Parameter|Buffer)"
-    r"|torch\.serialization\._get_layout|torch\.storage\.(TypedStorage|UntypedStorage)"
+    r"|torch\.(Size|Tensor|device|dtype)|torch\._tensor\.Tensor|torch\.nn\.parameter\.(Parameter|Buffer)"
+    r"|torch\.serialization\._get_layout|torch\.storage\.TypedStorage"
 )
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 # Instructions that torch does not write: they name things by number, or ask for memory.
@@ -78,6 +78,7 @@ class TorchCheckpoint:
         except Exception as error:  # What a pickle does wrong has any of a dozen types.
             raise self._damaged(error) from error
         self._tensors = {n: t for n, t in self._state_dict().items() if isinstance(t, _Tensor)}
+        self._buffer: tuple[str, np.ndarray] | None = None
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Return every tensor's shape; no numbers are read."""
@@ -91,6 +92,19 @@ class TorchCheckpoint:
         """
         storage, offset, shape, strides = self._tensors[name]
         width = storage.dtype.itemsize
+        raw = self._raw(storage)
+        # A buffer of many tensors is read once for those that follow each other.
+        self._buffer = (storage.key, raw) if math.prod(shape) < storage.count else None
+        values = raw[: storage.count * width].view(storage.dtype)[offset:]
+        steps = [width * step for step in strides]
+        return np.lib.stride_tricks.as_strided(values, shape, steps, writeable=False)
+
+    def _raw(self, storage: "_Storage") -> np.ndarray:
+        """Return the bytes of a storage."""
+        if self._buffer is not None and self._buffer[0] == storage.key:
+            if self._buffer[1].nbytes == storage.bytes:
+                return self._buffer[1]
+        self._buffer = None  # Two would be in memory at once.
         try:
             with zipfile.ZipFile(self.path) as archive:
                 entry = _stored(archive, f"{self._prefix}data/{storage.key}")
@@ -105,9 +119,7 @@ class TorchCheckpoint:
                         raw[at : at + _PIECE] = np.frombuffer(file.read(_PIECE), np.uint8)
         except Exception as error:
             raise self._damaged(error) from error
-        values = raw[: storage.count * width].view(storage.dtype)[offset:]
-        steps = [width * step for step in strides]
-        return np.lib.stride_tricks.as_strided(values, shape, steps, writeable=False)
+        return raw
 
     @property
     def hyper_parameters(self) -> dict[str, Any] | None:
@@ -232,7 +244,7 @@ class _Unpickler(pickle._Unpickler):
 
     def __init__(self, content: bytes, path: str):
         super().__init__(io.BytesIO(content))
-        self._path, self._copies = path, len(content)
+        self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
         """Return what stands here for a listed name.
@@ -243,10 +255,8 @@ class _Unpickler(pickle._Unpickler):
         full = f"{_PYTHON_2.get(module, module)}.{name}"
         if full in _REBUILD:
             return _REBUILD[full]
-        if full in ("torch.Size", "collections.OrderedDict"):
-            return self._size if name == "Size" else self._ordered_dict
         kind = name if name in _DTYPES.values() else _DTYPES.get(name.removesuffix("Storage"))
-        if module in ("torch", "torch.cuda") and kind is not None:
+        if module in ("torch", "torch.cuda", "torch.storage") and kind is not None:
             return np.dtype(getattr(ml_dtypes, kind, kind))
         if _RECORDED.fullmatch(full):
             return Record
@@ -261,8 +271,6 @@ class _Unpickler(pickle._Unpickler):
         kind, dtype, key, _, count, *view = pid
         if kind != "storage" or not isinstance(key, str) or not _is_count(count) or any(view):
             raise ValueError("a reference to something that is no storage with its name and size")
-        # Of an untyped storage the offsets count bytes, and each tensor has a dtype.
-        dtype = np.dtype(np.uint8) if dtype is Record else dtype
         if not isinstance(dtype, np.dtype):
             raise ValueError(f"a storage of a {type(dtype).__name__}")
         return _Storage(key, dtype, count, count * dtype.itemsize)
@@ -279,22 +287,6 @@ class _Unpickler(pickle._Unpickler):
     dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(_Table())
     dispatch[pickle.EMPTY_SET[0]] = lambda self: self.append(Record())
     dispatch[pickle.FROZENSET[0]] = lambda self: self.append(Record(self.pop_mark()))
-
-    def _size(self, items: Any) -> tuple[Any, ...]:
-        return tuple(self._counted(items))
-
-    def _ordered_dict(self, pairs: Any = ()) -> _Table:
-        table = _Table()
-        for key, value in self._counted(pairs):
-            table[key] = value
-        return table
-
-    def _counted(self, items: Any) -> Any:
-        # One list, memorised, could be copied by every instruction of the file.
-        self._copies -= len(items)
-        if self._copies < 0:
-            raise ValueError(f"a copy of {len(items)} items, in all more than the file is long")
-        return items
 
 
 def _is_small(value: Any) -> bool:
@@ -331,6 +323,8 @@ def _typed_tensor(storage: Any, *place: Any) -> _Tensor:
 
 
 _REBUILD = {
+    # Without arguments, as torch writes it: items that came as one would not be looked at.
+    "collections.OrderedDict": lambda: _Table(),
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _typed_tensor,
