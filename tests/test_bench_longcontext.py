@@ -8,7 +8,8 @@ import pytest
 from known_editor import cases, rows_of_both_ways, saved
 
 from larimar_jax.bench import fact_store, report, runner, systems
-from larimar_jax.bench.longcontext import IN_OTHER_WORDS, LongContext
+from larimar_jax.bench.longcontext import LongContext
+from larimar_jax.bench.queries import SCOPED
 from larimar_jax.data import atlas
 
 
@@ -24,7 +25,7 @@ def test_rows_are_those_of_a_memory_for_each_chunk(tiny, task, tmp_path):
     assert report.sections([run] * 2)[0].items
     ids = list(dict.fromkeys(row["case"] for row in run.rows))
     assert ids == ["4/0", "4/2", "4/3", "7/0", "7/3", "7/6"]
-    assert {row["system"] for row in run.rows if row["kind"] == "paraphrase"} == {*IN_OTHER_WORDS}
+    assert {row["system"] for row in run.rows if row["kind"] == "paraphrase"} == {*SCOPED}
     memory = tiny.dual
     for row in (row for row in run.rows if row["system"] == "larimar"):
         facts = [(r.prompt, r.target_new) for r in task.records[: row["facts"]]]

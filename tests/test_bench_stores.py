@@ -194,6 +194,12 @@ def test_forgetting_is_that_of_a_plain_loop(tiny, forgetting, tmp_path, monkeypa
         # What is left is the memory that never saw the fact, to what float32 solves to.
         assert row["distance"] < 1e-3 and row["refused"] == 0 and 0 <= row["leverage"] <= 1
         assert (row["system"], row["kind"], row["moment"]) == ("open", "forgotten", "forgotten")
+    (entry,) = [e for e in results if (e["kind"], e["facts"]) == ("certificates", 4)]
+    of_size = [row for row in certified if row["facts"] == 4]
+    ratios = [row["certificate"] / row["distance"] for row in of_size]
+    wanted = [max(row["distance"] for row in of_size), min(ratios), max(ratios)]
+    names = ("largest_distance", "least_ratio", "largest_ratio")
+    assert [entry[name]["mean"] for name in names] == wanted
 
 
 def test_a_store_of_one_fact_has_nothing_to_look_up_once_it_is_forgotten(tiny, tmp_path, hits):

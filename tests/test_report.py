@@ -98,6 +98,69 @@ def test_the_worst_cases_are_those_with_the_lowest_score(runs):
     assert sorted(ours[name] for name in named) == sorted(ours.values())[:3]
 
 
+def rows_of(metric, values, **factors):
+    """Return a row for each (case, system, kind, value)."""
+    return [
+        dict(case=case, system=system, kind=kind, **factors) | {metric: value}
+        for case, system, kind, value in values
+    ]
+
+
+def finished(run, task, rows):
+    """Return the run as one of another task."""
+    results = {"benchmark": task.name, "results": summary.summarise(task, rows)}
+    return dataclasses.replace(run, task=task, rows=rows, summary={**run.summary, **results})
+
+
+def test_the_worst_case_of_a_metric_that_should_be_low_is_the_highest(runs):
+    table = rows_of("success", [(1, "larimar", "attack", 0.0), (2, "larimar", "attack", 1.0)])
+    shown = report.cases(finished(runs[0], bench.tasks()["attack"](data=""), table))
+    assert [item.title for item in shown[::2]] == ["worst: case 2, 100.0", "best: case 1, 0.0"]
+
+
+@pytest.mark.parametrize("name", ["forget", "memory", "scope", "speed"])
+def test_cases_that_no_reader_learns_from_are_not_quoted(name):
+    assert not bench.tasks()[name].quoted and CounterFact.quoted
+
+
+def test_a_perplexity_is_compared_in_nats_and_the_overview_names_its_scale(runs):
+    task = bench.tasks()["perplexity"](data="")
+    table = [
+        row | {"tokens": 2} for row in rows_of("loss", [(n, "larimar", "text", n) for n in (1, 2)])
+    ]
+    run = finished(runs[0], task, table)
+    assert report.compare(run, run).items[-1].caption == "nats per token"
+    assert report.cases(run)[0].title == f"worst: case 2, {np.exp(2):.2f}"
+    (grid,) = report.overview([*runs, run]).items
+    assert grid.caption.startswith("percent, but for perplexity, ± standard error")
+    assert grid.rows[-1][0].endswith("texts, perplexity (less is better)")
+    (grid,) = report.overview(runs).items
+    assert grid.caption.startswith("percent ± standard error")
+
+
+def test_a_curve_is_of_one_value_of_the_factors_and_bars_stand_at_several():
+    task = bench.tasks()["rephrase"](data="")
+    table = [
+        row
+        for facts, wordings in ((200, 1), (1, 1), (20, 10))
+        for row in rows_of(
+            "recall", [(0, "larimar", "unseen", 1.0)], facts=facts, wordings=wordings
+        )
+    ]
+    results = summary.summarise(task, table)
+    _, axes = pyplot.subplots()
+    figures.draw(axes, task, figures.Plot("wordings", "recall"), results)
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert [label.partition(", ")[2] for label in labels] == [
+        f"facts = {facts}" for facts in (200, 1, 20)
+    ]
+    axes.clear()
+    figures.draw(axes, task, *task.plots, results)
+    ticks = [tick.get_text() for tick in axes.get_xticklabels()]
+    assert ticks == ["200 x 1", "1 x 1", "20 x 10"]
+    pyplot.close("all")
+
+
 def test_several_runs_begin_with_a_line_for_each_result(runs):
     overview = report.sections(runs)[0]
     assert overview.title == "Overview"

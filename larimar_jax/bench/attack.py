@@ -11,15 +11,13 @@ import numpy as np
 
 from larimar_jax.bench.fact_store import FactStore, encode_facts
 from larimar_jax.bench.forget import UNKNOWN
-from larimar_jax.bench.queries import SYSTEMS, Queries
+from larimar_jax.bench.queries import SCOPED, SYSTEMS, Queries
 from larimar_jax.bench.systems import case_keys
-from larimar_jax.bench.task import EditTask, Metric, Pivot, option
+from larimar_jax.bench.task import EditTask, Metric, Pivot, Plot, option
 from larimar_jax.data.edit_records import EditRecord
 from larimar_jax.data.paraphrases import Paraphrases
 from larimar_jax.pipeline import Pipeline
 
-# Of the memory of all edits.
-TOGETHER = ("lookup", "verbatim", "larimar")
 # Records that are tried together.
 _TRIED = 256
 
@@ -55,7 +53,7 @@ class Attack(EditTask):
     tables = (
         Pivot(("system", "memory"), None, caption="percent ± standard error; lower is better"),
     )
-    plots = ()
+    plots = (Plot(("memory",), "success"),)
     paper: ClassVar = {("attack", "alone"): 17.6, ("attack", "together"): 21.5}
     reference = (
         "Table 5, success: ROME 29.0, MEMIT 49.3, Larimar 17.6 (one fact written), 21.5 (batch)."
@@ -114,7 +112,7 @@ class Attack(EditTask):
         alone = sample(single.take(times), SYSTEMS)
         store = systems.cached("store", (), lambda: self._store(systems))
         all_edits = systems.shared_memory(store, single.prompts, single.facts)
-        together = sample(all_edits.take(times), TOGETHER)
+        together = sample(all_edits.take(times), SCOPED)
         row = 0
         for case, texts in zip(cases, prompts, strict=True):
             rows = slice(row, row + len(texts))

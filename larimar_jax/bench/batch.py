@@ -6,10 +6,9 @@ from typing import Any, ClassVar
 
 from larimar_jax.bench.fact_store import FactStore, encode_facts, written
 from larimar_jax.bench.metrics import rewrite_columns
+from larimar_jax.bench.queries import SHARED
 from larimar_jax.bench.task import EditTask, Metric, Pivot, Plot, option
 from larimar_jax.data.edit_records import EditRecord
-
-SYSTEMS = ("base", "zero", "prompt", "lookup", "verbatim", "larimar")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +70,7 @@ class Batch(EditTask):
                 stores[size], [prompt for prompt, _ in facts], [written(*fact) for fact in facts]
             )
             losses = queries.score(
-                [(column["new"], column["true"]) for column in columns], SYSTEMS, memo
+                [(column["new"], column["true"]) for column in columns], SHARED, memo
             )
             own = [
                 {"own_key_nearest": float(fact == nearest)}

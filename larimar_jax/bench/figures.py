@@ -1,4 +1,4 @@
-"""Figures of a task's summary: bars by kind, or curves over a factor."""
+"""Figures of a task's summary: bars, or curves over a factor."""
 
 import base64
 import io
@@ -34,7 +34,7 @@ def svg(task: Task, plot: Plot, results: Sequence[Mapping[str, Any]]) -> tuple[s
 
 
 def draw(axes: Any, task: Task, plot: Plot, results: Sequence[Mapping[str, Any]]) -> None:
-    """Draw one metric: a bar for each system and kind, or a curve for each of them."""
+    """Draw one metric: bars beside each other, or curves."""
     name = plot.y or next(iter(task.metrics))
     metric = task.metrics[name]
     entries = [
@@ -42,7 +42,7 @@ def draw(axes: Any, task: Task, plot: Plot, results: Sequence[Mapping[str, Any]]
         for entry in summaries.select(results, plot.where)
         if entry.get(name, {}).get("mean") is not None
     ]
-    (_bars if plot.x == "kind" else _curves)(axes, task, plot, name, entries)
+    (_bars if isinstance(plot.x, tuple) else _curves)(axes, task, plot, name, entries)
     axes.set_ylabel(f"{metric.label}{' (percent, ± standard error)' * (metric.scale == 100.0)}")
     if metric.scale == 100.0:
         axes.set_ylim(0, 101)
@@ -52,34 +52,48 @@ def draw(axes: Any, task: Task, plot: Plot, results: Sequence[Mapping[str, Any]]
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
 
 
+def _groups(task, x, entries) -> dict[str, list]:
+    """The entries that differ in nothing but `x`, by what tells them from the others."""
+    columns = [name for name in ("system", "kind", *task.factors) if name not in x]
+    several = [
+        name
+        for name in columns
+        if name != "system" and len({entry.get(name) for entry in entries}) > 1
+    ]
+    groups: dict[str, list] = {}
+    for entry in entries:
+        parts = [summaries.label(task, entry["system"])]
+        for name in several:
+            value = summaries.label(task, entry.get(name))
+            parts.append(value if name == "kind" else f"{summaries.label(task, name)} = {value}")
+        groups.setdefault(", ".join(parts), []).append(entry)
+    return groups
+
+
 def _bars(axes, task, plot, name, entries) -> None:
-    systems = list(dict.fromkeys(entry["system"] for entry in entries))
-    kinds = list(dict.fromkeys(entry["kind"] for entry in entries))
-    width = 0.8 / max(1, len(systems))
-    for place, system in enumerate(systems):
-        of_system = [entry for entry in entries if entry["system"] == system]
-        x = [kinds.index(entry["kind"]) for entry in of_system]
-        x = np.asarray(x) + (place - (len(systems) - 1) / 2) * width
-        means = [entry[name]["mean"] for entry in of_system]
-        errors = [entry[name]["standard_error"] or 0.0 for entry in of_system]
-        axes.bar(x, means, width, yerr=errors, label=summaries.label(task, system))
-    axes.set_xticks(range(len(kinds)), [summaries.label(task, kind) for kind in kinds])
+    groups = _groups(task, plot.x, entries)
+    points = list(dict.fromkeys(tuple(entry.get(x) for x in plot.x) for entry in entries))
+    width = 0.8 / max(1, len(groups))
+    for place, (label, group) in enumerate(groups.items()):
+        x = [points.index(tuple(entry.get(x) for x in plot.x)) for entry in group]
+        x = np.asarray(x) + (place - (len(groups) - 1) / 2) * width
+        means = [entry[name]["mean"] for entry in group]
+        errors = [entry[name]["standard_error"] or 0.0 for entry in group]
+        axes.bar(x, means, width, yerr=errors, label=label)
+    ticks = [" x ".join(summaries.label(task, value) for value in point) for point in points]
+    axes.set_xticks(range(len(points)), ticks)
+    if plot.x != ("kind",):
+        axes.set_xlabel(plot.xlabel or " x ".join(summaries.label(task, x) for x in plot.x))
 
 
 def _curves(axes, task, plot, name, entries) -> None:
     points = sorted({entry[plot.x] for entry in entries if entry.get(plot.x) is not None})
     # Sizes that double, and values that are no sizes, stand at even distances.
     places = {point: point if plot.log == "x" else n for n, point in enumerate(points)}
-    kinds = {entry["kind"] for entry in entries}
-    lines: dict[tuple, list] = {}
-    for entry in entries:
-        lines.setdefault((entry["system"], entry["kind"]), []).append(entry)
-    for number, ((system, kind), of_line) in enumerate(lines.items()):
-        label = summaries.label(task, system)
-        label += f", {summaries.label(task, kind)}" if len(kinds) > 1 else ""
-        on_axis = [entry for entry in of_line if entry.get(plot.x) is not None]
+    for number, (label, group) in enumerate(_groups(task, (plot.x,), entries).items()):
+        on_axis = [entry for entry in group if entry.get(plot.x) is not None]
         if not on_axis:
-            level = of_line[0][name]["mean"]
+            level = group[0][name]["mean"]
             axes.axhline(level, color=f"C{number}", linestyle=":", label=label)
             continue
         x = [places[entry[plot.x]] for entry in on_axis]

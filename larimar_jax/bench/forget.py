@@ -9,12 +9,12 @@ import numpy as np
 import scipy.linalg
 
 from larimar_jax.bench.fact_store import EncodedTexts, FactStore, encode_facts, written
+from larimar_jax.bench.queries import CONTROLS
 from larimar_jax.bench.task import EditTask, Metric, Pivot, Plot, option
 from larimar_jax.memory import diagnostics
 
 UNKNOWN = "unknown"
 MOMENTS = ("before", "forgotten", "replaced")
-SYSTEMS = ("base", "zero", "prompt", "lookup", "verbatim", "open")
 
 
 class ForgottenFact(NamedTuple):
@@ -48,6 +48,9 @@ class Forget(EditTask):
         "certificate": Metric("certificate", 1.0, 3, lower=True),
         "leverage": Metric("leverage", 1.0, 3, lower=True),
         "refused": Metric("refused", 1.0, 0, lower=True),
+        "largest_distance": Metric("largest distance", 1.0, 3, lower=True),
+        "least_ratio": Metric("certificate / distance, least", 1.0),
+        "largest_ratio": Metric("largest", 1.0),
     }
     factors = ("moment", "facts")
     labels: ClassVar = {"facts": "N", "kind": "of", "replaced": "“unknown”"}
@@ -66,6 +69,14 @@ class Forget(EditTask):
             title="the memory after α = −1",
             caption="mean ± standard error over the forgotten facts",
         ),
+        Pivot(
+            ("facts",),
+            None,
+            ("largest_distance", "least_ratio", "largest_ratio"),
+            where={"kind": "certificates"},
+            title="its certificates",
+            caption="over the forgotten facts",
+        ),
     )
     plots = (Plot("moment", "recall", where={"facts": "last"}),)
     # After the same prompt was written with “unknown”, at N = K = 512.
@@ -75,6 +86,7 @@ class Forget(EditTask):
     }
     paper_if: ClassVar = {"model": {"slots": 512}}
     overview: ClassVar = {"moment": ("forgotten", "replaced")}
+    quoted = False
     reference = (
         "Table 4, CounterFact, recall of the forgotten / of the others: Larimar-1.3B .001 / .997 at "
         "N = K, .02 / .79 at N = 2K (after the same prompt was written with “unknown”)."
@@ -134,8 +146,25 @@ class Forget(EditTask):
                         )
                     )
         queries = systems.shared_memories(parts, scoped=False)
-        recall = queries.accuracy([column["target"] for column in columns], SYSTEMS)
+        recall = queries.accuracy([column["target"] for column in columns], (*CONTROLS, "open"))
         yield from queries.rows(columns, recall, lambda _, share: {"recall": share}, certificates)
+
+    def derived(self, rows) -> list[dict[str, Any]]:
+        """Return, for every N, the largest distance and how far the certificate is from it."""
+        entries = []
+        certified = [row for row in rows if row.get("distance") is not None]
+        for size in dict.fromkeys(row["facts"] for row in certified):
+            of_size = [row for row in certified if row["facts"] == size]
+            ratios = [row["certificate"] / row["distance"] for row in of_size]
+            extremes = {
+                "largest_distance": max(row["distance"] for row in of_size),
+                "least_ratio": min(ratios),
+                "largest_ratio": max(ratios),
+            }
+            entry = {"system": "open", "kind": "certificates", "moment": "forgotten", "facts": size}
+            fixed = {"standard_error": None, "cases": len(of_size)}
+            entries.append(entry | {name: {"mean": v, **fixed} for name, v in extremes.items()})
+        return entries
 
     def _certificate(self, systems, case: ForgottenFact, full, after: FactStore) -> dict[str, Any]:
         """How far the memory is from the float64 solution that never saw the fact, and what it

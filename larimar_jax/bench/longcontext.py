@@ -18,14 +18,11 @@ from jaxtyping import Float
 
 from larimar_jax import long_context
 from larimar_jax.bench.fact_store import EncodedTexts, written
-from larimar_jax.bench.queries import SYSTEMS, Queries
+from larimar_jax.bench.queries import SCOPED, SHARED, Queries
 from larimar_jax.bench.task import COUNTERFACT, EditTask, Metric, Pivot, Plot, option
 from larimar_jax.data import atlas
 from larimar_jax.data.edit_records import EditRecord
 from larimar_jax.data.segments import sentences
-
-# Systems that answer questions in other words too.
-IN_OTHER_WORDS = ("lookup", "verbatim", "larimar")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +52,13 @@ class LongContext(EditTask):
         "paraphrase": "other words",
     }
     tables: ClassVar = (
-        Pivot(("facts", "kind"), "system", ("recall", "right_chunk"), title="recall"),
+        Pivot(
+            ("facts", "kind"),
+            "system",
+            ("recall", "right_chunk"),
+            title="recall",
+            caption="percent ± standard error; below Larimar's: answers from the right chunk",
+        ),
     )
     plots: ClassVar = (
         Plot("facts", "recall", {"kind": "edit"}, log="x", xlabel="N, facts in the text"),
@@ -119,8 +122,8 @@ class LongContext(EditTask):
             group = [case for case in cases if case.facts == size]
             records = [self.records[case.index] for case in group]
             sides = {
-                "edit": ([record.prompt for record in records], SYSTEMS[:-1]),
-                "paraphrase": ([other_words(record) for record in records], IN_OTHER_WORDS),
+                "edit": ([record.prompt for record in records], SHARED),
+                "paraphrase": ([other_words(record) for record in records], SCOPED),
             }
             for kind, (prompts, names) in sides.items():
                 queries, chunks = self._read(systems, size, prompts)

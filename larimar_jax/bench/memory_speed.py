@@ -79,6 +79,7 @@ class MemorySpeed(Task):
         "facts_per_second": Metric("facts/s", 1.0, 0, median=True),
     }
     tables: ClassVar = (Pivot(("kind",), None, caption="medians", labels=("comparison",)),)
+    quoted: ClassVar = False
     plots: ClassVar = ()
 
     slots: int = option("K", default=512)

@@ -6,7 +6,8 @@ TF-IDF cosine to the rest that was written (fluency.py). Both depend on how long
 that is let through gives its answer and stops: what it gains on the lookup is of texts that are cut to
 the words of the shorter one. A text of fewer than three words has no entropy.
 
-The control with a fact in the prompt has the fact that is nearest to the first words, in every text.
+Verbatim lookup has no perplexity: a forced answer is no distribution over tokens. The control with a
+fact in the prompt has the fact that is nearest to the first words, in every text.
 """
 
 import dataclasses
@@ -134,12 +135,14 @@ class Perplexity(EditTask):
                     if least >= fluency.LEAST:
                         gains["entropy_gain"] = _difference(map(fluency.ngram_entropy, sides))
                 long_enough = len(words) >= fluency.LEAST
+                nats = None if system == "verbatim" else float(loss[row, 0])
+                above = None if nats is None else nats - float(losses["base"][row, 0])
                 yield {
                     "case": text.case_id,
                     "system": system,
                     "kind": "text",
-                    "loss": float(loss[row, 0]),
-                    "loss_above_base": float(loss[row, 0] - losses["base"][row, 0]),
+                    "loss": nats,
+                    "loss_above_base": above,
                     "tokens": len(systems.editor.tokens(text.rest)),
                     "in_scope": float(queries.in_scope[row]) if system in MEMORIES else None,
                     "words": len(words),

@@ -39,6 +39,9 @@ LABELS = {
 }
 SYSTEMS = tuple(LABELS)
 CONTROLS = SYSTEMS[:5]
+# Systems of a memory that many facts share, and those whose queries the scope detector decides about.
+SHARED = (*CONTROLS, "larimar")
+SCOPED = ("lookup", "verbatim", "larimar")
 # What a memory has to be worth more than, as a note names it.
 LOOKUPS = {"lookup": "the lookup", "verbatim": "verbatim lookup"}
 # −ln p of a token that is not the forced one, in nats: finite, and far beyond what a decoder gives.
@@ -129,7 +132,7 @@ class Queries:
         """
         memo = {} if memo is None else memo
         targets = [tuple(target) if isinstance(target, list) else target for target in targets]
-        wanted, derived = set(systems), {"lookup", "verbatim", "larimar"} & set(systems)
+        wanted, derived = set(systems), {*SCOPED} & set(systems)
         decided = self.in_scope.reshape(len(self.prompts), -1)
         inside = decided.any(axis=1)
         near = [

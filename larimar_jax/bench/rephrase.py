@@ -63,7 +63,7 @@ class Rephrase(EditTask):
             caption="recall of unseen wordings ± standard error, percent",
         ),
     )
-    plots = (Plot("wordings", "recall"),)
+    plots = (Plot(("facts", "wordings"), "recall", xlabel="facts x wordings written"),)
     paper: ClassVar = {
         ("unseen", 20, 10): 94.0,
         ("unseen", 40, 5): 84.0,

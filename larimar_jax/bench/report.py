@@ -3,8 +3,8 @@ comparisons."""
 
 import base64
 import dataclasses
-import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ LEVEL = 0.05
 # Losses and shares come from float32.
 ROUNDING = 1e-6
 # Columns of the overview; the memory is `larimar`, or where nothing decides about scope, `open`.
-OVERVIEW = ("base", "zero", "prompt", "lookup", "verbatim", "larimar")
+OVERVIEW = queries.SHARED
 
 
 class Picture(NamedTuple):
@@ -124,7 +124,10 @@ def overview(runs: Sequence[FinishedRun]) -> Section:
     and the paper beside it."""
     rows = [row for run in runs for row in _headlines(run)]
     labels = [*(queries.LABELS[name] for name in OVERVIEW[:-1]), "Larimar"]
-    caption = "percent ± standard error; the paper: Larimar-1.3B, of GPT-2 large"
+    metrics_shown = [next(iter(run.task.metrics.values())) for run in runs]
+    scales = dict.fromkeys(each.label for each in metrics_shown if each.scale != 100.0)
+    unit = f"percent, but for {' and '.join(scales)}," if scales else "percent"
+    caption = f"{unit} ± standard error; the paper: Larimar-1.3B, of GPT-2 large"
     return Section("Overview", [Grid("", ["", *labels, "the paper"], rows, caption)])
 
 
@@ -149,10 +152,11 @@ def _headlines(run: FinishedRun) -> Iterator[list[str]]:
             line[system] = noted(metric, entry[name])
     for key, line in lines.items():
         label = summaries.group_label(task, ("", *key)).removeprefix(", ")
+        less = " (less is better)" * _less(task, name, ("larimar", *key))
         if "larimar" in line:
-            number = f"{paper[key]:g}" if key in paper else ""
+            published = f"{paper[key]:g}" if key in paper else ""
             cells = [line.get(system, "") for system in OVERVIEW]
-            yield [f"{run.folder.name}: {label}, {metric.label}", *cells, number]
+            yield [f"{run.folder.name}: {label}, {metric.label}{less}", *cells, published]
 
 
 def _of_run(run: FinishedRun, texts: bool) -> Section:
@@ -177,7 +181,7 @@ def _of_run(run: FinishedRun, texts: bool) -> Section:
     for path in sorted(run.folder.glob("*.png")):
         source = base64.b64encode(path.read_bytes()).decode()
         items.append(Picture(path.stem.replace("_", " "), f"data:image/png;base64,{source}"))
-    quoted = cases(run) if texts and run.task is not None else []
+    quoted = cases(run) if texts and run.task is not None and run.task.quoted else []
     return Section(f"{run.benchmark} ({run.folder.name})", [*items, *quoted])
 
 
@@ -187,29 +191,42 @@ def _of_run(run: FinishedRun, texts: bool) -> Section:
 def cases(run: FinishedRun) -> list[CaseText]:
     """Return the cases with the lowest score of the memory, and those where it gains most on the
     base LM."""
-    name, metric = next(iter(run.task.metrics.items()))
-    sign = -1.0 if metric.lower else 1.0
-    values, rows = summaries.case_values(run.task, run.rows), summaries.by_case(run.rows)
+    task, (name, metric) = run.task, next(iter(run.task.metrics.items()))
+    values, rows = summaries.case_values(task, run.rows), summaries.by_case(run.rows)
+
+    def mean(groups, keys):
+        signs = [-1.0 if _less(task, name, key) else 1.0 for key in keys]
+        return float(np.mean([sign * groups[key] for sign, key in zip(signs, keys, strict=True)]))
+
     scored = []
     for case, groups in values.items():
-        ours = [v for key, v in groups.items() if key[0] == "larimar"]
-        ours = ours or [v for key, v in groups.items() if key[0] not in queries.CONTROLS]
-        base = [v for key, v in groups.items() if key[0] == "base"]
+        ours = [key for key in groups if key[0] == "larimar"]
+        ours = ours or [key for key in groups if key[0] not in queries.CONTROLS]
+        base = [key for key in groups if key[0] == "base"]
         if ours:
-            score = sign * float(np.mean(ours))
-            gain = score - sign * float(np.mean(base)) if base else score
-            scored.append((score, gain, case))
+            score = mean(groups, ours)
+            gain = score - mean(groups, base) if base else score
+            shown = _of_case(metric, float(np.mean([groups[key] for key in ours])))
+            scored.append((score, gain, case, shown))
     worst = sorted(scored, key=lambda each: each[0])[:SHOWN]
     best = sorted(scored, key=lambda each: -each[1])[:SHOWN]
     return [
-        CaseText(
-            f"{kind}: case {case}, {number(metric.scale * sign * score, metric.digits)}",
-            case_lines(run.task, rows[case]),
-        )
-        for kind, (score, _, case) in itertools.chain(
-            (("worst", each) for each in worst), (("best", each) for each in best)
-        )
+        CaseText(f"{title}: case {case}, {shown}", case_lines(task, rows[case]))
+        for title, chosen in (("worst", worst), ("best", best))
+        for _, _, case, shown in chosen
     ]
+
+
+def _less(task: Task, name: str, key: tuple) -> bool:
+    """Whether less is better in a group of rows."""
+    entry = dict(zip(("system", "kind", *task.factors), key, strict=True))
+    return task.lower_is_better(name, entry)
+
+
+def _of_case(metric: Metric, value: float | int) -> str:
+    """The metric of a case; a perplexity is that of its own ℓ."""
+    value = math.exp(value) if metric.exponential else value
+    return number(metric.scale * value, metric.digits)
 
 
 def case_lines(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -226,7 +243,7 @@ def case_lines(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[str]:
             if name not in known and value not in (None, "")
         ]
         shown = [
-            f"{metric.label} {number(metric.scale * row[name], metric.digits)}"
+            f"{metric.label} {_of_case(metric, row[name])}"
             for name, metric in task.metrics.items()
             if row.get(name) is not None
         ]
@@ -266,7 +283,8 @@ def compare(first: FinishedRun, second: FinishedRun) -> Section:
     if digests[0] != digests[1]:
         notes = ["The two runs are not of the same data: the cases are paired by their ids alone."]
     marked = frozenset(place for place, mark in enumerate(marks) if mark)
-    table = Grid("", header, rows, metric.label, marked)
+    caption = "nats per token" if metric.exponential else metric.label
+    table = Grid("", header, rows, caption, marked)
     return Section(f"{first.benchmark}: {names[1]} against {names[0]}", [*notes, table])
 
 

@@ -83,7 +83,8 @@ class Scope(EditTask):
             title="paraphrases among all prompts",
         ),
     )
-    plots = (Plot("kind", "passes", where={"kind": KINDS, "store": "store"}),)
+    plots = (Plot(("kind",), "passes", where={"kind": KINDS, "store": "store"}),)
+    quoted = False
     reference = "ESD, pairwise on 3,800 pairs: equal error rate 2.9 %, F1 0.974."
 
     limit: int = option("records", default=1000)

@@ -59,6 +59,7 @@ class Speed(EditTask):
     }
     tables: ClassVar = (Pivot(columns=None, title=f"{BESIDE} facts in memory", caption="medians"),)
     plots: ClassVar = ()
+    quoted: ClassVar = False
     reference: ClassVar = (
         "Table 1, seconds per edit on an A100: ROME 4.8 (GPT-2 XL) and 13.9 (GPT-J), GRACE 13.9 and "
         "19.3, Larimar 1.1 and 1.7."

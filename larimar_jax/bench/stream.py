@@ -11,11 +11,11 @@ import numpy as np
 
 from larimar_jax.bench.fact_store import EncodedTexts, FactStore, encode_facts, written
 from larimar_jax.bench.metrics import answer_words, first_line, token_f1, token_f1_grace
+from larimar_jax.bench.queries import SHARED
 from larimar_jax.bench.task import ZSRE, EditTask, Metric, Pivot, Plot, option
 from larimar_jax.data.edit_records import EditRecord, load
 from larimar_jax.memory import rls
 
-SYSTEMS = ("base", "zero", "prompt", "lookup", "verbatim", "larimar")
 # Tokens decoded beyond those of the right answer: line breaks before it.
 MARGIN = 3
 
@@ -215,7 +215,7 @@ class Stream(EditTask):
             f1, f1_grace = token_f1(words, gold), token_f1_grace(words, gold)
             return {"f1": f1, "f1_grace": f1_grace, "text": text}
 
-        yield from queries.rows(columns, queries.generate(limits, SYSTEMS), measured)
+        yield from queries.rows(columns, queries.generate(limits, SHARED), measured)
 
     def _after(self, systems, edits: int) -> FactStore:
         """The store after so many edits, streamed one by one."""

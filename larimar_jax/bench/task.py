@@ -85,11 +85,11 @@ class Pivot(NamedTuple):
 
 
 class Plot(NamedTuple):
-    """A figure. x: "kind" for bars, or a factor for curves; groups without that factor are level
-    lines. y: a metric.
+    """A figure. x: several columns for bars, or a factor for curves; groups without that factor are
+    level lines. y: a metric.
     where: as of a Pivot. log: "x" for sizes that double, "y" for a logarithmic height."""
 
-    x: str = "kind"
+    x: str | tuple[str, ...] = ("kind",)
     y: str = ""
     where: Mapping[str, Any] = types.MappingProxyType({})
     log: str = ""
@@ -119,6 +119,8 @@ class Task:
     """Which entries stand in a report's overview, as `where` of a Pivot."""
     reference: ClassVar[str] = ""
     """The paper's numbers in words, shown below the tables."""
+    quoted: ClassVar[bool] = True
+    """Whether a report shows its worst and best cases."""
     needs_model: ClassVar[bool] = False
     listed: ClassVar[bool] = True
     """Whether it is a command of `larimar bench`."""
