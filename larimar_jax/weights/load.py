@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import pathlib
 from types import ModuleType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from larimar_jax import decoders, encoders, layers, registry
 from larimar_jax.weights import gguf, huggingface, key_table
-from larimar_jax.weights.key_table import Source, WeightsError, Where
+from larimar_jax.weights.key_table import WeightsError, Where
 from larimar_jax.weights.packaged import PACKAGED, PINNED
 from larimar_jax.weights.tokenizer import Tokenizer
 
@@ -24,23 +24,8 @@ _FINITE = 1e15  # beyond every base of rotary positions, which are the largest n
 _LARGEST_HEADER = 100_000_000  # safetensors' own
 
 
-@runtime_checkable
-class Checkpoint(Protocol):
-    """A model as it was published: a folder or a GGUF file."""
-
-    path: str | pathlib.Path
-
-    def config(self) -> dict[str, Any]:
-        """Return its settings, as in a config.json of Hugging Face."""
-
-    def pooling(self) -> dict[str, Any]:
-        """Return how a sentence encoder pools, as settings of an encoder."""
-
-    def tensors(self) -> Source:
-        """Return its weights."""
-
-    def tokenizer(self) -> Tokenizer:
-        """Return its tokenizer."""
+# A model as it was published.
+Checkpoint = huggingface.Folder | gguf.Gguf
 
 
 def load_encoder(
@@ -140,9 +125,8 @@ def sizes(source: str, kind: ModuleType) -> tuple[type, Any]:
     Raises:
       FileNotFoundError, WeightsError: as they do.
     """
-    checkpoint = open_checkpoint(source)
-    family, config = describe(checkpoint, kind)
-    return family, _with_added(checkpoint, family, config, _tokenizer(checkpoint, family))
+    family, config, _, _ = _with_tokenizer(open_checkpoint(source), kind)
+    return family, config
 
 
 def fingerprint(source: str) -> str:
@@ -221,8 +205,10 @@ def _tokenizer(checkpoint: Checkpoint, family: type | None) -> Tokenizer:
     return tokenizer.with_specials(added) if added else tokenizer
 
 
-def _with_added(checkpoint: Checkpoint, family: type, config: Any, tokenizer: Tokenizer) -> Any:
-    """Return the sizes with rows for tokens that were added to the tokenizer (§2)."""
+def _with_tokenizer(checkpoint: Checkpoint, kind: ModuleType) -> tuple[type, Any, int, Tokenizer]:
+    """Return family, sizes, the rows in them for tokens that were added (§2), and the tokenizer."""
+    family, config = describe(checkpoint, kind)
+    tokenizer = _tokenizer(checkpoint, family)
     more = max(tokenizer.vocab_size - config.vocab_size, 0)
     if more > len(getattr(family, "added_tokens", ())):
         raise WeightsError(
@@ -230,7 +216,8 @@ def _with_added(checkpoint: Checkpoint, family: type, config: Any, tokenizer: To
             f" embedding table {config.vocab_size} rows; they are of different models, or tokens were"
             " added to the tokenizer alone"
         )
-    return dataclasses.replace(config, vocab_size=config.vocab_size + more)
+    config = dataclasses.replace(config, vocab_size=config.vocab_size + more)
+    return family, config, more, tokenizer
 
 
 def _load(
@@ -242,17 +229,12 @@ def _load(
     where: Where | None,
 ) -> tuple[nnx.Module, Tokenizer]:
     checkpoint = open_checkpoint(source)
-    family, config = describe(checkpoint, kind)
-    tokenizer = _tokenizer(checkpoint, family)
-    longer = _with_added(checkpoint, family, config, tokenizer)
-    abstract = nnx.eval_shape(lambda: family(longer, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
+    family, config, more, tokenizer = _with_tokenizer(checkpoint, kind)
+    abstract = nnx.eval_shape(lambda: family(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
     parameters = (
         (path, leaf.replace(jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(param_dtype))))
         for path, leaf in nnx.to_flat_state(nnx.state(abstract, nnx.Param))
     )
     nnx.update(abstract, nnx.from_flat_state(parameters))
-    more = longer.vocab_size - config.vocab_size
-    model = key_table.fill(
-        abstract, family.hf_keys, checkpoint.tensors(), where=where, more_rows=more
-    )
-    return model, tokenizer
+    tensors = checkpoint.tensors()
+    return key_table.fill(abstract, family.hf_keys, tensors, where=where, more_rows=more), tokenizer
