@@ -269,58 +269,48 @@ def add_arguments(parser: argparse.ArgumentParser, task: type[Task]) -> None:
     for field in dataclasses.fields(task):
         if "help" not in field.metadata:
             continue
-        required = field.default is dataclasses.MISSING
-        how = _argument(types_of[field.name], field.metadata["parse"])
+        help, default = field.metadata["help"].replace("%", "%%"), field.default
+        settings = _argument(types_of[field.name], field.metadata["parse"])
         if field.metadata["metavar"]:
-            how["metavar"] = field.metadata["metavar"]
-        help = field.metadata["help"].replace("%", "%%")
-        if not (
-            required or field.default in (None, ()) or field.default is False or "default" in help
-        ):
-            shown = field.default
-            help += f" ({' '.join(map(str, shown)) if isinstance(shown, tuple) else shown})"
-        flag = "--set" if field.name == "overrides" else f"--{field.name.replace('_', '-')}"
+            settings["metavar"] = field.metadata["metavar"]
         if field.name == "overrides":
-            how["action"] = "extend"
-        if not required:
-            how["default"] = (
-                list(field.default) if isinstance(field.default, tuple) else field.default
-            )
-        parser.add_argument(flag, dest=field.name, help=help, required=required, **how)
-
-
-def from_arguments(task: type[Task], arguments: argparse.Namespace) -> Task:
-    """Return the task of a parsed command line; ValueError where its options make no sense."""
-    values = {
-        field.name: getattr(arguments, field.name)
-        for field in dataclasses.fields(task)
-        if "help" in field.metadata
-    }
-    return task(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
-
-
-def from_settings(task: type[Task], settings: Mapping[str, Any]) -> Task:
-    """Return the task of a run's settings, for a report; its data and model are not read."""
-    recorded = settings.get("options", {})
-    values = {}
-    for field in dataclasses.fields(task):
-        if field.name in recorded:
-            value = recorded[field.name]
-            values[field.name] = tuple(value) if isinstance(value, list) else value
-        elif field.default is dataclasses.MISSING:
-            values[field.name] = ""
-    return task(**values)
+            settings["action"] = "extend"
+        settings["required"] = default is dataclasses.MISSING
+        if not settings["required"]:
+            settings["default"] = list(default) if isinstance(default, tuple) else default
+            if default not in (None, ()) and default is not False and "default" not in help:
+                help += (
+                    f" ({' '.join(map(str, default)) if isinstance(default, tuple) else default})"
+                )
+        flag = "set" if field.name == "overrides" else field.name.replace("_", "-")
+        parser.add_argument(f"--{flag}", dest=field.name, help=help, **settings)
 
 
 def _argument(annotation: Any, parse: Callable | None) -> dict[str, Any]:
     """What argparse needs of a field's type."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is bool:
         return {"action": "store_true"}
-    if typing.get_origin(annotation) is Literal:
-        return {"choices": typing.get_args(annotation)}
-    if typing.get_origin(annotation) is tuple:
-        return _argument(typing.get_args(annotation)[0], parse) | {"nargs": "+"}
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        (inner,) = (kind for kind in typing.get_args(annotation) if kind is not types.NoneType)
-        return _argument(inner, parse)
-    return {"type": parse or annotation}
+    if origin is Literal:
+        return {"choices": parts}
+    if origin is tuple:
+        return _argument(parts[0], parse) | {"nargs": "+"}
+    # What may be None is of its first type.
+    return _argument(parts[0], parse) if parts else {"type": parse or annotation}
+
+
+def from_arguments(task: type[Task], arguments: argparse.Namespace) -> Task:
+    """Return the task of a parsed command line; ValueError where its options make no sense."""
+    return _build(task, vars(arguments))
+
+
+def from_settings(task: type[Task], settings: Mapping[str, Any]) -> Task:
+    """Return the task of a run's settings, for a report; its data and model are not read."""
+    required = [f.name for f in dataclasses.fields(task) if f.default is dataclasses.MISSING]
+    return _build(task, dict.fromkeys(required, "") | settings.get("options", {}))
+
+
+def _build(task: type[Task], values: Mapping[str, Any]) -> Task:
+    names = {field.name for field in dataclasses.fields(task)}
+    values = {name: value for name, value in values.items() if name in names}
+    return task(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
