@@ -21,6 +21,24 @@ _LATENT, _VARIANCE = _ENCODER + "linear.weight", _MEMORY + "w_logvar"
 _START = _MEMORY + "ben_cohen_memory_init"
 HEAD = _DECODER + "lm_head.weight"
 
+# Where a tower's layers are, and sizes as axes of its tensors: field → (tensor, axis).
+_LAYERS = {"bert": _ENCODER + "encoder.layer.", "gpt2": _BLOCKS + "h.", "gptj": _BLOCKS + "h."}
+_WORDS = {"vocab_size": (_BLOCKS + "wte.weight", 0), "width": (_BLOCKS + "wte.weight", 1)}
+_SIZES = {
+    "bert": {
+        "vocab_size": (_ENCODER + "embeddings.word_embeddings.weight", 0),
+        "width": (_ENCODER + "embeddings.word_embeddings.weight", 1),
+        "mlp": (_LAYERS["bert"] + "0.intermediate.dense.weight", 0),
+        "max_length": (_ENCODER + "embeddings.position_embeddings.weight", 0),
+        "type_vocab": (_ENCODER + "embeddings.token_type_embeddings.weight", 0),
+    },
+    "gpt2": {
+        **_WORDS,
+        "mlp": (_BLOCKS + "h.0.mlp.c_fc.weight", 1),
+        "max_length": (_BLOCKS + "wpe.weight", 0),
+    },
+    "gptj": {**_WORDS, "mlp": (_BLOCKS + "h.0.mlp.fc_in.weight", 0)},
+}
 # Shapes do not tell how large a head is; these are the sizes of every released model.
 HEAD_SIZES = {"bert": 64, "gpt2": 64, "gptj": 256}
 ROTARY = 64
@@ -64,18 +82,27 @@ def describe(
         missing or have another number of axes, with every other missing and unknown name; or
         everything in which the model was trained in a way that is not computed here.
     """
-    sizes = _Sizes(source)
-    shapes = sizes.shapes
+    shapes, problems = source.shapes(), []
     family = "gptj" if any(".mlp.fc_in." in name for name in shapes) else "gpt2"
-    slots, latent = sizes.of(_MEMORY + "memory_mean", 2)
+    slots, latent = (_size(shapes, problems, _MEMORY + "memory_mean", axis) for axis in (0, 1))
     setting = _setting(shapes, slots, latent)
     keys = _keys(family, slots, latent, setting)
-    encoder = _encoder(sizes, assumptions)
-    decoder = _decoder(sizes, family, assumptions)
-    if sizes.problems:
+    encoder = _tower(shapes, problems, "bert", assumptions.encoder_head, "--encoder-head-size")
+    encoder |= dict(norm_eps=1e-12, pooling="cls", normalize=False)
+    decoder = _tower(shapes, problems, family, assumptions.decoder_head, "--decoder-head-size")
+    decoder["norm_eps"] = 1e-5
+    if family == "gptj":
+        head, rotary = decoder["width"] // decoder["heads"], assumptions.rotary
+        if head and (rotary % 2 or not 0 < rotary <= head):
+            problems.append(f"{rotary} rotated numbers of a head of {head}; set --rotary, even")
+        # Rotary positions leave no table: the causal mask, where it was saved, tells how many.
+        length = shapes.get(_BLOCKS + "h.0.attn.bias", (2048,))[-1]
+        decoder |= dict(rotary=rotary, max_length=length)
+    if problems:
+        problems += _unmatched(shapes, keys, family)
         raise WeightsError(
             f"{source.path} is no whole checkpoint of the released code (§9), or its head sizes are "
-            "not the released ones:\n  " + "\n  ".join(sizes.problems + sizes.unmatched(keys))
+            "not the released ones:\n  " + "\n  ".join(dict.fromkeys(problems))
         )
     computed = {
         "encoder_model_type": "bert",
@@ -174,67 +201,68 @@ def _shorten(value: Any) -> str:
         return f"a {type(value).__name__}"
 
 
-class _Sizes:
-    """Sizes out of shapes; what cannot be read is collected in `problems` and counts as 0."""
-
-    def __init__(self, source: Source):
-        self.shapes, self.problems = source.shapes(), []
-        self.depths = {_ENCODER: self._depth(_ENCODER + "encoder.layer.")}
-        self.depths[_BLOCKS] = self._depth(_BLOCKS + "h.")
-
-    def of(self, name: str, axes: int) -> tuple[int, ...]:
-        """Return a tensor's shape."""
-        shape = self.shapes.get(name)
-        if shape is not None and len(shape) == axes:
-            return tuple(shape)
-        self.problems.append(
-            f"missing: {name}" if shape is None else f"misshapen: {name} {shape}, not {axes} axes"
+def _tower(
+    shapes: Mapping[str, tuple[int, ...]],
+    problems: list[str],
+    family: str,
+    head: int | None,
+    option: str,
+) -> dict[str, Any]:
+    """Return a tower's sizes out of shapes; what cannot be read joins `problems` and counts as 0."""
+    layers, prefix = _layers(shapes, family), _LAYERS[family]
+    if layers[-1] >= len(layers) or len(layers) >= DEEPEST:
+        problems.append(
+            f"layers: {prefix}{layers[-1]} is the last of {len(layers)} that are there; from 0"
+            f" on all belong there, and fewer than {DEEPEST}"
         )
-        return (0,) * axes
+    sizes = {field: _size(shapes, problems, *place) for field, place in _SIZES[family].items()}
+    width, head = sizes["width"], HEAD_SIZES[family] if head is None else head
+    if head < 1 or width % head:
+        problems.append(f"a width of {width} is not a multiple of heads of {head}; set {option}")
+        head = max(1, width)
+    return {"family": family, **sizes, "depth": len(layers), "heads": max(1, width // head)}
 
-    def _depth(self, prefix: str) -> list[int]:
-        """Return the layers' numbers; a problem where one is missing, or no model has so many."""
-        layer = re.compile(re.escape(prefix) + r"([0-9]{1,9})\.")
-        numbers = sorted({int(m[1]) for name in self.shapes if (m := layer.match(name))})
-        if numbers and (numbers[-1] >= len(numbers) or len(numbers) >= DEEPEST):
-            self.problems.append(
-                f"layers: {prefix}{numbers[-1]} is the last of {len(numbers)} that are there; from 0"
-                f" on all belong there, and fewer than {DEEPEST}"
-            )
-        return numbers or [0]
 
-    def heads(self, width: int, size: int | None, family: str, option: str) -> int:
-        """Return the number of heads in a width."""
-        size = HEAD_SIZES[family] if size is None else size
-        if size < 1 or width % size:
-            self.problems.append(
-                f"a width of {width} is not a multiple of heads of {size}; set {option}"
-            )
-            return 1
-        return max(1, width // size)
+def _size(shapes: Mapping[str, tuple[int, ...]], problems: list[str], name: str, axis: int) -> int:
+    """Return the length of one axis of a matrix."""
+    shape = shapes.get(name)
+    if shape is not None and len(shape) == 2:
+        return shape[axis]
+    problems.append(
+        f"missing: {name}" if shape is None else f"misshapen: {name} {shape}, not 2 axes"
+    )
+    return 0
 
-    def unmatched(self, keys: Keys) -> list[str]:
-        """Return names that no row knows, and rows that no name fills, beyond those in `problems`."""
-        # σ_W has a name for each setting.
-        known = (_VARIANCE, _VARIANCE + ".weight")
-        table = [(pattern(template), template) for template, _, _ in keys]
-        lines, filled = [], set()
-        for name in self.shapes:
-            hits = [(m, template) for p, template in table if (m := p.fullmatch(name))]
-            filled |= {(template, int(m.groupdict().get("layer") or 0)) for m, template in hits}
-            if name not in known and not hits:
-                lines.append(f"unused: {name}")
-        if not any(name in known for name in self.shapes):
-            lines.append(f"missing: {_VARIANCE}")
-        for template, target, _ in keys:
-            if target is None or _VARIANCE in template:
-                continue
-            name = re.sub(r"\(([^|)]*).*?\)", r"\1", template)
-            layers = self.depths[_ENCODER if template.startswith(_ENCODER) else _BLOCKS]
-            for layer in layers if "{layer}" in template else (0,):
-                if (template, layer) not in filled:
-                    lines.append("missing: " + name.replace("{layer}", str(layer)))
-        return [line for line in dict.fromkeys(lines) if line not in self.problems]
+
+def _layers(shapes: Mapping[str, tuple[int, ...]], family: str) -> list[int]:
+    """Return the numbers of the layers that are there, or the first."""
+    layer = re.compile(re.escape(_LAYERS[family]) + r"([0-9]{1,9})\.")
+    return sorted({int(m[1]) for name in shapes if (m := layer.match(name))}) or [0]
+
+
+def _unmatched(shapes: Mapping[str, tuple[int, ...]], keys: Keys, family: str) -> list[str]:
+    """Return names that no row knows, and rows that no name fills."""
+    # σ_W has a name for each setting.
+    known = (_VARIANCE, _VARIANCE + ".weight")
+    table = [(pattern(template), template) for template, _, _ in keys]
+    numbers = {tower: _layers(shapes, tower) for tower in ("bert", family)}
+    lines, filled = [], set()
+    for name in shapes:
+        hits = [(m, template) for p, template in table if (m := p.fullmatch(name))]
+        filled |= {(template, int(m.groupdict().get("layer") or 0)) for m, template in hits}
+        if name not in known and not hits:
+            lines.append(f"unused: {name}")
+    if not any(name in known for name in shapes):
+        lines.append(f"missing: {_VARIANCE}")
+    for template, target, _ in keys:
+        if target is None or _VARIANCE in template:
+            continue
+        name = re.sub(r"\(([^|)]*).*?\)", r"\1", template)
+        layers = numbers["bert" if template.startswith(_ENCODER) else family]
+        for layer in layers if "{layer}" in template else (0,):
+            if (template, layer) not in filled:
+                lines.append("missing: " + name.replace("{layer}", str(layer)))
+    return lines
 
 
 def _keys(family: str, slots: int, latent: int, setting: str) -> Keys:
@@ -276,48 +304,6 @@ def _keys(family: str, slots: int, latent: int, setting: str) -> Keys:
         by_memory = lambda a: a[:, -slots * latent :].T.reshape(shape)  # noqa: E731
         rows.append((_VARIANCE + ".weight", "memory.variance_by_memory", by_memory))
     return rows
-
-
-def _encoder(sizes: _Sizes, assumptions: Assumptions) -> dict[str, Any]:
-    words, width = sizes.of(_ENCODER + "embeddings.word_embeddings.weight", 2)
-    return dict(
-        family="bert",
-        vocab_size=words,
-        width=width,
-        depth=len(sizes.depths[_ENCODER]),
-        heads=sizes.heads(width, assumptions.encoder_head, "bert", "--encoder-head-size"),
-        mlp=sizes.of(_ENCODER + "encoder.layer.0.intermediate.dense.weight", 2)[0],
-        max_length=sizes.of(_ENCODER + "embeddings.position_embeddings.weight", 2)[0],
-        type_vocab=sizes.of(_ENCODER + "embeddings.token_type_embeddings.weight", 2)[0],
-        norm_eps=1e-12,
-        pooling="cls",
-        normalize=False,
-    )
-
-
-def _decoder(sizes: _Sizes, family: str, assumptions: Assumptions) -> dict[str, Any]:
-    words, width = sizes.of(_BLOCKS + "wte.weight", 2)
-    config = dict(
-        family=family,
-        vocab_size=words,
-        width=width,
-        depth=len(sizes.depths[_BLOCKS]),
-        heads=sizes.heads(width, assumptions.decoder_head, family, "--decoder-head-size"),
-        norm_eps=1e-5,
-    )
-    if family == "gpt2":
-        config["mlp"] = sizes.of(_BLOCKS + "h.0.mlp.c_fc.weight", 2)[1]
-        config["max_length"] = sizes.of(_BLOCKS + "wpe.weight", 2)[0]
-        return config
-    config |= dict(mlp=sizes.of(_BLOCKS + "h.0.mlp.fc_in.weight", 2)[0], rotary=assumptions.rotary)
-    head = width // config["heads"]
-    if width and (assumptions.rotary % 2 or not 0 < assumptions.rotary <= head):
-        sizes.problems.append(
-            f"{assumptions.rotary} rotated numbers of a head of {head}; set --rotary, even"
-        )
-    # Rotary positions leave no table: the causal mask, where it was saved, tells how many.
-    config["max_length"] = sizes.shapes.get(_BLOCKS + "h.0.attn.bias", (2048,))[-1]
-    return config
 
 
 def _setting(shapes: Mapping[str, tuple[int, ...]], slots: int, latent: int) -> str:
