@@ -98,6 +98,17 @@ def test_every_kind_leaves_padding_out_and_serves_a_memory(kind, rows):
     want = ours.T @ np.linalg.solve(ours @ ours.T + 1e-3 * np.eye(N), np.float64(values))
     np.testing.assert_allclose(ours @ np.float64(state.solution), ours @ want, atol=1e-4)
 
+    # Every real number is a leaf: ridges and widths are swept in one `vmap`.
+    def latent(variant):
+        prepared = variant.prepare(params)
+        state = variant.write(prepared, variant.empty(prepared), jnp.float32(z), values)
+        return variant.read(prepared, state, jnp.float32(z)).latent
+
+    doubled = jax.tree.map(lambda x: 2 * x, variant)
+    swept = jax.tree.map(lambda *x: jnp.float32(x), variant, doubled)
+    for together, alone in zip(jax.vmap(latent)(swept), (variant, doubled), strict=True):
+        np.testing.assert_allclose(together, latent(alone), atol=1e-4)
+
     def read(reference):
         prepared = variant.prepare(dataclasses.replace(params, reference_memory=reference))
         state = variant.write(prepared, variant.empty(prepared), jnp.float32(z), values)

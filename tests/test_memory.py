@@ -1,5 +1,6 @@
 """The memory contract, for every variant in the folder."""
 
+import dataclasses
 import functools
 import re
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from algebra import C, K, N, close, facts, matrix
 
-from larimar_jax import memory
+from larimar_jax import memory, objective
 from larimar_jax.memory.direct import Direct
 from larimar_jax.memory.newton_schulz import NewtonSchulz
 from larimar_jax.memory.pytrees import pytree
@@ -195,25 +196,56 @@ def loss(variant, params, keys, values, queries):
 gradient = jax.jit(jax.grad(loss, argnums=(1, 2, 3, 4)))
 
 
+def assert_slope(function, argument, gradient, seed, step=5e-3):
+    """Assert that a gradient is the central difference along a random direction."""
+    rng = np.random.default_rng(seed)
+    direction = jax.tree.map(lambda x: rng.standard_normal(x.shape), argument)
+
+    def value(size):
+        return float(
+            function(jax.tree.map(lambda x, d: jnp.float32(x + size * d), argument, direction))
+        )
+
+    slope = (value(step) - value(-step)) / (2 * step)
+    products = jax.tree.map(lambda g, d: float(np.sum(g * d)), gradient, direction)
+    ours = sum(jax.tree.leaves(products))
+    assert abs(ours - slope) <= 2e-2 * max(1.0, abs(slope)), (seed, ours, slope)
+
+
 def test_gradients_are_those_of_finite_differences(contract):
     variant, params, _ = contract
     keys, values = facts(9)
     arguments = (params, keys, values, keys + 0.3)
     at = jax.jit(functools.partial(loss, variant))
-    gradients = gradient(variant, *arguments)
-    for part in range(4):
-        rng = np.random.default_rng(part)
-        leaves, tree = jax.tree.flatten(arguments[part])
-        direction = [rng.standard_normal(x.shape) for x in leaves]
+    for part, slopes in enumerate(gradient(variant, *arguments)):
+        before, after = arguments[:part], arguments[part + 1 :]
+        function = lambda x, before=before, after=after: at(*before, x, *after)  # noqa: E731
+        assert_slope(function, arguments[part], slopes, part)
 
-        def value(step, part=part, leaves=leaves, tree=tree, direction=direction):
-            moved = [jnp.float32(x + step * d) for x, d in zip(leaves, direction, strict=True)]
-            return float(at(*arguments[:part], tree.unflatten(moved), *arguments[part + 1 :]))
 
-        slope = (value(5e-3) - value(-5e-3)) / 1e-2
-        pairs = zip(jax.tree.leaves(gradients[part]), direction, strict=True)
-        ours = sum(float(np.sum(g * d)) for g, d in pairs)
-        assert abs(ours - slope) <= 2e-2 * max(1.0, abs(slope)), (part, ours, slope)
+def test_gradients_reach_every_part_of_the_variance(contract):
+    variant, params, _ = contract
+    (keys, queries), rng = facts(14), np.random.default_rng(0)
+    shapes = dict(log_variance=(K,), variance_by_query=(C, K), variance_by_memory=(K, C, K))
+    parts = {n: jnp.float32(rng.normal(0, 0.05, shape)) for n, shape in shapes.items()}
+
+    # One program for both: differences need the value alone.
+    @jax.jit
+    @jax.value_and_grad
+    def sampled_loss(parts):
+        prepared = variant.prepare(dataclasses.replace(params, **parts))
+        state = variant.write(prepared, variant.empty(prepared), keys, keys)
+        reading = variant.read(prepared, state, queries, jax.random.key(7))
+        kl = objective.addressing_kl(jnp.zeros_like(reading.weights), reading.log_variance, 0.0)
+        return jnp.sum(jnp.sin(reading.latent)) + jnp.sum(kl)
+
+    _, slopes = sampled_loss(parts)
+    for name, slope in slopes.items():
+        # Where a memory has free slots their rows are zero, and so are the slopes of B there.
+        is_full = variant.SAME == "matrix" or name != "variance_by_memory"
+        assert jnp.all(slope != 0.0) if is_full else jnp.any(slope != 0.0)
+        function = lambda x, name=name: sampled_loss(parts | {name: x})[0]  # noqa: E731
+        assert_slope(function, parts[name], slope, 5, 1e-3)
 
 
 def test_gradients_are_finite_for_repeats_and_padding(contract):
@@ -257,6 +289,18 @@ def test_a_variant_is_compiled_once_for_all_reals_and_branches_on_a_python_sign(
     assert len(signs_seen) == 3
 
 
-def test_a_prior_of_another_size_is_refused(contract):
-    with pytest.raises(ValueError, match=r"shape \(3, 9\).*expects \(6, 9\)"):
-        contract[0].prepare(memory.MemoryParams(jnp.zeros((3, C)), jnp.zeros(())))
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("prior_memory", (3, C)),
+        ("reference_memory", (3, C)),
+        ("log_variance", (1,)),
+        ("variance_by_query", (1, K)),
+        ("variance_by_memory", (K, C, 1)),
+    ],
+)
+def test_a_parameter_of_another_size_is_refused(contract, name, shape):
+    params = memory.MemoryParams(jnp.eye(K, C), jnp.zeros(()))
+    object.__setattr__(params, name, jnp.zeros(shape))  # The constructor would refuse it in tests.
+    with pytest.raises(ValueError, match=rf"{name} has shape {re.escape(str(shape))}.*expects"):
+        contract[0].prepare(params)

@@ -110,65 +110,42 @@ def test_it_is_right_after_each_fact():
         assert distance(now.solution, exact(variant, prepared, keys, values, inside)[0]) < 3e-5
 
 
-def test_what_was_never_written_is_refused_and_changes_nothing():
-    variant, prepared = built(1e-2, 0.0)
-    keys, values = float32(5, 6)
-    before = begin(variant, prepared, keys, values)
-    # One that is in, one that never was (twice, among others), padding, and one more that is in.
-    rows = np.array([0, 30, 31, 30, 2])
-    key = keys[rows].at[2].set(0.0)
-    after, steps = rls.stream(variant, prepared, before, key, values[rows], -1)
+# Rows of the key and of the value that are to be forgotten, of which 0 to 11 are in.
+NOT_IN = {"never written": (30, 30, 0.0), "a written key, another value": (3, 30, 0.5)}
+
+
+@pytest.mark.parametrize("key, value, noise", NOT_IN.values(), ids=NOT_IN)
+def test_a_forget_of_what_is_not_in_is_refused_and_changes_nothing(key, value, noise):
+    """With another value G is that of the facts that are left, and only the sums of values know."""
+    variant, prepared = built(1e-2, noise)
+    k, v = float32(5, 6)
+    before = begin(variant, prepared, k, v)
+    for rows, others in (
+        ([key], [value]),
+        ([key, 0], [value, 0]),
+    ):  # A batch is refused as a whole.
+        wrong = k[jnp.array(rows)], v[jnp.array(others)]
+        state, certificate = diagnostics.forget(variant, prepared, before.state, *wrong)
+        assert bool(certificate.refused)
+        row_by_row = rls.forget(variant, prepared, before, *wrong)  # The pending facts stay in.
+        for after in (state, variant.forget(prepared, before.state, *wrong), row_by_row.state):
+            assert int(after.refused) == len(rows) and int(after.count) == IN
+            np.testing.assert_array_equal(after.gram.total(), before.state.gram.total())
+        np.testing.assert_array_equal(state.solution, before.state.solution)
+    # In a stream: what is in, what is not (twice), padding, and one more that is in.
+    rows, others = np.array([0, key, 31, key, 2]), np.array([0, value, 31, value, 2])
+    after, steps = rls.stream(variant, prepared, before, k[rows].at[2].set(0.0), v[others], -1)
     assert steps.refused.tolist() == [False, True, False, True, False]
     assert int(after.state.refused) == 2 and int(after.count) == IN - 2
-    rest = [row for row in range(IN) if row not in (0, 2)]
-    want, _ = exact(variant, prepared, keys, values, rest)
+    want, _ = exact(variant, prepared, k, v, [row for row in range(IN) if row not in (0, 2)])
     # Neither M nor the statistics owe anything.
     for solution in (after.solution, rls.to_state(variant, prepared, after).solution):
         assert distance(solution, want) < 1e-4
 
 
-def test_a_written_key_with_another_value_is_refused():
-    """G is then that of the facts that are left, and only the sums of values know."""
-    variant, prepared = built(1e-2, 0.5)
-    k, v = float32(5, 6)
-    before = begin(variant, prepared, k, v)
-    # What is written is never refused, whatever its sign is known by.
-    signs = jnp.ones(IN, jnp.int32)
-    near = variant.update(prepared, before.state, k[:IN] * 1.0001, v[:IN], signs)
-    assert int(near.count) == 2 * IN and int(near.refused) == 0
-    for rows in ([3], [3, 0]):
-        row = jnp.array(rows)
-        wrong = v[row].at[0].set(v[30])
-        state, certificate = diagnostics.forget(variant, prepared, before.state, k[row], wrong)
-        assert bool(certificate.refused) and int(state.refused) == len(rows)
-        np.testing.assert_array_equal(state.solution, before.state.solution)
-        np.testing.assert_array_equal(state.gram.total(), before.state.gram.total())
-        # By the same code, row by row: the pending facts stay in.
-        refused = rls.forget(variant, prepared, before, k[row], wrong)
-        assert int(refused.state.refused) == len(rows) and int(refused.count) == IN
-    rows, others = jnp.array([0, 3, 2]), jnp.array([0, 30, 2])
-    after, steps = rls.stream(variant, prepared, before, k[rows], v[others], -1)
-    assert steps.refused.tolist() == [False, True, False] and int(after.state.refused) == 1
-    rest = [row for row in range(IN) if row not in (0, 2)]
-    assert distance(after.solution, exact(variant, prepared, k, v, rest)[0]) < 1e-4
-
-
 @pytest.mark.parametrize("noise", [0.0, 0.5])
 @pytest.mark.parametrize("ridge", [1.0, 1e-2, 1e-4])
-def test_nothing_can_be_forgotten_of_a_memory_without_facts(ridge, noise):
-    variant, prepared = built(ridge, noise)
-    k, v = float32(5, 6)
-    empty = variant.empty(prepared)
-    _, certificate = diagnostics.forget(variant, prepared, empty, 0.01 * k[:1], v[:1])
-    assert bool(certificate.refused)
-    start = rls.init(variant, prepared, empty)
-    _, steps = rls.stream(variant, prepared, start, 0.01 * k[:1], v[:1], -1)
-    assert steps.refused.tolist() == [True]
-
-
-@pytest.mark.parametrize("noise", [0.0, 0.5])
-@pytest.mark.parametrize("ridge", [1.0, 1e-2, 1e-4])
-def test_no_fact_that_is_in_is_refused(ridge, noise):
+def test_no_fact_that_is_in_is_refused_and_every_one_of_an_empty_memory_is(ridge, noise):
     """Down to the last one, fewer facts than slots and more, duplicates and small ones among them."""
     variant, prepared = built(ridge, noise)
     for total in (IN, K, POOL):
@@ -185,6 +162,14 @@ def test_no_fact_that_is_in_is_refused(ridge, noise):
             state, certificate = diagnostics.forget(variant, prepared, state, k[rows], v[rows])
             assert not bool(certificate.refused)
         assert int(state.count) == 0 and distance(state.solution, prepared.prior_memory) < 1e-3
+    # What is written is never refused, whatever its sign is known by.
+    near = variant.update(prepared, start.state, k * 1.0001, v, jnp.ones(POOL, jnp.int32))
+    assert int(near.count) == 2 * POOL and int(near.refused) == 0
+    empty = variant.empty(prepared)
+    _, certificate = diagnostics.forget(variant, prepared, empty, 0.01 * k[:1], v[:1])
+    assert bool(certificate.refused)
+    now = rls.init(variant, prepared, empty)
+    assert rls.stream(variant, prepared, now, 0.01 * k[:1], v[:1], -1)[1].refused.tolist() == [True]
 
 
 def test_what_float32_cannot_write_is_counted_as_refused():

@@ -5,11 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from algebra import C, K, check, close, facts, matrix, prepare, ridge_solution, seeds
+from algebra import check, close, matrix, prepare, ridge_solution, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from larimar_jax.memory.addressing import Gaussian
 from larimar_jax.memory.streaming import Streaming
 
 SIZES = (8, 6)
@@ -34,29 +33,21 @@ def signs(n, sign):
 
 
 @check
-@given(st.floats(1e-2, 10.0), st.integers(0, 11), seeds)
+@given(st.just(1e-3) | st.floats(1e-2, 10.0), st.integers(0, 11), seeds)
 def test_streaming_is_ridge_least_squares_in_any_order(ridge, split, seed):
     variant, prepared, k, v, _, solution = stream(seed, ridge)
     update = functools.partial(variant.update, prepared)
     at_once = update(variant.empty(prepared), k, v, signs(12, 1))
-    close(at_once.solution, solution(), 1e-5)
+    tolerance = 1e-5 if ridge >= 1e-2 else 1e-4  # κ ≤ 100, κ ≤ 1000
+    close(at_once.solution, solution(), tolerance)
     state = variant.empty(prepared)
     for i in np.random.default_rng(seed).permutation(12):
         state = update(state, k[i : i + 1], v[i : i + 1], signs(1, 1))
-    close(state.solution, at_once.solution, 1e-5)
+    close(state.solution, at_once.solution, tolerance)
     # Any one of them is forgotten: M never saw it.
     state = update(state, k[split : split + 1], v[split : split + 1], signs(1, -1))
     close(state.solution, solution(np.delete(np.arange(12), split)), 1e-4)
     assert int(state.count) == 11 and int(state.refused) == 0
-
-
-@check
-@given(seeds)
-def test_streaming_forgets_at_a_small_ridge(seed):
-    variant, prepared, k, v, _, solution = stream(seed, 1e-3)
-    state = variant.update(prepared, variant.empty(prepared), k, v, signs(12, 1))
-    state = variant.update(prepared, state, k[3:4], v[3:4], signs(1, -1))
-    close(state.solution, solution(np.delete(np.arange(12), 3)), 1e-4)
 
 
 def test_streaming_tends_to_the_pseudo_inverse():
@@ -69,42 +60,9 @@ def test_streaming_tends_to_the_pseudo_inverse():
     close(state.solution, want, 1e-2)
 
 
-def test_streaming_sweeps_ridges_and_widths_in_one_vmap():
-    m0, keys, values = matrix(4, *SIZES), matrix(5, 12, 6), matrix(6, 12, 6)
-    k, v = jnp.float32(keys), jnp.float32(values)
-    prepared = prepare(Streaming(*SIZES, addressing=Gaussian()), m0)
-
-    def solve(ridge, width):
-        swept = Streaming(*SIZES, ridge=ridge, query_noise=0.0, addressing=Gaussian(width))
-        return swept.write(prepared, swept.empty(prepared), k, v).solution
-
-    ridges, widths = np.float32([0.3, 1.0, 10.0]), np.float32([0.1, 1.0, 3.0])
-    solved = jax.jit(jax.vmap(solve))(ridges, widths)
-    for solution, ridge, width in zip(solved, ridges, widths, strict=True):
-        weights = Gaussian(jnp.float32(width)).weigh(jnp.float32(m0), k)
-        close(solution, ridge_solution(m0, np.float64(weights), values, float(ridge)), 1e-5)
-
-
-def test_streaming_accumulates_a_long_stream_before_it_solves():
-    variant, prepared, k, v, weights, solution = stream(5, 0.1)
-    batches = (k.reshape(4, 3, 6), v.reshape(4, 3, 6))
-
-    def step(state, batch):
-        return variant.accumulate(prepared, state, *batch, signs(3, 1)), None
-
-    @jax.jit
-    def run(state):
-        return variant.solve(prepared, jax.lax.scan(step, state, batches)[0])
-
-    state = run(variant.empty(prepared))
-    close(state.solution, solution(), 1e-5)
-    true = np.linalg.cond(weights.T @ weights + float(variant.ridge) * np.eye(8))
-    assert 0.3 * true < float(variant.condition(state)) < 1.01 * true
-
-
 def test_streaming_does_not_drift():
     """Two thousand writes and forgets later the memory is that of the eight facts left (§4)."""
-    variant, prepared, k, v, _, solution = stream(6, 1e-2, n=16)
+    variant, prepared, k, v, weights, solution = stream(6, 1e-2, n=16)
     rng = np.random.default_rng(0)
     alive, changes = set(range(8)), [(i, 1) for i in range(8)]
     for _ in range(1000):
@@ -122,11 +80,6 @@ def test_streaming_does_not_drift():
     state = variant.solve(prepared, run(variant.empty(prepared)))
     close(state.solution, solution(sorted(alive)), 1e-4)
     assert int(state.count) == 8
-
-
-def test_streaming_addresses_by_a_reference_of_its_own():
-    reference, (keys, _) = jnp.float32(matrix(8, K, C)), facts(13)
-    variant = Streaming(K, C)
-    prepared = prepare(variant, matrix(7, K, C), reference_memory=reference)
-    weights = variant.read(prepared, variant.empty(prepared), keys).weights
-    close(weights, np.float64(keys) @ np.linalg.pinv(np.float64(reference)), 1e-4)
+    rows = weights[sorted(alive)]
+    true = np.linalg.cond(rows.T @ rows + float(variant.ridge) * np.eye(8))
+    assert 0.3 * true < float(variant.condition(state)) < 1.01 * true

@@ -203,6 +203,7 @@ class Memory(abc.ABC):
         # One element of a wrong shape would broadcast, and σ_W differ from what was learned.
         expected = {
             "prior_memory": ((k, c),),
+            "reference_memory": ((k, c),),
             "log_variance": ((), (k,)),
             "variance_by_query": ((c, k),),
             "variance_by_memory": ((k, c, k),),
