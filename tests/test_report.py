@@ -154,6 +154,9 @@ def test_a_curve_is_of_one_value_of_the_factors_and_bars_stand_at_several():
     assert [label.partition(", ")[2] for label in labels] == [
         f"facts = {facts}" for facts in (200, 1, 20)
     ]
+    lines = [container[0] for container in axes.containers]
+    assert len({line.get_color() for line in lines}) == 1
+    assert len({line.get_linestyle() for line in lines}) == 3
     axes.clear()
     figures.draw(axes, task, *task.plots, results)
     ticks = [tick.get_text() for tick in axes.get_xticklabels()]

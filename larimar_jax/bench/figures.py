@@ -90,19 +90,25 @@ def _curves(axes, task, plot, name, entries) -> None:
     points = sorted({entry[plot.x] for entry in entries if entry.get(plot.x) is not None})
     # Sizes that double, and values that are no sizes, stand at even distances.
     places = {point: point if plot.log == "x" else n for n, point in enumerate(points)}
-    for number, (label, group) in enumerate(_groups(task, (plot.x,), entries).items()):
+    # A colour for each system; its lines differ in their style.
+    lines_of: dict[str, int] = {}
+    for label, group in _groups(task, (plot.x,), entries).items():
+        system = group[0]["system"]
+        style = lines_of[system] = lines_of.get(system, -1) + 1
+        color = f"C{list(lines_of).index(system)}"
         on_axis = [entry for entry in group if entry.get(plot.x) is not None]
         if not on_axis:
             level = group[0][name]["mean"]
-            axes.axhline(level, color=f"C{number}", linestyle=":", label=label)
+            axes.axhline(level, color=color, linestyle=(":", "-.")[style % 2], label=label)
             continue
         x = [places[entry[plot.x]] for entry in on_axis]
         means = [entry[name]["mean"] for entry in on_axis]
         errors = [entry[name]["standard_error"] or math.nan for entry in on_axis]
-        axes.errorbar(x, means, errors, marker="o", color=f"C{number}", label=label)
+        drawn = dict(marker="o", color=color, linestyle=("-", "--", "-.", ":")[style % 4])
+        axes.errorbar(x, means, errors, label=label, **drawn)
     if plot.log == "x":
         axes.set_xscale("log", base=2)
-    axes.set_xticks(list(places.values()), [str(point) for point in points])
+    axes.set_xticks(list(places.values()), [summaries.label(task, point) for point in points])
     axes.set_xlabel(plot.xlabel or summaries.label(task, plot.x))
 
 
