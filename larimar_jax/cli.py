@@ -245,10 +245,10 @@ def list_facts(*, history: bool = False, session: str = SESSION) -> None:
     """
     from larimar_jax import session_file
 
-    saved = session_file.load(_existing(session))
-    for line in saved.history if history else saved.facts:
+    ledger, _ = session_file.load(_existing(session))
+    for line in ledger.history if history else ledger.facts.values():
         print(line)
-    if not (saved.facts or history):
+    if not (ledger.facts or history):
         print("(nothing written)", file=sys.stderr)
 
 

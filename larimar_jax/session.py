@@ -29,28 +29,19 @@ from larimar_jax.packing import steps_bucket
 from larimar_jax.pipeline import Pipeline, load
 from larimar_jax.session_file import (
     Answer,
-    DamagedSession,
     EmptyFact,
     Event,
     Fact,
+    FactRows,
     Forgotten,
+    Ledger,
     MemoryNotFinite,
     UnknownFact,
     WrongModel,
-    event,
 )
 
 # Cosine of two prompts from which one is easily taken for the other.
 _NEAR = 0.95
-
-
-@dataclasses.dataclass(frozen=True)
-class FactRows:
-    """The rows of a fact, so that it can be forgotten by exactly what was written."""
-
-    embedding: Float[np.ndarray, "n H"]
-    key: Float[np.ndarray, "n C"]
-    value: Float[np.ndarray, "n C"]
 
 
 class _Recall(NamedTuple):
@@ -73,10 +64,7 @@ class Session:
         self.model = model if isinstance(model, Pipeline) else load(model)
         memory, prepared = self.model.memory, self.model.prepared
         self._memory = rls.init(memory, prepared, memory.empty(prepared))
-        self._facts: dict[int, Fact] = {}
-        self._rows: dict[int, FactRows] = {}
-        self._events: list[Event] = []
-        self._next_id = 1
+        self._ledger = Ledger(self.model.source, self.model.fingerprint)
 
     @property
     def state(self) -> StreamingState:
@@ -105,27 +93,22 @@ class Session:
         encodings = self.model.encode(texts, [None] * count + [answer] * count)
         latent = encodings.latent
         rows = FactRows(encodings.embedding[:count], latent[:count], latent[count:])
-        former = next((fact for fact in self._facts.values() if fact.prompt == prompts[0]), None)
-        memory, events, note = self._memory, [], ""
+        memory, ledger, note = self._memory, self._ledger, ""
+        former = next((fact for fact in self.list() if fact.prompt == prompts[0]), None)
         if former is not None:
             note = f"replaces {former}"
-            memory, milliseconds = self._without(memory, self._rows[former.id])
-            events.append(event("forget", former, milliseconds))
-        elif self._facts:
+            memory, milliseconds = self._without(memory, ledger.rows[former.id])
+            ledger = ledger.without(former, milliseconds)
+        elif ledger.facts:
             ids, written = self._written()
             match = scope.nearest_key(rows.embedding[:1], [0], written)
             if match.score[0] >= _NEAR:
                 near = f"fact {ids[match.key[0]]} (cosine {match.score[0]:.2f})"
                 note = f"its prompt is hard to tell from that of {near}"
         memory, milliseconds = self._with(memory, rows)
-        fact = Fact(self._next_id, prompts[0], answer, prompts[1:])
-        events.append(event("write", fact, milliseconds, note))
-        self._memory = memory
-        if former is not None:
-            del self._facts[former.id], self._rows[former.id]
-        self._facts[fact.id], self._rows[fact.id] = fact, rows
-        self._next_id += 1
-        self._events += events
+        fact = Fact(ledger.next_id, prompts[0], answer, prompts[1:])
+        ledger = ledger.with_fact(fact, rows, milliseconds, note)
+        self._memory, self._ledger = memory, ledger
         return fact
 
     def forget(self, fact_id: int) -> Forgotten:
@@ -136,21 +119,21 @@ class Session:
           UnknownFact: it is not there: never written, or forgotten before.
           MemoryNotFinite: nothing is forgotten.
         """
-        if fact_id not in self._facts:
-            forgotten = any(past.fact.id == fact_id for past in self._events)
-            known = ", ".join(map(str, self._facts)) or "none"
+        facts = self._ledger.facts
+        if fact_id not in facts:
+            forgotten = any(past.fact.id == fact_id for past in self._ledger.history)
+            known = ", ".join(map(str, facts)) or "none"
             raise UnknownFact(
                 f"There is no fact {fact_id} to forget: it was "
                 f"{'forgotten before' if forgotten else 'never written'}. Facts in memory: {known}."
             )
-        fact, rows = self._facts[fact_id], self._rows[fact_id]
+        fact, rows = facts[fact_id], self._ledger.rows[fact_id]
         memory, milliseconds = self._without(self._memory, rows)
         solved = (self.model.memory, self.model.prepared, self._memory.state, memory.state)
         certificate = diagnostics.certify(*solved, rows.key[:1])
-        self._memory = memory
-        del self._facts[fact_id], self._rows[fact_id]
-        self._events.append(event("forget", fact, milliseconds))
-        return Forgotten(fact, float(certificate.distance), float(certificate.leverage))
+        forgotten = Forgotten(fact, float(certificate.distance), float(certificate.leverage))
+        self._memory, self._ledger = memory, self._ledger.without(fact, milliseconds)
+        return forgotten
 
     def health(self) -> diagnostics.Diagnostics:
         """Return diagnostics: condition number, distance to an exact solve, load, expected read error,
@@ -230,9 +213,10 @@ class Session:
 
     def _written(self) -> tuple[list[int], Float[np.ndarray, "N H"]]:
         """Return the embeddings of all written prompts, and the fact of each."""
-        ids = [fact_id for fact_id, rows in self._rows.items() for _ in rows.key]
+        rows_by_id = self._ledger.rows
+        ids = [fact_id for fact_id, rows in rows_by_id.items() for _ in rows.key]
         none = np.zeros((0, self.model.model.encoder.config.width), np.float32)
-        return ids, np.concatenate([none, *(rows.embedding for rows in self._rows.values())])
+        return ids, np.concatenate([none, *(rows.embedding for rows in rows_by_id.values())])
 
     def _with(self, memory: rls.RLSState, rows: FactRows) -> tuple[rls.RLSState, float]:
         """Return the memory with a fact's rows, and the milliseconds that writing took."""
@@ -253,10 +237,8 @@ class Session:
         begin, model = time.perf_counter(), self.model
         keys, values = _padded(rows.key), _padded(rows.value)
         after = rls.forget(model.memory, model.prepared, memory, keys, values)
-        if (
-            after.state.refused > memory.state.refused
-            or not jnp.isfinite(after.state.solution).all()
-        ):
+        is_finite = jnp.isfinite(after.state.solution).all()
+        if after.state.refused > memory.state.refused or not is_finite:
             raise self._not_finite("forget")
         return after, _since(begin)
 
@@ -269,15 +251,11 @@ class Session:
 
     def history(self) -> list[Event]:
         """Return every write and forget so far, in order."""
-        return [*self._events]
+        return [*self._ledger.history]
 
     def save(self, path: str | pathlib.Path) -> None:
         """Write the session to one file, whole or not at all."""
-        arrays = {f"memory/{name}": leaf for name, leaf in _named(self.state).items()}
-        for fact_id, rows in self._rows.items():
-            arrays |= {f"fact/{fact_id}/{name}": array for name, array in vars(rows).items()}
-        head = (self.model.source, self.model.fingerprint, self._next_id)
-        session_file.save(path, session_file.Saved(*head, self.list(), self.history(), arrays))
+        session_file.save(path, self._ledger, _named(self.state))
 
     @classmethod
     def load(cls, path: str | pathlib.Path, model: Pipeline | None = None) -> "Session":
@@ -291,43 +269,37 @@ class Session:
           FileNotFoundError, DamagedSession.
           WrongModel: another model's encodings mean other things.
         """
-        saved = session_file.load(path)
-        session = cls(load(saved.model) if model is None else model)
-        if session.model.fingerprint != saved.fingerprint:
+        ledger, arrays = session_file.load(path)
+        session = cls(load(ledger.model) if model is None else model)
+        model = session.model
+        if model.fingerprint != ledger.fingerprint:
             raise WrongModel(
-                f"{path} was saved under {saved.model!r}, fingerprint {saved.fingerprint[:12]}; "
-                f"the model here is {session.model.source!r}, {session.model.fingerprint[:12]}. What "
+                f"{path} was saved under {ledger.model!r}, fingerprint {ledger.fingerprint[:12]}; "
+                f"the model here is {model.source!r}, {model.fingerprint[:12]}. What "
                 "one model wrote another can not read: load that model, or write the facts again."
             )
-        fields = [field.name for field in dataclasses.fields(FactRows)]
-        leaves = [f"memory/{name}" for name in _named(session._memory.state)]
-        wanted = leaves + [f"fact/{fact.id}/{field}" for fact in saved.facts for field in fields]
-        if missing := set(wanted) - set(saved.arrays):
-            raise DamagedSession(
-                f"{path} lacks {', '.join(sorted(missing))}: another version of larimar-jax wrote it. "
-                "Open it with that version, or write the facts again."
-            )
-        for fact in saved.facts:
-            session._facts[fact.id] = fact
-            rows = (saved.arrays[f"fact/{fact.id}/{field}"] for field in fields)
-            session._rows[fact.id] = FactRows(*rows)
-        session._events, session._next_id = saved.history, saved.next_id
-        arrays = [jax.device_put(saved.arrays[name]) for name in leaves]
-        state = jax.tree.unflatten(jax.tree.structure(session._memory.state), arrays)
-        session._memory = rls.init(session.model.memory, session.model.prepared, state)
+        names = _named(session._memory.state)
+        session_file.require(path, arrays, list(names))
+        leaves = [jax.device_put(arrays[name]) for name in names]
+        state = jax.tree.unflatten(jax.tree.structure(session._memory.state), leaves)
+        session._memory = rls.init(model.memory, model.prepared, state)
+        session._ledger = dataclasses.replace(ledger, model=model.source)
         return session
 
     # Last in the class: below it, `list` in an annotation would be this method.
     def list(self) -> list[Fact]:
         """Return the facts in memory, in the order of writing."""
-        return [*self._facts.values()]
+        return [*self._ledger.facts.values()]
 
 
 @jax.jit
 def _write(
     memory: Streaming, prepared: Prepared, now: rls.RLSState, key: Array, value: Array
 ) -> tuple[rls.Pending, Bool[Array, ""], Bool[Array, ""]]:
-    """Return the pending writes with this one, whether to factorise, and whether all is finite."""
+    """Return the pending writes with this one, whether to factorise, and whether all is finite.
+
+    Compiled as one, `rls.write` does not return copies of the arrays that a write leaves as they are.
+    """
     written, _, is_due = rls.write(memory, prepared, now, key, value)
     finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(written.pending)]
     return written.pending, is_due, jnp.stack(finite).all()
@@ -339,10 +311,10 @@ def _padded(rows: Float[np.ndarray, "n C"]) -> Float[np.ndarray, "m C"]:
 
 
 def _named(state: StreamingState) -> dict[str, np.ndarray]:
-    """Return the leaves of a state by '.'-joined path."""
+    """Return the leaves of a state by their names in a saved session, such as memory/factor."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    keystr = jax.tree_util.keystr
-    return {keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
+    keystr = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
+    return {f"memory/{keystr(path)}": np.asarray(leaf) for path, leaf in leaves}
 
 
 def _since(begin: float) -> float:

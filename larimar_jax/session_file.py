@@ -2,10 +2,12 @@
 
 import dataclasses
 import datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from larimar_jax.weights import model_file
 
@@ -68,12 +70,6 @@ class Event:
         return f"{self.at}  {self.kind:7}  {self.fact}  ({self.milliseconds:.1f} ms){note}"
 
 
-def event(kind: str, fact: Fact, milliseconds: float, note: str = "") -> Event:
-    """Return an event of now."""
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return Event(kind, fact, now, milliseconds, note)
-
-
 @dataclasses.dataclass(frozen=True)
 class Forgotten:
     """A fact that was taken out, with its certificate (memory/diagnostics.py). distance: of the memory
@@ -98,27 +94,58 @@ class Answer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Saved:
-    """A session as its file holds it. arrays: the rows of each fact as fact/ID/NAME, and the memory's
-    leaves as memory/NAME."""
+class FactRows:
+    """The rows of a fact, so that it can be forgotten by exactly what was written."""
+
+    embedding: Float[np.ndarray, "n H"]
+    key: Float[np.ndarray, "n C"]
+    value: Float[np.ndarray, "n C"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ledger:
+    """A session but for its memory's arrays, under the model that it belongs to.
+
+    facts, rows: of what is in memory, by id, in the order of writing. history: every write and forget.
+    """
 
     model: str
     fingerprint: str
-    next_id: int
-    facts: list[Fact]
-    history: list[Event]
-    arrays: dict[str, np.ndarray]
+    next_id: int = 1
+    facts: dict[int, Fact] = dataclasses.field(default_factory=dict)
+    history: tuple[Event, ...] = ()
+    rows: dict[int, FactRows] = dataclasses.field(default_factory=dict)
+
+    def with_fact(self, fact: Fact, rows: FactRows, milliseconds: float, note: str) -> "Ledger":
+        """Return the ledger after a write."""
+        return dataclasses.replace(
+            self,
+            next_id=fact.id + 1,
+            facts={**self.facts, fact.id: fact},
+            history=(*self.history, Event("write", fact, _now(), milliseconds, note)),
+            rows={**self.rows, fact.id: rows},
+        )
+
+    def without(self, fact: Fact, milliseconds: float) -> "Ledger":
+        """Return the ledger after a forget."""
+        facts, rows = {**self.facts}, {**self.rows}
+        del facts[fact.id], rows[fact.id]
+        history = (*self.history, Event("forget", fact, _now(), milliseconds))
+        return dataclasses.replace(self, facts=facts, history=history, rows=rows)
 
 
-def save(path: str | Path, saved: Saved) -> None:
-    """Write a session to one file, whole or not at all."""
-    meta = {f.name: getattr(saved, f.name) for f in dataclasses.fields(saved) if f.name != "arrays"}
-    for name in ("facts", "history"):
-        meta[name] = [dataclasses.asdict(item) for item in meta[name]]
-    model_file.save_exported(path, saved.arrays, {"kind": "session", **meta})
+def save(path: str | Path, ledger: Ledger, memory: Mapping[str, np.ndarray]) -> None:
+    """Write a session and its memory's arrays (memory/NAME) to one file, whole or not at all."""
+    arrays = dict(memory)
+    for fact_id, rows in ledger.rows.items():
+        arrays |= {f"fact/{fact_id}/{name}": array for name, array in vars(rows).items()}
+    meta = {name: getattr(ledger, name) for name in ("model", "fingerprint", "next_id")}
+    meta["facts"] = [dataclasses.asdict(fact) for fact in ledger.facts.values()]
+    meta["history"] = [dataclasses.asdict(event) for event in ledger.history]
+    model_file.save_exported(path, arrays, {"kind": "session", **meta})
 
 
-def load(path: str | Path) -> Saved:
+def load(path: str | Path) -> tuple[Ledger, dict[str, np.ndarray]]:
     """Return what `save` wrote.
 
     Raises:
@@ -130,11 +157,26 @@ def load(path: str | Path) -> Saved:
         raise DamagedSession(f"{path} is not a whole session. {error}") from error
     if meta.pop("kind", None) != "session":
         raise DamagedSession(f"{path} holds a model and not a session. Give it to --model instead.")
-    meta["facts"] = [_fact(values) for values in meta["facts"]]
-    meta["history"] = [
-        Event(**{**values, "fact": _fact(values["fact"])}) for values in meta["history"]
-    ]
-    return Saved(**meta, arrays=arrays)
+    facts = {fact.id: fact for fact in map(_fact, meta.pop("facts"))}
+    history = tuple(Event(**{**v, "fact": _fact(v["fact"])}) for v in meta.pop("history"))
+    fields = [field.name for field in dataclasses.fields(FactRows)]
+    names = {fact_id: [f"fact/{fact_id}/{field}" for field in fields] for fact_id in facts}
+    require(path, arrays, sum(names.values(), []))
+    rows = {fact_id: FactRows(*(arrays.pop(name) for name in names[fact_id])) for fact_id in facts}
+    return Ledger(**meta, facts=facts, history=history, rows=rows), arrays
+
+
+def require(path: str | Path, arrays: Mapping[str, np.ndarray], names: Sequence[str]) -> None:
+    """Raise DamagedSession where a session lacks an array."""
+    if missing := set(names) - set(arrays):
+        raise DamagedSession(
+            f"{path} lacks {', '.join(sorted(missing))}: another version of larimar-jax wrote it. "
+            "Open it with that version, or write the facts again."
+        )
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _fact(values: dict[str, Any]) -> Fact:

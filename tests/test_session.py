@@ -181,8 +181,8 @@ def test_an_encoding_that_is_not_finite_is_named(tiny, empty, monkeypatch):
 
 def test_a_memory_that_float32_can_not_solve_is_kept(empty):
     empty.write("Fact 1 is", "new 1")
-    before, rows = content(empty), empty._rows[1]
-    empty._rows[1] = dataclasses.replace(rows, key=rows.key * 50)  # not what was written
+    before, rows = content(empty), empty._ledger.rows[1]
+    empty._ledger.rows[1] = dataclasses.replace(rows, key=rows.key * 50)  # not what was written
     with pytest.raises(session.MemoryNotFinite, match="stays as it was"):
         empty.forget(1)
     assert content(empty) == before
@@ -225,9 +225,9 @@ def test_a_damaged_file_is_refused(tiny, written, tmp_path, damage):
     elif damage == "garbage":
         path.write_bytes(b"not a session")
     elif damage == "lack":
-        saved = session_file.load(path)
-        saved.arrays.pop("memory/factor")
-        session_file.save(path, saved)
+        ledger, arrays = session_file.load(path)
+        arrays.pop("memory/factor")
+        session_file.save(path, ledger, arrays)
         message = "lacks memory/factor"
     else:
         path, message = pipeline.model_file.locate("smol"), "holds a model and not a session"
