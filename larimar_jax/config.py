@@ -96,7 +96,7 @@ class DataConfig:
     corpus: str = "wikipedia-summaries"
     held_out: str | None = None  # corpus whose held-out documents judge a run; None for `corpus`
     unit: Literal["sentence", "chunk"] = "chunk"  # a chunk fills the token lengths
-    episode: Annotated[tuple[Count, ...], schema.not_empty] = (
+    episode: Annotated[tuple[Count, ...], schema.NOT_EMPTY] = (
         8,
     )  # sizes E, one a batch; each compiles
     batch: Count = 8  # B, episodes of all processes together
@@ -165,7 +165,7 @@ class AnswerCodeConfig:
     """How an answer is written token by token (latent_layout.py)."""
 
     positions: Count = 12  # P tokens are written; the language model continues a longer answer
-    width: Annotated[Count, schema.multiple_of_32] = 256  # d, numbers per token
+    width: Annotated[Count, schema.MULTIPLE_OF_32] = 256  # d, numbers per token
     limit: Positive = 40.0  # the most that a token's logit gains, in nats
 
 

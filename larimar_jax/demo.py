@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -62,14 +62,15 @@ FORGOTTEN = 4
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What `run` measured; every list has one entry per edit."""
+    """What `run` measured: lists and arrays of an entry per edit, by the stage of the demo.
 
-    before: list[str]
-    after: list[str]
-    paraphrased: list[str]
+    Stages are before, after, paraphrase and forgotten. texts: continuations. unchanged: whether another
+    prompt's is the same after as before. probability: of the written answer, a geometric mean per token.
+    """
+
+    texts: dict[str, list[str]]
     unchanged: list[bool]
-    forgotten: list[str]
-    probability: dict[str, np.ndarray]  # of the written answer, a geometric mean per token
+    probability: dict[str, np.ndarray]
     milliseconds: dict[str, float]
 
 
@@ -110,20 +111,20 @@ def _compile(session: Session) -> None:
 
 def measure(session: Session, report: Callable[[str], None]) -> Result:
     """Write, ask and forget in a session; `report` hears what happens."""
-    prompts, paraphrases, unrelated = (
-        [getattr(edit, name) for edit in EDITS] for name in ("prompt", "paraphrase", "unrelated")
-    )
     candidates = [(edit.answer, edit.truth) for edit in EDITS]
+    texts, probability = {}, {}
 
-    def ask(texts: Sequence[str]) -> list[str]:
-        return [answer.text for answer in session.ask_all(texts, max_tokens=ANSWER_TOKENS)]
+    def ask(kind: str) -> list[str]:
+        prompts = [getattr(edit, kind) for edit in EDITS]
+        return [answer.text for answer in session.ask_all(prompts, max_tokens=ANSWER_TOKENS)]
 
-    def probability(texts: Sequence[str]) -> np.ndarray:
-        return np.exp(-session.score(texts, candidates))[:, 0]
+    def enter(stage: str, kind: str = "prompt") -> None:
+        prompts, texts[stage] = [getattr(edit, kind) for edit in EDITS], ask(kind)
+        probability[stage] = np.exp(-session.score(prompts, candidates))[:, 0]
 
     report("asking the base language model")
-    before, unrelated_before, chances = ask(prompts), ask(unrelated), {}
-    chances["before"] = probability(prompts)
+    enter("before")
+    unrelated = ask("unrelated")
     report("writing")
     encoding, writing = [], []
     for edit in EDITS:
@@ -132,15 +133,16 @@ def measure(session: Session, report: Callable[[str], None]) -> Result:
         writing.append(session.history()[-1].milliseconds)
         encoding.append(1e3 * (time.perf_counter() - start) - writing[-1])
     report("asking again")
-    after, paraphrased, unrelated_after = ask(prompts), ask(paraphrases), ask(unrelated)
-    chances |= {"after": probability(prompts), "paraphrase": probability(paraphrases)}
+    enter("after")
+    enter("paraphrase", "paraphrase")
+    unchanged = [old == new for old, new in zip(unrelated, ask("unrelated"), strict=True)]
     report("forgetting")
     session.forget(session.list()[FORGOTTEN].id)
     forgetting = session.history()[-1].milliseconds
-    forgotten, chances["forgotten"] = ask(prompts), probability(prompts)
+    enter("forgotten")
     # The second call alone is timed: the first one compiles a batch of one.
     for _ in range(2):
-        query = session.ask(prompts[0], max_tokens=ANSWER_TOKENS).milliseconds
+        query = session.ask(EDITS[0].prompt, max_tokens=ANSWER_TOKENS).milliseconds
     milliseconds = {
         "encode a fact": float(np.median(encoding)),
         "write it": float(np.median(writing)),
@@ -149,8 +151,7 @@ def measure(session: Session, report: Callable[[str], None]) -> Result:
         "read": query["read"],
         f"decode {ANSWER_TOKENS} tokens": query["decode"],
     }
-    unchanged = [old == new for old, new in zip(unrelated_before, unrelated_after, strict=True)]
-    return Result(before, after, paraphrased, unchanged, forgotten, chances, milliseconds)
+    return Result(texts, unchanged, probability, milliseconds)
 
 
 def has_answer(text: str, answer: str) -> bool:
@@ -171,19 +172,16 @@ def show(console: Console, result: Result) -> None:
         return f"[{'green' if good else 'red'}]{_line(text)}[/]"
 
     for row, edit in enumerate(EDITS):
-        after, paraphrased = result.after[row], result.paraphrased[row]
+        before, *edited = (result.texts[name][row] for name in ("before", "after", "paraphrase"))
         table.add_row(
             f"{edit.prompt} [bold]{edit.answer}[/]",
-            _line(result.before[row]),
-            cell(after, has_answer(after, edit.answer)),
-            cell(paraphrased, has_answer(paraphrased, edit.answer)),
+            _line(before),
+            *(cell(text, has_answer(text, edit.answer)) for text in edited),
             cell("same" if result.unchanged[row] else "changed", result.unchanged[row]),
         )
     console.print(table)
-    edit = EDITS[FORGOTTEN]
-    console.print(
-        f"{edit.prompt} [bold]{edit.answer}[/], forgotten: {_line(result.forgotten[FORGOTTEN])}\n"
-    )
+    edit, text = EDITS[FORGOTTEN], result.texts["forgotten"][FORGOTTEN]
+    console.print(f"{edit.prompt} [bold]{edit.answer}[/], forgotten: {_line(text)}\n")
     for name, count in counts(result).items():
         console.print(f"{name:42} {count}")
     for name, value in result.milliseconds.items():
@@ -193,20 +191,19 @@ def show(console: Console, result: Result) -> None:
 def counts(result: Result) -> dict[str, str]:
     """Return how often each thing went as it should."""
     total = len(EDITS)
-    rest = [row for row in range(total) if row != FORGOTTEN]
-
-    def tally(texts: Sequence[str], rows: Sequence[int] = range(total)) -> str:
-        hits = sum(has_answer(texts[row], EDITS[row].answer) for row in rows)
-        return f"{hits} of {len(rows)}"
-
-    restored = result.forgotten[FORGOTTEN] == result.before[FORGOTTEN]
+    hits = {
+        stage: [has_answer(text, edit.answer) for text, edit in zip(texts, EDITS, strict=True)]
+        for stage, texts in result.texts.items()
+    }
+    others = sum(hits["forgotten"]) - hits["forgotten"][FORGOTTEN]
+    before, forgotten = (result.texts[stage][FORGOTTEN] for stage in ("before", "forgotten"))
     return {
-        "new answer before writing": tally(result.before),
-        "new answer after writing": tally(result.after),
-        "new answer to a paraphrase": tally(result.paraphrased),
+        "new answer before writing": f"{sum(hits['before'])} of {total}",
+        "new answer after writing": f"{sum(hits['after'])} of {total}",
+        "new answer to a paraphrase": f"{sum(hits['paraphrase'])} of {total}",
         "unrelated prompts as before": f"{sum(result.unchanged)} of {total}",
-        "forgotten fact: answer as before writing": "yes" if restored else "no",
-        "other facts after forgetting": tally(result.forgotten, rest),
+        "forgotten fact: answer as before writing": "yes" if forgotten == before else "no",
+        "other facts after forgetting": f"{others} of {total - 1}",
     }
 
 
@@ -225,7 +222,7 @@ def draw(result: Result, path: str | Path) -> None:
         1, 2, figsize=(13, 6.5), width_ratios=(3, 1), layout="constrained"
     )
     rows = np.arange(len(EDITS))[::-1]
-    percent = {name: 100 * chances for name, chances in result.probability.items()}
+    percent = {stage: 100 * chances for stage, chances in result.probability.items()}
     left.hlines(rows, percent["before"], percent["after"], color="0.8", linewidth=3, zorder=1)
     open_diamond = dict(marker="D", facecolor="none", edgecolor="tab:blue")
     for name, label, style in (

@@ -69,14 +69,15 @@ def weighted_cross_entropy(
     *,
     whole: bool = False,
 ) -> tuple[Float[Array, ""], Float[Array, "R T"]]:
-    """Return Σ weights · entropies, and the entropies; the sum's gradient costs no second pass.
+    """Return Σ weights · entropies, and the entropies as constants; its gradient costs no second pass.
 
     Args:
       whole: all positions at a time. Where rows are split over devices, the kernel's gradient is then
         summed over them once.
     """
     layout = _layout(head, targets, whole)
-    return _weighted(layout, head.kernel, head.bias, hidden, targets, weights)
+    total, entropies = _weighted(layout, head.kernel, head.bias, hidden, targets, weights)
+    return total, jax.lax.stop_gradient(entropies)
 
 
 def _layout(head: Head, targets: Int[Array, "R T"], whole: bool) -> _Layout:
@@ -104,37 +105,27 @@ def _weighted(layout: _Layout, kernel, bias, hidden, targets, weights):
 
 
 def _weighted_forward(layout: _Layout, *primals):
-    values, trained = _values(primals[:-1])
-    weights = primals[-1].value
+    *values, weights = (None if array is None else array.value for array in primals)
+    # A frozen kernel's gradient is as large as the kernel, and nothing reads it.
+    trained = tuple(array is not None and array.perturbed for array in primals[:2])
     entropies, slopes = _gradients(layout, values, trained, weights)
-    return (jnp.sum(entropies * weights), entropies), (values, trained, slopes, entropies)
+    return (jnp.sum(entropies * weights), entropies), (slopes, entropies)
 
 
 def _weighted_backward(layout: _Layout, residuals, cotangents):
-    values, trained, slopes, entropies = residuals
-    of_sum, of_each = cotangents
-    zero = jax.custom_derivatives.SymbolicZero
-    if isinstance(of_sum, zero):
-        of_sum = jnp.zeros((), jnp.float32)
+    slopes, entropies = residuals
+    of_sum, _ = cotangents
     slopes = jax.tree.map(lambda slope: slope * of_sum.astype(slope.dtype), slopes)
-    if not isinstance(of_each, zero):
-        slopes = jax.tree.map(jnp.add, slopes, _gradients(layout, values, trained, of_each)[1])
     return (*slopes, None, entropies * of_sum)
 
 
 _weighted.defvjp(_weighted_forward, _weighted_backward, symbolic_zeros=True)
 
 
-def _values(primals):
-    """Return the values of kernel, bias, hidden and targets, and whether the first two are trained."""
-    values = tuple(None if a is None else a.value for a in primals)
-    return values, tuple(a is not None and a.perturbed for a in primals[:2])
-
-
 def _gradients(layout: _Layout, values, trained: tuple[bool, bool], weights):
     """Return the entropies [R, T], and gradients of Σ weights · entropies for kernel, bias and hidden.
 
-    A frozen kernel or bias gets None: its gradient is as large as it, and nothing reads it.
+    A frozen kernel or bias gets None.
     """
     kernel, bias, hidden, targets = values
     # A weight is divided by all tokens: float16 would lose most of such slopes.

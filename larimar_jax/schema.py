@@ -49,26 +49,8 @@ def named(
 # Checks of values of the right type: functions from a value to what is wrong with it ("": nothing).
 
 
-def _positive(value: Any) -> str:
-    return "" if value > 0 else f"must be above 0, got {value!r}"
-
-
-def _not_negative(value: Any) -> str:
-    return "" if value >= 0 else f"must be at least 0, got {value!r}"
-
-
-def _below_one(value: float) -> str:
-    return "" if 0 <= value < 1 else f"must be at least 0 and below 1, got {value!r}"
-
-
-def not_empty(value: Any) -> str:
-    """Check a tuple that needs an item."""
-    return "" if value else "needs at least one"
-
-
-def multiple_of_32(value: int) -> str:
-    """Check a size that devices compute with in lanes of 32."""
-    return f"must be a multiple of 32, got {value}" if value % 32 else ""
+def _check(test: Callable[[Any], Any], message: str) -> Callable[[Any], str]:
+    return lambda value: "" if test(value) else message.format(value)
 
 
 def _pattern(value: str) -> str:
@@ -79,11 +61,17 @@ def _pattern(value: str) -> str:
     return ""
 
 
-Count = Annotated[int, _positive]
-Natural = Annotated[int, _not_negative]
-Positive = Annotated[float, _positive]
-NonNegative = Annotated[float, _not_negative]
-Fraction = Annotated[float, _below_one]
+_POSITIVE = _check(lambda value: value > 0, "must be above 0, got {!r}")
+_NOT_NEGATIVE = _check(lambda value: value >= 0, "must be at least 0, got {!r}")
+_BELOW_ONE = _check(lambda value: 0 <= value < 1, "must be at least 0 and below 1, got {!r}")
+NOT_EMPTY = _check(bool, "needs at least one")
+MULTIPLE_OF_32 = _check(lambda value: value % 32 == 0, "must be a multiple of 32, got {}")
+
+Count = Annotated[int, _POSITIVE]
+Natural = Annotated[int, _NOT_NEGATIVE]
+Positive = Annotated[float, _POSITIVE]
+NonNegative = Annotated[float, _NOT_NEGATIVE]
+Fraction = Annotated[float, _BELOW_ONE]
 Regex = Annotated[str, _pattern]
 
 

@@ -1,7 +1,5 @@
 """The demo runs on any model, counts what it shows, and draws it."""
 
-import dataclasses
-
 import numpy as np
 from rich.console import Console
 
@@ -12,7 +10,8 @@ from larimar_jax.session import Session
 def test_the_demo_measures_counts_and_draws(tiny, tmp_path):
     result = demo.measure(Session(tiny), lambda text: None)
     total = len(demo.EDITS)
-    assert {len(part) for part in (result.before, result.after, result.paraphrased)} == {total}
+    assert list(result.texts) == list(result.probability)
+    assert {len(texts) for texts in result.texts.values()} == {total}
     assert all(value.shape == (total,) for value in result.probability.values())
     assert all(np.isfinite(value) and value > 0 for value in result.milliseconds.values())
     picture = tmp_path / "demo.png"
@@ -23,16 +22,11 @@ def test_the_demo_measures_counts_and_draws(tiny, tmp_path):
 def test_counts_are_of_answers_in_texts_and_the_table_fits_80_columns():
     answers = [edit.answer for edit in demo.EDITS]
     nothing = ["nothing of what was written, at some length"] * len(answers)
-    result = demo.Result(
-        before=nothing,
-        after=answers,
-        paraphrased=[*answers[:-1], "nothing"],
-        unchanged=[True] * len(answers),
-        forgotten=[nothing[0] if row == demo.FORGOTTEN else a for row, a in enumerate(answers)],
-        probability={},
-        milliseconds={"write it": 1.0},
-    )
-    worse = dataclasses.replace(result, forgotten=answers, unchanged=[False] * 12)
+    texts = dict(before=nothing, after=answers, paraphrase=[*answers[:-1], "nothing"])
+    forgotten = [nothing[0] if row == demo.FORGOTTEN else a for row, a in enumerate(answers)]
+    rest = dict(probability={}, milliseconds={"write it": 1.0})
+    result = demo.Result(texts | {"forgotten": forgotten}, unchanged=[True] * 12, **rest)
+    worse = demo.Result(texts | {"forgotten": answers}, unchanged=[False] * 12, **rest)
     for name, count, worse_count in (
         ("new answer before writing", "0 of 12", "0 of 12"),
         ("new answer after writing", "12 of 12", "12 of 12"),

@@ -155,23 +155,19 @@ def test_a_broken_row_leaves_the_others_as_they_are(tiny, condition, part, broke
             np.testing.assert_array_equal(tokens[number], alone[0])
 
 
-def test_sampling_is_a_function_of_its_key_and_not_of_the_batch(tiny):
-    def draw(seed, **options):
-        options = dict(temperature=1.5, max_tokens=[5, 2, 6], stop="") | options
-        return tiny.generate(PROMPTS, rng=jax.random.key(seed), **options)
+def test_what_a_prompt_draws_depends_on_its_key_and_not_on_its_company(tiny):
+    def draw(rng, rows=slice(None), **options):
+        options = dict(temperature=1.5, max_tokens=5, stop=()) | options
+        return tiny.generate(PROMPTS[rows], rng=rng, **options)
 
-    assert draw(0) == draw(0) == draw(0, batch=2) != draw(1)
-
-
-def test_a_prompt_with_a_key_of_its_own_draws_the_same_in_any_company(tiny):
-    keys = jax.random.split(jax.random.key(1), len(PROMPTS))
-    options = dict(temperature=1.0, max_tokens=4, stop=())
-    texts = tiny.generate(PROMPTS, rng=keys, **options)
-    assert tiny.generate(PROMPTS[::-1], rng=keys[::-1], **options)[::-1] == texts
-    assert tiny.generate(PROMPTS, rng=jax.random.key_data(keys), **options) == texts
-    assert tiny.generate(PROMPTS, rng=keys[::-1], **options) != texts
+    single, keys = jax.random.key(0), jax.random.split(jax.random.key(1), len(PROMPTS))
+    limits = dict(max_tokens=[5, 2, 6])
+    assert draw(single, **limits) == draw(single, **limits, batch=2) != draw(keys[0], **limits)
+    texts, back = draw(keys), slice(None, None, -1)
+    assert draw(keys[back], back)[back] == texts == draw(jax.random.key_data(keys))
+    assert draw(keys[back]) != texts
     with pytest.raises(ValueError, match="2,. for 3 rows; pass a key for each"):
-        tiny.generate(PROMPTS, rng=keys[:-1], **options)
+        draw(keys[:-1])
 
 
 def test_a_stop_text_ends_a_continuation(tiny):
@@ -217,21 +213,17 @@ def byte_tokenizer():
 def test_bytes_that_are_no_character_are_held_back_and_leave_the_others(
     tiny, byte_tokenizer, content, stop
 ):
+    stops = (stop,) if isinstance(stop, str) else stop
     if isinstance(content, str):
-        tokenizer, ids, expected = (
-            tiny.decoder_tokenizer,
-            tiny.decoder_tokenizer.ids(content),
-            content,
-        )
+        tokenizer, expected = tiny.decoder_tokenizer, content
+        ids = tokenizer.ids(content)
     else:
         tokenizer, ids = byte_tokenizer, [2, *(3 + byte for byte in content)]
         expected = "a" + content.decode("utf-8", "replace")
     reader = generate._Reader(tokenizer, stop)
     whole = reader.text(ids)[0]
-    stops = [
-        expected.find(s) for s in ((stop,) if isinstance(stop, str) else stop) if s in expected
-    ]
-    assert whole == (expected[: min(stops)] if stop and stops else expected)
+    ends = [expected.find(text) for text in stops if text and text in expected]
+    assert whole == expected[: min(ends, default=None)]
     before = ""
     for length in range(1, len(ids) + 1):
         text, settled = reader.text(ids[:length])
