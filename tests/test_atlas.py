@@ -60,10 +60,10 @@ def test_a_limit_takes_the_first_and_another_process_finds_the_same(facts):
 def test_what_nobody_could_take_is_dealt_in_the_next_round():
     cities = [(f"city {n}", country) for n, country in enumerate("aab" * 20)]
     dealt = list(atlas._dealt(cities))
-    assert [(city, own) for city, own, _ in dealt] == cities
-    assert all(own != given for _, own, given in dealt)
+    assert [(fact.subject, fact.target_true) for fact in dealt] == cities
+    assert all(fact.target_true != fact.target_new for fact in dealt)
     # With two countries there is no choice.
-    assert [given for _, _, given in dealt] == list("bba" * 20)
+    assert [fact.target_new for fact in dealt] == list("bba" * 20)
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch):

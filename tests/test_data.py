@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from larimar_jax.data import corpus, edit_records, episodes, segments
+from larimar_jax.data import corpus, edit_records, episodes, pieces, segments
 from larimar_jax.data.edit_records import MalformedRecord
 from larimar_jax.data.libraries import CorpusError
 
@@ -276,14 +276,8 @@ def test_wikipedia_summaries_split_by_title():
     assert held_out[:3] == ["Actor", "Alternative rock", "Ancient Egyptian literature"]
 
 
-@dataclasses.dataclass
-class _Numbered:
+class _Numbered(pieces.TokenizedPieces):
     """Pieces whose tokens are their own number."""
-
-    count: int
-
-    def __len__(self):
-        return self.count
 
     def gather(self, rows):
         tokens = np.repeat(rows[..., None].astype(np.int32), 3, axis=2)
@@ -297,108 +291,77 @@ def _rows(batch) -> np.ndarray:
     return batch["encoder_tokens"][:, :, 0]
 
 
-def test_episodes_hold_different_texts_in_an_order_that_the_seed_decides():
-    def epoch(seed):
-        stream = iter(episodes.episodes(_Numbered(50), (4,), 3, seed))
-        return np.concatenate([_rows(next(stream)) for _ in range(4)])
+def streams(count, *arguments, processes=1, **options):
+    """Return an iterator of each process over the batches of `count` pieces."""
+    numbered = _Numbered(range(count), (3, 3), (0, 0, 0), 0)
+    places = ((index, processes) for index in range(processes))
+    return [
+        iter(episodes.episodes(numbered, *arguments, process=place, **options)) for place in places
+    ]
 
-    first = epoch(0)
+
+def _together(parts) -> np.ndarray:
+    """Return the next batch of all processes."""
+    return np.concatenate([_rows(next(part)) for part in parts])
+
+
+def test_episodes_hold_different_texts_in_an_order_that_the_seed_decides():
+    def epoch(parts, batches=4):
+        return np.concatenate([_together(parts) for _ in range(batches)])
+
+    first = epoch(streams(50, (4,), 3, 0))
     assert first.shape == (12, 4)
     assert len(np.unique(first)) == 48  # One pass: no text twice.
-    np.testing.assert_array_equal(first, epoch(0))
-    assert (first != epoch(1)).any()
-    two = list(episodes.episodes(_Numbered(24), (4,), 3, 0, epochs=2))
-    assert len(two) == 4
-    first, second = (np.concatenate([_rows(b) for b in two[i : i + 2]]) for i in (0, 2))
-    assert (first != second).any()
+    np.testing.assert_array_equal(first, epoch(streams(50, (4,), 3, 0)))
+    assert (first != epoch(streams(50, (4,), 3, 1))).any()
+    two = streams(24, (4,), 3, 0, epochs=2)
+    assert (epoch(two, 2) != epoch(two, 2)).any() and not list(two[0])
 
 
-def test_processes_share_each_batch():
-    whole = iter(episodes.episodes(_Numbered(50), (4,), 6, 5))
-    parts = [iter(episodes.episodes(_Numbered(50), (4,), 6, 5, process=(i, 3))) for i in range(3)]
-    for _ in range(5):
-        together = np.concatenate([_rows(next(part)) for part in parts])
-        assert sorted(together.tolist()) == sorted(_rows(next(whole)).tolist())
-    with pytest.raises(ValueError, match="do not divide"):
-        episodes.episodes(_Numbered(50), (4,), 5, 0, process=(0, 2))
-
-
-def test_an_iterator_goes_on_where_its_state_was_taken():
-    stream = iter(episodes.episodes(_Numbered(50), (4,), 3, 0))
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 4), (4, 2), (3, 1)])
+def test_processes_share_each_batch_and_another_number_of_them_goes_on_from_a_state(before, after):
+    whole, parts = streams(99, (3, 5), 12, 2), streams(99, (3, 5), 12, 2, processes=before)
     for _ in range(7):  # Past the first epoch.
-        next(stream)
-    state = stream.get_state()
-    expected = [_rows(next(stream)) for _ in range(3)]
-    again = iter(episodes.episodes(_Numbered(50), (4,), 3, 0))
-    again.set_state(state)
-    np.testing.assert_array_equal(expected, [_rows(next(again)) for _ in range(3)])
-
-
-@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 2), (2, 1)])
-def test_a_state_goes_on_with_another_number_of_processes(before, after):
-    def streams(count):
-        return [
-            iter(episodes.episodes(_Numbered(99), (3, 5), 4, 2, process=(index, count)))
-            for index in range(count)
-        ]
-
-    whole, parts = streams(1)[0], streams(before)
-    for _ in range(5):
-        next(whole)
-        for part in parts:
-            next(part)
+        np.testing.assert_array_equal(_together(parts), _together(whole))
     states = [part.get_state() for part in parts]
     assert all(state == states[0] for state in states)
-    again = streams(after)
-    for part in again:
+    resumed = streams(99, (3, 5), 12, 2, processes=after)
+    for part in resumed:
         part.set_state(states[0])
     for _ in range(6):
-        together = np.concatenate([_rows(next(part)) for part in again])
-        np.testing.assert_array_equal(together, _rows(next(whole)))
-
-
-@pytest.mark.parametrize("sizes", [(), (4, 0)])
-def test_sizes_that_make_no_episode_are_refused(sizes):
-    with pytest.raises(ValueError, match="data.episode"):
-        episodes.episodes(_Numbered(50), sizes, 3, 0)
-
-
-def test_too_small_a_corpus_says_so():
-    with pytest.raises(episodes.TooFewPieces, match="11 pieces do not fill one batch of 3"):
-        episodes.episodes(_Numbered(11), (4,), 3, 0)
+        np.testing.assert_array_equal(_together(resumed), _together(whole))
 
 
 def test_sizes_are_mixed_and_an_epoch_is_all_pieces():
-    def batches(process=None, seed=1):
-        return list(
-            episodes.episodes(_Numbered(130), (2, 5, 3), 4, seed, epochs=3, process=process)
-        )
-
-    whole = batches()
-    sizes = [_rows(batch).shape[1] for batch in whole]
-    assert len(whole) == 3 * 9 and all(
-        sorted(sizes[i : i + 3]) == [2, 3, 5] for i in range(0, 27, 3)
-    )
-    assert len(set(map(tuple, np.reshape(sizes, (9, 3))))) > 1
+    whole = [_rows(batch) for batch in streams(130, (2, 5, 3), 4, 1, epochs=3)[0]]
+    sizes = np.reshape([rows.shape[1] for rows in whole], (9, 3))
+    assert (np.sort(sizes, axis=1) == [2, 3, 5]).all() and len(set(map(tuple, sizes))) > 1
     for epoch in range(3):
-        rows = np.concatenate([_rows(b).ravel() for b in whole[9 * epoch : 9 * epoch + 9]])
+        rows = np.concatenate([rows.ravel() for rows in whole[9 * epoch : 9 * epoch + 9]])
         assert len(np.unique(rows)) == len(rows) == 120
-    halves = [batches((i, 2)) for i in range(2)]
-    for one, parts in zip(whole, zip(*halves, strict=True), strict=True):
-        np.testing.assert_array_equal(_rows(one), np.concatenate([_rows(p) for p in parts]))
 
 
-def test_workers_and_their_state(tmp_path):
-    def stream():
-        return iter(episodes.episodes(_Numbered(50), (4, 2), 3, 0, workers=2))
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((50, (), 3), "data.episode"),
+        ((50, (4, 0), 3), "data.episode"),
+        ((11, (4,), 3), "11 pieces do not fill one batch of 3"),
+        ((50, (4,), 5), "do not divide"),
+    ],
+)
+def test_what_makes_no_batch_of_episodes_is_refused(arguments, message):
+    few = episodes.TooFewPieces if arguments[0] == 11 else ValueError
+    with pytest.raises(few, match=message):
+        streams(*arguments, 0, processes=2 if arguments[2] == 5 else 1)
 
-    alone = iter(episodes.episodes(_Numbered(50), (4, 2), 3, 0))
+
+def test_workers_and_their_state():
+    (alone,), (first,) = (streams(50, (4, 2), 3, 0, workers=workers) for workers in (0, 2))
     expected = [_rows(next(alone)) for _ in range(6)]
-    first = stream()
-    for batch in expected[:3]:
-        np.testing.assert_array_equal(_rows(next(first)), batch)
+    np.testing.assert_array_equal(_rows(next(first)), expected[0])
     state = first.get_state()
-    again = stream()
-    again.set_state(state)
-    for batch in expected[3:]:
-        np.testing.assert_array_equal(_rows(next(again)), batch)
+    (resumed,) = streams(50, (4, 2), 3, 0, workers=2)
+    resumed.set_state(state)
+    for batch in expected[1:]:
+        np.testing.assert_array_equal(_rows(next(resumed)), batch)

@@ -100,7 +100,7 @@ def test_damage_and_a_full_disk_are_named(tmp_path, tokenizer, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pieces, "_tokenized", full)
+    monkeypatch.setattr(Tokenizer, "encode", full)
     with pytest.raises(pieces.PiecesError, match="Set LARIMAR_CACHE"):
         tokenized(tmp_path / "full", tokenizer)
 

@@ -43,20 +43,7 @@ def provenance() -> dict[str, str]:
 
 @functools.cache
 def _records() -> tuple[EditRecord, ...]:
-    return tuple(
-        EditRecord(
-            case_id=index,
-            prompt=PROMPT.format(city),
-            subject=city,
-            target_new=new,
-            target_true=own,
-            paraphrases=(PARAPHRASE.format(city),),
-            neighbourhood=(),
-            neighbourhood_targets=(),
-            answers=(new,),
-        )
-        for index, (city, own, new) in enumerate(_dealt(_cities()))
-    )
+    return tuple(_dealt(_cities()))
 
 
 def _cities() -> list[tuple[str, str]]:
@@ -81,16 +68,17 @@ def _cities() -> list[tuple[str, str]]:
     return [cities[place] for place in order]
 
 
-def _dealt(cities: list[tuple[str, str]]) -> Iterator[tuple[str, str, str]]:
-    """Yield each city with its country and another one."""
+def _dealt(cities: list[tuple[str, str]]) -> Iterator[EditRecord]:
+    """Yield the fact that each city lies in another country than its own."""
     draw, left = np.random.default_rng(SEED), []
     countries = sorted({country for _, country in cities})
-    for city, own in cities:
+    for index, (city, own) in enumerate(cities):
         if not set(left) - {own}:  # the next round; what nobody could take stays
             left += [countries[place] for place in draw.permutation(len(countries))]
         new = next(country for country in left if country != own)
         left.remove(new)
-        yield city, own, new
+        texts = PROMPT.format(city), city, new, own, (PARAPHRASE.format(city),)
+        yield EditRecord(index, *texts, (), (), answers=(new,))
 
 
 def _plain(name: str) -> str:

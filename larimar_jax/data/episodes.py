@@ -4,32 +4,21 @@ import dataclasses
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
 
 import grain
 import jax
 import numpy as np
 from absl import flags
-from jaxtyping import Int
+
+from larimar_jax.data.pieces import TokenizedPieces
 
 
 class TooFewPieces(ValueError):
     """The corpus does not fill one batch of episodes."""
 
 
-@runtime_checkable
-class Pieces(Protocol):
-    """N tokenised pieces, such as `pieces.TokenizedPieces`."""
-
-    def __len__(self) -> int:
-        """Return N."""
-
-    def gather(self, rows: Int[np.ndarray, "B E"]) -> dict[str, np.ndarray]:
-        """Return the batch of these rows."""
-
-
 def episodes(
-    pieces: Pieces,
+    pieces: TokenizedPieces,
     sizes: Sequence[int],
     batch: int,
     seed: int,
@@ -106,7 +95,7 @@ class _Take:
     """
 
     rows: grain.MapDataset
-    pieces: Pieces
+    pieces: TokenizedPieces
     sizes: tuple[int, ...]
     batch: int
     share: range

@@ -10,7 +10,7 @@ import errno
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, SupportsInt
 
@@ -122,9 +122,11 @@ def tokenize(
         )
         dropped = 0
         while block := list(itertools.islice(pieces, BLOCK)):
-            for row in _tokenized(block, encoder, decoder):
-                if len(row["encoder"]) <= lengths[0] and 0 < len(row["decoder"]) <= lengths[1] - 2:
-                    yield row
+            sides = {"encoder": encoder.encode(block), "decoder": decoder.encode(block)}
+            for row, text in enumerate(block):
+                ids = {name: side.ids[row][side.mask[row]] for name, side in sides.items()}
+                if len(ids["encoder"]) <= lengths[0] and 0 < len(ids["decoder"]) <= lengths[1] - 2:
+                    yield ids | {"text": text}
                 else:
                     dropped += 1
         # Within the same lock as the rows, and before they are renamed to their place.
@@ -146,13 +148,6 @@ def tokenize(
     return TokenizedPieces(dataset, lengths, (decoder.bos, decoder.eos, decoder.pad), dropped)
 
 
-def _tokenized(texts: Sequence[str], encoder: Any, decoder: Any) -> Iterator[Mapping[str, Any]]:
-    sides = {"encoder": encoder.encode(texts), "decoder": decoder.encode(texts)}
-    for row, text in enumerate(texts):
-        ids = {name: batch.ids[row][batch.mask[row]] for name, batch in sides.items()}
-        yield {**ids, "text": text}
-
-
 def _ragged(
     column: Any, tokens: int
 ) -> tuple[Int[np.ndarray, "1 T"], Int[np.ndarray, "N 1"], Int[np.ndarray, " n"]]:
@@ -169,9 +164,8 @@ def _explained(error: BaseException, place: Path) -> BaseException:
             f"tokenised pieces could not be written to {place} ({error}). Set LARIMAR_CACHE to a "
             "folder with more room."
         )
-    if type(error).__module__.startswith(("pyarrow", "json")) or isinstance(
-        error, FileNotFoundError
-    ):
+    damaged = type(error).__module__.startswith(("pyarrow", "json"))
+    if damaged or isinstance(error, FileNotFoundError):
         return PiecesError(
             f"the tokenised pieces in {place} are damaged ({error}). Delete the folder: the next run "
             "makes it again."

@@ -43,15 +43,13 @@ def tokenizers(
     """
     size, folder = config.data.vocabulary, Path(path).parent
     towers = {"encoder": config.model.encoder, "decoder": config.model.decoder}
-    files = {name: folder / OWN.format(tower=name) for name in towers}
-    files = {name: file for name, file in files.items() if file.is_file()}
-    if twice := [str(file) for name, file in files.items() if towers[name].source is not None]:
+    own = {n: f for n in towers if (f := folder / OWN.format(tower=n)).is_file()}
+    if twice := [str(file) for n, file in own.items() if towers[n].source is not None]:
         raise ValueError(
             f"{' and '.join(twice)}: a tower with a source brings its tokenizer. Take the file away, "
             "or give the tower its sizes instead of a source."
         )
-    sizes = {name: tower.sizes for name, tower in towers.items() if tower.source is None}
-    bare = [name for name in sizes if name not in files]
+    bare = [n for n, tower in towers.items() if tower.source is None and n not in own]
     if bool(bare) != bool(size):
         raise ValueError(
             f"data.vocabulary is {size}, and "
@@ -59,23 +57,20 @@ def tokenizers(
             + ". It is the size of the vocabulary trained for towers without a source, else 0. A "
             f"converted tower's is in {OWN.format(tower='NAME')} beside the model."
         )
-    own = {n: Tokenizer.from_json(f.read_text(encoding="utf-8")) for n, f in files.items()}
-    entries = {**dict.fromkeys(bare, size), **{n: t.vocab_size for n, t in own.items()}}
-    if small := [n for n, count in entries.items() if sizes[n].vocab_size < count]:
-        raise ValueError(
-            "; ".join(
-                f"model.{n}.vocab_size {sizes[n].vocab_size}: less than the {entries[n]} tokens of its "
-                + ("tokenizer" if n in own else "data.vocabulary")
-                for n in small
-            )
-        )
-    trained = _trained(texts, size, Path(path)) if bare else None
-    if "encoder" in bare:
-        own["encoder"] = trained.framed()
-    if "decoder" in bare:
-        own["decoder"] = trained
-    own = {**loaded, **own}
-    return tuple(own.get(n) or weights.load_tokenizer(tower.source) for n, tower in towers.items())
+    read = {n: Tokenizer.from_json(file.read_text(encoding="utf-8")) for n, file in own.items()}
+    entries = [(n, size, "data.vocabulary") for n in bare]
+    entries += [(n, tokenizer.vocab_size, "tokenizer") for n, tokenizer in read.items()]
+    if small := [
+        f"model.{n}.vocab_size {towers[n].sizes.vocab_size}: less than the {count} tokens of its {by}"
+        for n, count, by in entries
+        if towers[n].sizes.vocab_size < count
+    ]:
+        raise ValueError("; ".join(small))
+    if bare:
+        trained = _trained(texts, size, Path(path))
+        read |= {n: trained.framed() if n == "encoder" else trained for n in bare}
+    read = {**loaded, **read}
+    return tuple(read.get(n) or weights.load_tokenizer(tower.source) for n, tower in towers.items())
 
 
 def _trained(texts: Callable[[], Iterable[str]], size: int, path: Path) -> Tokenizer:

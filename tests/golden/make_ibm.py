@@ -23,6 +23,7 @@ import types
 
 import numpy as np
 import torch
+from make_tiny import ENDLESS, draw
 from transformers import (
     BertConfig,
     BertModel,
@@ -44,27 +45,9 @@ BERT = dict(
     max_position_embeddings=20,
 )
 # The tokenizer's 50 and <PAD>, <BOS>, <EOS>.
-GPT2 = dict(
-    vocab_size=53,
-    n_embd=12,
-    n_layer=2,
-    n_head=2,
-    n_positions=24,
-    bos_token_id=None,
-    eos_token_id=None,
-)
+GPT2 = dict(vocab_size=53, n_embd=12, n_layer=2, n_head=2, n_positions=24, **ENDLESS)
 GPTJ = GPT2 | dict(n_embd=16, rotary_dim=4)
 LENGTHS, GENERATED = (9, 6, 4), 7
-
-
-def draw(module, seed):
-    """Every parameter drawn, norms and biases too: at first many are 0 or 1."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            norm = parameter.ndim == 1 and name.endswith("weight")
-            parameter.copy_(1 + 0.3 * noise if norm else 0.3 * noise)
 
 
 class Memory(torch.nn.Module):

@@ -171,16 +171,21 @@ SENTENCE_FILES = {
 ENCODERS = {"bert": {}, "bert_mean": SENTENCE_FILES}
 
 
-def make(model_class, config, seed):
-    """A model with every parameter drawn, norms and biases too: at first many are 0 or 1."""
-    model = model_class(config).eval()
-    model.set_attn_implementation("eager")
+def draw(module, seed):
+    """Draw every parameter, of norms and biases too: at first many are 0 or 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             norm = parameter.ndim == 1 and name.endswith("weight")
             parameter.copy_(1 + 0.3 * noise if norm else 0.3 * noise)
+
+
+def make(model_class, config, seed):
+    """Return a model with drawn parameters."""
+    model = model_class(config).eval()
+    model.set_attn_implementation("eager")
+    draw(model, seed)
     return model
 
 
