@@ -170,11 +170,12 @@ class Forget(EditTask):
         """How far the memory is from the float64 solution that never saw the fact, and what it
         estimates of that itself."""
         model, key = systems.model, full.keys[[case.index]]
-        estimate, leverage = _certify(model.memory, model.prepared, after.state, key)
+        states = full.state, after.state
+        certificate = diagnostics.certify(model.memory, model.prepared, *states, key)
         return {
             "distance": self._distance(systems, case, full, after),
-            "certificate": float(estimate),
-            "leverage": float(leverage),
+            "certificate": float(certificate.distance),
+            "leverage": float(certificate.leverage),
             "refused": int(after.state.refused),
         }
 
@@ -213,9 +214,3 @@ class Forget(EditTask):
 @jax.jit
 def _address(memory, prepared, keys):
     return memory.address(prepared, keys)
-
-
-@jax.jit
-def _certify(memory, prepared, state, key):
-    distance = diagnostics.distance(memory, prepared, state)
-    return distance, diagnostics.leverage(memory, prepared, state, key)[0]

@@ -112,14 +112,6 @@ def distance(memory: Streaming, prepared: Prepared, state: StreamingState) -> Fl
 
 
 @jax.jit
-def leverage(
-    memory: Streaming, prepared: Prepared, state: StreamingState, keys: Latents
-) -> Float[Array, "N"]:
-    """Return the share of each key's squared weights that the facts in the memory explain."""
-    return memory.confidence(prepared, state, keys, memory.address(prepared, keys))
-
-
-@jax.jit
 def certify(
     memory: Streaming,
     prepared: Prepared,
@@ -128,11 +120,10 @@ def certify(
     keys: Latents,
 ) -> Certificate:
     """Certify the forget of facts with these keys; the leverage is that of the first one."""
-    return Certificate(
-        distance(memory, prepared, after),
-        leverage(memory, prepared, after, keys[:1])[0],
-        after.refused > before.refused,
-    )
+    first = keys[:1]
+    explained = memory.confidence(prepared, after, first, memory.address(prepared, first))
+    is_refused = after.refused > before.refused
+    return Certificate(distance(memory, prepared, after), explained[0], is_refused)
 
 
 def forget(
