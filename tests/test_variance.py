@@ -1,5 +1,7 @@
 """σ_W in its five parametrisations: the formula, sampling, and models that learn it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,6 +79,22 @@ def test_at_the_start_it_is_what_the_config_sets(setting):
     assert (params.variance_by_memory is not None) is (setting in BY_MEMORY)
     prepared, state = written(built, params)
     np.testing.assert_array_equal(built.read(prepared, state, facts(3)).log_variance, -2.5)
+
+
+@pytest.mark.parametrize("setting", ["query", "memory", "both"])
+def test_zero_maps_leave_one_number_per_slot(setting):
+    built, params = drawn("direct", "slot")
+    linear = memory.build("direct", slots=K, latent=C, variance=setting)
+    _, by_query, by_memory = variance.init(setting, K, C, 0.0)
+    zero = dict(variance_by_query=by_query, variance_by_memory=by_memory)
+    rng, queries = jax.random.key(3), facts(4, Q)
+    prepared, state = written(built, params)
+    # Op by op: as two programs they might add in another order.
+    with jax.disable_jit():
+        want = built.read(prepared, state, queries, rng)
+        also = linear.prepare(dataclasses.replace(params, **zero))
+        ours = linear.read(also, state, queries, rng)
+    jax.tree.map(np.testing.assert_array_equal, ours, want)
 
 
 @each_setting
