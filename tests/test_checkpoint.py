@@ -40,9 +40,10 @@ def _batches():
 def _state(step, mesh_shape=ALONE):
     """A state on a mesh, different at each step."""
     mesh = sharding.make_mesh(mesh_shape)
-    rules = [("kernel", P("fsdp", "tensor"), False), (".", P(), False)]
+    where = {name: P("fsdp", "tensor") if name == KERNEL else P() for name in PARAMS}
+    where = {name: jax.NamedSharding(mesh, spec) for name, spec in where.items()}
     params = {name: array + np.float32(step) for name, array in PARAMS.items()}
-    params = jax.device_put(params, sharding.shardings(mesh, PARAMS, rules))
+    params = jax.device_put(params, where)
     adam = optax.adam(1e-3).init(params)
     rest = (np.int32(step), adam[0].count, np.float32(step))
     step, count, loss = jax.device_put(rest, sharding.replicated(mesh))

@@ -3,13 +3,21 @@
 import jax
 import numpy as np
 import pytest
+import world
 from jax.sharding import PartitionSpec as P
 
+from larimar_jax import decoders, model
 from larimar_jax.train import sharding
 
+UP = "decoder/layers/up/kernel"  # [1, 16, 32]
 
-def _shapes(**shapes):
-    return {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+
+def _shardings(monkeypatch, mesh, *rules):
+    """Return the shardings of tests/world.py's model whose decoder has these rules."""
+    monkeypatch.setattr(decoders.family("gpt2"), "sharding_rules", rules)
+    config = world.config("never read")
+    abstract = model.AbstractModel(model.abstract(config))
+    return sharding.parameter_shardings(config, abstract, sharding.make_mesh(mesh))
 
 
 def test_a_mesh_takes_the_devices_that_its_shape_names(cpu_devices):
@@ -22,35 +30,35 @@ def test_a_mesh_takes_the_devices_that_its_shape_names(cpu_devices):
         sharding.make_mesh((-1, -1, 1))
 
 
-def test_the_first_matching_rule_counts():
-    rules = [("special", P(), False), ("kernel$", P("fsdp", "tensor"), False), ("no", P(), True)]
-    specs = {"a/kernel": P("fsdp", "tensor"), "special/kernel": P()}
-    assert sharding.match(rules, list(specs)) == specs
+def test_the_first_matching_rule_counts_and_an_optional_one_may_match_nothing(monkeypatch):
+    up = (r"up/kernel$", (None, "fsdp", "tensor"))
+    where = _shardings(monkeypatch, (2, 2, 2), ("nowhere", (), True), up, (".", ()))
+    assert where[UP].spec == P(None, "fsdp", "tensor")
+    assert where["decoder/layers/up/bias"].spec == where["decoder/word/embedding"].spec == P()
 
 
-def test_every_rule_and_parameter_that_does_not_fit_is_named_at_once():
-    rules = [("kernel$", P(), False), ("nowhere", P(), False), ("never", P(), False)]
+def test_every_rule_and_parameter_that_does_not_fit_is_named_at_once(monkeypatch):
+    rules = ("kernel$", ()), ("nowhere", ()), ("never", ()), ("^norm/scale", (None, "fsdp"))
     with pytest.raises(sharding.ShardingRuleError) as error:
-        sharding.match(rules, ["a/kernel", "b/scale", "c/bias"])
-    assert all(text in str(error.value) for text in ("'nowhere'", "'never'", "b/scale", "c/bias"))
-    rules = [("a", P(None, "fsdp"), False)]
-    with pytest.raises(sharding.ShardingRuleError, match="fewer axes than the rule"):
-        sharding.shardings(sharding.make_mesh((8, 1, 1)), _shapes(a=(3,)), rules)
+        _shardings(monkeypatch, (8, 1, 1), *rules)
+    idle = "'^decoder/.*nowhere' matches no", "'^decoder/.*never' matches no"
+    orphans = "decoder/word/embedding is matched by no", "decoder/norm/bias is matched by no"
+    long = "decoder/norm/scale (16,) has fewer axes than the rule"
+    assert all(text in str(error.value) for text in (*idle, *orphans, long))
 
 
-def test_an_axis_that_does_not_divide_is_dropped_with_a_line_in_the_log(caplog):
+def test_an_axis_that_does_not_divide_is_dropped_with_a_line_in_the_log(monkeypatch, caplog):
     caplog.set_level("INFO")
-    mesh, rules = sharding.make_mesh((2, 2, 2)), [(".", P("tensor", "fsdp"), False)]
-    where = sharding.shardings(mesh, _shapes(odd=(7, 4), even=(8, 4)), rules)
-    assert where["odd"].spec == P(None, "fsdp") and where["even"].spec == P("tensor", "fsdp")
-    assert "odd: 7 does not divide over tensor" in caplog.text
+    where = _shardings(monkeypatch, (2, 2, 2), ("up/kernel$", ("tensor", "fsdp")), (".", ()))
+    assert where[UP].spec == P(None, "fsdp")
+    assert f"{UP}: 1 does not divide over tensor" in caplog.text
 
 
 def test_batches_and_parameters_lie_where_their_specs_say():
     mesh = sharding.make_mesh((2, 2, 2))
-    where = sharding.shardings(mesh, _shapes(a=(4, 6)), [("a", P("fsdp", "tensor"), False)])
-    placed = jax.device_put({"a": np.arange(24.0, dtype=np.float32).reshape(4, 6)}, where)
-    assert {shard.data.shape for shard in placed["a"].addressable_shards} == {(2, 3)}
+    where = jax.NamedSharding(mesh, P("fsdp", "tensor"))
+    placed = jax.device_put(np.arange(24.0, dtype=np.float32).reshape(4, 6), where)
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
     batch = sharding.place_batch({"tokens": np.arange(24, dtype=np.int32).reshape(8, 3)}, mesh)
     assert {shard.data.shape for shard in batch["tokens"].addressable_shards} == {(2, 3)}
     np.testing.assert_array_equal(batch["tokens"], np.arange(24).reshape(8, 3))

@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import world
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from larimar_jax import decoders, encoders, weights
+from larimar_jax import decoders, encoders, model, weights
+from larimar_jax.config import TowerConfig
 from larimar_jax.train import sharding
 from larimar_jax.weights import WeightsError, key_table, load
 from larimar_jax.weights.key_table import fill
@@ -201,10 +203,12 @@ def test_special_tokens_lengthen_the_vocabulary():
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 4, 2), (2, 2, 2)])
 def test_tensors_stream_onto_a_mesh(shape):
-    mesh = sharding.make_mesh(shape)
-    table = [(pattern, P(*axes), bool(more)) for pattern, axes, *more in LLAMA.sharding_rules]
-    shapes = {"/".join(map(str, p)): a for p, a in nnx.to_flat_state(nnx.state(TINY_LLAMA))}
-    places = sharding.shardings(mesh, shapes, table)
+    config = world.config("never read")
+    towers = dataclasses.replace(config.model, decoder=TowerConfig(None, "llama", LLAMA_SIZES))
+    config = dataclasses.replace(config, model=towers)
+    larimar = model.AbstractModel(model.abstract(config))
+    places = sharding.parameter_shardings(config, larimar, sharding.make_mesh(shape))
+    places = {name.removeprefix("decoder/"): place for name, place in places.items()}
     whole = fill(TINY_LLAMA, LLAMA.hf_keys, LLAMA_FILE)
     parted = fill(TINY_LLAMA, LLAMA.hf_keys, LLAMA_FILE, where=lambda name, _: places[name])
     split = 0

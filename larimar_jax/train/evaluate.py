@@ -148,26 +148,28 @@ def choose_edits(
     edits = {}
     for name, side in sides.items():
         encoded = encoder.encode(side, encoder_tokens)
-        for kind, array in (("tokens", encoded.ids), ("mask", encoded.mask)):
-            array = np.asarray(array)
-            edits[f"{name}_{kind}"] = np.pad(array, ((0, 0), (0, encoder_tokens - array.shape[1])))
+        edits[f"{name}_tokens"] = _padded(encoded.ids, encoder_tokens, np.int32(0))
+        edits[f"{name}_mask"] = _padded(encoded.mask, encoder_tokens, np.False_)
     starts = [[decoder.bos, *decoder.ids(prompt)] for prompt, _ in cuts]
     endings = [decoder.following(ending) for _, ending in cuts]
     pairs = {"own": endings, "swapped": endings[1:] + endings[:1]}
+    texts = {n: [[*a, *b] for a, b in zip(starts, side, strict=True)] for n, side in pairs.items()}
     # Two halves of two texts may be longer together than either text.
-    length = max(
-        len(a) + len(b) for side in pairs.values() for a, b in zip(starts, side, strict=True)
-    )
+    length = max(len(text) for side in texts.values() for text in side)
     length = min(-(-length // decoder_tokens) * decoder_tokens, max_tokens)
-    for name, side in pairs.items():
-        tokens = np.full((len(cuts), length), decoder.pad, np.int32)
-        is_ending = np.zeros((len(cuts), length), bool)
-        for row, (start, ending) in enumerate(zip(starts, side, strict=True)):
-            end = len(start) + len(ending)
-            tokens[row, :end] = [*start, *ending]
-            is_ending[row, len(start) : end] = True
-        edits |= {name: tokens, f"{name}_ending": is_ending}
+    for name, side in texts.items():
+        is_ending = [np.arange(len(b)) >= len(a) for a, b in zip(starts, side, strict=True)]
+        edits[name] = _padded(side, length, np.int32(decoder.pad))
+        edits[f"{name}_ending"] = _padded(is_ending, length, np.False_)
     return edits
+
+
+def _padded(rows: Sequence[Any], length: int, fill: np.generic) -> np.ndarray:
+    """Return rows of several lengths as [rows, length] of the dtype of `fill`, which fills the rest."""
+    result = np.full((len(rows), length), fill)
+    for padded, row in zip(result, rows, strict=True):
+        padded[: len(row)] = row
+    return result
 
 
 def edit_scores(

@@ -34,6 +34,16 @@ _FREE = re.compile(
     r"name|model\.remat|editing\.(ridge|query_noise|scope_threshold)|train\.(mesh|layout|memory_layout|"
     r"accumulate|on_bad_step|spike|log_every|evaluate_every|edits|checkpoint_every|keep|best|stall)"
 )
+# What a run and its continuation have to have in common, and the advice where they do not.
+_COMMON = {
+    "tokenizers": "was trained with other tokenizers. The corpus or the package of a tower has changed "
+    "since; restore it, or start a new run.",
+    "config": "belongs to a run of another config:\n  {lines}\nTake another folder, or the config that "
+    "it was made with (its config.json).",
+    "start": "was begun with other frozen parameters than train.start_from now has: the run there has "
+    "gone on since. Point it at a copy of what it was, or at one checkpoint (…/checkpoints/STEP), or "
+    "start a new run.",
+}
 # What an export holds in bfloat16: half the size for the largest map, whose products are summed over
 # hundreds of terms.
 _HALVED = {"^to_slots/kernel$": "bfloat16"}
@@ -192,7 +202,8 @@ def claim(run_dir: Path, config: Config) -> None:
         child.name.isdigit() for child in (run_dir / "checkpoints").glob("*")
     )
     if path.is_file() and begun:
-        _check_same_config(json.loads(path.read_text(encoding="utf-8")), values, run_dir)
+        before = json.loads(path.read_text(encoding="utf-8"))
+        check_same_run({"config": before}, {"config": values}, run_dir)
     if jax.process_index() == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
@@ -201,41 +212,29 @@ def claim(run_dir: Path, config: Config) -> None:
 
 
 def check_same_run(saved: Mapping[str, Any], meta: Mapping[str, Any], where: Path) -> None:
-    """Check that a checkpoint's meta is of this run, for all that changes its result.
+    """Check that what is saved is of this run, for all that changes its result.
 
+    Args:
+        saved, meta: a checkpoint's meta, and this run's, or the same parts of both.
     Raises:
         OtherRun: another config, other tokenizers, or other frozen parameters to start from.
     """
-    if saved["tokenizers"] != meta["tokenizers"]:
-        raise OtherRun(
-            f"{where} was trained with other tokenizers. The corpus or the package of a tower has "
-            "changed since; restore it, or start a new run."
-        )
-    _check_same_config(saved["config"], meta["config"], where)
-    if saved["start"] != meta["start"]:
-        raise OtherRun(
-            f"{where} was begun with other frozen parameters than train.start_from now has: the run "
-            "there has gone on since. Point it at a copy of what it was, or at one checkpoint "
-            "(…/checkpoints/STEP), or start a new run."
-        )
+    for part, advice in _COMMON.items():
+        if part in meta and (lines := _differences(saved[part], meta[part])):
+            listed = "\n  ".join(lines)
+            raise OtherRun(f"{where} {advice.format(lines=listed)}")
 
 
-def _check_same_config(saved: Mapping[str, Any], values: Mapping[str, Any], where: Path) -> None:
+def _differences(saved: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
+    """Return a line for each key whose values differ and may not."""
     before, now = (
         traverse_util.flatten_dict(json.loads(json.dumps(v)), sep=".") for v in (saved, values)
     )
-    keys = [key for key in sorted({*before, *now}) if not _FREE.fullmatch(key)]
-    lines = [
+    return [
         f"{key}: {before.get(key)!r} in the folder, {now.get(key)!r} now"
-        for key in keys
-        if before.get(key) != now.get(key)
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key) and not _FREE.fullmatch(key)
     ]
-    if lines:
-        raise OtherRun(
-            f"{where} belongs to a run of another config:\n  "
-            + "\n  ".join(lines)
-            + "\nTake another folder, or the config that it was made with (its config.json)."
-        )
 
 
 def start_from(

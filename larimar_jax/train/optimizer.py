@@ -1,6 +1,5 @@
 """The optimiser with warm-up, decay and clipping, over the trained parameters and no others."""
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
@@ -55,24 +54,20 @@ def learning_rate(train: TrainConfig) -> Schedule:
     Raises:
         ValueError: a warm-up longer than the run.
     """
-    shapes: dict[str, Callable[[jax.Array], jax.Array]] = {
-        "cosine": lambda done: 0.5 * (1.0 + jnp.cos(math.pi * done)),
-        "linear": lambda done: 1.0 - done,
-        "constant": jnp.ones_like,
-    }
     if train.warmup_steps > train.steps:
         raise ValueError(
             f"train.warmup_steps ({train.warmup_steps}) is more than train.steps ({train.steps})"
         )
-    warmup, rest = train.warmup_steps, max(1, train.steps - train.warmup_steps)
-
-    def rate(step: jax.Array) -> jax.Array:
-        step = jnp.asarray(step, jnp.float32)
-        rising = (step + 1.0) / max(1, warmup)
-        falling = shapes[train.decay](jnp.clip((step - warmup) / rest, 0.0, 1.0))
-        return train.learning_rate * jnp.where(step < warmup, rising, falling)
-
-    return rate
+    peak, warmup, rest = train.learning_rate, train.warmup_steps, train.steps - train.warmup_steps
+    rising = optax.linear_schedule(peak / max(1, warmup), peak, max(0, warmup - 1))
+    falling = {
+        "cosine": optax.cosine_decay_schedule(peak, max(1, rest)),
+        "linear": optax.linear_schedule(peak, 0.0, max(1, rest)),
+        "constant": optax.constant_schedule(peak),
+    }
+    rate = optax.join_schedules([rising, falling[train.decay]], [warmup])
+    # As a float: optax multiplies an integer step by π, which strict promotion forbids.
+    return lambda step: rate(jnp.asarray(step, jnp.float32))
 
 
 # Decay pulls towards zero: right for matrices, wrong for scales and biases, and for the prior

@@ -25,10 +25,6 @@ AXES = ("data", "fsdp", "tensor")
 # A batch [B, …] of episodes, and a batch in parts [parts, B / parts, …].
 BATCH, PARTS = P(ROW_AXES), P(None, ROW_AXES)
 
-# A regex on '/'-joined parameter paths, how the parameters that match are split, and whether a model
-# may lack them.
-Rule = tuple[str, PartitionSpec, bool]
-
 log = logging.getLogger(__name__)
 
 
@@ -65,16 +61,25 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
     )
 
 
-def rules(model: Any, memory_layout: str = "replicated") -> list[Rule]:
-    """Return a Larimar's table in order of precedence: its own parameters, then each tower's family.
+def parameter_shardings(
+    config: Config, abstract: AbstractModel, mesh: Mesh
+) -> dict[str, NamedSharding]:
+    """Return where each parameter of a run is split, before `train.layout` is applied.
 
-    Args:
-        model: a Larimar, abstract or not.
-        memory_layout: "slots" splits M₀ over fsdp by its K rows. It is gathered once a step, so that
-            every episode still writes its own posterior where it is.
+    The first rule whose regex is found in a parameter's path counts: a Larimar's own rules, then those
+    of each tower's family. An axis of the mesh that does not divide a dimension is dropped there, with
+    a line in the log: a vocabulary of 50,260 words on 8 devices is replicated rather than padded.
+
+    Raises:
+        ShardingRuleError: naming every rule that matches no parameter (and is not optional), every
+            parameter that no rule matches, and every one with fewer axes than its rule. A rule behind
+            another that takes all its parameters counts as matching: order is how exceptions are
+            written.
     """
-    slots = P("fsdp") if memory_layout == "slots" else P()
-    table: list[Rule] = [
+    # M₀ split by its K rows is gathered once a step, so that every episode still writes its own
+    # posterior where it is.
+    slots = P("fsdp") if config.train.memory_layout == "slots" else P()
+    table: list[tuple[str, P, bool]] = [
         (r"^memory/(prior_memory|variance_by_memory)$", slots, False),
         (r"^memory/", P(), False),
         # Not over tensor as well: XLA's partitioner (jaxlib 0.10) then computes a wrong gradient through
@@ -82,35 +87,27 @@ def rules(model: Any, memory_layout: str = "replicated") -> list[Rule]:
         (r"^to_(latent|slots|embedding)/kernel$", P("fsdp"), False),
     ]
     for name in ("encoder", "decoder"):
-        for pattern, axes, *optional in getattr(model, name).sharding_rules:
+        for pattern, axes, *optional in getattr(abstract.module, name).sharding_rules:
             # Every name of a tower begins with it; the pattern's own start is behind that.
             start = f"^{name}/" if pattern.startswith("^") else f"^{name}/.*"
             table.append((start + pattern.removeprefix("^"), P(*axes), bool(optional)))
-    return table
-
-
-def match(table: Sequence[Rule], names: Sequence[str]) -> dict[str, P]:
-    """Return the spec of each parameter: the first rule whose regex is found in its path.
-
-    Args:
-        table: rules in order of precedence.
-        names: '/'-joined parameter paths.
-    Raises:
-        ShardingRuleError: naming every rule that matches no parameter (and is not optional) and every
-            parameter that no rule matches. A rule behind another that takes all its parameters counts
-            as matching: order is how exceptions are written.
-    """
-    compiled = [(re.compile(pattern), spec, optional) for pattern, spec, optional in table]
+    shapes = {name: leaf.shape for name, leaf in abstract.parameters.items()}
     problems = [
-        f"rule {regex.pattern!r} matches no parameter"
-        for regex, _, optional in compiled
-        if not optional and not any(map(regex.search, names))
+        f"rule {pattern!r} matches no parameter"
+        for pattern, _, optional in table
+        if not optional and not any(re.search(pattern, name) for name in shapes)
     ]
     specs = {
-        name: next((spec for regex, spec, _ in compiled if regex.search(name)), None)
-        for name in names
+        name: next((spec for pattern, spec, _ in table if re.search(pattern, name)), None)
+        for name in shapes
     }
-    problems += [f"parameter {n} is matched by no rule" for n in sorted(names) if specs[n] is None]
+    for name, spec in sorted(specs.items()):
+        if spec is None:
+            problems.append(f"parameter {name} is matched by no rule")
+        elif len(spec) > len(shapes[name]):
+            problems.append(
+                f"parameter {name} {shapes[name]} has fewer axes than the rule that matches it: {spec}"
+            )
     if problems:
         raise ShardingRuleError(
             "Sharding rules and parameters do not fit:\n  "
@@ -118,53 +115,19 @@ def match(table: Sequence[Rule], names: Sequence[str]) -> dict[str, P]:
             + "\nThe table of a tower is its family's `sharding_rules`; order counts, the first match"
             " wins."
         )
-    return specs
 
-
-def shardings(
-    mesh: Mesh, parameters: Mapping[str, Any], table: Sequence[Rule]
-) -> dict[str, NamedSharding]:
-    """Return a NamedSharding for each parameter.
-
-    An axis of the mesh that does not divide a dimension is dropped there, with a line in the log: a
-    vocabulary of 50,260 words on 8 devices is replicated rather than padded.
-
-    Args:
-        parameters: arrays or ShapeDtypeStructs by '/'-joined path.
-        table: rules in order.
-    Raises:
-        ShardingRuleError: as `match`, or a spec with more axes than the parameter.
-    """
-    specs = match(table, list(parameters))
-    too_long = [n for n, spec in specs.items() if len(spec) > len(parameters[n].shape)]
-    if too_long:
-        raise ShardingRuleError(
-            "These parameters have fewer axes than the rule that matches them: "
-            + ", ".join(f"{n} {parameters[n].shape} by {specs[n]}" for n in sorted(too_long))
-        )
-
-    def fit(name: str) -> PartitionSpec:
-        shape, axes = parameters[name].shape, list(specs[name])
+    def fit(name: str, axes: list[Any]) -> NamedSharding:
         for i, axis in enumerate(axes):
-            names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
-            if shape[i] % math.prod(mesh.shape[a] for a in names):
-                log.info("%s: %d does not divide over %s, kept whole there", name, shape[i], axis)
+            size, names = (
+                shapes[name][i],
+                axis if isinstance(axis, tuple) else (axis,) if axis else (),
+            )
+            if size % math.prod(mesh.shape[a] for a in names):
+                log.info("%s: %d does not divide over %s, kept whole there", name, size, axis)
                 axes[i] = None
-        return P(*axes)
+        return NamedSharding(mesh, P(*axes))
 
-    return {name: NamedSharding(mesh, fit(name)) for name in specs}
-
-
-def parameter_shardings(
-    config: Config, abstract: AbstractModel, mesh: Mesh
-) -> dict[str, NamedSharding]:
-    """Return where each parameter of a run is split, before `train.layout` is applied.
-
-    Raises:
-        ShardingRuleError: as `shardings`.
-    """
-    table = rules(abstract.module, config.train.memory_layout)
-    return shardings(mesh, abstract.parameters, table)
+    return {name: fit(name, list(spec)) for name, spec in specs.items()}
 
 
 def whole_along(where: Mapping[str, NamedSharding], axis: str) -> dict[str, NamedSharding]:
