@@ -299,7 +299,7 @@ GROUPS = {
     "export": "write a model's towers as folders that transformers loads",
 }
 # Options that are expensive to know, added once the command is chosen.
-FILL = {"bench": bench_commands.add_benchmarks, "calibrate": train_commands.add_recipe}
+FILL = {"bench": bench_commands.add_benchmarks}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -19,7 +19,7 @@ import functools
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from larimar_jax import pipeline, scope
 from larimar_jax.data import edit_records, vocabulary
 from larimar_jax.data.edit_records import provenance
 from larimar_jax.data.paraphrases import Paraphrases, ScopeQuestions, scope_questions
+from larimar_jax.schema import Count, Natural, NonNegative
 from larimar_jax.weights import model_file
 
 # Questions of other relations for a record.
@@ -44,45 +45,33 @@ _SHARPNESS = 20.0
 Encode = Callable[[Sequence[str]], Float[np.ndarray, "n H"]]
 
 
-def _label(text: str) -> Any:
-    return dataclasses.field(metadata=dict(label=text))
-
-
-def _option(default: Any, least: Any, text: str) -> Any:
-    return dataclasses.field(default=default, metadata=dict(help=text, least=least))
+def _two_or_more(count: int) -> str:
+    return "" if count >= 2 else f"must be at least 2, got {count}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """How W is fitted."""
 
-    steps: int = _option(300, 0, "steps of Adam")
-    batch: int = _option(256, 1, "facts a step")
-    rate: float = _option(2e-4, 0.0, "learning rate at the start; it falls to 0 as a cosine")
-    others: float = _option(0.5, 0.0, "weight of questions that ask else of the same subject")
-    retrieval: float = _option(0.3, 0.0, "weight of retrieving one's own prompt from a batch's")
-    folds: int = _option(4, 2, "parts of the relations, each judged by a W fitted on the rest")
-    seed: int = _option(0, 0, "of batches, and of other questions")
-
-    def __post_init__(self):
-        """Raise ValueError for numbers that make no sense; the message names all of them."""
-        fields = {field.name: field.metadata["least"] for field in dataclasses.fields(self)}
-        wrong = [
-            f"{n} must be at least {low}" for n, low in fields.items() if getattr(self, n) < low
-        ]
-        if wrong:
-            raise ValueError(f"this recipe makes no sense: {', '.join(wrong)}.")
+    steps: Natural = 300  # of Adam
+    batch: Count = 256  # facts a step
+    rate: NonNegative = 2e-4  # learning rate at the start; it falls to 0 as a cosine
+    others: NonNegative = 0.5  # weight of questions that ask else of the same subject
+    retrieval: NonNegative = 0.3  # weight of retrieving one's own prompt from a batch's
+    # Parts of the relations, each judged by a W fitted on the rest.
+    folds: Annotated[int, _two_or_more] = 4
+    seed: Natural = 0  # of batches, and of other questions
 
 
-@dataclasses.dataclass(frozen=True)
-class Quality:
-    """Error rates of a detector on relations that it was not fitted on, in [0, 1]."""
-
-    pairwise: float = _label("equal error rate, own prompt")
-    store: float = _label("equal error rate, all prompts")
-    missed: float = _label("at the threshold: paraphrases missed")
-    neighbours: float = _label("neighbours taken for it")
-    others: float = _label("other questions taken for it")
+# Error rates of a detector on relations that it was not fitted on, in [0, 1], with their labels.
+QUALITY = {
+    "pairwise": "equal error rate, own prompt",
+    "store": "equal error rate, all prompts",
+    "missed": "at the threshold: paraphrases missed",
+    "neighbours": "neighbours taken for it",
+    "others": "other questions taken for it",
+}
+Quality = dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +133,7 @@ def calibrate(encode: Encode, facts: Sequence[ScopeQuestions], recipe: Recipe) -
         scores = [_scores(fold, look, identity + share * change) for fold, change in pairs]
         judged[share] = _judge(scores, recipe)
     # Of shares that do as well, the least; at the equal-error threshold one kind of error ranks them.
-    share = min(SHARES, key=lambda share: judged[share][1].missed)
+    share = min(SHARES, key=lambda share: judged[share][1]["missed"])
     projection = identity + share * fitted_change(np.ones(len(owner), bool))
     if not np.isfinite(projection).all():
         advice = "Lower the rate, and look for texts whose encodings are zero."
@@ -171,14 +160,13 @@ def model(source: str | Path, out: str | Path, data: str | Path, recipe: Recipe)
     path = model_file.locate(source)
     _, meta = model_file.load_exported(path)
     threshold = f"editing.scope_threshold={result.threshold}"
-    qualities = {"external": result.external, "internal": result.internal}
     meta["config"] = configs.to_dict(configs.load(configs.to_dict(loaded.config), [threshold]))
     meta["scope"] = {
         "recipe": dataclasses.asdict(recipe),
         "share": result.share,
         "data": provenance(data),
         "records": len(records),
-        "unseen_relations": {name: dataclasses.asdict(each) for name, each in qualities.items()},
+        "unseen_relations": {"external": result.external, "internal": result.internal},
     }
     model_file.amend(path, out, {scope.PROJECTION: result.projection}, meta)
     for tokenizer in vocabulary.files(path.parent):
@@ -190,9 +178,8 @@ def model(source: str | Path, out: str | Path, data: str | Path, recipe: Recipe)
 def show(result: Calibration) -> str:
     """Return a table of both detectors' errors, and what was chosen."""
     lines = [f"{'on relations that it was not fitted on':40} {'as encoded':>12} {'projected':>12}"]
-    for field in dataclasses.fields(Quality):
-        values = (getattr(quality, field.name) for quality in (result.external, result.internal))
-        lines.append(f"{field.metadata['label']:40}" + "".join(f" {v:12.1%}" for v in values))
+    for name, label in QUALITY.items():
+        lines.append(f"{label:40} {result.external[name]:12.1%} {result.internal[name]:12.1%}")
     lines.append(f"{result.share:.0%} of the fitted change; threshold {result.threshold:.3f}")
     return "\n".join(lines)
 
@@ -339,10 +326,10 @@ def _judge(folds: Sequence[Scores], recipe: Recipe) -> tuple[float, Quality]:
     negatives = np.concatenate([a for a, _ in pairs])
     threshold = scope.equal_error_threshold(positives, negatives, weights)
     store = [scope.detection(f["paraphrases"][1], f["neighbours"][1]).error for f in folds]
-    return threshold, Quality(
-        pairwise=scope.detection(positives, neighbours).error,
-        store=float(np.mean(store)),
-        missed=float(np.mean(positives < threshold)),
-        neighbours=float(np.mean(neighbours >= threshold)),
-        others=float(np.mean(others >= threshold)) if len(others) else 0.0,
-    )
+    return threshold, {
+        "pairwise": scope.detection(positives, neighbours).error,
+        "store": float(np.mean(store)),
+        "missed": float(np.mean(positives < threshold)),
+        "neighbours": float(np.mean(neighbours >= threshold)),
+        "others": float(np.mean(others >= threshold)) if len(others) else 0.0,
+    }

@@ -174,19 +174,19 @@ def _advice(step: Any, memory: float) -> str:
     )
 
 
-def add_recipe(parser: argparse.ArgumentParser, common: dict[str, Any]) -> None:
-    """Add the fields of `calibrate.Recipe` as options."""
-    import dataclasses
-
-    from larimar_jax.train import calibrate
-
-    for field in dataclasses.fields(calibrate.Recipe):
-        text = f"{field.metadata['help']} (%(default)s)"
-        settings = dict(type=field.type, default=field.default, metavar="N", help=text)
-        parser.add_argument(f"--{field.name.replace('_', '-')}", **settings)
-
-
-def calibrate(model: str, *, data: str, out: str, **recipe: Any) -> None:
+def calibrate(
+    model: str,
+    *,
+    data: str,
+    out: str,
+    steps: int | None = None,
+    batch: int | None = None,
+    rate: float | None = None,
+    others: float | None = None,
+    retrieval: float | None = None,
+    folds: int | None = None,
+    seed: int | None = None,
+) -> None:
     """Train a model's scope detector on questions that mean a fact and on others.
 
     The detector decides whether a question is about a written fact: a linear map of the encoder's
@@ -198,11 +198,22 @@ def calibrate(model: str, *, data: str, out: str, **recipe: Any) -> None:
       model MODEL: a shipped name, an exported file or a run
       data FILE: CounterFact, either schema; for training only
       out FILE: the model to write
+      steps N: steps of Adam (300)
+      batch N: facts a step (256)
+      rate N: learning rate at the start; it falls to 0 as a cosine (0.0002)
+      others N: weight of questions that ask else of the same subject (0.5)
+      retrieval N: weight of retrieving one's own prompt from a batch's (0.3)
+      folds N: parts of the relations, each judged by a W fitted on the rest (4)
+      seed N: of batches, and of other questions (0)
     Example: larimar calibrate runs/smol --data counterfact-train.json --out smol.safetensors
     """
+    from larimar_jax import schema
     from larimar_jax.train import calibrate
 
-    settings = calibrate.Recipe(**recipe)
+    recipe = dict(steps=steps, batch=batch, rate=rate, others=others)
+    recipe |= dict(retrieval=retrieval, folds=folds, seed=seed)
+    recipe = {name: value for name, value in recipe.items() if value is not None}
+    settings = schema.from_dict(calibrate.Recipe, recipe)
     print("encoding the records' questions, and fitting", file=sys.stderr)
     print(calibrate.show(calibrate.model(model, out, data, settings)))
     print(f"written: {out}")
