@@ -92,7 +92,7 @@ def test_a_folder_holds_settings_rows_and_a_summary_of_them(task, tmp_path):
     assert settings["options"] == {"chunk": 4, "limit": None, "rephrasings": 0, "mode": "rome"}
     assert settings["data"]["name"] == "facts.json" and len(settings["data"]["sha256"]) == 64
     assert settings["model"] == {"name": "known"} and result["cases"] == 11
-    assert result["environment"]["versions"]["jax"] and result["run"]["resumed_at_case"] == 0
+    assert result["environment"]["packages"]["jax"] and result["run"]["resumed_at_case"] == 0
 
 
 @pytest.mark.parametrize("chunks", [0, 1, 2])

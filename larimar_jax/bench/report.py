@@ -170,8 +170,8 @@ def _of_run(run: FinishedRun, texts: bool) -> Section:
         f"mode {mode}" if mode else "",
         f"{run.summary['run']['seconds']:.0f} s",
         f"{environment['cores']} cores, {environment['backend']}",
-        f"larimar-jax {environment['versions'].get('larimar-jax', '?')}, "
-        f"jax {environment['versions'].get('jax', '?')}",
+        f"larimar-jax {environment['packages']['larimar-jax'] or '?'}, "
+        f"jax {environment['packages']['jax']}",
     ]
     items: list[Item] = [" · ".join(filter(None, facts))]
     if run.task is not None:

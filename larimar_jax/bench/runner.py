@@ -15,27 +15,24 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
-import importlib.metadata
 import itertools
 import json
 import math
-import os
-import platform
 import re
 import shutil
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 from rich.console import Console
 from rich.progress import track
 
 from larimar_jax.bench import metrics, systems, tables
 from larimar_jax.bench import summary as summaries
 from larimar_jax.bench.task import Task, add_arguments, from_arguments  # noqa: F401
+from larimar_jax.train.logging import environment
+from larimar_jax.weights.model_file import replace_file
 
 SETTINGS, CHUNKS, ROWS, SUMMARY = "settings.json", "chunks", "rows.jsonl", "summary.json"
 Record = dict[str, Any]
@@ -181,7 +178,7 @@ def run(
         # Of a run that was finished, the machine and the time are those of then.
         before = _json(folder / SUMMARY)
         summary |= {name: before[name] for name in ("environment", "run")}
-    replace(folder / SUMMARY, json.dumps(as_json(summary), indent=2) + "\n")
+    replace_file(folder / SUMMARY, json.dumps(as_json(summary), indent=2) + "\n")
     if not quiet:
         for item in tables.shown(task, summary):
             Console().print(item)
@@ -192,22 +189,6 @@ def run(
 def read_rows(folder: str | Path) -> list[Record]:
     """Return the rows of a finished run, in order; BrokenRun where a line is no JSON."""
     return _rows(Path(folder) / ROWS)
-
-
-def environment() -> Record:
-    """Return what numbers are computed on: Python, platform, devices, and versions that matter."""
-    versions = {}
-    for name in ("larimar-jax", "jax", "jaxlib", "flax", "numpy", "tokenizers"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "backend": jax.default_backend(),
-        "devices": [device.device_kind for device in jax.devices()],
-        "cores": os.cpu_count(),
-        "versions": versions,
-    }
 
 
 # Chunks
@@ -235,7 +216,7 @@ def _compute(work: Work, folder: Path, part: Share, console: Console) -> int:
             console.print(f"resuming {folder}: {done} of {total} cases are there")
         for path, cases in track(missing, work.task.name, console=console, disable=console.quiet):
             rows = work.rows(cases)
-            replace(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+            replace_file(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
     return done
 
 
@@ -246,7 +227,7 @@ def _merge(work: Work, folder: Path) -> int:
         if not (folder / ROWS).exists():
             if missing := sum(not path.exists() for path in paths):
                 return missing
-            replace(folder / ROWS, "".join(path.read_text("utf-8") for path in paths))
+            replace_file(folder / ROWS, "".join(path.read_text("utf-8") for path in paths))
         shutil.rmtree(folder / CHUNKS, ignore_errors=True)
     return 0
 
@@ -275,7 +256,7 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
                 f"{folder} holds rows but no {SETTINGS}, so what it was run with is unknown. Give "
                 "another --out folder, or remove this one."
             )
-        replace(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        replace_file(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
     if differences := list(_differences(_json(path), settings)):
         raise DifferentSettings(
             f"{folder} holds a run with other settings, which would mix two experiments:\n"
@@ -321,17 +302,6 @@ def _rows(path: Path) -> list[Record]:
                 "whole. Remove the file to compute its cases again."
             ) from error
     return rows
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file that is either the former one or the new one, never half of it."""
-    # Of a name that nobody else has: shares on several machines may have the same process number.
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def as_json(value: Any) -> Any:

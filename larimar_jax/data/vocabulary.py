@@ -1,14 +1,12 @@
 """The tokenizers of a run: of its pretrained towers, beside its model, or trained on its corpus."""
 
-import os
 import types
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from larimar_jax import weights
 from larimar_jax.config import Config
-from larimar_jax.weights import Tokenizer
+from larimar_jax.weights import Tokenizer, model_file
 
 # The file of a tower whose weights were converted into the model: it has a tokenizer, and no source.
 OWN = "{tower}_tokenizer.json"
@@ -79,7 +77,5 @@ def _trained(texts: Callable[[], Iterable[str]], size: int, path: Path) -> Token
     tokenizer = Tokenizer.train(texts(), size)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Replaced whole; processes of one run that write it at once write the same.
-    temporary = path.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
-    temporary.write_text(tokenizer.to_json(), encoding="utf-8")
-    os.replace(temporary, path)
+    model_file.replace_file(path, tokenizer.to_json())
     return tokenizer

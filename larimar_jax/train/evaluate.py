@@ -164,7 +164,7 @@ def choose_edits(
     return edits
 
 
-def _padded(rows: Sequence[Any], length: int, fill: np.generic) -> np.ndarray:
+def _padded(rows: Sequence[Any] | np.ndarray, length: int, fill: np.generic) -> np.ndarray:
     """Return rows of several lengths as [rows, length] of the dtype of `fill`, which fills the rest."""
     result = np.full((len(rows), length), fill)
     for padded, row in zip(result, rows, strict=True):

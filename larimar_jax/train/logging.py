@@ -26,13 +26,16 @@ from rich.text import Text
 
 from larimar_jax.config import TrainConfig
 from larimar_jax.train.step import TrainState, TrainStep
+from larimar_jax.weights import model_file
 
 # What the terms are to a reader of the bar: the same text, decoded in three ways.
 _TERMS = {"reconstruction": "memory", "autoencoding": "bypassed", "language": "z=0", "kl": "KL"}
 # Rows of the square matrices whose product measures a device: large enough that the device is at its
 # best, small enough to take no time.
 _MATMUL_ROWS = {"cpu": 1024, "gpu": 8192, "tpu": 8192}
-_PACKAGES = "larimar-jax jax jaxlib flax optax orbax-checkpoint grain numpy transformers".split()
+_PACKAGES = (
+    "larimar-jax jax jaxlib flax optax orbax-checkpoint grain numpy transformers tokenizers".split()
+)
 
 
 def say(text: str) -> None:
@@ -150,9 +153,7 @@ def _truncated(path: Path, step: int) -> Path:
     """Drop the lines past `step`; of a run that starts again, all: its first is that of step 0."""
     if path.exists():
         lines = [line for line in read_metrics(path) if line["step"] <= step != 0]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        os.replace(temporary, path)
+        model_file.replace_file(path, "".join(json.dumps(line) + "\n" for line in lines))
     return path
 
 
@@ -289,7 +290,9 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": versions,
+        "backend": jax.default_backend(),
         "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
+        "cores": os.cpu_count(),
         "processes": jax.process_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }

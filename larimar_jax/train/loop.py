@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -206,9 +205,7 @@ def claim(run_dir: Path, config: Config) -> None:
         check_same_run({"config": before}, {"config": values}, run_dir)
     if jax.process_index() == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        model_file.replace_file(path, json.dumps(values, indent=1) + "\n")
 
 
 def check_same_run(saved: Mapping[str, Any], meta: Mapping[str, Any], where: Path) -> None:

@@ -4,16 +4,17 @@ Frozen towers come from their own source, so an export of a model over a frozen 
 file carries what it was trained on (its config, in `meta`) and a digest of its content.
 """
 
+import contextlib
 import hashlib
 import importlib.resources
 import json
 import math
 import os
 import re
-import tempfile
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -87,24 +88,37 @@ def save_exported(
     _, places = _header(described, stored, shapes, "0" * 64)
     digest = hashlib.sha256(described.encode("utf-8"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, since os.replace is atomic only within one file system.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with _replaced(path) as file:
+        # One array at a time, so that no second copy of a large model is held.
+        for name, place in places.items():
+            array = _stored(name, np.asarray(params[name]), stored[name])
+            _update(digest, name, array)
+            file.seek(place)
+            file.write(_bytes(array))
+        file.seek(0)
+        file.write(_header(described, stored, shapes, digest.hexdigest())[0])
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a text file that is either the former one or the new one, never half of it."""
+    with _replaced(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+@contextlib.contextmanager
+def _replaced(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file that takes the place of `path` when it is on the disk, and is gone otherwise."""
+    # In the same folder, since os.replace is atomic only within one file system; of a name that no
+    # process has, on any machine that sees the folder.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
-            # One array at a time, so that no second copy of a large model is held.
-            for name, place in places.items():
-                array = _stored(name, np.asarray(params[name]), stored[name])
-                _update(digest, name, array)
-                file.seek(place)
-                file.write(_bytes(array))
-            file.seek(0)
-            file.write(_header(described, stored, shapes, digest.hexdigest())[0])
+        with temporary.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
