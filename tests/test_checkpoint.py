@@ -303,19 +303,8 @@ def test_parts_of_a_checkpoint_start_another_run_where_its_own_parameters_were(c
     np.testing.assert_array_equal(started[KERNEL], PARAMS[KERNEL] + np.float32(3))
 
 
-def test_parts_that_do_not_fit_are_one_error_that_names_all(copy, tmp_path):
-    own = {**_state(50, (1, 8, 1)).params, PRIOR: jnp.zeros((5, 6))}
-    del own[SCALE]
-    start = StartConfig(str(copy), ("^decoder/", "^memory/", "^encoder/", "^heads/"))
-    with pytest.raises(loop.StartError) as error:
-        loop.start_from(own, start)
-    for offence in (
-        "'^encoder/' matches no parameter",
-        "'^heads/' matches no parameter",
-        f"{SCALE}: this model has no such parameter",
-        f"{PRIOR}: (4, 6) there, (5, 6) in this model",
-    ):
-        assert offence in str(error.value)
+def test_parts_of_what_is_absent_or_damaged_start_nothing(copy, tmp_path):
+    own = _state(50, (1, 8, 1)).params
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         loop.start_from(own, StartConfig(str(tmp_path / "absent"), ("^memory/",)))
     for step, part in (("4", "d/*"), ("3", "_METADATA")):

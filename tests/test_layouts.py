@@ -80,6 +80,11 @@ def test_a_layout_has_the_losses_of_one_device(run, alone, layout):
     losses, state, step, _ = trained(run, **layout)
     assert losses[-1] < 0.8 * losses[0]
     np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
+    assert step.frozen == ["encoder/position/embedding"]
+    assert not set(step.frozen) & set(state.params)
+    assert {n: leaf.shape for n, leaf in state.params.items()} == {
+        n: leaf.shape for n, leaf in alone[1].params.items()
+    }
     whole = layout.get("layout") == "zero2"
     assert ("fsdp" in str(step.state_shardings.params[KERNEL].spec)) == (not whole)
     moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.shape == (1, 16, 32)]
@@ -169,6 +174,28 @@ def test_a_spike_is_skipped_and_the_run_goes_on(run):
     jax.tree.map(np.testing.assert_array_equal, after, before)
     state, metrics = step.step(state, frozen, sharding.place_batch(batches[13], mesh))
     assert metrics["sound"] and int(state.step) == 14
+
+
+def test_a_skipped_step_does_not_move_the_learning_rate(run):
+    settings = dict(on_bad_step="skip", spike=1.0, warmup_steps=4)
+    _, state, step, frozen = trained(run, 0, **settings)
+    batch, rates = sharding.place_batch(run[1][0], step.mesh), []
+    for usual in (jnp.inf, -1e9, jnp.inf):  # Beside the second one, any loss is a spike.
+        state, metrics = step.step(state._replace(loss=jnp.float32(usual)), frozen, batch)
+        rates.append((bool(metrics["sound"]), float(metrics["learning_rate"])))
+    assert [sound for sound, _ in rates] == [True, False, True] and int(state.step) == 3
+    assert [rate for _, rate in rates] == pytest.approx([0.005, 0.01, 0.01])
+
+
+def test_a_step_that_is_not_finite_leaves_the_state_as_it_was(run):
+    _, state, step, frozen = trained(run, 0)
+    name = "decoder/word/embedding"
+    nan = state.params[name] * jnp.float32(np.nan)
+    state = state._replace(params={**state.params, name: nan})
+    before = jax.device_get(state)
+    state, metrics = step.step(state, frozen, sharding.place_batch(run[1][0], step.mesh))
+    assert not np.isfinite(metrics["loss"])
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
 
 
 def _metrics(**changes):

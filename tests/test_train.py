@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ import world
 from larimar_jax import config as configs
 from larimar_jax.config import StartConfig
 from larimar_jax.train import logging, loop, optimizer, sharding
-from larimar_jax.train.step import TrainStep, initialise
+from larimar_jax.train.step import initialise
 from larimar_jax.weights import model_file
 
 ROOT = Path(__file__).parents[1]
@@ -254,71 +253,3 @@ def test_a_run_is_judged_by_the_corpus_that_is_named(tiny, tmp_path, monkeypatch
     gone = _with(config, "data", held_out=str(tmp_path / "no.txt"))
     with pytest.raises(FileNotFoundError, match="no such file"):
         loop.train(gone, tmp_path / "gone", progress=False)
-
-
-# Single steps -------------------------------------------------------------------------------------
-
-
-def _batch(config: configs.Config, mesh) -> dict[str, jax.Array]:
-    rng = np.random.default_rng(0)
-    shape = (config.data.batch, config.data.episode[0], config.data.encoder_tokens)
-    mask = np.arange(shape[-1]) < rng.integers(4, shape[-1], shape[:2])[..., None]
-    tokens = rng.integers(0, 300, shape).astype(np.int32)
-    batch = dict(encoder_tokens=tokens, encoder_mask=mask)
-    return sharding.place_batch({**batch, "decoder_tokens": tokens, "decoder_mask": mask}, mesh)
-
-
-def _begin(config: configs.Config, mesh_shape=ALONE, change=lambda params: params):
-    """(step, frozen, state, batch)"""
-    mesh = sharding.make_mesh(mesh_shape)
-    abstract, parameters = initialise(config, mesh)
-    step = TrainStep(config, abstract, mesh)
-    state = step.init(change({name: parameters[name] for name in step.trained}))
-    return step, step.freeze(parameters), state, _batch(config, mesh)
-
-
-def test_a_mesh_computes_what_one_device_does_and_frozen_parameters_cost_nothing(tiny):
-    runs = []
-    for mesh in (ALONE, (4, 2, 1)):
-        step, frozen, state, batch = _begin(tiny, mesh)
-        losses = []
-        for _ in range(2):
-            state, metrics = step.step(state, frozen, batch)
-            losses.append(float(metrics["loss"]))
-        runs.append((losses, state))
-    (losses, alone), (split_losses, split) = runs
-    np.testing.assert_allclose(split_losses, losses, rtol=2e-5)
-    for name, leaf in alone.params.items():
-        assert leaf.shape == split.params[name].shape
-        np.testing.assert_allclose(split.params[name], leaf, atol=3e-3, err_msg=name)
-    kernel = split.params["decoder/layers/up/kernel"]
-    assert kernel.sharding.mesh.size == 8
-    moments = [leaf for leaf in jax.tree.leaves(split.optimizer) if leaf.shape == kernel.shape]
-    assert moments and all(leaf.sharding == kernel.sharding for leaf in moments)
-    assert step.frozen == ["encoder/position/embedding"] and not set(step.frozen) & set(
-        alone.params
-    )
-    size = sum(leaf.size for leaf in jax.tree.leaves(alone.optimizer))
-    assert size == pytest.approx(2 * sum(leaf.size for leaf in alone.params.values()), abs=8)
-
-
-def test_a_skipped_step_does_not_move_the_learning_rate(tiny):
-    config = _with(tiny, on_bad_step="skip", spike=1.0, warmup_steps=4)
-    step, frozen, state, batch = _begin(config)
-    rates = []
-    for usual in (jnp.inf, -1e9, jnp.inf):  # Beside the second one, any loss is a spike.
-        state, metrics = step.step(state._replace(loss=jnp.float32(usual)), frozen, batch)
-        rates.append((bool(metrics["sound"]), float(metrics["learning_rate"])))
-    assert [sound for sound, _ in rates] == [True, False, True] and int(state.step) == 3
-    assert [rate for _, rate in rates] == pytest.approx([0.005, 0.01, 0.01])
-
-
-def test_a_step_that_is_not_finite_leaves_the_state_as_it_was(tiny):
-    name = "decoder/word/embedding"
-    step, frozen, state, batch = _begin(
-        tiny, change=lambda params: {**params, name: params[name] * jnp.float32(np.nan)}
-    )
-    before = jax.device_get(state)
-    state, metrics = step.step(state, frozen, batch)
-    assert not np.isfinite(metrics["loss"])
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)

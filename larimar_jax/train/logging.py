@@ -11,7 +11,7 @@ import platform
 import subprocess
 import time
 import timeit
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorboardX
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -33,9 +32,7 @@ _TERMS = {"reconstruction": "memory", "autoencoding": "bypassed", "language": "z
 # Rows of the square matrices whose product measures a device: large enough that the device is at its
 # best, small enough to take no time.
 _MATMUL_ROWS = {"cpu": 1024, "gpu": 8192, "tpu": 8192}
-_PACKAGES = (
-    "larimar-jax jax jaxlib flax optax orbax-checkpoint grain numpy transformers tokenizers".split()
-)
+_PACKAGES = "larimar-jax jax jaxlib flax optax orbax-checkpoint grain numpy transformers tokenizers"
 
 
 def say(text: str) -> None:
@@ -96,11 +93,7 @@ class Logger:
         self._pending = (step, metrics, batch, began)
 
     def flush(self, state: TrainState) -> None:
-        """Wait for the newest step and record it.
-
-        Raises:
-            BadStep: as `BadSteps.check`.
-        """
+        """Wait for the newest step and record it; raises as `BadSteps.check`."""
         if self._pending is None:
             return
         (step, metrics, batch, began), self._pending = self._pending, None
@@ -168,37 +161,33 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return lines
 
 
-class Bar:
+class Bar(Progress):
     """A bar of steps over a line of losses; evaluations are lines above them."""
 
     def __init__(self, total: int, done: int, *, shown: bool):
-        self._shown, self._console = shown, Console(stderr=True, highlight=False)
         columns = TextColumn("step"), MofNCompleteColumn(), BarColumn(None), TimeRemainingColumn()
-        self._progress = Progress(*columns, console=self._console, expand=True)
-        self._task = self._progress.add_task("train", total=total, completed=done)
+        console = Console(stderr=True, highlight=False)
         self._losses = Text("compiling the step", no_wrap=True, overflow="ellipsis")
-        self._live = Live(Group(self._progress, self._losses), console=self._console)
-        if shown:
-            self._live.start()
+        super().__init__(*columns, console=console, expand=True, disable=not shown)
+        self._task = self.add_task("train", total=total, completed=done)
+        self.start()
 
-    def stop(self) -> None:
-        if self._shown:
-            self._live.stop()
-            if not self._console.is_terminal:
-                # A file gets the last frame without the end of its line.
-                self._console.print()
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """Yield what is shown: the bar, and the losses below it."""
+        yield from super().get_renderables()
+        yield self._losses
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Show the numbers of a step."""
         terms = "  ".join(f"{s} {values[n]:.2f}" for n, s in _TERMS.items() if n in values)
         speed = f"{values['tokens_per_second']:,.0f} tokens/s  {values['episodes_per_second']:.1f}"
         self._losses.plain = f"loss {values['loss']:.2f}  {terms}  {speed} episodes/s"
-        self._progress.update(self._task, completed=step)
+        self.update(self._task, completed=step)
 
     def evaluation(self, step: int, terms: Mapping[str, float]) -> None:
         """Show held-out losses in nats per token: through memory, memory bypassed, and z = 0."""
-        if self._shown:
-            self._console.print(
+        if not self.disable:
+            self.console.print(
                 f"step {step}: held-out nats per token: {terms['reconstruction']:.3f} memory, "
                 f"{terms['autoencoding']:.3f} bypassed, {terms['language']:.3f} z=0"
             )
@@ -281,8 +270,8 @@ def environment() -> dict[str, Any]:
         ):  # No git, or another's clone.
             done = subprocess.run([*line, "--dirty=+changes"], capture_output=True, check=True)
             revision = done.stdout.decode().strip()
-    versions: dict[str, str | None] = dict.fromkeys(_PACKAGES)
-    for package in _PACKAGES:
+    versions: dict[str, str | None] = dict.fromkeys(_PACKAGES.split())
+    for package in versions:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return {

@@ -97,16 +97,17 @@ def plan(config: Config) -> Plan:
         part = name.split("/")[0]
         parts["projections" if part.startswith("to_") else part] += math.prod(leaf.shape)
     sent = read_collectives(compiled.as_text())
-    counts, moved = Counter(), Counter()
-    for collective in sent:
-        counts[collective.kind] += collective.times
-        moved[collective.kind] += collective.moved
+    by_kind = {kind: [c for c in sent if c.kind == kind] for kind in KINDS}
     return Plan(
         config,
         mesh.size,
         dict(parts),
         sizes,
-        {kind: (counts[kind], moved[kind]) for kind in KINDS if kind in counts},
+        {
+            k: (sum(c.times for c in cs), sum(c.moved for c in cs))
+            for k, cs in by_kind.items()
+            if cs
+        },
         [c.name for c in sent if c.kind != "all-reduce" and c.within("memory")],
         count_flops(train_step.step, *arguments),
         train_step.flops(episode),
