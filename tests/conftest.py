@@ -32,10 +32,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Places in the source would make equal programs differ.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
+import hypothesis
 import jax
 import pytest
 from jaxtyping import install_import_hook
 
+hypothesis.settings.register_profile("long", max_examples=20_000)
 # Shape annotations are checked by beartype on every call while the tests run.
 install_import_hook("larimar_jax", "beartype.beartype")
 

@@ -100,6 +100,19 @@ def test_every_misfit_is_in_one_error_and_nothing_is_read(tensors):
     assert source.reads == []
 
 
+def test_an_error_in_the_last_tensor_leaves_the_abstract_module_as_it_was(tensors):
+    class Cut(Arrays):
+        def read(self, name):
+            if len(self.reads) == len(tensors) - 1:
+                raise WeightsError("cut short")
+            return super().read(name)
+
+    with pytest.raises(WeightsError, match="cut short"):
+        fill(TINY_LLAMA, LLAMA.hf_keys, Cut(tensors))
+    leaves = jax.tree.leaves(nnx.state(TINY_LLAMA))
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+
+
 def test_two_tensors_for_one_parameter(tensors):
     keys = (*LLAMA.hf_keys, ("again", "norm.scale", "copy"))
     source = Arrays({**tensors, "again": tensors["model.norm.weight"]})
