@@ -23,16 +23,8 @@ import types
 
 import numpy as np
 import torch
-from make_tiny import ENDLESS, draw
-from transformers import (
-    BertConfig,
-    BertModel,
-    DynamicCache,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTJConfig,
-    GPTJForCausalLM,
-)
+import transformers
+from make_tiny import draw
 
 HERE = pathlib.Path(__file__).parent / "ibm"
 SLOTS, LATENT = 5, 8
@@ -44,6 +36,8 @@ BERT = dict(
     num_attention_heads=2,
     max_position_embeddings=20,
 )
+# With random weights an end of text would come at any time.
+ENDLESS = dict(bos_token_id=None, eos_token_id=None)
 # The tokenizer's 50 and <PAD>, <BOS>, <EOS>.
 GPT2 = dict(vocab_size=53, n_embd=12, n_layer=2, n_head=2, n_positions=24, **ENDLESS)
 GPTJ = GPT2 | dict(n_embd=16, rotary_dim=4)
@@ -70,16 +64,14 @@ class Model(torch.nn.Module):
 
     def __init__(self, setting):
         super().__init__()
-        self.encoder = BertModel(BertConfig(**BERT)).eval()
+        self.encoder = transformers.BertModel(transformers.BertConfig(**BERT)).eval()
         self.encoder.linear = torch.nn.Linear(BERT["hidden_size"], 2 * LATENT, bias=False)
-        if setting == 4:
-            self.decoder = GPTJForCausalLM(GPTJConfig(**GPTJ)).eval()
-        else:
-            self.decoder = GPT2LMHeadModel(GPT2Config(**GPT2)).eval()
+        sizes = transformers.GPTJConfig(**GPTJ) if setting == 4 else transformers.GPT2Config(**GPT2)
+        self.decoder = transformers.AutoModelForCausalLM.from_config(sizes).eval()
         self.decoder.set_attn_implementation("eager")
-        inner, said = self.decoder.transformer, self.decoder.config
-        inner.linear = torch.nn.Linear(LATENT, said.n_layer * said.n_embd, bias=False)
-        inner.linear_emb = torch.nn.Linear(LATENT, said.n_embd, bias=False)
+        inner = self.decoder.transformer
+        inner.linear = torch.nn.Linear(LATENT, sizes.n_layer * sizes.n_embd, bias=False)
+        inner.linear_emb = torch.nn.Linear(LATENT, sizes.n_embd, bias=False)
         self.memory = Memory(setting)
 
 
@@ -92,7 +84,7 @@ def decode(model, tokens, latents):
     """Logits with one past slot per layer, and with a vector on every token (§2)."""
     inner, said = model.decoder.transformer, model.decoder.config
     slots = inner.linear(latents).reshape(len(latents), said.n_layer, said.n_head, 1, -1)
-    cache = DynamicCache()
+    cache = transformers.DynamicCache()
     for layer in range(said.n_layer):
         cache.update(slots[:, layer], slots[:, layer], layer)
     positions = torch.arange(1, tokens.shape[1] + 1)[None].expand(len(tokens), -1)
@@ -104,10 +96,10 @@ def decode(model, tokens, latents):
 
 def inverse(matrix):
     """15 steps of Newton–Schulz from the released start."""
-    found = min(math.exp(-5.0), 5e-4) * matrix.T
+    result = min(math.exp(-5.0), 5e-4) * matrix.T
     for _ in range(15):
-        found = 2 * found - found @ matrix @ found
-    return found
+        result = 2 * result - result @ matrix @ result
+    return result
 
 
 def remember(memory, latents, setting):
@@ -185,27 +177,17 @@ def main():
         tokens = torch.randint(5, BERT["vocab_size"], size, generator=generator)
         mask = torch.arange(size[1])[None] < torch.tensor(LENGTHS)[:, None]
         inputs = torch.randint(0, 53, (len(LENGTHS), GENERATED), generator=generator)
+        arrays = dict(tokens=tokens.int() * mask, mask=mask, inputs=inputs.int())
         with torch.no_grad():
-            latents = encode(model, tokens, mask)
-            m, read, spread = remember(model.memory, latents, setting)
-            found = dict(
-                tokens=tokens.int() * mask,
-                mask=mask,
-                latents=latents,
-                inputs=inputs.int(),
-                logits=decode(model, inputs, latents),
-                zero=decode(model, inputs, torch.zeros_like(latents)),
-                memory=m,
-                read=read,
-                log_variance=spread,
-            )
-        apart = (found["logits"] - found["zero"]).abs().max()
-        values = torch.linalg.svdvals(latents)
-        print(f"setting {setting}: logits differ by {apart:.2f} from z = 0, svd {values.tolist()}")
-        golden |= {f"{setting}/{name}": value.numpy() for name, value in found.items()}
+            arrays["latents"] = latents = encode(model, tokens, mask)
+            arrays["logits"] = decode(model, inputs, latents)
+            arrays["zero"] = decode(model, inputs, torch.zeros_like(latents))
+            remembered = remember(model.memory, latents, setting)
+        arrays |= zip(("memory", "read", "log_variance"), remembered, strict=True)
+        apart = (arrays["logits"] - arrays["zero"]).abs().max()
+        print(f"setting {setting}: logits differ by {apart:.2f} from z = 0")
+        golden |= {f"{setting}/{name}": array.numpy() for name, array in arrays.items()}
     np.savez_compressed(HERE / "golden.npz", **golden)
-    for path in sorted(HERE.iterdir()):
-        print(path.name, path.stat().st_size)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Makes tiny_*/: random towers of every family from transformers, with what torch computes.
+"""Makes model.safetensors and golden.npz of tiny_*/: random towers, with what torch computes.
 
-Each folder is laid out as on Hugging Face and holds `golden.npz`. A decoder's has right-padded
-`tokens` [3, T] and their `lengths`, `logits` of the real tokens in order, `loss` (the mean
-cross-entropy of the real next tokens), and what `generate` appends greedily to `prompt_0` and
-`prompt_1`: `greedy_0`, `greedy_1`. An encoder's has `tokens`, `lengths`, `hidden` of the real tokens,
-`pooled`, `weight`, and `loss` = sum(pooled · weight). Both have `gradient/NAME`, the loss's gradient
-with respect to every parameter.
+A case is a folder with a config.json, laid out as on Hugging Face; an encoder that pools by the mean
+has the files of sentence-transformers beside it. A decoder's golden.npz has right-padded `tokens`
+[3, T] and their `lengths`, `logits` of the real tokens in order, `loss` (the mean cross-entropy of the
+real next tokens), and what `generate` appends greedily to `prompt_0` and `prompt_1`: `greedy_0`,
+`greedy_1`. An encoder's has `tokens`, `lengths`, `hidden` of the real tokens, `pooled`, `weight`, and
+`loss` = sum(pooled · weight). Both have `gradient/NAME`, the loss's gradient with respect to every
+parameter.
 
 Sizes differ from each other on purpose, so that a swapped axis fails. A case's features are switched
 off one by one, to prove that its logits depend on them; seeds are searched until no greedy step is
@@ -13,36 +14,19 @@ near a tie. Run anywhere, with an interpreter that has torch and transformers (2
 these files); it takes ten seconds:
 
     python -m pip install torch==2.13.0 transformers==5.23.0 numpy
-    python tests/golden/make_tiny.py [case …]
+    python tests/golden/make_tiny.py [tiny_llama …]
 """
 
 import itertools
-import json
 import pathlib
-import shutil
 import sys
 
 import numpy as np
 import torch
+import transformers
 from torch.nn import functional
-from transformers import (
-    BertConfig,
-    BertModel,
-    GenerationConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTJConfig,
-    GPTJForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 
 HERE = pathlib.Path(__file__).parent
-
 LENGTHS = (24, 17, 9)
 PROMPTS = (5, 9)
 GENERATED = 64
@@ -53,122 +37,24 @@ LEAST_DISTINCT = 12
 # What switching a feature off must change some logit by, where logits are of order 1.
 LEAST_EFFECT = 0.1
 
-PLAIN = {"rope_type": "default", "rope_theta": 500.0}
-LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.5}
-# With random weights an end of text would come at any time.
-ENDLESS = dict(bos_token_id=None, eos_token_id=None)
-# 2.5, 0.7, 0.2 … turns of each pair within the first training: one kept, one blended, the rest slowed.
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "original_max_position_embeddings": 16,
-    "low_freq_factor": 0.3,
-    "high_freq_factor": 2.0,
-}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 100.0,
-    "factor": 8.0,
-    "original_max_position_embeddings": 16,
-    "beta_slow": 0.25,
-    "beta_fast": 2.0,
-}
-LLAMA = dict(
-    vocab_size=97,
-    hidden_size=24,
-    intermediate_size=40,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=96,
-    rope_parameters=PLAIN,
-    tie_word_embeddings=False,
-    **ENDLESS,
-)
-QWEN2 = dict(
-    vocab_size=101,
-    hidden_size=32,
-    intermediate_size=44,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-    rope_parameters=PLAIN,
-    tie_word_embeddings=True,
-    **ENDLESS,
-)
-SHORT = dict(num_hidden_layers=2)
-GPT2 = dict(vocab_size=103, n_embd=33, n_layer=2, n_head=3, n_inner=52, n_positions=96, **ENDLESS)
-GPTJ = GPT2 | dict(n_embd=36, rotary_dim=8)
-WINDOW = dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)
 
-# name: classes, settings, and settings that switch off what the case is there for.
-DECODERS = {
-    "gpt2": (GPT2LMHeadModel, GPT2Config, GPT2, ()),
-    "gptj": (GPTJForCausalLM, GPTJConfig, GPTJ, [dict(rotary_dim=12)]),
-    "llama": (LlamaForCausalLM, LlamaConfig, LLAMA, ()),
-    "llama_tied": (
-        LlamaForCausalLM,
-        LlamaConfig,
-        LLAMA | dict(rope_parameters=LLAMA3, tie_word_embeddings=True),
-        [dict(rope_parameters=PLAIN), dict(rope_parameters=LLAMA3 | dict(low_freq_factor=1.9))],
-    ),
-    "llama_biased": (
-        LlamaForCausalLM,
-        LlamaConfig,
-        LLAMA | SHORT | dict(rope_parameters=LINEAR, attention_bias=True, mlp_bias=True),
-        [dict(rope_parameters=PLAIN), dict(attention_bias=False), dict(mlp_bias=False)],
-    ),
-    "qwen2": (
-        Qwen2ForCausalLM,
-        Qwen2Config,
-        QWEN2 | dict(rope_parameters=YARN),
-        [
-            dict(rope_parameters=PLAIN | dict(rope_theta=100.0)),
-            dict(rope_parameters=YARN | dict(attention_factor=1.0)),
-            dict(rope_parameters=YARN | dict(beta_slow=1.0)),
-        ],
-    ),
-    "qwen2_window": (
-        Qwen2ForCausalLM,
-        Qwen2Config,
-        QWEN2 | WINDOW,
-        [dict(use_sliding_window=False), dict(max_window_layers=0), dict(max_window_layers=2)],
-    ),
-    "mistral": (
-        MistralForCausalLM,
-        MistralConfig,
-        LLAMA | SHORT | dict(sliding_window=5),
-        [dict(sliding_window=None), dict(sliding_window=4)],
-    ),
-}
-BERT = dict(
-    vocab_size=89,
-    hidden_size=30,
-    intermediate_size=44,
-    num_hidden_layers=2,
-    num_attention_heads=3,
-    max_position_embeddings=32,
-)
-# What a sentence-transformers folder says beside config.json.
-SENTENCE_FILES = {
-    "modules.json": [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (path, kind) in enumerate(
-            [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
-        )
+def rope(**changes):
+    return {"rope_parameters": changes}
+
+
+PLAIN = rope(rope_type="default")
+# Settings that switch off what a case is there for.
+CHANGES = {
+    "tiny_gptj": [dict(rotary_dim=12)],
+    # Of its four pairs one is kept, one blended, the rest slowed.
+    "tiny_llama_tied": [PLAIN, rope(low_freq_factor=1.9)],
+    "tiny_llama_biased": [PLAIN, dict(attention_bias=False), dict(mlp_bias=False)],
+    "tiny_qwen2": [PLAIN, rope(attention_factor=1.0), rope(beta_slow=1.0)],
+    "tiny_qwen2_window": [
+        dict(use_sliding_window=False), dict(max_window_layers=0), dict(max_window_layers=2)
     ],
-    "1_Pooling/config.json": {
-        "word_embedding_dimension": BERT["hidden_size"],
-        "pooling_mode_cls_token": False,
-        "pooling_mode_mean_tokens": True,
-        "pooling_mode_max_tokens": False,
-        "pooling_mode_mean_sqrt_len_tokens": False,
-    },
-}
-ENCODERS = {"bert": {}, "bert_mean": SENTENCE_FILES}
+    "tiny_mistral": [dict(sliding_window=None), dict(sliding_window=4)],
+}  # fmt: skip
 
 
 def draw(module, seed):
@@ -181,11 +67,9 @@ def draw(module, seed):
             parameter.copy_(1 + 0.3 * noise if norm else 0.3 * noise)
 
 
-def make(model_class, config, seed):
-    """Return a model with drawn parameters."""
-    model = model_class(config).eval()
+def build(config):
+    model = getattr(transformers, config.architectures[0])(config).eval()
     model.set_attn_implementation("eager")
-    draw(model, seed)
     return model
 
 
@@ -201,10 +85,13 @@ def logits_of(model, tokens, real):
     return model(tokens, attention_mask=real.long(), use_cache=False).logits
 
 
-def effect(model, model_class, config_class, settings, change, tokens, real):
+def effect(model, change, tokens, real):
     """The largest change of a logit when the model is run with other settings."""
-    other = model_class(config_class(**(settings | change))).eval()
-    other.set_attn_implementation("eager")
+    settings = model.config.to_dict()
+    settings.pop("layer_types", None)  # follows from the others
+    if "rope_parameters" in change:
+        change = rope(**settings["rope_parameters"] | change["rope_parameters"])
+    other = build(type(model.config)(**settings | change))
     result = other.load_state_dict(model.state_dict(), strict=False)
     assert not result.missing_keys, result
     with torch.no_grad():
@@ -214,101 +101,73 @@ def effect(model, model_class, config_class, settings, change, tokens, real):
 
 def greedy(model, prompt):
     """What `generate` appends, and the smallest gap between the best two logits on the way."""
-    plan = GenerationConfig(max_new_tokens=GENERATED, do_sample=False, pad_token_id=0)
+    plan = transformers.GenerationConfig(max_new_tokens=GENERATED, do_sample=False, pad_token_id=0)
     with torch.no_grad():
         whole = model.generate(
             prompt[None], generation_config=plan, attention_mask=torch.ones_like(prompt[None])
         )
         assert whole.shape[1] == len(prompt) + GENERATED
         best = model(whole, use_cache=False).logits[0, len(prompt) - 1 : -1].topk(2)
-    said = whole[0, len(prompt) :]
+    text = whole[0, len(prompt) :]
     # Without a cache it has to come out the same, or the model is too close to a tie.
     gap = best.values[:, 0] - best.values[:, 1]
-    gap = torch.where(best.indices[:, 0] == said, gap, 0.0)
-    return said, float(gap.min())
+    gap = torch.where(best.indices[:, 0] == text, gap, 0.0)
+    return text, float(gap.min())
 
 
-def gradients(model, loss):
-    """Of every parameter, zeros for those that the loss does not depend on."""
+def save(model, folder, loss, **golden):
     names, parameters = zip(*model.named_parameters(), strict=True)
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return {
-        f"gradient/{name}": (torch.zeros_like(p) if g is None else g).numpy()
-        for name, p, g in zip(names, parameters, found, strict=True)
-    }
-
-
-def save(model, name, **golden):
-    folder = HERE / f"tiny_{name}"
-    shutil.rmtree(folder, ignore_errors=True)
+    slopes = torch.autograd.grad(loss, parameters, materialize_grads=True, allow_unused=True)
+    golden |= {f"gradient/{name}": slope for name, slope in zip(names, slopes, strict=True)}
+    golden |= dict(loss=loss, lengths=torch.tensor(LENGTHS))
+    arrays = {name: tensor.detach().numpy() for name, tensor in golden.items()}
+    arrays = {n: a.astype(np.int32) if a.dtype == np.int64 else a for n, a in arrays.items()}
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     (folder / "model.safetensors").chmod(0o644)
-    np.savez_compressed(folder / "golden.npz", lengths=np.array(LENGTHS, np.int32), **golden)
-    return folder
+    np.savez_compressed(folder / "golden.npz", **arrays)
 
 
-def make_decoder(name):
-    model_class, config_class, settings, changes = DECODERS[name]
-    tokens, real = batch(settings["vocab_size"])
+def make_decoder(folder, model, tokens, real):
     prompts = [tokens[i, :length] for i, length in enumerate(PROMPTS)]
     for seed in itertools.count():
-        model = make(model_class, config_class(**settings), seed)
-        said, gaps = zip(*[greedy(model, prompt) for prompt in prompts], strict=True)
-        distinct = min(len(set(s.tolist())) for s in said)
+        draw(model, seed)
+        texts, gaps = zip(*[greedy(model, prompt) for prompt in prompts], strict=True)
+        distinct = min(len(set(text.tolist())) for text in texts)
         if min(gaps) > LEAST_GAP and distinct >= LEAST_DISTINCT:
             break
-    print(f"{name}: seed {seed}, smallest gap {min(gaps):.4f}, {distinct} distinct tokens")
-    for change in changes:
-        changed = effect(model, model_class, config_class, settings, change, tokens, real)
+    print(f"{folder.name}: seed {seed}, smallest gap {min(gaps):.4f}, {distinct} distinct tokens")
+    for change in CHANGES.get(folder.name, ()):
+        changed = effect(model, change, tokens, real)
         print(f"  with {change} logits change by up to {changed:.3f}")
         assert changed > LEAST_EFFECT, change
     logits = logits_of(model, tokens, real)
     target = torch.where(real[:, 1:], tokens[:, 1:], -100)
     loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten())
     print(f"  loss {loss:.3f}, largest logit {logits[real].abs().max():.2f}")
-    texts = {f"prompt_{i}": p.int().numpy() for i, p in enumerate(prompts)}
-    texts |= {f"greedy_{i}": s.int().numpy() for i, s in enumerate(said)}
-    save(
-        model,
-        name,
-        tokens=tokens.int().numpy(),
-        logits=logits[real].detach().numpy(),
-        loss=loss.detach().numpy(),
-        **texts,
-        **gradients(model, loss),
-    )
+    golden = {f"prompt_{i}": prompt for i, prompt in enumerate(prompts)}
+    golden |= {f"greedy_{i}": text for i, text in enumerate(texts)}
+    save(model, folder, loss, tokens=tokens, logits=logits[real], **golden)
 
 
-def make_encoder(name):
-    model = make(BertModel, BertConfig(**BERT), seed=0)
-    tokens, real = batch(BERT["vocab_size"])
+def make_encoder(folder, model, tokens, real):
+    draw(model, seed=0)
     out = model(tokens, attention_mask=real.long())
     pooled = out.pooler_output
-    if ENCODERS[name]:
+    if (folder / "modules.json").exists():
         total = (out.last_hidden_state * real[:, :, None]).sum(1)
         pooled = functional.normalize(total / real.sum(1, keepdim=True), dim=1)
     weight = torch.randn(pooled.shape, generator=torch.Generator().manual_seed(2))
-    loss = (pooled * weight).sum()
-    folder = save(
-        model,
-        name,
-        tokens=tokens.int().numpy(),
-        hidden=out.last_hidden_state[real].detach().numpy(),
-        pooled=pooled.detach().numpy(),
-        weight=weight.numpy(),
-        loss=loss.detach().numpy(),
-        **gradients(model, loss),
-    )
-    for file, said in ENCODERS[name].items():
-        (folder / file).parent.mkdir(exist_ok=True)
-        (folder / file).write_text(json.dumps(said, indent=2) + "\n")
+    golden = dict(tokens=tokens, hidden=out.last_hidden_state[real], pooled=pooled, weight=weight)
+    save(model, folder, (pooled * weight).sum(), **golden)
 
 
 def main():
     torch.set_num_threads(1)
-    for name in sys.argv[1:] or [*DECODERS, *ENCODERS]:
-        (make_decoder if name in DECODERS else make_encoder)(name)
+    for name in sys.argv[1:] or sorted(path.name for path in HERE.glob("tiny_*")):
+        config = transformers.AutoConfig.from_pretrained(HERE / name)
+        make = make_encoder if config.model_type == "bert" else make_decoder
+        make(HERE / name, build(config), *batch(config.vocab_size))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Makes tokenizers/: vocabularies as models ship them, and what their own libraries make of them.
+"""Makes tokenizers/*.json: what the models' own libraries make of the vocabularies beside them.
+
+Those in folders are as models ship them: word pieces, and a byte-level BPE of 400 tokens of CORPUS.
 
 pip install transformers==5.23.0 sentencepiece==0.2.3; then, in this folder: python make_tokenizers.py
 """
@@ -8,9 +10,7 @@ import json
 import pathlib
 
 import sentencepiece as spm
-import tokenizers as hf
 import transformers
-from tokenizers import models, pre_tokenizers, trainers
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 OUT = pathlib.Path(__file__).parent / "tokenizers"
@@ -38,20 +38,6 @@ BERT_OPTIONS = {
 }
 
 
-def byte_level_vocabulary() -> tuple[dict[str, int], list[str]]:
-    """A byte-level BPE of 400 tokens and its merges."""
-    backend = hf.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"]
-    )
-    backend.train_from_iterator(CORPUS * 5, trainer)
-    said = json.loads(backend.to_str())["model"]
-    merges = [" ".join(m) if isinstance(m, list) else m for m in said["merges"]]
-    return said["vocab"], merges
-
-
 class Llama3(TikTokenConverter):
     """Llama 3's rules over a vocabulary in memory."""
 
@@ -63,8 +49,8 @@ class Llama3(TikTokenConverter):
         return self.known
 
 
-def sentence_piece() -> tuple[dict[str, list], list[list[int]], list[list[int]]]:
-    """A SentencePiece BPE with byte fallback: its vocabulary in llama.cpp's terms, and its ids."""
+def sentence_piece():
+    """A SentencePiece BPE with byte fallback: its vocabulary in llama.cpp's terms, and its encoder."""
     written = io.BytesIO()
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS * 5),
@@ -82,58 +68,45 @@ def sentence_piece() -> tuple[dict[str, list], list[list[int]], list[list[int]]]
     model = spm.SentencePieceProcessor(model_proto=written.getvalue())
     ids = range(model.get_piece_size())
     kinds = ((model.is_unknown, 2), (model.is_control, 3), (model.is_byte, 6))
-    said = {
+    vocabulary = {
         "tokens": [model.id_to_piece(i) for i in ids],
         "scores": [model.get_score(i) for i in ids],
         "types": [next((kind for test, kind in kinds if test(i)), 1) for i in ids],
     }
-    return said, model.encode(TEXTS), model.encode(EDGES)
+    return vocabulary, model.encode
 
 
 def main() -> None:
-    OUT.mkdir(exist_ok=True)
-    expected, edges = {"texts": TEXTS}, {"texts": EDGES}
-    # BERT's: pieces of words, cased and not.
-    letters = sorted({c for text in CORPUS for c in text if not c.isspace()})
-    pieces = ["the", "The", "token", "##s", "##izers", "fox", "cafe", "café", "un", "##believable"]
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces]
-    words += [c for c in letters if c not in words]
-    words += [f"##{c}" for c in letters if f"##{c}" not in words] + ["e", "##e", "b", "##b"]
-    words = list(dict.fromkeys(words))
+    golden = {"expected": {"texts": TEXTS}, "edges": {"texts": EDGES}}
+
+    def record(name, tokenize):
+        for ids in golden.values():
+            ids[name] = [tokenize(text) for text in ids["texts"]]
+
+    def by(kind, **options):
+        tokenizer = kind(**options)
+        return lambda text: tokenizer(text)["input_ids"]
+
+    word_pieces = transformers.BertTokenizerFast
     for name, lower in (("uncased", True), ("cased", False)):
-        folder = OUT / name
-        folder.mkdir(exist_ok=True)
-        (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-        said = {"do_lower_case": lower, "tokenizer_class": "BertTokenizer"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(said))
-        theirs = transformers.BertTokenizerFast(
-            vocab=str(folder / "vocab.txt"), do_lower_case=lower
-        )
-        expected[name] = [theirs(text)["input_ids"] for text in TEXTS]
-        edges[name] = [theirs(text)["input_ids"] for text in EDGES]
+        vocabulary = str(OUT / name / "vocab.txt")
+        record(name, by(word_pieces, vocab=vocabulary, do_lower_case=lower))
     for name, options in BERT_OPTIONS.items():
-        theirs = transformers.BertTokenizerFast(vocab=str(OUT / "cased" / "vocab.txt"), **options)
-        ids = [theirs(text)["input_ids"] for text in EDGES]
-        edges[name] = {"settings": options, "ids": ids}
-    vocabulary, merges = byte_level_vocabulary()
-    folder = OUT / "gpt2"
-    folder.mkdir(exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+        tokenize = by(word_pieces, vocab=vocabulary, **options)
+        golden["edges"][name] = {"settings": options, "ids": [tokenize(text) for text in EDGES]}
+    vocabulary = json.loads((OUT / "gpt2" / "vocab.json").read_text())
+    merges = (OUT / "gpt2" / "merges.txt").read_text().split("\n")[1:-1]
     pairs = [tuple(merge.split(" ")) for merge in merges]
-    theirs = transformers.GPT2TokenizerFast(vocab=vocabulary, merges=pairs)
-    expected["gpt2"] = [theirs(text)["input_ids"] for text in TEXTS]
-    edges["gpt2"] = [theirs(text)["input_ids"] for text in EDGES]
-    # The same vocabulary under Qwen2's rules.
-    theirs = transformers.Qwen2TokenizerFast(vocab=vocabulary, merges=pairs)
-    expected["qwen2"] = [theirs(text)["input_ids"] for text in TEXTS]
-    edges["qwen2"] = [theirs(text)["input_ids"] for text in EDGES]
-    edges["llama-bpe"] = [Llama3(vocabulary, pairs).converted().encode(t).ids for t in EDGES]
-    said, expected["sentencepiece"], edges["sentencepiece"] = sentence_piece()
-    (OUT / "sentencepiece.json").write_text(json.dumps(said, ensure_ascii=False))
-    (OUT / "expected.json").write_text(json.dumps(expected, ensure_ascii=False))
-    (OUT / "edges.json").write_text(json.dumps(edges, ensure_ascii=False))
+    record("gpt2", by(transformers.GPT2TokenizerFast, vocab=vocabulary, merges=pairs))
+    # The same vocabulary under the rules of Qwen2 and Llama 3.
+    record("qwen2", by(transformers.Qwen2TokenizerFast, vocab=vocabulary, merges=pairs))
+    llama = Llama3(vocabulary, pairs).converted()
+    golden["edges"]["llama-bpe"] = [llama.encode(text).ids for text in EDGES]
+    golden["sentencepiece"], encode = sentence_piece()
+    for name in ("expected", "edges"):
+        golden[name]["sentencepiece"] = encode(golden[name]["texts"])
+    for name, content in golden.items():
+        (OUT / f"{name}.json").write_text(json.dumps(content, ensure_ascii=False))
 
 
 if __name__ == "__main__":
