@@ -65,18 +65,22 @@ def open_corpus(name: str) -> Corpus:
     """Return the corpus that `data.corpus` names.
 
     Args:
-        name: a name of `CORPORA`; `hf:PATH[,CONFIG]:SPLIT[#COLUMN]` or `tfds:NAME:SPLIT[#COLUMN]`
-            (data/libraries.py; the column is "text" if none is named); or a file: .json, .jsonl, .csv or
-            .parquet with a column "text" (and "title", optional), else plain text with one document a
-            paragraph (blank line between).
+        name: a name of `CORPORA`; `world` or `world:SUBJECTS:SEED` (data/world.py);
+            `hf:PATH[,CONFIG]:SPLIT[#COLUMN]` or `tfds:NAME:SPLIT[#COLUMN]` (data/libraries.py; the
+            column is "text" if none is named); or a file: .json, .jsonl, .csv or .parquet with a column
+            "text" (and "title", optional), else plain text with one document a paragraph (blank line
+            between).
     Raises:
         FileNotFoundError: neither a known name nor a file.
         CorpusError: a library does not find it, or finds no text in it.
     """
     if name in CORPORA:
         return CORPORA[name]()
-    # Here and not on top: importing either library takes seconds.
-    from larimar_jax.data import libraries
+    # Here and not on top: both import this module, and libraries' own take seconds.
+    from larimar_jax.data import libraries, world
+
+    if world.is_source(name):
+        return world.corpus(name)
 
     prefix, separator, rest = name.partition(":")
     if separator and prefix in ("hf", "tfds"):
@@ -84,7 +88,7 @@ def open_corpus(name: str) -> Corpus:
     if not Path(name).is_file():
         raise FileNotFoundError(
             f"the corpus is {name!r}: no such file, and none of that name. Known names: "
-            f"{', '.join(CORPORA)}; or give the path of a .txt or .jsonl file, hf:PATH:SPLIT, or "
-            "tfds:NAME:SPLIT."
+            f"{', '.join(CORPORA)}, world:SUBJECTS:SEED; or give the path of a .txt or .jsonl file, "
+            "hf:PATH:SPLIT, or tfds:NAME:SPLIT."
         )
     return libraries.open_file(name)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from larimar_jax.data import world
+
 Target = Literal["answer", "alternative"]
 Values = dict[str, Any]
 Finish = Callable[[Values, Target], Values]
@@ -68,8 +70,8 @@ def load(
     and the flat one of the editing toolkits, ZsRE's of MEND and of KnowEdit (`SCHEMAS`).
 
     Args:
-        source: a JSON list, a JSONL file, or a Hugging Face data set's id ("owner/name", its train
-            split) where there is a network.
+        source: a JSON list, a JSONL file, "world:COUNT:SEED" (data/world.py), or a Hugging Face data
+            set's id ("owner/name", its train split) where there is a network.
         target: what a ZsRE record's `target_new` is: "answer", the question's right answer (the protocol
             of ROME and of Larimar's tables, which teach the model what it does not know), or
             "alternative", the false answer that the record proposes. None takes the protocol of the
@@ -302,11 +304,11 @@ def _item_lines(text: str) -> list[int]:
 
 
 def raw_records(source: str | Path) -> Iterator[tuple[Any, Any]]:
-    """Yield where each record is and the raw record; of a line that is not JSON, the error."""
+    """Yield where each record is, and it; of a line that is not JSON, the error."""
     path = Path(source)
     if not path.is_file():
-        for index, raw in enumerate(_read_hub(str(source))):
-            yield f"record {index}", raw
+        read = world.records if world.is_source(str(source)) else _read_hub
+        yield from ((f"record {index}", raw) for index, raw in enumerate(read(str(source))))
         return
     text = path.read_text(encoding="utf-8")
     if text.lstrip().startswith("["):
@@ -326,10 +328,8 @@ def raw_records(source: str | Path) -> Iterator[tuple[Any, Any]]:
         try:
             raw = json.loads(line)
         except json.JSONDecodeError as error:
-            raw = MalformedRecord(
-                f"not valid JSON ({error.msg}). The file must be a JSON list, or hold one JSON object a "
-                "line."
-            )
+            why = "The file must be a JSON list, or hold one JSON object a line."
+            raw = MalformedRecord(f"not valid JSON ({error.msg}). {why}")
         yield place, raw
 
 
