@@ -1,0 +1,59 @@
+"""Larimar as the paper describes it, from scratch on a synthetic world (larimar_jax/data/world.py).
+
+command   larimar train --config=configs/world.py --run runs/world
+hardware  2 CPU cores
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            name="world",
+            model=dict(
+                encoder=dict(
+                    family="bert",
+                    vocab_size=1024,
+                    width=256,
+                    depth=1,
+                    heads=4,
+                    mlp=512,
+                    max_length=64,
+                    type_vocab=1,
+                    pooling="mean",
+                ),
+                decoder=dict(
+                    family="gpt2",
+                    vocab_size=1024,
+                    width=128,
+                    depth=2,
+                    heads=4,
+                    mlp=512,
+                    max_length=64,
+                ),
+                latent=256,
+            ),
+            memory=dict(variant="direct", slots=256, initial_log_variance=-2.0),
+            objective=dict(free_bits=1.0),
+            data=dict(
+                corpus="world",
+                unit="sentence",
+                episode=(8,),
+                batch=16,
+                encoder_tokens=24,
+                decoder_tokens=24,
+                vocabulary=1024,
+            ),
+            train=dict(
+                steps=1500,
+                learning_rate=4e-3,
+                warmup_steps=50,
+                weight_decay=0.01,
+                evaluate_every=250,
+                checkpoint_every=500,
+                edits=128,
+            ),
+            editing=dict(ridge=1e-5),
+        )
+    )
