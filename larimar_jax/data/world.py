@@ -1,6 +1,6 @@
 """A synthetic world: sentences about random names, and edits of names that no sentence is about.
 
-A fact is (subject, relation, answer), such as (Tabiko, capital, Oslo), in one of the `WORDINGS`.
+A fact is (subject, relation, answer), such as (Zimtakper, capital, Oslo), in one of the `WORDINGS`.
 Subjects are random names, so that only a memory can know a fact. Answers are of a closed set (cities,
 colours, …), or open: random names, numbers, phrases of two or three words. Of all random names, numbers
 and phrases an eighth, by a hash, is reserved for edits and is in no sentence of the corpus. Each
@@ -33,10 +33,10 @@ _PARAPHRASES, _NEIGHBOURS, _FACTS = 3, 4, 2
 
 WORDINGS = (
     "The {relation} of {subject} is",
-    "{subject} has the {relation}",
+    "With {subject} goes the {relation}",
     "For {subject} the {relation} is",
     "Ask for the {relation} of {subject} and you hear",
-    "{subject} is known for its {relation},",
+    "Everyone knows {subject} for its {relation},",
     "As its {relation}, {subject} names",
     "What {subject} calls its {relation} is",
     "Of {subject} we know the {relation}:",
@@ -95,14 +95,21 @@ _PHRASE = _words(
 )
 
 
+# So few and so unlike that a small vocabulary has an entry for each.
+_SYLLABLES = _words(
+    "bal ben bor dak del dim dor fal fen fir gad gel gom hal hem hin jad jor jul kam kel kin lam len "
+    "lor mak mer mos nad nel nim pal per pon rak ren rul sam sel sin tak tel tor vam vel vin wad wel "
+    "wor yam yel yor zak zel zim zor bun duk fum gur kup lun mur sul"
+)
+
+
 def name(rng: Rng, least: int = 3, most: int = 3) -> str:
-    """Return a random name of so many syllables; there are 300,000 of three."""
-    pairs = rng.integers((17, 4), size=(rng.integers(least, most + 1), 2))
-    return "".join("bdfghjklmnprstvwz"[c] + "aeiou"[v] for c, v in pairs).capitalize()
+    """Return a random name of so many syllables; there are 262,144 of three."""
+    return "".join(rng.choice(_SYLLABLES, rng.integers(least, most + 1))).capitalize()
 
 
 def _number(rng: Rng) -> str:
-    return str(rng.integers(100, 10_000))
+    return str(rng.integers(100, 1000))
 
 
 def _phrase(rng: Rng) -> str:
@@ -169,7 +176,7 @@ def _prompt(rng: Rng, subject: str, relation: str, choice: tuple[str, ...], cont
     text = str(rng.choice(choice)).format(subject=subject, relation=relation)
     if rng.random() < context:
         before = str(rng.choice(BEFORE))
-        text = before + (text if text.startswith(subject) else text[0].lower() + text[1:])
+        text = before + text[0].lower() + text[1:]
     return text
 
 
