@@ -157,17 +157,18 @@ def _add_arguments(single: argparse.ArgumentParser, function: Callable, helps: s
 # Sessions
 
 
-def demo(*, model: str = MODEL, picture: str = "demo.png") -> None:
+def demo(*, model: str | None = None, picture: str = "demo.png", world: bool = False) -> None:
     """Edit a real language model and see what changes.
 
     Args:
-      model NAME: a checkpoint that ships, or the path of one
+      model NAME: a checkpoint that ships, or the path of one (smol, or world with --world)
       picture FILE: where the picture goes
-    Example: larimar demo
+      world: an episode of a synthetic world, through the paper's interface alone
+    Example: larimar demo --world
     """
     from larimar_jax import demo
 
-    demo.run(model=model, picture=picture)
+    (demo.world if world else demo.run)(model or ("world" if world else MODEL), picture)
 
 
 def edit(prompt: str, answer: str, *, session: str = SESSION, model: str | None = None) -> None:

@@ -1,4 +1,5 @@
-"""`larimar demo`: a dozen facts written into a running language model, one taken out again."""
+"""`larimar demo`: a dozen facts written into a running language model, one taken out again; and an
+episode of the synthetic world, through the paper's interface alone."""
 
 import dataclasses
 import re
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from larimar_jax.data import edit_records
 from larimar_jax.session import Session
 
 ANSWER_TOKENS = 8
@@ -247,5 +249,104 @@ def draw(result: Result, path: str | Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", color="0.93")
         axes.set_axisbelow(True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+# The world: Larimar from scratch
+
+STAGES = ("before", "written", "edited", "forgotten")
+# Facts of an episode, and which of them is edited and which forgotten.
+_FACTS_WRITTEN, _EDITED, _TAKEN_OUT = 8, 2, 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """An episode about names that the model has never seen, by stage.
+
+    facts: prompts with the written answers. texts: what each prompt is continued with. likeness: the
+    products of every prompt's readout (row) and every fact's encoding (column), both less the encoding
+    of the prompt: what the memory adds, and what the answer adds.
+    """
+
+    facts: list[tuple[str, str]]
+    correction: str
+    texts: dict[str, list[str]]
+    likeness: dict[str, np.ndarray]
+
+
+def world(
+    model: str = "world", picture: str | Path | None = "world.png", console: Console | None = None
+) -> Episode:
+    """Write an episode into the memory of a model trained on the synthetic world, read it back, edit
+    a fact, forget another; print and draw what happened.
+
+    Args:
+      model: as `pipeline.load`; trained with configs/world.py.
+      picture: where the picture goes; None for none.
+    """
+    console = console or Console()
+    with console.status("loading the model, writing, asking"):
+        episode = write_episode(Session(model))
+    table = Table(title="An episode about names that the model has never seen", box=box.SIMPLE_HEAD)
+    table.add_column("prompt and answer")
+    for stage in STAGES:
+        table.add_column(stage)
+    for row, (prompt, answer) in enumerate(episode.facts):
+        cells = (_line(episode.texts[stage][row]) for stage in STAGES)
+        table.add_row(f"{prompt} [bold]{answer}[/]", *cells)
+    console.print(table)
+    console.print(f"edited: fact {_EDITED + 1}, to {episode.correction}")
+    console.print(f"forgotten: fact {_TAKEN_OUT + 1}, by α = −1")
+    if picture is not None:
+        draw_episode(episode, picture)
+        console.print(f"picture: {picture}")
+    return episode
+
+
+def write_episode(session: Session) -> Episode:
+    """Write facts into a session, correct one, and forget another, asking after each stage."""
+    records = edit_records.load(f"world:{_FACTS_WRITTEN}")
+    facts = [(record.prompt, record.target_new) for record in records]
+    prompts, pipeline = [prompt for prompt, _ in facts], session.model
+    queries = pipeline.encode(prompts).latent
+    encodings = pipeline.encode([" ".join(fact) for fact in facts], [a for _, a in facts]).latent
+    texts, likeness = {}, {}
+
+    def ask(stage: str) -> None:
+        answers = session.ask_all(prompts, max_tokens=ANSWER_TOKENS)
+        texts[stage] = [answer.text for answer in answers]
+        readouts = pipeline.memory.read(pipeline.prepared, session.state, queries).latent
+        read, added = np.asarray(readouts) - queries, encodings - queries
+        lengths = np.linalg.norm(added, axis=1)
+        likeness[stage] = read @ added.T / lengths / lengths[:, None]
+
+    ask("before")
+    written = [session.write(*fact) for fact in facts]
+    ask("written")
+    session.write(prompts[_EDITED], records[_EDITED].target_true)
+    ask("edited")
+    session.forget(written[_TAKEN_OUT].id)
+    ask("forgotten")
+    return Episode(facts, records[_EDITED].target_true, texts, likeness)
+
+
+def draw_episode(episode: Episode, path: str | Path) -> None:
+    """Draw what the memory adds to each prompt at each stage, beside what each answer adds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(STAGES), figsize=(13, 4.2), layout="constrained")
+    labels = [f"{prompt} → {answer}" for prompt, answer in episode.facts]
+    for axes, stage in zip(panels, STAGES, strict=True):
+        image = axes.imshow(episode.likeness[stage], vmin=-1, vmax=1, cmap="RdBu_r")
+        axes.set_xticks(range(len(labels)), range(1, len(labels) + 1))
+        axes.set_yticks(range(len(labels)), labels if stage == STAGES[0] else [], fontsize=8)
+        axes.set(title=stage, xlabel="answer of fact")
+    for axes, row in ((panels[2], _EDITED), (panels[3], _TAKEN_OUT)):
+        axes.axhspan(row - 0.5, row + 0.5, fill=False, color="black", linewidth=1.5)
+    figure.colorbar(image, ax=panels, label="share in what is read", shrink=0.8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -35,9 +35,11 @@ class ExportError(ValueError):
 
 
 def shipped() -> dict[str, Path]:
-    """Return the checkpoints that ship with the package, by name."""
+    """Return the checkpoints that ship with the package, by name: a file, or a folder of a model that
+    has a tokenizer of its own."""
     folder = Path(str(importlib.resources.files("larimar_jax"))) / "checkpoints"
-    return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
+    own = {path.parent.name: path for path in folder.glob("*/model.safetensors")}
+    return {path.stem: path for path in sorted(folder.glob("*.safetensors"))} | own
 
 
 def locate(source: str | Path) -> Path:
