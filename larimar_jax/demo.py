@@ -215,14 +215,10 @@ def _line(text: str) -> str:
 
 def draw(result: Result, path: str | Path) -> None:
     """Draw how likely the written answer is before, after and in other words; and the times."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(13, 6.5), width_ratios=(3, 1), layout="constrained"
-    )
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
     rows = np.arange(len(EDITS))[::-1]
     percent = {stage: 100 * chances for stage, chances in result.probability.items()}
     left.hlines(rows, percent["before"], percent["after"], color="0.8", linewidth=3, zorder=1)
@@ -250,7 +246,6 @@ def draw(result: Result, path: str | Path) -> None:
         axes.grid(axis="x", color="0.93")
         axes.set_axisbelow(True)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 # The world: Larimar from scratch
@@ -296,8 +291,9 @@ def world(
         cells = (_line(episode.texts[stage][row]) for stage in STAGES)
         table.add_row(f"{prompt} [bold]{answer}[/]", *cells)
     console.print(table)
-    console.print(f"edited: fact {_EDITED + 1}, to {episode.correction}")
-    console.print(f"forgotten: fact {_TAKEN_OUT + 1}, by α = −1")
+    console.print(
+        f"edited: fact {_EDITED + 1}, to {episode.correction}; forgotten: {_TAKEN_OUT + 1}"
+    )
     if picture is not None:
         draw_episode(episode, picture)
         console.print(f"picture: {picture}")
@@ -333,12 +329,10 @@ def write_episode(session: Session) -> Episode:
 
 def draw_episode(episode: Episode, path: str | Path) -> None:
     """Draw what the memory adds to each prompt at each stage, beside what each answer adds."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(STAGES), figsize=(13, 4.2), layout="constrained")
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(STAGES))
     labels = [f"{prompt} → {answer}" for prompt, answer in episode.facts]
     for axes, stage in zip(panels, STAGES, strict=True):
         image = axes.imshow(episode.likeness[stage], vmin=-1, vmax=1, cmap="RdBu_r")
@@ -349,4 +343,3 @@ def draw_episode(episode: Episode, path: str | Path) -> None:
         axes.axhspan(row - 0.5, row + 0.5, fill=False, color="black", linewidth=1.5)
     figure.colorbar(image, ax=panels, label="share in what is read", shrink=0.8)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)

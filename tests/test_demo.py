@@ -19,6 +19,16 @@ def test_the_demo_measures_counts_and_draws(tiny, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_an_episode_is_read_back_and_what_is_edited_or_forgotten_changes_most(tiny, tmp_path):
+    episode = demo.write_episode(Session(tiny))
+    before, written, edited, forgotten = (episode.likeness[stage] for stage in demo.STAGES)
+    assert np.abs(before).max() < 1e-3 and (written.argmax(axis=0) == np.arange(8)).all()
+    for after, former, row in ((edited, written, 2), (forgotten, edited, 5)):
+        assert np.abs(after - former).max(axis=1).argmax() == row
+    demo.draw_episode(episode, tmp_path / "world.png")
+    assert (tmp_path / "world.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_counts_are_of_answers_in_texts_and_the_table_fits_80_columns():
     answers = [edit.answer for edit in demo.EDITS]
     nothing = ["nothing of what was written, at some length"] * len(answers)
