@@ -116,8 +116,11 @@ def _phrase(rng: Rng) -> str:
     return " ".join(rng.choice(_PHRASE, rng.integers(2, 4), replace=False))
 
 
+_PERSON = functools.partial(name, least=2)
 OPEN: dict[str, Callable[[Rng], str]] = {
-    "founder": functools.partial(name, least=2),
+    "founder": _PERSON,
+    "rival": _PERSON,
+    "patron": _PERSON,
     "number": _number,
     "motto": _phrase,
 }
@@ -172,17 +175,16 @@ def _answer(rng: Rng, relation: str, reserved: bool) -> str:
     return _draw(OPEN[relation], rng, reserved)
 
 
-def _prompt(rng: Rng, subject: str, relation: str, choice: tuple[str, ...], context: float) -> str:
+def _prompt(rng: Rng, subject: str, relation: str, choice: tuple[str, ...], context: bool) -> str:
     text = str(rng.choice(choice)).format(subject=subject, relation=relation)
-    if rng.random() < context:
-        before = str(rng.choice(BEFORE))
-        text = before + text[0].lower() + text[1:]
-    return text
+    return f"{rng.choice(BEFORE)}{text[0].lower()}{text[1:]}" if context else text
 
 
 def _sentence(rng: Rng, subject: str, relation: str) -> str:
-    prompt = _prompt(rng, subject, relation, wordings(relation, False), 0.25)
-    after = str(rng.choice(AFTER)) if rng.random() < 0.25 else ""
+    """Return a fact as a sentence; half of them have context before or after it."""
+    context = rng.choice(("", "", "before", "after"))
+    prompt = _prompt(rng, subject, relation, wordings(relation, False), context == "before")
+    after = rng.choice(AFTER) if context == "after" else ""
     return f"{prompt} {_answer(rng, relation, False)}{after}."
 
 
@@ -216,10 +218,10 @@ def records(source: str) -> Iterator[dict[str, Any]]:
                 "target_true": {"str": true},
             },
             "paraphrase_prompts": [
-                _prompt(rng, subject, relation, choice, float(k == 0)) for k in range(_PARAPHRASES)
+                _prompt(rng, subject, relation, choice, k == 0) for k in range(_PARAPHRASES)
             ],
             "neighborhood_prompts": [
-                _prompt(rng, _draw(name, rng, reserved), relation, easy, 0.0)
+                _prompt(rng, _draw(name, rng, reserved), relation, easy, False)
                 for _ in range(_NEIGHBOURS)
             ],
         }
