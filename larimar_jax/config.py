@@ -58,6 +58,8 @@ class ModelConfig:
     latent: Count = 768  # C, the size of an encoding in the memory
     slots_per_layer: Count = 1  # P, past key/value positions that a latent fills in each layer
     tied_slots: bool = True  # key and value of such a position are one vector (the paper's way)
+    # What a latent reaches the decoder by; the other holds zeros (an ablation of the paper's two ways).
+    conditioning: Literal["both", "slots", "embedding"] = "both"
     lora: LoraConfig | None = None  # the decoder's changes act only where a memory conditions it
     # Compute dtype of the towers; parameters and memory algebra are float32.
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

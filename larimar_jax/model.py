@@ -75,6 +75,7 @@ class Larimar(nnx.Module):
         latent: int,
         slots_per_layer: int,
         tied_slots: bool,
+        conditioning: str = "both",
         rngs: nnx.Rngs,
     ):
         c = decoder.config
@@ -85,7 +86,7 @@ class Larimar(nnx.Module):
             c.kv_heads,
             c.head_size,
         )
-        self.encoder, self.decoder = encoder, decoder
+        self.encoder, self.decoder, self.conditioning = encoder, decoder, conditioning
         # Square and from a sentence encoder: start as the identity, so that latents are its sentence
         # embeddings until training finds better ones.
         square, width = encoder.config.width == latent, encoder.config.width
@@ -134,9 +135,13 @@ class Larimar(nnx.Module):
         `active` is False is decoded as by the untouched base LM (`decoders.decoder.Prefix`).
         """
         rows, dtype = latent.shape[0], self.decoder.dtype
-        slots = self.to_slots(latent).reshape(rows, *self.slot_shape).swapaxes(0, 1).astype(dtype)
+        to_slots, to_embedding = (
+            latent if self.conditioning in ("both", way) else jnp.zeros_like(latent)
+            for way in ("slots", "embedding")
+        )
+        slots = self.to_slots(to_slots).reshape(rows, *self.slot_shape).swapaxes(0, 1).astype(dtype)
         prefix = Prefix(
-            embedding=self.to_embedding(latent).astype(dtype),
+            embedding=self.to_embedding(to_embedding).astype(dtype),
             key=slots[:, :, :, 0],
             value=slots[:, :, :, -1],
             active=jnp.ones((rows,), bool) if active is None else active,
@@ -253,6 +258,7 @@ def _create(config: Config, loaded: Mapping[str, nnx.Module], rngs: nnx.Rngs) ->
         latent=config.model.latent,
         slots_per_layer=config.model.slots_per_layer,
         tied_slots=config.model.tied_slots,
+        conditioning=config.model.conditioning,
         rngs=rngs,
     )
     if config.model.lora is not None:

@@ -221,4 +221,4 @@ def _literal(text: str) -> Any:
             return parse(text)
         except (ValueError, SyntaxError):
             continue
-    return {"true": True, "false": False, "none": None, "null": None}.get(text.lower(), text)
+    return {"true": True, "false": False}.get(text.lower(), text)

@@ -1,5 +1,6 @@
 """Where encoder, memory and decoder meet: conditioning, and Eq. 1 term by term."""
 
+import copy
 import dataclasses
 
 import jax
@@ -56,6 +57,19 @@ def test_base_zero_and_memory_are_three_things_and_inactive_is_base(tiny):
     assert jnp.abs(base - zero).max() > 1e-3
     assert jnp.abs(half[0] - zero[0]).max() > 1e-3
     np.testing.assert_allclose(half[1], base[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["slots", "embedding"])
+def test_a_model_of_one_way_holds_zeros_in_the_other(tiny, way):
+    larimar = copy.copy(tiny.model)
+    larimar.conditioning = way
+    latent = jnp.ones((1, larimar.to_slots.in_features))
+    both, single = (model.condition(latent).prefix for model in (tiny.model, larimar))
+    other = {"slots": both.key, "embedding": both.embedding}
+    parts = {"slots": single.key, "embedding": single.embedding}
+    assert all(
+        (part == other[n]).all() if n == way else not part.any() for n, part in parts.items()
+    )
 
 
 def test_equation_1_is_the_weighted_sum_of_its_terms(tiny):

@@ -1,0 +1,33 @@
+"""Ablations of configs/world.py: what each part of the paper's recipe does to editing.
+
+command   larimar compare --config=configs/world.py --variants configs/world_ablations.py
+hardware  2 CPU cores
+"""
+
+
+def get_variants() -> dict[str, list[str]]:
+    return {
+        "full": [],
+        "no_kl": ["objective.kl=0.0"],
+        "no_autoencoding": ["objective.autoencoding=0.0"],
+        "prior_fixed_identity": ['train.frozen=["^memory/prior_memory$"]'],
+        "prior_fixed_normal": ['train.frozen=["^memory/prior_memory$"]', "memory.initial=normal"],
+        "prior_from_normal": ["memory.initial=normal"],
+        # As many texts a step as with episodes of 8.
+        "episodes_of_1": ["data.episode=[1]", "data.batch=128"],
+        "episodes_of_5": ["data.episode=[5]", "data.batch=26"],
+        "episodes_of_16": ["data.episode=[16]", "data.batch=8"],
+        "episodes_mixed": ["data.episode=[1,5,16]"],
+        "no_observation_noise": ["memory.noise=0.0"],
+        "observation_noise_0.1": ["memory.noise=0.1"],
+        "sigma_by_slot": ["memory.variance=slot"],
+        "sigma_by_query": ["memory.variance=query"],
+        "sigma_by_memory": ["memory.variance=memory"],
+        "sigma_by_both": ["memory.variance=both"],
+        "newton_schulz": ["memory.variant=newton_schulz"],
+        "gaussian_addressing": ["memory.addressing=gaussian"],
+        "slots_4": ["model.slots_per_layer=4"],
+        "embedding_only": ["model.conditioning=embedding"],
+        "slots_only": ["model.conditioning=slots"],
+        "no_memory": ["memory.variant=none"],
+    }
