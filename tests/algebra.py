@@ -9,7 +9,7 @@ from larimar_jax import memory
 
 K, C, N = 6, 9, 4  # one shape for the contract: each variant compiles once
 seeds = st.integers(0, 2**31 - 1)
-check = settings(deadline=None, max_examples=8)
+check = settings(max_examples=8)
 
 
 def distance(actual, expected):

@@ -37,7 +37,10 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-hypothesis.settings.register_profile("long", max_examples=20_000)
+# Without a deadline: the first example compiles.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.register_profile("long", deadline=None, max_examples=20_000)
+hypothesis.settings.load_profile("tests")
 # Shape annotations are checked by beartype on every call while the tests run.
 install_import_hook("larimar_jax", "beartype.beartype")
 

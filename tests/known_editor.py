@@ -5,9 +5,11 @@ import hashlib
 import json
 
 import numpy as np
+import pytest
+from plain import under_every_system
 
 from larimar_jax.bench import runner
-from larimar_jax.bench.editor import Recall
+from larimar_jax.bench.editor import Recall, written
 from larimar_jax.data.edit_records import EditRecord
 
 
@@ -105,6 +107,29 @@ def saved(records, path):
     return str(path)
 
 
+def knowedit(records, path):
+    """Write records as KnowEdit's ZsRE, and return its path."""
+
+    def questions(prompts=(), answers=()):
+        pairs = zip(prompts, answers, strict=True)
+        return [dict(prompt=prompt, ground_truth=[answer]) for prompt, answer in pairs]
+
+    raw = [
+        dict(
+            subject=r.subject,
+            target_new=r.target_new,
+            prompt=r.prompt,
+            ground_truth=[r.target_true],
+            rephrase_prompt=list(r.paraphrases),
+            locality={"near": questions(r.neighbourhood, r.neighbourhood_targets)},
+            portability={"Reasoning": questions(*zip(*r.portability, strict=True))},
+        )
+        for r in records
+    ]
+    path.write_text(json.dumps(raw))
+    return str(path)
+
+
 def rows(task, editor, count=None):
     """Return the rows of a task's first cases, computed in its chunks."""
     work = runner.start(task, editor)
@@ -112,14 +137,15 @@ def rows(task, editor, count=None):
     return [row for chunk in chunks for row in work.rows(chunk)]
 
 
-def rows_of_both_ways(make, editor, folder):
-    """Run a task at once, and again taken up after every second chunk; return the rows of both."""
-    runner.run(make(), folder / "whole", editor=editor, quiet=True)
-    assert runner.run(make(), folder / "cut", runner.Share(0, 2), editor=editor, quiet=True) is None
-    runner.run(make(), folder / "cut", editor=editor, quiet=True)
+def measured(task, editor, folder):
+    """Return the rows of a task, run at once and taken up after every second chunk, and its results."""
+    result = runner.run(dataclasses.replace(task), folder / "whole", editor=editor, quiet=True)
+    part = runner.Share(0, 2)
+    assert runner.run(task, folder / "cut", part, editor=editor, quiet=True) is None
+    runner.run(dataclasses.replace(task), folder / "cut", editor=editor, quiet=True)
     whole, cut = ((folder / name / runner.ROWS).read_bytes() for name in ("whole", "cut"))
     assert cut == whole
-    return runner.read_rows(folder / "cut")
+    return runner.read_rows(folder / "cut"), result["results"]
 
 
 def values(rows, metric, **chosen):
@@ -130,3 +156,31 @@ def values(rows, metric, **chosen):
             by_system = table.setdefault(row["case"], {})
             by_system.setdefault(row["system"], []).append(row.get(metric))
     return table
+
+
+def question(store, prompt, fact, measure, forced, always=False):
+    """Put one question to one memory of many facts.
+
+    Args:
+        fact: the right one.
+        forced: an answer → the value of verbatim lookup.
+        always: whether the query counts as in scope whatever the detector decides.
+    Returns:
+        {system: measure(text, condition)}, the number of the nearest fact, the decision of the scope.
+    """
+    model, (latent, match) = store.model, store.read([prompt])
+    near, inside = int(match.key[0]), bool(match.within(model.scope_threshold)[0])
+    conditions, texts = (
+        (model.zero(1), model.condition(latent)),
+        (written(*fact), store.texts[near]),
+    )
+    verbatim = forced(store.facts[near][1])
+    by_system = under_every_system(measure, prompt, *conditions, *texts, verbatim, inside or always)
+    return by_system, near, inside
+
+
+def same(have, wanted, place=0, **tolerance):
+    """Compare {system: [values]} at a place with {system: value}, of the systems that are there."""
+    have = {system: values[place] for system, values in have.items()}
+    wanted = {system: wanted[system] for system in have}
+    assert have == (pytest.approx(wanted, **tolerance) if tolerance else wanted)

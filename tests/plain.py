@@ -21,6 +21,24 @@ SYSTEMS = ("base", "zero", "prompt", "lookup", "verbatim", "larimar", "open")
 FLOOR = 100.0
 
 
+def under_every_system(measure, prompt, zero, read, fact, nearest, forced, inside, outside="base"):
+    """Return {system: measure(text, condition)}.
+
+    zero, read: conditions. fact, nearest: texts of the right fact and of the nearest one. forced: the
+    value of verbatim lookup. inside: the decision about the scope. outside: the system beyond it.
+    """
+    values = {
+        "base": measure(prompt, None),
+        "zero": measure(prompt, zero),
+        "prompt": measure(f"{fact}. {prompt}", None),
+        "open": measure(prompt, read),
+    }
+    values["lookup"] = measure(f"{nearest}. {prompt}", None) if inside else values[outside]
+    values["verbatim"] = forced if inside else values[outside]
+    values["larimar"] = values["open"] if inside else values[outside]
+    return values
+
+
 class Plain:
     """One fact at a time, written into an empty memory."""
 
@@ -101,16 +119,10 @@ class Plain:
         written = f"{fact[0].strip()} {fact[1].strip()}"
         key = (fact[0],) if outside == "base" else (written, fact[1])
         inside = self.nearest(scoped, key)[0] >= self.model.scope_threshold
-        values = {
-            "base": measure(prompt, None),
-            "zero": measure(prompt, self.model.zero(1)),
-            "prompt": measure(f"{text}. {prompt}", None),
-            "open": measure(prompt, self.condition(self.matrix(*fact), query, key)),
-        }
-        values["lookup"] = values["prompt"] if inside else values[outside]
-        values["verbatim"] = forced if inside else values[outside]
-        values["larimar"] = values["open"] if inside else values[outside]
-        return values
+        read = self.condition(self.matrix(*fact), query, key)
+        return under_every_system(
+            measure, prompt, self.model.zero(1), read, text, text, forced, inside, outside
+        )
 
     def counterfact(self, kind, prompt, pair, fact, mode):
         """{system: (ℓ(new), ℓ(true))} of a prompt."""

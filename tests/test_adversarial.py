@@ -9,7 +9,7 @@ import re
 
 import fuzz
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from larimar_jax.weights import WeightsError
@@ -33,7 +33,6 @@ def test_files_are_read_whole_and_read_or_refused_when_they_are_changed(kind, tm
     else:
         fuzz.load(kind, path)
 
-    @settings(deadline=None)
     @given(st.randoms(use_true_random=True))
     def changed(rng):
         assert fuzz.check(kind, fuzz.mutate(kind, rng), path.parent) is None
@@ -42,7 +41,6 @@ def test_files_are_read_whole_and_read_or_refused_when_they_are_changed(kind, tm
 
 
 @pytest.mark.parametrize("kind", ("bin", "ckpt", "gguf", "safetensors"))
-@settings(deadline=None)
 @given(share=st.floats(0, 1))
 def test_a_file_that_is_cut_anywhere_is_refused_by_name(tmp_path_factory, kind, share):
     path, whole = tmp_path_factory.mktemp("cut") / f"x.{kind}", fuzz.seeds()[kind]

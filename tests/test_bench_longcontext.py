@@ -1,11 +1,9 @@
 """Long context as a benchmark, against one question and one chunk at a time."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from known_editor import cases, rows_of_both_ways, saved
+from known_editor import cases, measured, saved
 
 from larimar_jax.bench import fact_store, report, runner, systems
 from larimar_jax.bench.longcontext import LongContext
@@ -20,14 +18,13 @@ def task(tmp_path_factory):
 
 
 def test_rows_are_those_of_a_memory_for_each_chunk(tiny, task, tmp_path):
-    summary = runner.run(task, tmp_path / "run", editor=tiny, quiet=True)
-    run = report.read(tmp_path / "run")
-    assert report.sections([run] * 2)[0].items
-    ids = list(dict.fromkeys(row["case"] for row in run.rows))
+    rows, results = measured(task, tiny, tmp_path)
+    assert report.sections([report.read(tmp_path / "whole")] * 2)[0].items
+    ids = list(dict.fromkeys(row["case"] for row in rows))
     assert ids == ["4/0", "4/2", "4/3", "7/0", "7/3", "7/6"]
-    assert {row["system"] for row in run.rows if row["kind"] == "paraphrase"} == {*SCOPED}
+    assert {row["system"] for row in rows if row["kind"] == "paraphrase"} == {*SCOPED}
     memory = tiny.dual
-    for row in (row for row in run.rows if row["system"] == "larimar"):
+    for row in (row for row in rows if row["system"] == "larimar"):
         facts = [(r.prompt, r.target_new) for r in task.records[: row["facts"]]]
         prompts = [prompt for prompt, _ in facts]
         encoded = fact_store.EncodedTexts(tiny, [*prompts, row["prompt"]], facts)
@@ -43,15 +40,15 @@ def test_rows_are_those_of_a_memory_for_each_chunk(tiny, task, tmp_path):
         judged = tiny.judge([row["prompt"]], [[row["target_new"]]], condition)
         assert row["recall"] == pytest.approx(float(judged.accuracy[0, 0]))
         assert row["right_chunk"] == (surest == int(row["case"].split("/")[1]) // 2)
-    for row in (row for row in run.rows if row["system"] == "zero"):
+    for row in (row for row in rows if row["system"] == "zero"):
         judged = tiny.judge([row["prompt"]], [[row["target_new"]]], tiny.zero(1))
         assert row["recall"] == pytest.approx(float(judged.accuracy[0, 0]))
     recall = {
-        system: [r["recall"] for r in run.rows if r["facts"] == 7 and r["system"] == system
+        system: [r["recall"] for r in rows if r["facts"] == 7 and r["system"] == system
                  and r["kind"] == "edit"] for system in ("larimar", "lookup")
     }  # fmt: skip
     (entry,) = (
-        entry for entry in summary["results"]
+        entry for entry in results
         if (entry["system"], entry["kind"], entry["facts"]) == ("larimar", "edit", 7)
     )  # fmt: skip
     assert entry["recall"]["mean"] == pytest.approx(100 * np.mean(recall["larimar"]))
@@ -68,10 +65,6 @@ def test_the_control_has_the_end_of_the_text_in_whole_facts(tiny, task):
     assert 0 < len(sentences) < len(facts) and text.endswith(f"{' '.join(facts[-1])}.")
     count = len(runs.editor.tokens(text))
     assert count <= task.room < count + len(runs.editor.tokens(f"{' '.join(facts[0])}."))
-
-
-def test_a_run_that_is_taken_up_ends_with_the_same_lines(tiny, task, tmp_path):
-    rows_of_both_ways(lambda: dataclasses.replace(task), tiny, tmp_path)
 
 
 def test_a_file_that_is_too_small_is_refused(tmp_path):

@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from known_editor import cases, rows_of_both_ways, saved
+from known_editor import cases, measured, question, saved
 
 from larimar_jax import cli
-from larimar_jax.bench import fluency, queries, report, runner
+from larimar_jax.bench import fluency, queries, report
+from larimar_jax.bench.fact_store import FactStore, encode_facts
 from larimar_jax.bench.fluency import words
-from larimar_jax.bench.metrics import weighted
 from larimar_jax.bench.perplexity import MEMORIES, Perplexity
 from larimar_jax.bench.summary import summarise
-from larimar_jax.session import Session
 
 LINES = [
     "Fact 1 is true and new and of",
@@ -42,48 +41,32 @@ def task(folder, **options):
     return Perplexity(**files | sizes | options)
 
 
-def test_losses_and_texts_are_those_of_a_session_and_of_the_base_model(tiny, folder, tmp_path):
-    made = task(folder)
-    summary = runner.run(made, tmp_path / "run", editor=tiny, quiet=True)
-    run = report.read(tmp_path / "run")
-    assert report.sections([run] * 2)[0].items
-    session = Session(tiny)
-    for record in made.records:
-        session.write(record.prompt, record.target_new)
-    rows = {(row["case"], row["system"]): row for row in run.rows}
+def test_losses_and_texts_are_those_of_every_question_alone(tiny, folder, tmp_path):
+    table, results = measured(task(folder), tiny, tmp_path)
+    assert report.sections([report.read(tmp_path / "whole")] * 2)[0].items
+    facts = [(record.prompt, record.target_new) for record in task(folder).records]
+    rows = {(row["case"], row["system"]): row for row in table}
     inside = 0
     for case in range(3):
-        base, ours = rows[case, "base"], rows[case, "larimar"]
-        text, rest = base["prompt"], [[base["rest"]]]
-        let = bool(ours["in_scope"])
+        base, prompt = rows[case, "base"], rows[case, "base"]["prompt"]
+
+        def loss_and_text(text, condition, rest=base["rest"]):
+            (new,) = tiny.generate([text], condition, max_tokens=3, stop=())
+            return float(tiny.score([text], [[rest]], condition)[0, 0]), new
+
+        store = FactStore(encode_facts(tiny, facts, [prompt]), facts)
+        wanted, _, let = question(store, prompt, ("", ""), loss_and_text, lambda answer: None)
         inside += let
-        near = session.ask(text, max_tokens=1).fact if let else None
-        facts = [f"{f.prompt} {f.answer}. {text}" for f in session.list() if f.id == near]
-        options = dict(max_tokens=3, stop=())
-        wanted = {
-            "base": (tiny.score([text], rest), tiny.generate([text], **options)),
-            "zero": (
-                tiny.score([text], rest, tiny.zero(1)),
-                tiny.generate([text], tiny.zero(1), **options),
-            ),
-            "larimar": (session.score([text], rest), [session.ask(text, **options).text]),
-        }
-        if let:
-            wanted["lookup"] = tiny.score(facts, rest), tiny.generate(facts, **options)
-            wanted["open"] = wanted["larimar"]
-        else:
-            wanted["lookup"] = wanted["base"]
-            for name in ("loss", "text"):
-                # To the last bit.
-                assert ours[name] == rows[case, "lookup"][name] == base[name]
-        for system, (loss, decoded) in wanted.items():
-            row = rows[case, system]
-            assert row["loss"] == pytest.approx(float(loss[0, 0]), rel=1e-3)
-            assert row["text"] == decoded[0]
+        for system in ("base", "zero", "lookup", "larimar", "open"):
+            row, (loss, text) = rows[case, system], wanted[system]
+            assert row["loss"] == pytest.approx(loss, rel=1e-3) and row["text"] == text
             assert row["loss_above_base"] == pytest.approx(row["loss"] - base["loss"], abs=1e-5)
+            if not let and system in ("lookup", "larimar"):  # To the last bit.
+                assert row["loss"] == base["loss"]
+        assert rows[case, "larimar"]["in_scope"] == let
         assert base["tokens"] == len(tiny.decoder_tokenizer.following(base["rest"]))
     assert 0 < inside < 3
-    for entry in summary["results"]:
+    for entry in results:
         mine = [rows[case, entry["system"]] for case in range(3)]
         if entry["system"] == "verbatim":
             assert (
@@ -100,10 +83,6 @@ def test_losses_and_texts_are_those_of_a_session_and_of_the_base_model(tiny, fol
             assert "versus_verbatim" not in entry["loss"]
             gain = entry["loss"]["versus_lookup"]["mean"]
             assert ("note" in entry["loss"]) == (gain <= 0)
-
-
-def test_a_run_that_is_taken_up_ends_with_the_same_lines(tiny, folder, tmp_path):
-    rows_of_both_ways(lambda: task(folder), tiny, tmp_path)
 
 
 def test_texts_are_compared_with_the_lookups_at_one_length(folder):
@@ -142,17 +121,6 @@ def test_texts_are_compared_with_the_lookups_at_one_length(folder):
         entries["larimar"]["entropy"]["mean"] is entries["larimar"]["entropy_gain"]["mean"] is None
     )
     assert (entries["larimar"]["words"]["mean"], entries["base"]["words"]["mean"]) == (1.0, 12.0)
-
-
-def test_the_error_of_the_ratio_is_that_of_drawing_texts_again():
-    """Against the bootstrap."""
-    rng = np.random.default_rng(0)
-    tokens, apart = rng.integers(5, 40, 300).astype(np.float64), rng.normal(0.2, 0.5, 300)
-    draws = [rng.integers(0, 300, 300) for _ in range(300)]
-    drawn = [weighted(apart[d], tokens[d], exponential=True).mean for d in draws]
-    error = weighted(apart, tokens, exponential=True).standard_error
-    assert error == pytest.approx(np.std(drawn), rel=0.15)
-    assert weighted(apart[:1], tokens[:1], exponential=True).standard_error is None
 
 
 def test_words_that_leave_nothing_to_judge_are_refused(folder, tmp_path, capsys):

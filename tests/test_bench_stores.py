@@ -2,17 +2,16 @@
 
 import argparse
 import dataclasses
-import json
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from known_editor import cases, fraction, rows, rows_of_both_ways, saved, values
+from known_editor import cases, fraction, measured, question, rows, same, saved, values
 
 from larimar_jax.bench import attack, batch, forget, noise, rephrase, runner, summary
-from larimar_jax.bench.editor import LarimarEditor, written
+from larimar_jax.bench.editor import LarimarEditor
 from larimar_jax.bench.fact_store import FactStore, encode_facts
 from larimar_jax.bench.systems import Systems
 from larimar_jax.pipeline import Pipeline
@@ -42,28 +41,34 @@ def hits(monkeypatch):
     return install
 
 
-def share(editor, prompt, target, condition=None):
-    """The share of a target's tokens that are the likeliest."""
-    return float(np.mean(editor.hits([prompt], [target], condition)[0]))
+def share_of(editor, target):
+    """The share of a target's tokens that are the likeliest, and that of a forced answer."""
+
+    def measure(text, condition):
+        return float(np.mean(editor.hits([text], [target], condition)[0]))
+
+    def forced(answer):
+        tokens, wanted = editor.tokens(answer), editor.tokens(target)
+        return float(np.mean([tokens[n : n + 1] == wanted[n : n + 1] for n in range(len(wanted))]))
+
+    return measure, forced
 
 
-def forced(editor, answer, target):
-    """The same under verbatim lookup."""
-    answer, target = editor.tokens(answer), editor.tokens(target)
-    return float(np.mean([answer[n : n + 1] == target[n : n + 1] for n in range(len(target))]))
+def losses_of(model, pair):
+    """ℓ of two targets, and that of a forced answer."""
+    shares = [share_of(LarimarEditor(model), target)[1] for target in pair]
+
+    def measure(text, condition):
+        return model.score([text], [pair], condition)[0].tolist()
+
+    return measure, lambda answer: [100 * (1 - share(answer)) for share in shares]
 
 
-def read(model, store, prompt):
-    """The condition of a query, the number of its nearest fact, and whether that is in scope."""
-    latent, match = store.read([prompt])
-    inside = bool(match.within(model.scope_threshold)[0])
-    return model.condition(latent), int(match.key[0]), inside
-
-
-def measured_by(task, model, folder):
-    """The rows of a task, which are those of a run that is taken up, and its summary."""
-    rows = rows_of_both_ways(lambda: task, model, folder)
-    return rows, json.loads((folder / "whole" / runner.SUMMARY).read_text())["results"]
+def same_losses(rows, wanted, place=0, **chosen):
+    """Compare ℓ(new) and ℓ(true) of one case with {system: both}."""
+    for column, metric in enumerate(("loss_new", "loss_true")):
+        (have,) = values(rows, metric, **chosen).values()
+        same(have, {system: pair[column] for system, pair in wanted.items()}, place, rel=2e-4)
 
 
 def test_a_store_is_the_session_with_the_same_facts(tiny):
@@ -93,25 +98,17 @@ def test_a_store_is_the_session_with_the_same_facts(tiny):
 # Batch
 
 
-def test_batch_is_one_fact_at_a_time_in_memories_of_every_size(tiny, tmp_path, monkeypatch):
+def test_batch_is_one_fact_at_a_time_in_memories_of_every_size(tiny, tmp_path):
     task = batch.Batch(data=saved(RECORDS[:5], tmp_path / "f.json"), facts=(1, 5), chunk=3)
-    measured, results = measured_by(task, tiny, tmp_path)
-    encoded, editor = encode_facts(tiny, FACTS[:5]), LarimarEditor(tiny)
-    losses = values(measured, "loss_new", facts=5)
-    assert list(losses) == list(range(5)) and list(values(measured, "S", facts=1)) == [0]
-    for row in measured:
-        prompt, answer = FACTS[row["case"]]
-        store = FactStore(encoded, FACTS[: row["facts"]])
-        condition, nearest, inside = read(tiny, store, prompt)
-        assert inside and nearest == row["case"]
-        own = f"{prompt} {answer}. {prompt}"
-        text = own if row["system"] in ("prompt", "lookup") else prompt
-        condition = {"larimar": condition, "zero": tiny.zero(1)}.get(row["system"])
-        pair = [row["new"], row["true"]]
-        wanted = tiny.score([text], [pair], condition)[0]
-        if row["system"] == "verbatim":
-            wanted = [100 * (1 - forced(editor, answer, target)) for target in pair]
-        np.testing.assert_allclose([row["loss_new"], row["loss_true"]], wanted, rtol=1e-4)
+    table, results = measured(task, tiny, tmp_path)
+    encoded = encode_facts(tiny, FACTS[:5])
+    asked = {(row["facts"], row["case"]) for row in table}
+    assert asked == {(1, 0), *((5, case) for case in range(5))}
+    for size, case in asked:
+        store, pair = FactStore(encoded, FACTS[:size]), [f"new {case}", f"true {case}"]
+        wanted, *match = question(store, FACTS[case][0], FACTS[case], *losses_of(tiny, pair))
+        assert match == [case, True]
+        same_losses(table, wanted, facts=size, case=case)
     (entry,) = [e for e in results if (e["system"], e["facts"]) == ("larimar", 5)]
     assert entry["own_key_nearest"] == {"mean": 100.0, "standard_error": 0.0, "cases": 5}
     with pytest.raises(ValueError, match="has 5 records, and 9 are to be written at once"):
@@ -161,34 +158,24 @@ def test_cases_forget_different_facts_beside_others(forgetting):
             assert max(case.index, *case.others) < size
 
 
-def test_forgetting_is_that_of_a_plain_loop(tiny, forgetting, tmp_path, monkeypatch, hits):
+def test_forgetting_is_that_of_a_plain_loop(tiny, forgetting, tmp_path, hits):
     hits(2.0)  # forgetting has nothing to do with the scope
-    measured, results = measured_by(forgetting, tiny, tmp_path)
+    table, results = measured(forgetting, tiny, tmp_path)
     unknown = [(prompt, forget.UNKNOWN) for prompt, _ in FACTS]
     encoded, editor = encode_facts(tiny, [*FACTS, *unknown]), LarimarEditor(tiny)
     for case in forgetting.cases(None):
         left = [fact for place, fact in enumerate(FACTS[: case.facts]) if place != case.index]
-        stores = {
-            "before": FactStore(encoded, FACTS[: case.facts]),
-            "forgotten": FactStore(encoded, left),
-            "replaced": FactStore(encoded, [*left, unknown[case.index]]),
-        }
-        for moment, store in stores.items():
-            recall = values(measured, "recall", moment=moment)[case.case_id]
+        stores = dict(before=FACTS[: case.facts], forgotten=left)
+        stores["replaced"] = [*left, unknown[case.index]]
+        for moment, facts in stores.items():
+            store = FactStore(encoded, facts)
+            recall = values(table, "recall", moment=moment)[case.case_id]
             for place, index in enumerate((case.index, *case.others)):
-                prompt, target = FACTS[index]
-                condition, near, _ = read(tiny, store, prompt)
-                wanted = {
-                    "base": share(editor, prompt, target),
-                    "zero": share(editor, prompt, target, tiny.zero(1)),
-                    "prompt": share(editor, f"{prompt} {target}. {prompt}", target),
-                    "lookup": share(editor, f"{store.texts[near]}. {prompt}", target),
-                    "verbatim": forced(editor, store.facts[near][1], target),
-                    "open": share(editor, prompt, target, condition),
-                }
-                assert {name: each[place] for name, each in recall.items()} == pytest.approx(wanted)
+                fact = FACTS[index]
+                wanted, *_ = question(store, *(fact[0], fact), *share_of(editor, fact[1]), True)
+                same(recall, wanted, place, rel=1e-6)
                 assert len(set(wanted.values())) >= 4
-    certified = [row for row in measured if row.get("distance") is not None]
+    certified = [row for row in table if row.get("distance") is not None]
     assert [row["case"] for row in certified] == [case.case_id for case in forgetting.cases(None)]
     for row in certified:
         # What is left is the memory that never saw the fact, to what float32 solves to.
@@ -264,37 +251,26 @@ def rephrasing(tmp_path, monkeypatch):
 
 
 def test_recall_is_that_of_every_question_alone_in_a_memory_of_its_facts(
-    tiny, rephrasing, tmp_path, monkeypatch, hits
+    tiny, rephrasing, tmp_path, hits
 ):
     hits(THRESHOLD)
-    measured, _ = measured_by(rephrasing, tiny, tmp_path)
+    table, _ = measured(rephrasing, tiny, tmp_path)
     editor, decided = LarimarEditor(tiny), set()
     for case in rephrasing.cases(None):
         facts = [fact for i in case.together for fact in rephrasing._written(i, case.wordings)]
         record = rephrasing.facts[case.index][0]
         prompt, target = record.paraphrases[0], record.target_new
         encoded = encode_facts(tiny, facts, [prompt])
-        keys = encoded([p for p, _ in facts]).latent
-        conditions, store = {}, FactStore(encoded, facts)
-        condition, near, inside = read(tiny, store, prompt)
-        conditions["own"] = condition
+        keys = encoded([p for p, _ in facts]).latent[:: case.wordings]
+        asked = (prompt, (record.prompt, target), *share_of(editor, target))
+        wanted, near, inside = question(FactStore(encoded, facts), *asked)
+        wanted["own"] = wanted["open"]
         for name in ("pinv", "gaussian"):
-            model = rephrase.keyed(tiny, rephrase.ADDRESSINGS[name], keys[:: case.wordings])
-            conditions[name] = read(tiny, FactStore(encoded, facts, model=model), prompt)[0]
-        base, near_text = share(editor, prompt, target), f"{store.texts[near]}. {prompt}"
-        own = share(editor, prompt, target, conditions["own"])
-        wanted = {
-            "base": base,
-            "zero": share(editor, prompt, target, tiny.zero(1)),
-            "prompt": share(editor, f"{written(record.prompt, target)}. {prompt}", target),
-            "lookup": share(editor, near_text, target) if inside else base,
-            "verbatim": forced(editor, store.facts[near][1], target) if inside else base,
-            "larimar": own if inside else base,
-        } | {name: share(editor, prompt, target, c) for name, c in conditions.items()}
-        recall = values(measured, "recall")[case.case_id]
-        assert {name: each[0] for name, each in recall.items()} == pytest.approx(wanted)
-        (row,) = [r for r in measured if (r["case"], r["system"]) == (case.case_id, "larimar")]
-        mine = store.facts[near] in rephrasing._written(case.index, case.wordings)
+            model = rephrase.keyed(tiny, rephrase.ADDRESSINGS[name], keys)
+            wanted[name] = question(FactStore(encoded, facts, model=model), *asked)[0]["open"]
+        same(values(table, "recall")[case.case_id], wanted, rel=1e-6)
+        (row,) = [r for r in table if (r["case"], r["system"]) == (case.case_id, "larimar")]
+        mine = facts[near] in rephrasing._written(case.index, case.wordings)
         assert (row["in_scope"], row["own_fact_nearest"]) == (inside, mine)
         assert (row["facts"], row["wordings"]) == (len(case.together), case.wordings)
         decided.add((inside, mine))
@@ -336,54 +312,50 @@ def noisy(tmp_path):
     return noise.Noise(data=data, sigmas=(0.5, 0.0), tokens=3, chunk=2)
 
 
-def test_a_read_is_the_mean_plus_noise_of_that_size(tiny, noisy, tmp_path, monkeypatch):
-    measured, results = measured_by(noisy, tiny, tmp_path)
+def test_a_read_is_the_mean_plus_noise_of_that_size(tiny, noisy, tmp_path):
+    table, results = measured(noisy, tiny, tmp_path)
     memory, prepared = tiny.dual, tiny.prepared
+
+    def text_of(prompt, condition):
+        return tiny.generate([prompt], condition, max_tokens=3, stop=())[0]
+
     for record in noisy.records[:2]:
-        of_case = [row for row in measured if row["case"] == record.case_id]
-        prompts, text = [record.prompt, *record.paraphrases], written(*FACTS[record.case_id // 3])
-        key, value = tiny.encode([record.prompt, text], [None, record.target_new]).latent
-        fact = jnp.asarray(key[None]), jnp.asarray(value[None])
-        state = memory.write(prepared, memory.empty(prepared), *fact)
-        padded = np.zeros((4, len(key)), np.float32)
+        of_case = [row for row in table if row["case"] == record.case_id]
+        prompts, fact = [record.prompt, *record.paraphrases], (record.prompt, record.target_new)
+        store = FactStore(encode_facts(tiny, [fact], prompts), [fact])
+        state = memory.write(
+            prepared, memory.empty(prepared), *map(jnp.asarray, (store.keys, store.values))
+        )
+        padded = np.zeros((4, store.keys.shape[1]), np.float32)
         padded[: len(prompts)] = tiny.encode(prompts).latent
         mean = memory.address(prepared, jnp.asarray(padded))
         own_key = jax.random.fold_in(jax.random.key(0), record.case_id)
         drawn = mean + 0.5 * jax.random.normal(own_key, mean.shape)
-        matrix = memory.matrix(prepared, state)
-        pairs = [[record.target_new, record.target_true]] * len(prompts)
-        embedded = tiny.encode(prompts).embedding
-        embedded /= np.linalg.norm(embedded, axis=1, keepdims=True)
-        inside = embedded @ embedded[0] >= tiny.scope_threshold
-        in_front = [f"{text}. {prompt}" for prompt in prompts]
-        looked_up = [f if let else p for f, p, let in zip(in_front, prompts, inside, strict=True)]
-        sides = {
-            ("base", None): (prompts, None),
-            ("zero", None): (prompts, tiny.zero(len(prompts))),
-            ("prompt", None): (in_front, None),
-            ("lookup", None): (looked_up, None),
-        }
-        for sigma, weights in ((0.0, mean), (0.5, drawn)):
-            condition = tiny.condition(np.asarray(weights @ matrix)[: len(prompts)])
-            sides["open", sigma] = prompts, condition
+        reads = np.asarray(drawn @ memory.matrix(prepared, state))
         texts = {}
-        for side, (asked, condition) in sides.items():
-            found = [row for row in of_case if (row["system"], row["sigma"]) == side]
-            losses = [[row["loss_new"], row["loss_true"]] for row in found]
-            np.testing.assert_allclose(losses, tiny.score(asked, pairs, condition), rtol=2e-4)
-            (texts[side],) = tiny.generate(asked[:1], condition, max_tokens=3, stop=())
-            assert found[0]["text"] == texts[side]
+        for place, prompt in enumerate(prompts):
+            read = tiny.condition(reads[place : place + 1])
+            measure, forced = losses_of(tiny, [record.target_new, record.target_true])
+            wanted, *_ = question(store, prompt, fact, measure, forced)
+            for sigma, names in ((None, ("base", "zero", "prompt", "lookup")), (0.0, ("open",))):
+                chosen = [r for r in of_case if r["prompt"] == prompt and r["system"] in names]
+                same_losses(chosen, wanted, sigma=sigma)
+            same_losses(of_case, {"open": measure(prompt, read)}, prompt=prompt, sigma=0.5)
+            if not place:
+                spoken, *_ = question(store, prompt, fact, text_of, lambda answer: "")
+                texts = {(n, 0.0 if n == "open" else None): text for n, text in spoken.items()}
+                texts["open", 0.5] = text_of(prompt, read)
+        edits = {(r["system"], r["sigma"]): r for r in of_case if r["kind"] == "edit"}
+        del edits["verbatim", None]
         # Each is judged to the length of the shortest.
-        length = min(len(text.split()) for text in texts.values())
-        for side, text in texts.items():
-            text = " ".join(text.split()[:length])
+        length = min(len(texts[side].split()) for side in edits)
+        for side, row in edits.items():
+            assert row["text"] == texts[side]
+            text = " ".join(texts[side].split()[:length])
             nats = tiny.score([record.prompt], [[text]])[0, 0] if text else None
-            (found,) = values(of_case, "perplexity", kind="edit", sigma=side[1])[record.case_id][
-                side[0]
-            ]
-            assert found == (nats and pytest.approx(float(nats), rel=1e-5))
+            assert row["perplexity"] == (nats and pytest.approx(float(nats), rel=1e-5))
     (entry,) = [e for e in results if (e["kind"], e["sigma"]) == ("edit", 0.5)]
-    nats = values(measured, "perplexity", kind="edit", sigma=0.5)
+    nats = values(table, "perplexity", kind="edit", sigma=0.5)
     nats = [each["open"][0] for each in nats.values() if each["open"][0] is not None]
     assert entry["perplexity"]["mean"] == pytest.approx(math.exp(np.mean(nats)))
     assert entry["perplexity"]["cases"] == len(nats) == 4 * (1 - entry["silent"]["mean"] / 100)
@@ -419,48 +391,32 @@ def attacking(tiny, tmp_path, monkeypatch):
     return attack.Attack(data=path, facts=3, wordings=2, samples=2, tokens=3, chunk=2)
 
 
-def test_samples_are_drawn_after_each_wording_under_each_memory(
-    tiny, attacking, tmp_path, monkeypatch
-):
-    measured, _ = measured_by(attacking, tiny, tmp_path)
-    known = attacking.cases(Systems(tiny))[:2]
+def test_samples_are_drawn_after_each_wording_under_each_memory(tiny, attacking, tmp_path):
+    table, _ = measured(attacking, tiny, tmp_path)
     edits = [(case.record.prompt, attack.UNKNOWN) for case in attacking._known(None)]
-    prompts = [text for case in known for text in case.wordings]
-    store = FactStore(encode_facts(tiny, edits, prompts), edits)
-    alone = LarimarEditor(tiny).recall(edits[:2], [list(case.wordings) for case in known])
-    latent, match = store.read(prompts)
-    together = match.within(tiny.scope_threshold)
-    # What a case draws depends on nothing beside it; a wording has two rows.
-    times = np.repeat(np.arange(4), 2)
-    keys = [jax.random.fold_in(jax.random.key(0), case.case_id) for case in known]
-    rng = jnp.concatenate([jax.random.split(key, 4) for key in keys])
+    tokenizer, decided = tiny.decoder_tokenizer, set()
+    word = tokenizer.decode(tokenizer.following("unknown")[:3])
+    for case, edit in list(zip(attacking.cases(Systems(tiny)), edits, strict=True))[:2]:
+        # What a case draws depends on nothing beside it; a wording has two rows.
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), case.case_id), 4)
+        for memory, facts in (("alone", [edit]), ("together", edits)):
+            store = FactStore(encode_facts(tiny, facts, case.wordings), facts)
+            texts = values(table, "texts", memory=memory)[case.case_id]
+            texts = {system: samples for system, (samples,) in texts.items()}
+            for row, prompt in enumerate(np.repeat(case.wordings, 2).tolist()):
 
-    def draw(texts, condition=None):
-        options = dict(max_tokens=3, temperature=1.0, rng=rng, stop=())
-        return tiny.generate([texts[row] for row in times], condition, **options)
+                def draw(text, condition, rng=keys[row : row + 1]):
+                    options = dict(max_tokens=3, temperature=1.0, rng=rng, stop=())
+                    return tiny.generate([text], condition, **options)[0]
 
-    base = draw(prompts)
-    in_front = [f"{written(*edits[row // 2])}. {text}" for row, text in enumerate(prompts)]
-    near = [f"{store.texts[k]}. {text}" for k, text in zip(match.key, prompts, strict=True)]
-    opened = draw(prompts, alone.condition(times))
-    word = [tiny.decoder_tokenizer.decode(tiny.decoder_tokenizer.following("unknown")[:3])] * 8
-    wanted = {("base", "alone"): base, ("zero", "alone"): draw(prompts, tiny.zero(8))}
-    wanted |= {("prompt", "alone"): draw(in_front), ("open", "alone"): opened}
-    for memory, inside, looked_up, through in (
-        ("alone", alone.in_scope, draw(in_front), opened),
-        ("together", together, draw(near), draw(prompts, tiny.condition(latent[times]))),
-    ):
-        for system, texts in (("lookup", looked_up), ("verbatim", word), ("larimar", through)):
-            let = inside[times]
-            pairs = zip(texts, base, let, strict=True)
-            wanted[system, memory] = [text if yes else plain for text, plain, yes in pairs]
-    for (system, memory), texts in wanted.items():
-        found = values(measured, "texts", memory=memory)
-        assert [t for case in known for t in found[case.case_id][system][0]] == texts
-    assert opened != base and any(together) and not all(together)
-    leaks = [row["samples"] for row in measured if row["system"] == "base"]
+                wanted, _, inside = question(store, prompt, edit, draw, lambda _: word)
+                same(texts, wanted, row)
+                decided.add((memory, inside, wanted["open"] != wanted["base"]))
+    assert {(memory, True, True) for memory in ("alone", "together")} < decided
+    assert ("together", False) in {each[:2] for each in decided}
+    leaks = [row["samples"] for row in table if row["system"] == "base"]
     assert any(leaks) and not all(leaks)
-    for row in measured:
+    for row in table:
         leaked = [row["true"] in text for text in row["texts"]]
         assert (row["success"], row["samples"]) == (float(any(leaked)), np.mean(leaked))
 

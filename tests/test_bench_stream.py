@@ -1,17 +1,19 @@
 """A stream of edits into a tiny model, against one question at a time."""
 
+import collections
 import dataclasses
-import json
 import re
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from known_editor import cases, rows
+from known_editor import cases, knowedit, question, rows, same, values
 
 from larimar_jax.bench import metrics, runner, stream, summary
+from larimar_jax.bench.editor import written
 from larimar_jax.bench.fact_store import FactStore, encode_facts
 from larimar_jax.bench.systems import Systems
+from larimar_jax.data.edit_records import EditRecord
 
 # Three wordings that records share, of which each has one that it neither is nor asks; another fact.
 SHARED = ["Where is {}?", "What is the place of {}?", "In what town is {}?"]
@@ -29,23 +31,12 @@ def build(tmp_path):
     """A task over records in KnowEdit's schema."""
 
     def build(records=RECORDS, **options):
-        path = tmp_path / f"zsre{len(records)}.json"
-        path.write_text(
-            json.dumps(
-                [
-                    dict(
-                        subject=subject,
-                        target_new=f"new {n}",
-                        prompt=prompt,
-                        ground_truth=[f"true {n}"],
-                        rephrase_prompt=rephrasing,
-                        locality={},
-                    )
-                    for n, (subject, prompt, rephrasing) in enumerate(records)
-                ]
-            )
-        )
-        return stream.Stream(data=str(path), **options)
+        raw = [
+            EditRecord(n, prompt, subject, f"new {n}", f"true {n}", (rephrasing,), (), ())
+            for n, (subject, prompt, rephrasing) in enumerate(records)
+        ]
+        path = knowedit(raw, tmp_path / f"zsre{len(records)}.json")
+        return stream.Stream(data=path, **options)
 
     return build
 
@@ -63,35 +54,31 @@ def test_answers_are_those_of_every_question_alone(tiny, short, tmp_path):
     questions = {case.case_id: case for case in short.cases(None)}
     assert [case.kind for case in questions.values()].count("rephrased") == 3 * 2
     encoded = encode_facts(tiny, facts, [case.prompt for case in questions.values()])
-    editor, decided = Systems(tiny).editor, set()
-    for row in runner.read_rows(tmp_path / "run"):
-        case, prompt = questions[row["case"]], row["prompt"]
+    editor, kinds = Systems(tiny).editor, collections.Counter()
+    table, by_text = runner.read_rows(tmp_path / "run"), {written(*fact): fact for fact in facts}
+    for number, by_system in values(table, "text").items():
+        case = questions[number]
         limit = len(tiny.decoder_tokenizer.ids(f" {case.gold}")) + 3
+
+        def text_of(text, condition, limit=limit):
+            return tiny.generate([text], condition, max_tokens=limit, stop=())[0]
+
+        def forced(answer, limit=limit):
+            return editor.text(editor.tokens(answer)[:limit])
+
         store = FactStore(encoded, facts[: case.edits])
-        latent, match = store.read([prompt])
-        inside, near = bool(match.within(tiny.scope_threshold)[0]), int(match.key[0])
-        text, condition = prompt, None
-        if row["system"] == "prompt":
-            text = f"{case.fact}. {prompt}"
-        if row["system"] == "lookup" and inside:
-            text = f"{store.texts[near]}. {prompt}"
-        if row["system"] == "zero":
-            condition = tiny.zero(1)
-        if row["system"] == "larimar" and inside:
-            condition = tiny.condition(latent)
-        (wanted,) = tiny.generate([text], condition, max_tokens=limit, stop=())
-        if row["system"] == "verbatim" and inside:
-            wanted = editor.text(editor.tokens(store.facts[near][1])[:limit])
-        assert row["text"] == wanted
-        gold = case.gold.split()
-        first = next((line for line in wanted.split("\n") if line.strip()), "")
+        right = by_text.get(case.fact, ("", ""))
+        wanted, *_ = question(store, case.prompt, right, text_of, forced)
+        same(by_system, wanted)
+        kinds[case.kind, "prompt" in by_system] += 1
+    for row in table:
+        gold = questions[row["case"]].gold.split()
+        first = next((line for line in row["text"].split("\n") if line.strip()), "")
         words = re.findall(r"\S+", first)[: len(gold)]
         words[-1:] = [re.sub(r"[.,;:!?]+$", "", word) for word in words[-1:]]
-        f1 = metrics.token_f1([word for word in words if word], gold)
-        assert row["f1"] == pytest.approx(f1)
-        decided.add((row["system"], case.kind))
+        assert row["f1"] == pytest.approx(metrics.token_f1([w for w in words if w], gold))
     # Of what was never written there is no fact for the prompt.
-    assert ("prompt", "unwritten") not in decided and len(decided) == 3 * 6 - 1
+    assert {*kinds} == {("edit", True), ("rephrased", True), ("unwritten", False)}
     ends = [entry for entry in result["results"] if entry["edits"] == 6]
     assert {entry["kind"] for entry in ends} == {"edit", "rephrased", "unwritten"}
     assert summary.select(result["results"], short.overview) == ends
@@ -147,17 +134,3 @@ def test_what_the_file_cannot_give_is_refused(build):
     for wrong in ("edits", "wordings", "every", "retained"):
         with pytest.raises(ValueError, match="must be at least 1"):
             build(**{wrong: 0})
-
-
-def test_no_text_is_decoded_twice_under_one_condition(tiny, short, monkeypatch):
-    decoded, generate = [], tiny.generate
-
-    def counting(texts, condition=None, **options):
-        keys = zip(texts, options["max_tokens"], strict=True)
-        decoded.append((list(keys), condition))
-        return generate(texts, condition, **options)
-
-    monkeypatch.setattr(tiny, "generate", counting)
-    rows(dataclasses.replace(short, chunk=50), tiny)
-    assert len(decoded) == 3 and [condition is None for _, condition in decoded].count(True) == 1
-    assert all(len(keys) == len(set(keys)) for keys, _ in decoded[:2])

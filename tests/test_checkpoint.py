@@ -14,6 +14,7 @@ import optax
 import pytest
 import world
 from jax.sharding import PartitionSpec as P
+from long.kill_saves import kills
 
 from larimar_jax import model
 from larimar_jax.config import StartConfig
@@ -73,11 +74,11 @@ def _save(folder, scores, first=1, keep=2, best="loss", note=None):
         return checkpoints.steps()
 
 
-def _restore(folder, mesh=ALONE, **options):
+def _restore(folder, **options):
     """(state, meta) and the iterator; TypeError where there is none."""
     batches = _batches()
     with Checkpoints(folder, 2) as checkpoints:
-        return *checkpoints.restore(_like(_state(0, mesh)), batches, **options), batches
+        return *checkpoints.restore(_like(_state(0)), batches, **options), batches
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +95,9 @@ def copy(saved, tmp_path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "run"))
 
 
-@pytest.mark.parametrize("mesh", [ALONE, (2, 2, 2), (1, 8, 1)])
-def test_a_restore_is_exact_on_any_mesh(saved, mesh):
-    state, meta, batches = _restore(saved, mesh)
-    _same(state, _state(4, mesh))
-    assert state.params[KERNEL].sharding.mesh.size == np.prod(mesh)
+def test_a_restore_is_exact(saved):
+    state, meta, batches = _restore(saved)
+    _same(state, _state(4))
     assert meta["config"] == {"a": 1} and meta["step"] == 4
     assert set(meta["environment"]["packages"]) >= {"jax", "flax", "grain"}
     assert sorted(path.name for path in saved.iterdir()) == ["3", "4"]
@@ -184,6 +183,13 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_harms_no_other(tmp
     assert sorted(path.name for path in run.iterdir()) == ["2", "3"]
 
 
+def test_a_run_killed_while_saving_loses_the_checkpoint_that_was_being_written_and_no_other(
+    tmp_path,
+):
+    killed = kills(tmp_path / "run", count=3, seed=0, interval=2, pause=0.01)
+    assert len(killed) == 3 and killed[-1].restored > 0
+
+
 def test_an_empty_folder_restores_nothing(tmp_path):
     with Checkpoints(tmp_path / "new", 2) as checkpoints:
         assert checkpoints.restore(_like(_state(0)), _batches()) is None
@@ -196,29 +202,19 @@ def _flip(file, at):
 
 
 def _damage(folder, kind):
-    if kind == "cut":
-        for file in (f for f in (folder / "optimizer").rglob("*") if f.is_file()):
-            file.write_bytes(file.read_bytes()[:20])
-    elif kind == "bit":
-        # The stored numbers themselves, which no container checks.
-        for file in (f for f in (folder / "params").rglob("*") if f.is_file()):
-            _flip(file, file.stat().st_size // 2)
-    elif kind == "missing":
+    if kind == "missing":
         shutil.rmtree(folder / "memory")
-    else:
-        # Still JSON: it would be taken for another place in the data, or another config.
-        before, after = {
-            "data": ('"next_index": 4', '"next_index": 5'),
-            "meta": ('"a": 1', '"a": 3'),
-        }[kind]
-        file = folder / "meta" / "metadata"
-        text = file.read_text()
-        assert before in text
-        json.loads(text.replace(before, after))
-        file.write_text(text.replace(before, after))
+        return
+    # Still JSON: it would be taken for another place in the data, or another config.
+    changes = {"data": ('"next_index": 4', '"next_index": 5'), "meta": ('"a": 1', '"a": 3')}
+    file, (before, after) = folder / "meta" / "metadata", changes[kind]
+    text = file.read_text()
+    assert before in text
+    json.loads(text.replace(before, after))
+    file.write_text(text.replace(before, after))
 
 
-@pytest.mark.parametrize("kind", ["cut", "bit", "missing", "meta", "data"])
+@pytest.mark.parametrize("kind", ["missing", "meta", "data"])
 def test_a_damaged_newest_checkpoint_falls_back_with_a_report(copy, kind, capsys):
     _damage(copy / "4", kind)
     state, _, batches = _restore(copy)
@@ -288,19 +284,12 @@ def test_what_the_check_raises_is_no_damage(copy):
     assert int(_restore(copy)[0].step) == 4
 
 
-def test_parts_of_a_checkpoint_start_another_run_where_its_own_parameters_were(copy):
-    own = _state(50, (1, 8, 1)).params
-    started, _ = loop.start_from(own, StartConfig(str(copy), ("^memory/", "up/kernel")))
-    for name, array in PARAMS.items():
-        if name == SCALE:
-            assert started[name] is own[name]
-        else:
-            np.testing.assert_array_equal(started[name], array + np.float32(4))
-            assert started[name].sharding.is_equivalent_to(own[name].sharding, array.ndim)
-    # The optimiser is not even looked at, and one checkpoint may be named.
+def test_parts_of_a_checkpoint_start_another_run_whatever_its_optimiser_is(copy):
     shutil.rmtree(copy / "3" / "optimizer")
+    own = _state(50, (1, 8, 1)).params
     started, _ = loop.start_from(own, StartConfig(str(copy / "3"), ("up/kernel",)))
     np.testing.assert_array_equal(started[KERNEL], PARAMS[KERNEL] + np.float32(3))
+    assert started[SCALE] is own[SCALE]
 
 
 def test_parts_of_what_is_absent_or_damaged_start_nothing(copy, tmp_path):

@@ -6,6 +6,7 @@ import pathlib
 import runpy
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import tiny_config
@@ -142,11 +143,11 @@ print(sum(name.endswith("cache_hits") for name in hits), folder)
 """
 
 
-def run_script(cache, **environment):
+def run_script(cache):
     """Return the number that a fresh process computes, its cache hits, and its folder of programs."""
     jax_own = ("JAX_COMPILATION", "JAX_PERSISTENT")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(jax_own)}
-    environment = {**clean, "LARIMAR_CACHE": str(cache), **environment}
+    environment = {**clean, "LARIMAR_CACHE": str(cache)}
     line = [sys.executable, "-c", _SCRIPT]
     done = subprocess.run(line, env=environment, capture_output=True, text=True, check=True)
     value, hits, folder = done.stdout.split()
@@ -164,10 +165,13 @@ def test_the_next_process_reads_what_the_last_compiled_unless_it_is_damaged(tmp_
     assert files and run_script(tmp_path)[0] == value
 
 
-def test_without_a_writable_folder_or_with_jaxs_own_nothing_is_cached(tmp_path):
+def test_without_a_writable_folder_or_with_jaxs_own_nothing_is_cached(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
-    assert run_script(tmp_path / "file")[1:] == (0, "None")
-    assert run_script(tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own"))[2] == "None"
+    for folder, own in ((tmp_path / "file", None), (tmp_path, "its own")):
+        settings = SimpleNamespace(jax_compilation_cache_dir=own, update=pytest.fail)
+        monkeypatch.setattr(config, "jax", SimpleNamespace(config=settings))
+        monkeypatch.setenv("LARIMAR_CACHE", str(folder))
+        assert config.cache_programs() is None
     assert not (tmp_path / "programs").exists()
 
 

@@ -1,8 +1,10 @@
 """The authors' checkpoint into a model of ours, against torch's numbers."""
 
 import functools
+import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +14,12 @@ import released
 from flax import nnx
 from released import GOLDEN, converted, golden
 
-from larimar_jax import cli, config, convert, pipeline
+from larimar_jax import cli, config, convert, pipeline, weights
 from larimar_jax.data import vocabulary
 from larimar_jax.memory.variance import SETTINGS
 from larimar_jax.session import Session
-from larimar_jax.weights import ibm, key_table, model_file
+from larimar_jax.weights import export, ibm, key_table, model_file
+from larimar_jax.weights.huggingface import Folder
 from larimar_jax.weights.key_table import WeightsError
 from larimar_jax.weights.torch_checkpoint import Record, TorchCheckpoint
 
@@ -39,9 +42,6 @@ def first(tmp_path_factory, bases):
     """The folder of the first setting, and what the checkpoint holds that it does not use."""
     out = tmp_path_factory.mktemp("first") / "model"
     return out, converted(0, out, bases)
-
-
-# Against torch --------------------------------------------------------------------------------
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -81,9 +81,6 @@ def test_memory_and_its_variance_are_torch_s(pair):
     # Facts differ in it exactly where it depends on the query.
     apart = np.ptp(want["log_variance"], axis=0).max()
     assert (apart > 0.1) == (SETTINGS[number] in ("query", "both"))
-
-
-# What is made of it ---------------------------------------------------------------------------
 
 
 def test_the_folder_is_a_model_that_can_be_edited(first):
@@ -139,25 +136,22 @@ def test_sizes_of_the_release_are_read_off_its_shapes():
         "model.memory.w_logvar.weight": (512, 768 + 512 * 768),
     }
 
-    class Shapes:
-        path = "larimar-1.3b.ckpt"
+    def read(name):
+        raise AssertionError("shapes are enough")
 
-        def shapes(self):
-            return shapes
-
-        def read(self, name):
-            raise AssertionError("shapes are enough")
-
-    found = ibm.describe(Shapes(), None, ibm.Assumptions())
-    made = config.parse(found.config)
-    encoder, decoder = made.model.encoder.sizes, made.model.decoder.sizes
-    assert (encoder.depth, encoder.heads, encoder.mlp, encoder.max_length) == (24, 16, 4096, 512)
-    assert (decoder.depth, decoder.heads, decoder.mlp, decoder.max_length) == (36, 20, 5120, 1024)
-    assert (encoder.vocab_size, decoder.vocab_size) == (28996, 50260)
-    assert made.model.latent == 768 and made.memory.hyperparameters["slots"] == 512
+    source = SimpleNamespace(path="larimar-1.3b.ckpt", shapes=lambda: shapes, read=read)
+    described = ibm.describe(source, None, ibm.Assumptions())
+    settings = config.parse(described.config)
+    sizes = ("depth", "heads", "mlp", "max_length", "vocab_size")
+    for tower, want in (
+        ("encoder", (24, 16, 4096, 512, 28996)),
+        ("decoder", (36, 20, 5120, 1024, 50260)),
+    ):
+        assert tuple(getattr(getattr(settings.model, tower).sizes, name) for name in sizes) == want
+    assert settings.model.latent == 768 and settings.memory.hyperparameters["slots"] == 512
     shapes = {
         target: key_table._transformed(shapes[name], key_table.TRANSFORMS.get(how, how))
-        for name, target, how in found.keys
+        for name, target, how in described.keys
         if name in shapes and name.startswith(("model.encoder.linear", "model.memory.w_logvar"))
     }
     assert shapes == {
@@ -165,9 +159,6 @@ def test_sizes_of_the_release_are_read_off_its_shapes():
         "memory.variance_by_query": (768, 512),
         "memory.variance_by_memory": (512, 768, 512),
     }
-
-
-# What does not fit ----------------------------------------------------------------------------
 
 
 def refused(number, tmp_path, bases, kind=WeightsError):
@@ -343,7 +334,62 @@ def test_own_tokenizers_are_used_or_refused(first, tmp_path):
     refuse(values, "decoder_tokenizer.json: a tower with a source")
 
 
-# The command line -----------------------------------------------------------------------------
+def same_tower(one, two):
+    assert one.config == two.config
+    first, second = (nnx.to_pure_dict(nnx.state(module, nnx.Param)) for module in (one, two))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def same_tokenizer(one, two):
+    assert (one.bos, one.eos, one.pad) == (two.bos, two.eos, two.pad)
+    texts = ["the capital of France is", "Fact 1 is new"]
+    np.testing.assert_array_equal(one.encode(texts).ids, two.encode(texts).ids)
+    assert one.vocab_size == two.vocab_size
+
+
+def check_towers(loaded, folder):
+    for name, load in (("encoder", weights.load_encoder), ("decoder", weights.load_decoder)):
+        module, tokenizer = load(str(folder / name))
+        same_tower(module, getattr(loaded.model, name))
+        same_tokenizer(tokenizer, getattr(loaded, f"{name}_tokenizer"))
+
+
+@pytest.mark.parametrize("number", [0, 4])
+def test_exported_towers_come_back_bit_for_bit(number, tmp_path, bases):
+    converted(number, tmp_path / "model", bases)
+    convert.to_huggingface(tmp_path / "model", tmp_path / "towers")
+    check_towers(pipeline.load(tmp_path / "model"), tmp_path / "towers")
+
+
+def test_so_do_a_sentence_encoder_and_a_trained_vocabulary(monkeypatch, tmp_path, tiny):
+    monkeypatch.setattr(pipeline, "load", lambda source: tiny)
+    convert.to_huggingface("tiny", tmp_path / "towers")
+    check_towers(tiny, tmp_path / "towers")
+    said = json.loads((tmp_path / "towers" / "encoder" / "modules.json").read_text())
+    assert [module["path"] for module in said] == ["", "1_Pooling", "2_Normalize"]
+
+
+def test_large_models_are_cut_into_parts(tmp_path):
+    arrays = {f"t{i}": np.full((4, 5), i, np.float32) for i in range(5)}
+    arrays["large"] = np.zeros(100, np.float32)
+    export.write_tensors(tmp_path, iter(arrays.items()), limit=200)
+    parts = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert parts == [f"model-{i:05}-of-00004.safetensors" for i in (1, 2, 3, 4)]
+    assert not list(tmp_path.glob("*.part"))
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(a.nbytes for a in arrays.values())
+    source = Folder(tmp_path).tensors()
+    assert source.shapes().keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(source.read(name), array)
+
+
+def test_a_failing_export_leaves_nothing(monkeypatch, tmp_path, tiny):
+    monkeypatch.setattr(pipeline, "load", lambda source: tiny)
+    monkeypatch.setattr(export, "write_decoder", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        convert.to_huggingface("tiny", tmp_path / "towers")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_commands_convert_and_export(tmp_path, bases, capsys):

@@ -45,22 +45,6 @@ MEND = {
     "loc": "nq question: who built the palace",
     "loc_ans": "Louis",
 }
-# A record of MEMIT's multi_counterfact.json: the original schema, with other numbers of prompts.
-MULTI = {
-    "case_id": 21918,
-    "pararel_idx": 6791,
-    "requested_rewrite": {
-        "prompt": "{}, which is located in",
-        "relation_id": "P17",
-        "target_new": {"str": "Sweden", "id": "Q34"},
-        "target_true": {"str": "Spain", "id": "Q29"},
-        "subject": "The school",
-    },
-    "paraphrase_prompts": ["Once more. The school is in", "The school, of", "One studies there in"],
-    "neighborhood_prompts": [f"Town {n} is located in" for n in range(7)],
-    "attribute_prompts": [],
-    "generation_prompts": [],
-}
 KNOWEDIT = {
     "subject": "Tower",
     "target_new": "Oslo",
@@ -80,8 +64,13 @@ def _file(folder: Path, *records, lines: bool = False) -> Path:
 
 
 def test_counterfact_reads_both_schemas_from_json_and_jsonl(tmp_path):
+    # As MEMIT's multi_counterfact.json has it: other keys beside those, and any number of prompts.
+    multi = ORIGINAL | dict(pararel_idx=6791, paraphrase_prompts=[], neighborhood_prompts=[])
     for lines in (False, True):
-        flat, original = edit_records.load(_file(tmp_path, FLAT, ORIGINAL, lines=lines))
+        flat, original, bare = edit_records.load(
+            _file(tmp_path, FLAT, ORIGINAL, multi, lines=lines)
+        )
+        assert bare.paraphrases == bare.neighbourhood == bare.neighbourhood_targets == ()
         assert (flat.case_id, flat.target_new, flat.target_true) == (3, "Rome", "Paris")
         assert flat.paraphrases == ("One finds the tower in",)
         assert flat.neighbourhood == ("The palace stands in",)
@@ -92,17 +81,6 @@ def test_counterfact_reads_both_schemas_from_json_and_jsonl(tmp_path):
     assert len(edit_records.load(_file(tmp_path, FLAT, ORIGINAL), limit=1)) == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         flat.prompt = ""
-
-
-def test_counterfact_reads_multi_counterfact_with_as_many_prompts_as_it_has(tmp_path):
-    none = {**MULTI, "case_id": 1, "paraphrase_prompts": [], "neighborhood_prompts": []}
-    multi, bare = edit_records.load(_file(tmp_path, MULTI, none))
-    assert (multi.case_id, multi.prompt) == (21918, "The school, which is located in")
-    assert (multi.target_new, multi.target_true) == ("Sweden", "Spain")
-    assert multi.paraphrases == tuple(MULTI["paraphrase_prompts"])
-    assert multi.neighbourhood == tuple(MULTI["neighborhood_prompts"])
-    assert multi.neighbourhood_targets == ("Spain",) * 7
-    assert bare.paraphrases == bare.neighbourhood == bare.neighbourhood_targets == ()
 
 
 def test_zsre_reads_both_schemas_by_their_own_protocol(tmp_path):

@@ -33,7 +33,7 @@ def values(tmp_path_factory):
 
 @pytest.fixture
 def brief(values):
-    """The same without evaluations, where a run is not to be compared with another."""
+    """The same without evaluations, which change no step."""
     return values | {"train": values["train"] | {"evaluate_every": 100, "edits": 0}}
 
 
@@ -74,15 +74,15 @@ def test_two_processes_have_the_losses_of_a_single_one(values, undisturbed, tmp_
 
 
 def test_a_killed_process_ends_the_others_and_the_run_is_resumed_bit_for_bit(
-    values, undisturbed, tmp_path
+    brief, undisturbed, tmp_path
 ):
     began = time.monotonic()
-    ends = _two(values, tmp_path, {"step": 11, "signal": "SIGKILL"})
+    ends = _two(brief, tmp_path, {"step": 11, "signal": "SIGKILL"})
     assert ends[1][0] == -signal.SIGKILL and ends[0][0] in LOST, ends
     assert time.monotonic() - began < 120
     before = _losses(tmp_path)
     assert 8 <= max(before) < STEPS
-    ends = _two(values, tmp_path)
+    ends = _two(brief, tmp_path)
     assert [code for code, _ in ends] == [0, 0], ends
     assert _losses(tmp_path) == _losses(undisturbed)
     assert all(_losses(tmp_path)[step] == loss for step, loss in before.items())
@@ -104,15 +104,6 @@ def test_sigterm_stops_all_after_the_same_step(brief, tmp_path):
     assert [code for code, _ in ends] == [RETRY] * 2, ends
     last = max(_losses(tmp_path))
     assert 4 <= last < STEPS and (tmp_path / "checkpoints" / str(last)).is_dir(), ends
-
-
-def test_a_process_that_fails_ends_all(brief, tmp_path):
-    began = time.monotonic()
-    ends = _two(brief, tmp_path, {"step": 3, "signal": "fail"})
-    # The one that failed would fail again, and shows what with; the other has lost a peer.
-    assert ends[1][0] == 1 and "no space left on device" in ends[1][1], ends
-    assert ends[0][0] in LOST, ends
-    assert time.monotonic() - began < 120
 
 
 # Which process this is ----------------------------------------------------------------------------
@@ -153,9 +144,6 @@ def test_a_place_that_does_not_add_up(arguments, environment, message):
         distributed.place(*arguments, environment)
 
 
-# How a process ends -------------------------------------------------------------------------------
-
-
 def _python(script):
     # A device each, as processes have on hosts: gloo's collectives of many take a thread each, and
     # with eight on few cores two processes have been seen to wait for each other's.
@@ -164,10 +152,10 @@ def _python(script):
     return subprocess.run(line, capture_output=True, text=True, timeout=150, env=environment)
 
 
-def _both(script, **values):
+def _both(script):
     """Run a script as process 0 and process 1 of two."""
     port = processes.free_port()
-    scripts = [script.format(index=i, port=port, **values) for i in range(2)]
+    scripts = [script.format(index=i, port=port) for i in range(2)]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         return list(pool.map(_python, scripts))
 
@@ -238,22 +226,15 @@ def test_what_counts_as_a_peer_that_is_lost(monkeypatch, error, code):
     assert (raised.value.args if code == RETRY else tuple(failing)) == (code,)
 
 
-@pytest.mark.parametrize(
-    "damaged, outputs",
-    [
-        (True, ["None ValueError process 1 could not read it", "None ZeroDivisionError"]),
-        (False, ["7 NoneType None"] * 2),
-    ],
-)
-def test_what_one_process_cannot_read_is_damaged_for_all(damaged, outputs):
+def test_what_one_process_cannot_read_is_damaged_for_all():
     ends = _both(
         "import sys; from larimar_jax.train import checkpoint, distributed as d; i = {index}\n"
         "d.initialise(d.ProcessPlace('127.0.0.1:{port}', 2, i), start=60)\n"
-        "read = lambda: 1 // (1 - i) if {damaged} else 7\n"
-        "result, damage = checkpoint.agreed(read)\n"
-        "print(result, type(damage).__name__, damage)\n"
-        "sys.stdout.flush(); d.end(0)",
-        damaged=damaged,
+        "for read in (lambda: 7, lambda: 1 // (1 - i)):\n"
+        "    result, damage = checkpoint.agreed(read)\n"
+        "    print(result, type(damage).__name__, damage)\n"
+        "sys.stdout.flush(); d.end(0)"
     )
+    outputs = ["None ValueError process 1 could not read it", "None ZeroDivisionError"]
     for done, output in zip(ends, outputs, strict=True):
-        assert done.returncode == 0 and output in done.stdout, done
+        assert done.returncode == 0 and f"7 NoneType None\n{output}" in done.stdout, done

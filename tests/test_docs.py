@@ -1,7 +1,7 @@
 """The worked examples of docs/ are a memory and a benchmark like any other."""
 
+import dataclasses
 import inspect
-import json
 import re
 import sys
 from pathlib import Path
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_memory
+from known_editor import cases, knowedit
 
 from larimar_jax import bench, cli, memory
 from larimar_jax.bench import report, runner, sweep, systems
@@ -67,25 +68,13 @@ def test_the_command_line_the_runner_and_the_report_find_it(
     portability, tiny, tmp_path, monkeypatch
 ):
     records = [
-        dict(
-            subject=f"Fact {n}",
-            target_new="new",
-            prompt=f"Fact {n} is",
-            ground_truth="['true']",
-            rephrase_prompt=f"Says of fact {n}:",
-            cond="",
-            locality={},
-            portability={
-                "Reasoning": [{"prompt": f"City {n} of", "ground_truth": "Japan"}] * (n % 3)
-            },
-        )
-        for n in range(7)
+        dataclasses.replace(case, portability=((f"City {n} of", "Japan"),) * (n % 3))
+        for n, case in enumerate(cases(7))
     ]
-    path = tmp_path / "facts.json"
-    path.write_text(json.dumps(records))
+    path = knowedit(records, tmp_path / "facts.json")
     monkeypatch.setattr(systems, "load", lambda source, overrides: tiny)
     out = tmp_path / "run"
-    assert cli.main(["bench", "portability", "--data", str(path), "--out", str(out)]) == 0
+    assert cli.main(["bench", "portability", "--data", path, "--out", str(out)]) == 0
     lines = runner.read_rows(out)
     assert runner.cases_of(lines) == [1, 2, 4, 5]
     hits = tiny.judge(["City 4 of"], [["Japan"]]).accuracy[0, 0]
@@ -100,10 +89,9 @@ def test_the_command_line_the_runner_and_the_report_find_it(
 def test_the_readmes_results_are_lines_of_the_report():
     """A number that is changed in one of the two files alone is found here."""
 
-    texts = [(DOCS.parent / path).read_text("utf-8") for path in ("README.md", "docs/results.md")]
-    results, known = (
-        texts[0].partition("## Results")[2].partition("## Train")[0],
-        texts[1].splitlines(),
+    readme, report_page = (
+        (DOCS.parent / path).read_text("utf-8") for path in ("README.md", "docs/results.md")
     )
+    results = readme.partition("## Results")[2].partition("## Train")[0]
     shown = [line for line in results.splitlines() if line.count("|") == 8]
-    assert len(shown) >= 10 and [line for line in shown if line not in known] == []
+    assert len(shown) >= 10 and not {*shown} - {*report_page.splitlines()}

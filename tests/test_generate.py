@@ -138,8 +138,9 @@ def test_prompts_that_begin_alike_are_read_once(tiny, monkeypatch):
     assert sizes[1] == sizes[0]
 
 
-@pytest.mark.parametrize("part", ["key", "value", "embedding"])
-@pytest.mark.parametrize("broken", [np.nan, np.inf, 3e38])
+@pytest.mark.parametrize(
+    ("part", "broken"), [("key", np.nan), ("value", np.inf), ("embedding", 3e38)]
+)
 def test_a_broken_row_leaves_the_others_as_they_are(tiny, condition, part, broken):
     """Prompts share rows of the decoder, and their beginnings; what is not finite is one's own."""
     hurt = condition.rows(jnp.asarray([0, 0, 1]))

@@ -63,10 +63,13 @@ def small(path, tensors=None, **changed):
 
 
 def golden(name):
-    """The configuration and tensors of a golden folder."""
+    """The configuration, its sizes and the tensors of a golden folder."""
     source = Safetensors(GOLDEN / name / "model.safetensors")
     config = json.loads((GOLDEN / name / "config.json").read_text())
-    return config, {n: source.read(n) for n in source.shapes()}
+    sizes = decoders.family(config["model_type"]).CONFIG.from_huggingface(config)
+    # GPT-2's files leave out a prefix that ours have.
+    prefix = "transformer." if "wte.weight" in source.shapes() else ""
+    return sizes, {prefix + n: source.read(n) for n in source.shapes()}
 
 
 def renamed(tensors, architecture):
@@ -81,30 +84,43 @@ def renamed(tensors, architecture):
     return result
 
 
-def llama_like(path, config, tensors, architecture, **more):
-    heads = config["num_attention_heads"]
-    return write(
-        path,
-        renamed(tensors, architecture),
-        architecture,
-        embedding_length=config["hidden_size"],
-        block_count=config["num_hidden_layers"],
-        feed_forward_length=config["intermediate_size"],
-        context_length=config["max_position_embeddings"],
-        attention__head_count=heads,
-        attention__head_count_kv=config["num_key_value_heads"],
-        attention__key_length=config.get("head_dim") or config["hidden_size"] // heads,
-        attention__layer_norm_rms_epsilon=config["rms_norm_eps"],
-        rope__freq_base=float(config["rope_parameters"]["rope_theta"]),
-        **more,
+def as_gguf(path, sizes, tensors, architecture, **more):
+    """A file of a golden folder as llama.cpp writes it, with metadata that differ."""
+    metadata = dict(
+        embedding_length=sizes.width,
+        block_count=sizes.depth,
+        feed_forward_length=sizes.mlp,
+        context_length=sizes.max_length,
+        attention__head_count=sizes.heads,
     )
+    if architecture == "gpt2":
+        metadata |= dict(attention__layer_norm_epsilon=sizes.norm_eps)
+        tensors = {n: t.T if "c_" in n and t.ndim == 2 else t for n, t in tensors.items()}
+    else:
+        metadata |= dict(
+            attention__head_count_kv=sizes.kv_heads,
+            attention__key_length=sizes.head_size,
+            attention__layer_norm_rms_epsilon=sizes.norm_eps,
+            rope__freq_base=sizes.rope_theta,
+        )
+        if (scaling := sizes.rope_scaling) is not None:
+            metadata |= dict(
+                rope__scaling__type=scaling.kind,
+                rope__scaling__factor=scaling.factor,
+                rope__scaling__original_context_length=scaling.original_length,
+                rope__scaling__yarn_beta_fast=scaling.fast,
+                rope__scaling__yarn_beta_slow=scaling.slow,
+            )
+    if architecture == "llama":
+        tensors = {name: interleaved(sizes, name, tensor) for name, tensor in tensors.items()}
+    return write(path, renamed(tensors, architecture), architecture, **metadata | more)
 
 
-def interleaved(config, name, tensor):
+def interleaved(sizes, name, tensor):
     """llama.cpp's order of query and key rows, which `Gguf` undoes."""
     if not ("q_proj" in name or "k_proj" in name):
         return tensor
-    heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
+    heads = sizes.heads if "q_proj" in name else sizes.kv_heads
     return tensor.reshape(heads, 2, -1, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
 
 
@@ -112,9 +128,6 @@ def same_tensors(source, tensors):
     assert source.shapes() == {name: tensor.shape for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(source.read(name), tensor)
-
-
-# Numbers and architectures ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS + K_QUANTS)
@@ -134,38 +147,28 @@ def test_every_kind_of_number(tmp_path, kind):
     np.testing.assert_array_equal(source.read(name), want)
 
 
-def test_gpt2(tmp_path):
-    config, tensors = golden("tiny_gpt2")
-    tensors = {"transformer." + n.removeprefix("transformer."): t for n, t in tensors.items()}
-    path = write(
-        tmp_path / "x.gguf",
-        renamed({n: t.T if "c_" in n and t.ndim == 2 else t for n, t in tensors.items()}, "gpt2"),
-        "gpt2",
-        embedding_length=config["n_embd"],
-        block_count=config["n_layer"],
-        feed_forward_length=config.get("n_inner") or 4 * config["n_embd"],
-        context_length=config["n_positions"],
-        attention__head_count=config["n_head"],
-        attention__layer_norm_epsilon=1e-5,
-    )
-    source = Gguf(path)
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [("gpt2", "tiny_gpt2"), ("llama", "tiny_llama_biased"), ("qwen2", "tiny_qwen2")],
+)
+def test_tensors_and_sizes_are_those_of_the_folder(tmp_path, architecture, name):
+    """Rows of query and key, and their biases, are permuted for Llama alone."""
+    want, tensors = golden(name)
+    source = Gguf(as_gguf(tmp_path / "x.gguf", want, tensors, architecture))
     same_tensors(source, tensors)
-    family = decoders.family("gpt2").CONFIG
-    sizes, want = family.from_huggingface(source.config()), family.from_huggingface(config)
+    sizes = decoders.family(architecture).CONFIG.from_huggingface(source.config())
     assert sizes == dataclasses.replace(want, norm_eps=sizes.norm_eps)
     assert sizes.norm_eps == pytest.approx(want.norm_eps)  # float32 in the file
 
 
 def test_a_llama_with_its_tokenizer_is_the_model_of_its_folder(tmp_path):
-    config, tensors = golden("tiny_llama")
+    want, tensors = golden("tiny_llama")
     tokenizer = Tokenizer.train(["a few words of text to learn from, a few words"], 300)
-    more = [(0, tokenizer.vocab_size - config["vocab_size"]), (0, 0)]
+    more = [(0, tokenizer.vocab_size - want.vocab_size), (0, 0)]
     longer = ("model.embed_tokens.weight", "lm_head.weight")
     tensors = {n: np.pad(t, more) if n in longer else t for n, t in tensors.items()}
-    turned = {n: interleaved(config, n, t) for n, t in tensors.items()}
-    path = llama_like(tmp_path / "x.gguf", config, turned, "llama", tokenizer=tokenizer)
+    path = as_gguf(tmp_path / "x.gguf", want, tensors, "llama", tokenizer=tokenizer)
     model, loaded = weights.load_decoder(str(path))
-    want = decoders.family("llama").CONFIG.from_huggingface(config)
     assert model.config == dataclasses.replace(
         want, norm_eps=model.config.norm_eps, vocab_size=tokenizer.vocab_size
     )
@@ -176,52 +179,22 @@ def test_a_llama_with_its_tokenizer_is_the_model_of_its_folder(tmp_path):
         assert key.startswith("GGUF.") or Gguf(path).metadata[key] == field.contents()
 
 
-def test_qwen2_has_biases_and_rows_in_their_own_order(tmp_path):
-    config, tensors = golden("tiny_qwen2")
-    rope = config["rope_parameters"]
-    path = llama_like(
-        tmp_path / "x.gguf",
-        config,
-        tensors,
-        "qwen2",
-        rope__scaling__type="yarn",
-        rope__scaling__factor=float(rope["factor"]),
-        rope__scaling__original_context_length=rope["original_max_position_embeddings"],
-        rope__scaling__yarn_beta_fast=float(rope["beta_fast"]),
-        rope__scaling__yarn_beta_slow=float(rope["beta_slow"]),
-    )
-    source = Gguf(path)
-    same_tensors(source, tensors)
-    family = decoders.family("qwen2").CONFIG
-    sizes, want = family.from_huggingface(source.config()), family.from_huggingface(config)
-    assert sizes.rope_scaling == want.rope_scaling and sizes.attention_bias == "qkv"
-    assert sizes.kv_heads == want.kv_heads and sizes.tied_head == want.tied_head
-
-
-def test_biases_of_llama_are_permuted_with_their_rows(tmp_path):
-    config, tensors = golden("tiny_llama_biased")
-    turned = {n: interleaved(config, n, t) for n, t in tensors.items()}
-    source = Gguf(llama_like(tmp_path / "x.gguf", config, turned, "llama"))
-    same_tensors(source, tensors)
-    family = decoders.family("llama").CONFIG
-    sizes, want = family.from_huggingface(source.config()), family.from_huggingface(config)
-    biases = (sizes.attention_bias, sizes.mlp_bias)
-    assert biases == (want.attention_bias, want.mlp_bias) == ("all", True)
-
-
 def test_a_real_llama_3_head_is_recognised(tmp_path):
-    config, tensors = golden("tiny_llama")
+    sizes, tensors = golden("tiny_llama")
     rule = rotary.RopeScaling("llama3", 8.0, 8192, 1.0, 4.0, 1.0)
     divisors = rotary.frequencies(128, 500000.0) / rotary.frequencies(128, 500000.0, rule)
-    config = {**config, "head_dim": 128, "rope_parameters": {"rope_theta": 500000.0}}
-    path = tmp_path / "x.gguf"
-    source = Gguf(llama_like(path, config, {**tensors, "rope_freqs.weight": divisors}, "llama"))
+    path, real = tmp_path / "x.gguf", dict(attention__key_length=128, rope__freq_base=500000.0)
+
+    def with_divisors(divisors):
+        return Gguf(
+            as_gguf(path, sizes, {**tensors, "rope_freqs.weight": divisors}, "llama", **real)
+        )
+
+    source = with_divisors(divisors)
     assert rotary.from_huggingface(source.config()) == (500000.0, rule)
     assert "rope_freqs.weight" not in source.shapes()  # no parameter
-    divisors = divisors * np.linspace(1, 1.1, 64, dtype=np.float32)
-    llama_like(path, config, {**tensors, "rope_freqs.weight": divisors}, "llama")
     with pytest.raises(WeightsError, match="a rule that is not known"):
-        Gguf(path).config()
+        with_divisors(divisors * np.linspace(1, 1.1, 64, dtype=np.float32)).config()
 
 
 @pytest.mark.parametrize(
@@ -247,9 +220,6 @@ def test_the_head_of_gpt2_repeats_its_embedding(tmp_path, head, tied):
     if not tied:
         with pytest.raises(ValueError, match="tie_word_embeddings is False"):
             decoders.family("gpt2").CONFIG.from_huggingface(config)
-
-
-# Metadata --------------------------------------------------------------------------------------
 
 
 def test_other_architectures_are_named(tmp_path):
@@ -302,9 +272,6 @@ def test_linear_scaling_in_its_newer_and_older_form(tmp_path):
     for changed in (dict(rope__scaling__type="none"), dict(rope__scale_linear=1.0), {}):
         plain = Gguf(small(tmp_path / "x.gguf", **changed)).config()
         assert rotary.from_huggingface(plain) == (10000.0, None)
-
-
-# Damaged files ---------------------------------------------------------------------------------
 
 
 def test_nothing_of_a_file_stays_mapped_and_a_later_cut_is_noticed(tmp_path):

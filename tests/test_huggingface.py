@@ -46,9 +46,6 @@ def change(path, **settings):
     (path / "config.json").write_text(json.dumps(config | settings))
 
 
-# Folders ---------------------------------------------------------------------------------------
-
-
 def test_a_gpt2_gets_its_special_tokens(tiny_folder):
     model, tokenizer = weights.load_decoder(str(tiny_folder))
     size = len(json.loads((tiny_folder / "vocab.json").read_text()))
@@ -348,20 +345,6 @@ def test_a_cache_that_holds_a_part(cache, monkeypatch, names, tree):
 def test_what_is_written_as_an_id():
     for source in ("org/name", "org/name@main", "org/name@refs/pr/1", "0rg_/n.a-m_e"):
         assert huggingface.is_id(source), source
-    for source in (
-        *(
-            "name",
-            "/a/b",
-            "a/b/c",
-            "./a",
-            "../a",
-            "a/",
-            "a b/c",
-            "a/b.",
-            "a/b-",
-            "a/b..c",
-            "a/b--c",
-        ),
-        *("a/b@", "ä/b", "a/" + "b" * 96, "a/b\n", ""),
-    ):
+    wrong = "name /a/b a/b/c ./a ../a a/ a/b. a/b- a/b..c a/b--c a/b@ ä/b".split()
+    for source in (*wrong, "a b/c", "a/" + "b" * 96, "a/b\n", ""):
         assert not huggingface.is_id(source), source

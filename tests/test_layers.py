@@ -52,22 +52,6 @@ def test_linear_maps_round_their_factors_only_where_the_context_asks_for_it():
     assert low.dtype == plain.dtype == jnp.float32 and 1e-6 < np.abs(low - plain).max() < 0.1
 
 
-def softmax(x):
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
-
-
-def naive(query, key, value, mask):
-    """Attention in loops; key is [B, G, d, S], value [B, G, S, d]."""
-    batch, length, heads, size = query.shape
-    group = heads // key.shape[1]
-    out = np.zeros((batch, length, heads, size))
-    for b, t, h in np.ndindex(batch, length, heads):
-        scores = query[b, t, h] @ key[b, h // group] / np.sqrt(size)
-        out[b, t, h] = softmax(np.where(mask[b, t], scores, -np.inf)) @ value[b, h // group]
-    return out.reshape(batch, length, -1)
-
-
 def random_attention(dtype=np.float32, length=3):
     rng = np.random.default_rng(0)
     query = rng.normal(size=(2, length, 6, 8)).astype(dtype)
@@ -80,13 +64,6 @@ def random_attention(dtype=np.float32, length=3):
 def cut(key, value, mask, *ends):
     pairs = zip((0, *ends), (*ends, 5), strict=True)
     return [(key[..., a:b], value[:, :, a:b], mask[:, :, a:b]) for a, b in pairs]
-
-
-@pytest.mark.parametrize("ends", [(), (2, 3)])
-def test_attention_groups_query_heads_over_key_heads_in_one_part_or_several(ends):
-    query, key, value, mask = random_attention()
-    got = layers.attend(jnp.asarray(query), cut(*map(jnp.asarray, (key, value, mask)), *ends))
-    np.testing.assert_allclose(got, naive(query, key, value, mask), atol=1e-6)
 
 
 def test_attention_to_nothing_is_finite():

@@ -162,7 +162,7 @@ def test_bfloat16_computes_and_masters_stay_float32(run):
     assert {str(leaf.dtype) for leaf in state.params.values()} == {"float32"}
 
 
-def test_a_spike_is_skipped_and_the_run_goes_on(run):
+def test_a_spike_is_skipped_and_the_run_goes_on_at_the_same_learning_rate(run):
     batches, mesh = run[1], sharding.make_mesh((1, 1, 1))
     _, state, step, frozen = trained(run, 12, on_bad_step="skip", spike=0.5)
     wrong = {**batches[0], "decoder_tokens": batches[0]["decoder_tokens"][:, :, ::-1].copy()}
@@ -170,21 +170,11 @@ def test_a_spike_is_skipped_and_the_run_goes_on(run):
     state, metrics = step.step(state, frozen, sharding.place_batch(wrong, mesh))
     assert not metrics["sound"] and metrics["loss"] > metrics["usual_loss"] + 0.5
     assert int(state.step) == 13
+    rate = float(metrics["learning_rate"])
     after = jax.device_get((state.params, state.optimizer, state.loss))
     jax.tree.map(np.testing.assert_array_equal, after, before)
     state, metrics = step.step(state, frozen, sharding.place_batch(batches[13], mesh))
-    assert metrics["sound"] and int(state.step) == 14
-
-
-def test_a_skipped_step_does_not_move_the_learning_rate(run):
-    settings = dict(on_bad_step="skip", spike=1.0, warmup_steps=4)
-    _, state, step, frozen = trained(run, 0, **settings)
-    batch, rates = sharding.place_batch(run[1][0], step.mesh), []
-    for usual in (jnp.inf, -1e9, jnp.inf):  # Beside the second one, any loss is a spike.
-        state, metrics = step.step(state._replace(loss=jnp.float32(usual)), frozen, batch)
-        rates.append((bool(metrics["sound"]), float(metrics["learning_rate"])))
-    assert [sound for sound, _ in rates] == [True, False, True] and int(state.step) == 3
-    assert [rate for _, rate in rates] == pytest.approx([0.005, 0.01, 0.01])
+    assert metrics["sound"] and int(state.step) == 14 and float(metrics["learning_rate"]) == rate
 
 
 def test_a_step_that_is_not_finite_leaves_the_state_as_it_was(run):

@@ -60,7 +60,7 @@ def agrees(estimate, values):
         assert estimate["standard_error"] == pytest.approx(100 * error, abs=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(CASE, max_size=6))
 def test_counterfact_equals_plain_loops(cases):
     entries = entries_of(rows_of(cases))
@@ -78,26 +78,7 @@ def test_counterfact_equals_plain_loops(cases):
         assert score["mean"] == pytest.approx(100 * statistics.harmonic_mean(rates), abs=1e-9)
 
 
-def test_ties_fail_everywhere():
-    entries = entries_of(rows_of([{kind: [(1.0, 1.0)] for kind in metrics.KINDS}]))
-    for kind in metrics.KINDS:
-        assert entries["base", kind]["S"]["mean"] == entries["base", kind]["M"]["mean"] == 0.0
-    assert entries["base", "score"]["S"] == {"mean": 0.0, "standard_error": None, "cases": 1}
-
-
-def test_prompts_are_averaged_inside_a_case_first():
-    """Nine good prompts in one case weigh as much as the one bad prompt of another."""
-    good, bad = [(0.0, 5.0)], [(5.0, 0.0)]
-    entries = entries_of(rows_of([{"paraphrase": good * 9}, {"paraphrase": bad}]))
-    estimate = entries["base", "paraphrase"]["S"]
-    assert (estimate["mean"], estimate["standard_error"]) == (50.0, pytest.approx(50.0))
-
-
-def test_the_magnitudes_sign_is_flipped_for_the_neighbourhood():
-    case = {kind: [(math.log(2.0), math.log(4.0))] for kind in metrics.KINDS}
-    entries = entries_of(rows_of([case]))
-    means = [entries["base", kind]["M"]["mean"] for kind in metrics.KINDS]
-    assert means == pytest.approx([25.0, 25.0, -25.0])
+def test_a_kind_that_is_not_known_is_refused():
     with pytest.raises(ValueError, match="known: edit, paraphrase, neighbourhood"):
         metrics.success("rewrite", 0.0, 1.0)
 
@@ -197,17 +178,12 @@ def plain_f1(generated, gold, repeats):
 WORDS = st.lists(st.sampled_from("abc"), max_size=5)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(WORDS, WORDS)
 def test_token_f1_both_ways(generated, gold):
     assert metrics.token_f1(generated, gold) == pytest.approx(plain_f1(generated, gold, True))
     grace = metrics.token_f1_grace(generated, gold)
     assert grace == pytest.approx(plain_f1(generated, gold, False))
-
-
-def test_the_two_f1_differ_on_repeats_only():
-    assert metrics.token_f1(["a", "a"], ["a", "a"]) == 1.0
-    assert metrics.token_f1_grace(["a", "a"], ["a", "a"]) == 0.5
 
 
 def test_an_answer_is_the_first_line_with_words_without_its_end_marks():

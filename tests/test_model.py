@@ -46,19 +46,6 @@ def test_a_row_without_tokens_encodes_to_zero_and_other_rows_do_not_notice(tiny)
     np.testing.assert_allclose(latent[:2], tiny.model.encode(tokens, mask), rtol=1e-5, atol=1e-6)
 
 
-def test_base_zero_and_memory_are_three_things_and_inactive_is_base(tiny):
-    tokens, _ = tokens_of(tiny, ["Fact 1 is new"] * 2, 12)
-    conditions = (
-        None,
-        tiny.model.condition(jnp.zeros((2, 16))),
-        tiny.model.condition(jnp.ones((2, 16)), active=jnp.asarray([True, False])),
-    )
-    base, zero, half = (tiny.model.hidden(tokens, condition)[0] for condition in conditions)
-    assert jnp.abs(base - zero).max() > 1e-3
-    assert jnp.abs(half[0] - zero[0]).max() > 1e-3
-    np.testing.assert_allclose(half[1], base[1], rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("way", ["slots", "embedding"])
 def test_a_model_of_one_way_holds_zeros_in_the_other(tiny, way):
     larimar = copy.copy(tiny.model)

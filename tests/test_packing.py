@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from larimar_jax import generate, packing, scoring
+from larimar_jax import packing, scoring
 
 
 def drawn(count, longest=20, seed=0, conditions=1):
@@ -143,18 +143,3 @@ def test_equal_conditions_share_a_prompt_that_occurs_twice(tiny, monkeypatch):
     unequal = tiny.model.condition(jnp.zeros((2, 16)), jnp.asarray([True, False]))
     tiny.score(["Fact is"] * 2, [("new", "true")] * 2, unequal)
     assert lengths[2] == 2 * lengths[0]
-
-
-def test_many_candidates_share_their_prompt_and_score_as_each_alone(tiny):
-    """30 candidates that branch at different depths, in one row."""
-    condition = tiny.model.condition(jax.random.normal(jax.random.key(0), (1, 16)))
-    tokenizer, prompt = tiny.decoder_tokenizer, "Fact 1 is"
-    words = ["new", "true", "Japan", "France city", "new 1", "new 12", "0 0 1"]
-    targets = [f"{a} {b}" for a in words for b in words[:4]] + ["new", "new 1"]
-    together = tiny.score([prompt], [targets], condition)
-    apart = [tiny.score([prompt], [(target,)], condition)[0, 0] for target in targets]
-    np.testing.assert_allclose(together[0], apart, rtol=2e-5)
-    trie, ids = packing.Trie(), generate.prompt_ids(tokenizer, prompt)
-    trie.add(ids, [tokenizer.following(target) for target in targets], 0)
-    alone = sum(len(tokenizer.ids(" " + target)) for target in targets)
-    assert len(trie.token) - len(ids) < alone / 2  # shared beginnings are computed once

@@ -1,8 +1,8 @@
 """Other wordings of a prompt, found in the records of a benchmark."""
 
+import dataclasses
 import string
 
-import numpy as np
 import pytest
 from hypothesis import given as drawn
 from hypothesis import settings
@@ -42,7 +42,7 @@ def test_wordings_of_others_are_a_records_own_the_nearest_first():
 WORDS = st.lists(st.sampled_from(string.ascii_lowercase[:6]), min_size=1, max_size=2)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @drawn(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=12))
 def test_wordings_are_a_relation_of_equals(pairs):
     """Whoever is a wording of a prompt has that prompt among its own wordings, and no one is twice."""
@@ -56,18 +56,26 @@ def test_wordings_are_a_relation_of_equals(pairs):
         assert not {*one.paraphrases} & {*found.unseen(one)}
 
 
-def test_what_is_written_in_more_wordings_is_what_a_session_writes(tiny, tmp_path, monkeypatch):
-    """Each case's own number of wordings, beside each other in one batch."""
-    wordings = [("That fact 0 was",), (), ("Of fact 2:", "Fact 2, it is said, is")]
-    task = CounterFact(data=saved(cases(3), tmp_path / "facts.json"))
-    alone = values(rows(task, tiny), "loss_true", kind="edit")
-    monkeypatch.setattr(CounterFact, "other_wordings", lambda *_: wordings)
-    together = values(rows(task, tiny), "loss_true", kind="edit")
-    for case, more in zip(task.records, wordings, strict=True):
+def test_what_is_written_in_more_wordings_is_what_a_session_writes(tiny, tmp_path):
+    """Several records have the same words for other subjects; the last has none to share."""
+    wordings = ("{} is", "Says of {}:", "The city {}")
+    shared = [
+        dataclasses.replace(
+            case,
+            prompt=wordings[n].format(case.subject),
+            paraphrases=(wordings[(n + 1) % 3].format(case.subject),),
+        )
+        for n, case in enumerate(cases(3))
+    ]
+    alone = dataclasses.replace(cases(4)[3], prompt="Much like Fact 3:", paraphrases=())
+    task = CounterFact(data=saved([*shared, alone], tmp_path / "f.json"), rephrasings=2)
+    extra = task.other_wordings(task.records, 2)
+    assert extra == [("The city Fact 0",), ("Fact 1 is",), ("Says of Fact 2:",), ()]
+    losses = values(rows(task, tiny), "loss_true", kind="edit")
+    for case, more in zip(task.records, extra, strict=True):
         session = Session(tiny)
         session.write(case.prompt, case.target_new, more)
         loss = float(session.score([case.prompt], [[case.target_true]])[0, 0])
-        mine, single = together[case.case_id], alone[case.case_id]
-        assert mine["larimar"][0] == pytest.approx(loss, rel=2e-4)
-        assert (single["open"][0] == pytest.approx(loss, rel=1e-5)) == (not more)
-        np.testing.assert_allclose(mine["base"], single["base"], rtol=2e-5)
+        assert losses[case.case_id]["larimar"][0] == pytest.approx(loss, rel=2e-4)
+    with pytest.raises(ValueError, match="--rephrasings must be at least 0, not -1"):
+        task.other_wordings(task.records, -1)

@@ -12,19 +12,22 @@ from larimar_jax.config import ConfigError
 from larimar_jax.session import Session
 from larimar_jax.weights import load, model_file
 
+TOKENIZERS = []
+
 
 @pytest.fixture(scope="module")
 def smol():
-    return pipeline.load("smol")
+    """The shipped model; paths of the tokenizers that are read for it go to TOKENIZERS."""
+    read = load._tokenizer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            load, "_tokenizer", lambda c, kind: TOKENIZERS.append(c.path) or read(c, kind)
+        )
+        return pipeline.load("smol")
 
 
-def test_each_tokenizer_is_read_once(monkeypatch):
-    paths, read = [], load._tokenizer
-    monkeypatch.setattr(
-        load, "_tokenizer", lambda c, family: paths.append(c.path) or read(c, family)
-    )
-    pipeline.load("smol")
-    assert len(paths) == len(set(paths)) == 2
+def test_each_tokenizer_is_read_once(smol):
+    assert len(TOKENIZERS) == len(set(TOKENIZERS)) == 2
 
 
 def test_loading_a_packaged_model_imports_no_trainer_no_optax_and_no_transformers():

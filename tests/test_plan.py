@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from larimar_jax import cli
 from larimar_jax import config as configs
 from larimar_jax.train import plan
 from larimar_jax.train.step import count_flops
 
-ROOT = Path(__file__).parents[1]
-TINY = ROOT / "configs" / "tiny.py"
+TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
 # Of Hugging Face's models: transformers' num_parameters() of bert-large-cased, gpt2-large (with three
 # rows of 1,280 for the added tokens), gpt-j-6b.
 TOWERS = {
@@ -25,18 +25,13 @@ TOWERS = {
 }
 
 
-def _plan(*arguments):
-    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
-    line = [sys.executable, "-m", "larimar_jax.cli", "plan", *arguments]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
-
-
 @pytest.mark.parametrize("name", TOWERS)
-def test_the_papers_models_fit_a_node(name):
-    config = f"configs/{name}.py"
-    done = _plan("--config", config, "--devices", "8", "--memory", "80GB", "--json")
-    assert done.returncode == 0, done.stderr
-    numbers = json.loads(done.stdout)
+def test_the_papers_models_fit_a_node(name, monkeypatch, capsys):
+    for variable in ("XLA_FLAGS", "JAX_PLATFORMS"):  # The command sets them.
+        monkeypatch.setenv(variable, os.environ[variable])
+    line = ["plan", "--config", f"configs/{name}.py", "--devices", "8", "--memory", "80GB"]
+    assert cli.main([*line, "--json"]) == 0
+    numbers = json.loads(capsys.readouterr().out)
     assert {part: numbers["parameters"][part] for part in TOWERS[name]} == TOWERS[name]
     assert numbers["parameters"]["memory"] == 512 * 768 + 1
     size = numbers["bytes_per_device"]
@@ -54,7 +49,10 @@ def test_the_papers_models_fit_a_node(name):
 def test_a_step_that_does_not_fit_is_shown_with_settings_with_which_it_does():
     # Whole parameters and moments on both devices do not fit; split over them they do.
     small = ["train.mesh=[2,1,1]", "data.batch=2", "data.episode=[2]", "model.encoder.mlp=4096"]
-    done = _plan("--config", str(TINY), "--devices", "2", "--memory", "40MB", "--set", *small)
+    line = [sys.executable, "-m", "larimar_jax.cli", "plan", "--config", str(TINY)]
+    line += ["--devices", "2", "--memory", "40MB", "--set", *small]
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    done = subprocess.run(line, capture_output=True, text=True, env=environment)
     assert done.returncode == 1, done.stderr
     assert "does NOT fit" in done.stdout and "--set train.mesh=[1,2,1]\n" in done.stdout
 

@@ -261,71 +261,53 @@ def test_chance_is_shared_out_among_the_rows():
     assert report._holm([]) == []
 
 
-def test_a_page_is_whole_closed_and_of_itself(runs):
-    """Every tag that opens closes, in order; nothing is fetched; no text turns into markup."""
-    void, opened, fetched = {"meta", "link", "img"}, [], []
+def tags_of(page):
+    """Return every tag with its attributes and the tags around it; each that opens closes, in order."""
+    tags, opened = [], []
 
     class Reader(html.parser.HTMLParser):
         def handle_starttag(self, tag, attributes):
-            fetched.extend(
-                value
-                for name, value in attributes
-                if name in ("src", "href") and not value.startswith(("data:", "#"))
-            )
-            if tag not in void:
-                opened.append(tag)
+            tags.append((tag, dict(attributes), tuple(opened)))
+            if tag not in ("meta", "link", "img"):
+                opened.append((tag, dict(attributes)))
 
         def handle_endtag(self, tag):
-            assert opened.pop() == tag
+            assert opened.pop()[0] == tag
 
+    Reader().feed(page)
+    assert opened == []
+    return tags
+
+
+def test_a_page_is_whole_and_of_itself(runs):
+    """Nothing is fetched, and no text turns into markup."""
     table = Grid(TEXT, [TEXT], [[TEXT]], TEXT, frozenset({0}))
     odd = report.Section(TEXT, [TEXT, table, report.CaseText(TEXT, [TEXT])])
     page = web_page.page([*report.sections(runs), odd], TEXT)
-    Reader().feed(page)
-    assert opened == [] and fetched == [] and "<b>" not in page and 'class="mark"' in page
+    links = [tag[1][name] for tag in tags_of(page) for name in ("src", "href") if name in tag[1]]
+    assert links and all(link.startswith(("data:", "#")) for link in links)
+    assert "<b>" not in page and 'class="mark"' in page
 
 
 def test_numbers_are_ranged_and_names_are_not():
     """By column; what a row is of stands first and stays at the left, even if it is a number."""
-    grid = Grid(
-        "t", ["N", "of", "S", "note"], [["16", "others", "–", ""], ["32", "all", "-9.1 ± 2", "x 3"]]
-    )
-    kinds = []
-
-    class Reader(html.parser.HTMLParser):
-        def handle_starttag(self, tag, attributes):
-            if tag in ("th", "td"):
-                kinds.append(dict(attributes).get("class"))
-
-    Reader().feed(web_page.page([report.Section("s", [grid])], "t"))
+    rows = [["16", "others", "–", ""], ["32", "all", "-9.1 ± 2", "x 3"]]
+    grid = Grid("t", ["N", "of", "S", "note"], rows)
+    tags = tags_of(web_page.page([report.Section("s", [grid])], "t"))
+    kinds = [attributes.get("class") for tag, attributes, _ in tags if tag in ("th", "td")]
     assert kinds == [None, None, "number", None] * 3
 
 
 def test_a_wide_table_scrolls_in_a_box_that_the_keyboard_reaches(runs):
     """And not the page: every table is in one, and nothing else is as wide as it likes."""
-    outside, boxes = [], []
-
-    class Reader(html.parser.HTMLParser):
-        def handle_starttag(self, tag, attributes):
-            if tag == "div":
-                boxes.append(dict(attributes))
-            if tag == "table" and not (boxes and boxes[-1].get("class") == "wide"):
-                outside.append(tag)
-
-        def handle_endtag(self, tag):
-            if tag == "div":
-                assert boxes[-1]["tabindex"] == "0" and boxes.pop()["aria-label"]
-
     page = web_page.page(report.sections(runs), "t")
-    Reader().feed(page)
-    assert page.count("<table>") == 4 and outside == []
-    for rule in (
-        ".wide { overflow-x: auto;",
-        "img { max-width: 100%;",
-        "position: sticky; left: 0;",
-    ):
-        assert rule in page
-    assert 'name="viewport" content="width=device-width' in page
+    around = [around for tag, _, around in tags_of(page) if tag == "table"]
+    assert len(around) == 4
+    for tags in around:
+        box = [attributes for tag, attributes in tags if tag == "div"][-1]
+        assert (box["class"], box["tabindex"]) == ("wide", "0") and box["aria-label"]
+    rules = (".wide { overflow-x: auto;", "img { max-width: 100%;", "position: sticky; left: 0;")
+    assert all(rule in page for rule in (*rules, 'name="viewport" content="width=device-width'))
 
 
 def test_no_label_of_a_picture_is_longer_than_its_axis():

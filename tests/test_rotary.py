@@ -19,7 +19,7 @@ def rotated(x, position, size=8, interleaved=False):
     return rotary.rotate(x, turn, interleaved=interleaved)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     places=st.tuples(*[st.integers(0, 400)] * 3),
     interleaved=st.booleans(),

@@ -40,7 +40,7 @@ def test_a_key_that_is_not_allowed_does_not_match():
 scores = st.lists(st.integers(0, 12).map(lambda n: n / 4), min_size=1, max_size=30)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(scores, scores)
 def test_detection_is_what_counting_gives(positive, negative):
     positive, negative = np.array(positive), np.array(negative)
@@ -66,7 +66,7 @@ def test_detection_at_the_ends():
         scope.detection(np.array([]), np.array([1.0]))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(scores, st.lists(st.tuples(st.integers(0, 12), st.integers(1, 9)), min_size=1, max_size=30))
 def test_a_weighted_crossing_is_that_of_negatives_as_often_as_they_weigh(positive, weighted):
     positive = np.array(positive)

@@ -142,15 +142,8 @@ def test_the_command_runs_a_config(tmp_path, capsys):
     body = f"def get_config():\n    return ConfigDict({small!r})\n"
     (tmp_path / "small.py").write_text(f"from ml_collections import ConfigDict\n{body}")
     out = tmp_path / "run"
-    line = [
-        "sweep",
-        "--config",
-        str(tmp_path / "small.py"),
-        "--out",
-        str(out),
-        "--set",
-        "facts=[4]",
-    ]
+    line = ["sweep", "--config", str(tmp_path / "small.py"), "--out", str(out)]
+    line += ["--set", "facts=[4]"]
     assert cli.main(line) == 0
     shown = capsys.readouterr().out
     assert "none" in shown and (out / "synthetic_capacity.png").is_file()

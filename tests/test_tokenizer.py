@@ -44,9 +44,6 @@ def framed(tokenizer):
     return lambda text: [*tokenizer.prefix, *tokenizer.ids(text), *tokenizer.suffix]
 
 
-# As the models' own libraries ------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["uncased", "cased", "gpt2"])
 def test_folders_of_a_vocabulary(name):
     assert not differ(framed(folder(name)), *both(name))
@@ -150,9 +147,6 @@ def test_minilm_is_read_as_transformers_reads_it(minilm):
     assert tokenizer.encode(["word " * 300]).mask.sum() == 302
 
 
-# Special tokens --------------------------------------------------------------------------------
-
-
 def test_an_answer_follows_its_prompt_after_one_blank():
     pieces = Tokenizer(gguf_tokenizer.backend(metadata("llama"), "x.gguf"), 1, 2, 0)
     for tokenizer in (pieces, folder("gpt2")):
@@ -184,7 +178,7 @@ PLAIN = folder("gpt2")
 LONGER = PLAIN.with_specials(NAMES)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
 def test_a_byte_level_tokenizer_round_trips_any_text(text):
     assert TRAINED.decode(TRAINED.ids(text)) == text
@@ -219,9 +213,6 @@ def test_tokenizer_files_that_cannot_be_read(tmp_path):
     assert Tokenizer.from_file(path).bos == TRAINED.bos
     with pytest.raises(WeightsError, match="has no bos token <none>"):
         Tokenizer.from_file(path, bos="<none>")
-
-
-# Batches ---------------------------------------------------------------------------------------
 
 
 def test_encode_pads_on_the_right_to_buckets(smol):

@@ -12,8 +12,8 @@ import pytest
 from flax import nnx
 from transformers import AutoConfig
 
-from larimar_jax import decoders, encoders, generate
-from larimar_jax.decoders.decoder import Prefix
+from larimar_jax import decoders, encoders, generate, registry
+from larimar_jax.decoders.decoder import Prefix, Tree
 from larimar_jax.weights.huggingface import Folder
 from larimar_jax.weights.key_table import fill
 
@@ -24,6 +24,9 @@ FAMILIES = {
 KINDS = {path.name: Folder(path).config()["model_type"] for path in sorted(GOLDEN.glob("tiny_*"))}
 DECODERS = [name for name, kind in KINDS.items() if hasattr(FAMILIES[kind], "logits")]
 ENCODERS = [name for name in KINDS if name not in DECODERS]
+
+# Each way to compute, of a batch as of a row; what else sets models of one file apart is in `computed`.
+APART = ["tiny_bert_mean", "tiny_gpt2", "tiny_gptj", "tiny_llama", "tiny_qwen2_window"]
 
 # Measured: at most 0.053, of 0.030 as a whole.
 BFLOAT16 = 0.06
@@ -126,6 +129,38 @@ def random_prefix(model, active, slots=1, scale=1.0, tied=False):
     )
 
 
+def test_families_are_classes_by_file_and_by_model_type():
+    assert set(decoders.families()) >= {"llama", "gpt2", "gptj"}
+    assert set(encoders.families()) >= {"bert"}
+    assert decoders.family("mistral") is decoders.family("qwen2") is decoders.families()["llama"]
+    with pytest.raises(ValueError, match="unknown decoder family 'lama'; known: .*llama"):
+        decoders.family("lama")
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (
+            [("Half", registry.FAMILY[:1])],
+            "half.Half looks like a family but does not define model_types",
+        ),
+        ([("One", registry.FAMILY), ("Two", registry.FAMILY)], "half defines two families"),
+    ],
+)
+def test_an_unfinished_family_or_a_second_one_in_a_file_is_an_error(monkeypatch, classes, message):
+    members = {
+        name: type(name, (), {"__module__": "half", **dict.fromkeys(attributes)})
+        for name, attributes in classes
+    }
+    fake = types.SimpleNamespace(__path__=[], __name__="half", **members)
+    monkeypatch.setattr(
+        registry.pkgutil, "iter_modules", lambda path: [types.SimpleNamespace(name="half")]
+    )
+    monkeypatch.setattr(registry.importlib, "import_module", lambda name: fake)
+    with pytest.raises(TypeError, match=message):
+        registry.families("anything")
+
+
 def test_every_model_type_has_a_golden_folder():
     assert set(KINDS.values()) == set(FAMILIES)
 
@@ -154,9 +189,8 @@ def test_every_gradient_matches_torch(name):
     assert not {path: e for path, e in error.items() if e > max(1e-3 * norms[path], rounding)}
 
 
-# A layer of each file with a tower; what sets models of one file apart is in `computed` above.
 @pytest.mark.parametrize("remat", ["dots", "layers"])
-@pytest.mark.parametrize("name", ["tiny_bert", "tiny_gpt2", "tiny_gptj", "tiny_llama"])
+@pytest.mark.parametrize("name", APART[:4])
 def test_remat_changes_no_gradient(name, remat):
     gradients, want = computed(name, remat=remat)[2], computed(name)[2]
     whole = np.sqrt(sum(np.sum(np.square(gradient)) for gradient in want.values()))
@@ -172,7 +206,7 @@ def test_greedy_text_is_that_of_torch(name):
     np.testing.assert_array_equal(generate.continue_ids(tiny(name), prompts, want.shape[1]), want)
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", APART[1:])
 def test_cached_equals_uncached_from_ragged_starts(name):
     model, (tokens, _) = tiny(name), tokens_of(name)
     prefix = random_prefix(model, [True, False, True], slots=2)
@@ -191,7 +225,7 @@ def test_cached_equals_uncached_from_ragged_starts(name):
         start = start + count
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", APART)
 def test_a_batch_equals_its_rows_and_is_blind_to_padding(name):
     model, (tokens, real) = tiny(name), tokens_of(name)
     if name in ENCODERS:
@@ -212,7 +246,7 @@ def test_a_batch_equals_its_rows_and_is_blind_to_padding(name):
             assert_close(alone[0, :length], whole[b, :length], 1e-5)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", APART)
 def test_bfloat16_is_near_float32(name):
     model, (tokens, real) = tiny(name, dtype="bfloat16"), tokens_of(name)
     assert all(v.dtype == jnp.float32 for v in jax.tree.leaves(nnx.state(model)))
@@ -223,6 +257,76 @@ def test_bfloat16_is_near_float32(name):
     else:
         assert model.empty_cache(1, 4).key.dtype == hidden(model, tokens)[0].dtype == jnp.bfloat16
         assert_close(np.asarray(out)[real], golden(name)["logits"], BFLOAT16)
+
+
+# How a latent conditions a decoder (§2)
+
+
+def drawn_tokens(rows, length):
+    return jnp.asarray(np.random.default_rng(1).integers(0, 89, (rows, length)), jnp.int32)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_active_rows_are_conditioned_and_inactive_ones_are_the_untouched_model(name):
+    """Slots reach every token, however far behind its window they lie."""
+    want, (tokens, real), active = golden(name), tokens_of(name), np.array([True, False, True])
+    key, value = (want["slots"][:, part].swapaxes(2, 3) for part in (0, 1))
+    prefix = Prefix(*map(jnp.asarray, (want["embedding"], key, value, active)))
+    states, _ = hidden(tiny(name), tokens, prefix)
+    rows = np.broadcast_to(active[:, None], real.shape)[real]
+    logits = np.where(rows[:, None], want["conditioned"], want["logits"])
+    assert_close(np.asarray(tiny(name).logits(states))[real], logits, 1e-5)
+
+
+@pytest.mark.parametrize("name", APART[1:])
+def test_texts_of_one_row_have_latents_of_their_own(name):
+    """Two texts in each of two rows, one of them not active, as in four rows."""
+    model, tokens = tiny(name), drawn_tokens(4, 6)
+    prefix = random_prefix(model, [True, False, True, True], slots=2)
+    want, _ = hidden(model, tokens, prefix)
+    own = np.repeat(np.arange(2, dtype=np.int32), 6)
+    causal = np.arange(12)[:, None] >= np.arange(12)
+    visible = np.broadcast_to(causal & (own[:, None] == own), (2, 12, 12))
+    index = np.broadcast_to(np.tile(np.arange(6, dtype=np.int32), 2), (2, 12))
+    tree = Tree(*map(jnp.asarray, (index, visible, np.broadcast_to(own, (2, 12)))))
+    states, _ = hidden(model, tokens.reshape(2, 12), prefix, None, None, tree)
+    assert np.abs(states.reshape(want.shape) - want).max() <= 2e-6 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("name", APART[1:])
+def test_no_bit_of_a_latent_shows_in_inactive_rows_and_a_zero_latent_is_not_inactive(name):
+    """Not even of a latent that is not finite, nor of what other rows hold.
+
+    A call without a prefix is another program, which may add in another order.
+    """
+    model, tokens = tiny(name), drawn_tokens(3, 24)
+    infinite, _ = hidden(model, tokens, random_prefix(model, [False, True, False], scale=jnp.inf))
+    inactive, _ = hidden(model, tokens, random_prefix(model, [False] * 3, scale=0.0))
+    zero, _ = hidden(model, tokens, random_prefix(model, [True] * 3, scale=0.0))
+    untouched, _ = hidden(model, tokens)
+    np.testing.assert_array_equal(infinite[::2], inactive[::2])
+    assert np.abs(inactive - untouched).max() <= 1e-6 * np.abs(untouched).max()
+    assert np.abs(zero - untouched).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", [*APART[1:], "tiny_mistral"])
+def test_gradients_reach_back_as_far_as_the_windows(name):
+    """The output at token t has a gradient to the embeddings of what t attends to, and no further."""
+    model, length = tiny(name), 12
+    tokens = jnp.arange(length)[None]  # all different: an embedding row is one token
+    prefix = random_prefix(model, [True])
+    graph, state = nnx.split(model)
+
+    def output(state, t):
+        return nnx.merge(graph, state).hidden(tokens, prefix)[0][0, t].sum()
+
+    gradients = jax.jit(jax.vmap(jax.grad(output), (None, 0)))(state, jnp.arange(length))
+    table = gradients["word"]["embedding"][...][:, :length]
+    reached = np.asarray(jnp.abs(table).sum(2) > 0)  # [output t, token]
+    # Two layers, each to four tokens before its own; one layer without a window reaches all.
+    back = 4 + 4 if name == "tiny_mistral" else length
+    want = np.tri(length, dtype=bool) & ~np.tri(length, k=-back - 1, dtype=bool)
+    np.testing.assert_array_equal(reached, want)
 
 
 def test_minilm_matches_torch(minilm):
@@ -286,8 +390,6 @@ ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("llama", rope("dynamic", factor=2.0), "rope scaling 'dynamic'"),
-        ("llama", rope("llama3", factor=2.0), "'llama3' lacks its 'low_freq_factor'"),
         ("qwen2", rope("yarn", factor=2.0, truncate=False), "truncate=false"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu', and only 'silu'"),
         ("qwen2_window", {"layer_types": ALTERNATING}, "layer_types alternate"),

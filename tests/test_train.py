@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -20,7 +18,6 @@ from larimar_jax.train import logging, loop, optimizer, sharding
 from larimar_jax.train.step import initialise
 from larimar_jax.weights import model_file
 
-ROOT = Path(__file__).parents[1]
 STEPS = world.STEPS
 ALONE = (1, 1, 1)
 
@@ -61,14 +58,14 @@ def _same_run(run: Path, reference: Path) -> None:
         np.testing.assert_array_equal(first[name], second[name])
 
 
-def _killing(monkeypatch, at: int, how: int):
-    """Patch the log, so that the run's own process gets a signal when step `at` is written."""
+def _terminating(monkeypatch, at: int):
+    """Patch the log, so that the run's own process gets SIGTERM when step `at` is written."""
 
     class Deadly(logging.Logger):
         def write(self, step, kind, values, **options):
             super().write(step, kind, values, **options)
             if (step, kind) == (at, "train"):
-                os.kill(os.getpid(), how)
+                os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(loop, "Logger", Deadly)
 
@@ -108,37 +105,12 @@ def test_the_export_holds_the_model_that_was_trained(tiny, whole):
     assert (arrays[memory] != np.asarray(parameters[memory])).any()
 
 
-_KILLED = """
-import json, signal, sys
-from pytest import MonkeyPatch
-from test_train import _killing, configs, loop
-
-_killing(MonkeyPatch(), 19, signal.SIGKILL)
-loop.train(configs.parse(json.loads(sys.argv[1])), sys.argv[2], progress=False)
-"""
-
-
-def test_a_killed_run_is_resumed_bit_for_bit(tiny, whole, tmp_path):
-    run = tmp_path / "run"
-    line = [sys.executable, "-c", _KILLED, json.dumps(configs.to_dict(tiny)), str(run)]
-    places = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    killed = subprocess.run(line, env=places, capture_output=True, text=True, timeout=300)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    before = _losses(run)
-    assert max(before) == 19
-    saved = [int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit()]
-    assert saved and max(saved) < 19
-    assert loop.train(tiny, run, progress=False).finished
-    _same_run(run, whole[0])
-    assert all(_losses(run)[step] == loss for step, loss in before.items())
-
-
 def test_sigterm_saves_and_the_run_is_resumed_bit_for_bit(
     tiny, whole, tmp_path, monkeypatch, capfd
 ):
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        _killing(patch, 10, signal.SIGTERM)
+        _terminating(patch, 10)
         outcome = loop.train(tiny, tmp_path, progress=False)
     assert not outcome.finished and 10 <= outcome.step < STEPS
     assert "stopped by SIGTERM" in capfd.readouterr().err
@@ -218,7 +190,7 @@ def test_frozen_parameters_of_another_run_are_there_when_a_run_is_resumed(
     config = _with(tiny, **changes, steps=10, checkpoint_every=4)
     evaluation = loop.train(config, straight, progress=False).evaluation
     with monkeypatch.context() as patch:
-        _killing(patch, 6, signal.SIGTERM)
+        _terminating(patch, 6)
         assert not loop.train(config, stopped, progress=False).finished
     again = loop.train(config, stopped, progress=False)
     assert again.finished and again.evaluation == evaluation

@@ -1,6 +1,7 @@
 """σ_W in its five parametrisations: the formula, sampling, and models that learn it."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -49,8 +50,10 @@ def formula(setting, params, queries, m):
     return total
 
 
-@each_setting
-@pytest.mark.parametrize("variant", sorted(memory.variants()))
+EVERY = {*itertools.product(KINDS, variance.SETTINGS), *((v, "both") for v in memory.variants())}
+
+
+@pytest.mark.parametrize(("variant", "setting"), sorted(EVERY))
 def test_a_reading_s_log_variance_is_the_formula(variant, setting):
     built, params = drawn(variant, setting)
     prepared, state = written(built, params)
@@ -97,7 +100,7 @@ def test_zero_maps_leave_one_number_per_slot(setting):
     jax.tree.map(np.testing.assert_array_equal, ours, want)
 
 
-@each_setting
+@pytest.mark.parametrize("setting", ["scalar", "both"])
 @pytest.mark.parametrize("variant", KINDS)
 def test_samples_have_the_variance_that_the_reading_names(variant, setting):
     built, params = drawn(variant, setting)

@@ -67,16 +67,6 @@ def tensors():
     return {name: LLAMA_FILE.read(name) for name in LLAMA_FILE.shapes()}
 
 
-# Strictness ------------------------------------------------------------------------------------
-
-
-def test_each_tensor_lands_in_its_layer(tensors):
-    model = fill(TINY_LLAMA, LLAMA.hf_keys, Arrays(tensors))
-    for layer in range(3):
-        want = tensors[f"model.layers.{layer}.mlp.up_proj.weight"].T
-        np.testing.assert_array_equal(model.layers.up.kernel[...][layer], want)
-
-
 def test_every_misfit_is_in_one_error_and_nothing_is_read(tensors):
     del tensors["model.norm.weight"]
     del tensors["model.layers.1.mlp.up_proj.weight"]
@@ -181,12 +171,9 @@ def test_a_number_with_a_point_may_be_larger_than_a_size(theta, valid):
         load.check_sizes("x", sizes)
 
 
-# There and back --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", FOLDERS)
-def test_tensors_and_sizes_are_written_as_they_were_read(name):
-    family, sizes, module, file = golden(name)
+def test_tensors_are_written_as_they_were_read(name):
+    family, _, module, file = golden(name)
     written = dict(key_table.to_source(fill(module, family.hf_keys, file), family.hf_keys))
     read = {n: file.read(n) for n in file.shapes()}
     # A prefix that some files leave out is written; ids of positions and masks are not.
@@ -195,8 +182,6 @@ def test_tensors_and_sizes_are_written_as_they_were_read(name):
     assert written.keys() <= read.keys()
     for key, tensor in written.items():
         np.testing.assert_array_equal(tensor, read[key])
-    # How an encoder pools is not a size, and not in config.json.
-    assert family.CONFIG.from_huggingface(json.loads(json.dumps(sizes.to_huggingface()))) == sizes
 
 
 def test_special_tokens_lengthen_the_vocabulary():
@@ -209,9 +194,6 @@ def test_special_tokens_lengthen_the_vocabulary():
     np.testing.assert_allclose(after[-3:], np.tile(before.mean(0), (3, 1)), rtol=1e-5, atol=1e-7)
     with pytest.raises(WeightsError, match="misshapen: .*wte.weight"):
         fill(longer, GPT2.hf_keys, GPT2_FILE, more_rows=2)
-
-
-# Onto devices ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 4, 2), (2, 2, 2)])
@@ -283,9 +265,6 @@ def test_loading_holds_no_second_copy():
     before, after, size = json.loads(done.stdout.splitlines()[-1])
     assert size == 134_515_008 * 4
     assert after - before <= 1.5 * size, (after - before) / size
-
-
-# Sources ---------------------------------------------------------------------------------------
 
 
 def test_a_missing_package_names_the_commands():

@@ -32,20 +32,9 @@ class Ratio(NamedTuple):
     wanted: float | None
     agreement: str
 
-    @property
-    def of_medians(self) -> float:
-        """Return the ratio of the median seconds."""
-        return statistics.median(self.plain.wall) / statistics.median(self.ours.wall)
-
-    @property
-    def of_best(self) -> float:
-        """Return the ratio of the least seconds."""
-        return min(self.plain.wall) / min(self.ours.wall)
-
-    @property
-    def of_cpu(self) -> float:
-        """Return the ratio of the median CPU seconds."""
-        return statistics.median(self.plain.cpu) / statistics.median(self.ours.cpu)
+    def of(self, one: Callable[[Sequence[float]], float], clock: str = "wall") -> float:
+        """Return the ratio of one number of both sides' seconds, such as the median."""
+        return one(getattr(self.plain, clock)) / one(getattr(self.ours, clock))
 
 
 def interleave(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Times]:
@@ -66,9 +55,11 @@ def table(ratios: Sequence[Ratio]) -> Table:
     columns = ("beside (s)", "here (s)", "ratio", "of best", "of CPU", "wanted", "agreement")
     rows = Table("", *columns)
     for ratio in ratios:
+        median = ratio.of(statistics.median)
         wanted = "–" if ratio.wanted is None else f"≥ {ratio.wanted:g}"
-        short = ratio.wanted is not None and ratio.of_medians < ratio.wanted
-        numbers = [f"{x:.2f}" for x in (ratio.of_medians, ratio.of_best, ratio.of_cpu)]
+        short = ratio.wanted is not None and median < ratio.wanted
+        numbers = [median, ratio.of(min), ratio.of(statistics.median, "cpu")]
         seconds = [f"{statistics.median(side.wall):.3g}" for side in (ratio.plain, ratio.ours)]
-        rows.add_row(ratio.name, *seconds, *numbers, wanted + " !" * short, ratio.agreement)
+        cells = (*seconds, *(f"{number:.2f}" for number in numbers), wanted + " !" * short)
+        rows.add_row(ratio.name, *cells, ratio.agreement)
     return rows

@@ -3,9 +3,10 @@
 A case is a folder with a config.json, laid out as on Hugging Face; an encoder that pools by the mean
 has the files of sentence-transformers beside it. A decoder's golden.npz has right-padded `tokens`
 [3, T] and their `lengths`, `logits` of the real tokens in order, `loss` (the mean cross-entropy of the
-real next tokens), and what `generate` appends greedily to `prompt_0` and `prompt_1`: `greedy_0`,
-`greedy_1`. An encoder's has `tokens`, `lengths`, `hidden` of the real tokens, `pooled`, `weight`, and
-`loss` = sum(pooled · weight). Both have `gradient/NAME`, the loss's gradient with respect to every
+real next tokens), what `generate` appends greedily to `prompt_0` and `prompt_1`: `greedy_0`, `greedy_1`,
+and `conditioned`: logits under the latents `embedding` [3, D] and `slots` [layers, key and value, 3,
+heads, P, d] (§2). An encoder's has `tokens`, `lengths`, `hidden` of the real tokens, `pooled`, `weight`,
+and `loss` = sum(pooled · weight). Both have `gradient/NAME`, the loss's gradient with respect to every
 parameter.
 
 Sizes differ from each other on purpose, so that a swapped axis fails. A case's features are switched
@@ -29,7 +30,7 @@ from torch.nn import functional
 HERE = pathlib.Path(__file__).parent
 LENGTHS = (24, 17, 9)
 PROMPTS = (5, 9)
-GENERATED = 64
+GENERATED, SLOTS = 64, 2
 # Greedy decoding is comparable only if no rounding can swap the best two tokens.
 LEAST_GAP = 1e-3
 # And worth comparing only if it does not repeat itself from the start.
@@ -115,6 +116,37 @@ def greedy(model, prompt):
     return text, float(gap.min())
 
 
+def conditioned(model, tokens, real):
+    """Slots that every token sees, in a cache at position 0, and a vector on every embedding."""
+    config, rows, length = model.config, *tokens.shape
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    generator = torch.Generator().manual_seed(3)
+    shape = (config.num_hidden_layers, 2, rows, heads, SLOTS, size)
+    slots = torch.randn(shape, generator=generator)
+    embedding = torch.randn(rows, config.hidden_size, generator=generator)
+    cache = transformers.DynamicCache()
+    for layer, (key, value) in enumerate(slots):
+        cache.update(key, value, layer)
+    back = torch.arange(length)[:, None] - torch.arange(length)
+    seen = {"full_attention": back >= 0}
+    if getattr(config, "sliding_window", None):
+        seen["sliding_attention"] = (back >= 0) & (back < config.sliding_window)
+    masks = {
+        kind: torch.where(functional.pad(mask, (SLOTS, 0), value=True), 0.0, -torch.inf)[None, None]
+        for kind, mask in seen.items()
+    }
+    if config.model_type != "qwen2":  # whose layers differ
+        masks = masks.popitem()[1]
+    logits = model(
+        inputs_embeds=model.get_input_embeddings()(tokens) + embedding[:, None],
+        attention_mask=masks,
+        past_key_values=cache,
+        position_ids=torch.arange(1, length + 1)[None].expand(rows, -1),
+    ).logits
+    return dict(slots=slots, embedding=embedding, conditioned=logits[real])
+
+
 def save(model, folder, loss, **golden):
     names, parameters = zip(*model.named_parameters(), strict=True)
     slopes = torch.autograd.grad(loss, parameters, materialize_grads=True, allow_unused=True)
@@ -147,6 +179,7 @@ def make_decoder(folder, model, tokens, real):
     print(f"  loss {loss:.3f}, largest logit {logits[real].abs().max():.2f}")
     golden = {f"prompt_{i}": prompt for i, prompt in enumerate(prompts)}
     golden |= {f"greedy_{i}": text for i, text in enumerate(texts)}
+    golden |= conditioned(model, tokens, real)
     save(model, folder, loss, tokens=tokens, logits=logits[real], **golden)
 
 
