@@ -11,8 +11,6 @@ from larimar_jax.data import corpus, edit_records, episodes, pieces, segments
 from larimar_jax.data.edit_records import MalformedRecord
 from larimar_jax.data.libraries import CorpusError
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-
 FLAT = {
     "case_id": 3,
     "prompt": "The tower stands in",
@@ -161,23 +159,6 @@ def test_files_that_hold_no_records_say_so(tmp_path):
         edit_records.load(tmp_path / "empty.json")
     with pytest.raises(FileNotFoundError, match="no such file"):
         edit_records.load(tmp_path / "absent.json")
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the evaluation data is not beside this checkout")
-@pytest.mark.parametrize(
-    ("name", "records"),
-    [
-        ("counterfact-edit.json", 300),
-        ("counterfact-original-schema.json", 10),
-        ("zsre-mend.json", 300),
-        ("zsre-knowedit.json", 300),
-    ],
-)
-def test_the_real_files_are_read(name, records):
-    found = edit_records.load(SHARED / name, limit=300)
-    assert len(found) == records
-    assert all(record.paraphrases for record in found)
-    assert all(len(r.neighbourhood) == len(r.neighbourhood_targets) for r in found)
 
 
 def test_sentences_end_where_people_would_end_them():
