@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from larimar_jax.linalg import dot, inverse_factor, pinv, whitener
+from larimar_jax.linalg import all_in_batch, dot, inverse_factor, pinv, whitener
 from larimar_jax.memory.pytrees import Latents, Real, Weights, pytree
 
 
@@ -74,10 +74,11 @@ class PseudoInverse(Addressing):
         """Return Z M_ref†."""
         if not isinstance(prepared, Projector):
             return dot(encodings, prepared)
+        by_equations, is_accurate = lambda: _refined(prepared, encodings)[1], prepared.is_accurate
         return jax.lax.cond(
-            prepared.is_accurate,
-            lambda: _refined(prepared, encodings)[1],
-            lambda: dot(encodings, prepared.inverse),
+            all_in_batch(is_accurate),
+            by_equations,
+            lambda: jnp.where(is_accurate, by_equations(), dot(encodings, prepared.inverse)),
         )
 
 
@@ -211,8 +212,10 @@ def projector(reference: Float[Array, "K C"]) -> Projector:
     is_accurate = jax.lax.stop_gradient(
         correction <= _CORRECTION * size
     )  # False where either is NaN.
-    inverse = jax.lax.cond(is_accurate, lambda: trial.inverse, lambda: pinv(reference))
-    # Both branches are computed under `vmap`: the unused one has to be finite, and its derivatives.
+    # Of several M_ref (seeds of a run, cells of a sweep) all have to be accurate to skip the SVDs.
+    is_unneeded = all_in_batch(is_accurate)
+    inverse = jax.lax.cond(is_unneeded, lambda: trial.inverse, lambda: pinv(reference))
+    # Where both ways are computed, the unused one has to be finite, and its derivatives.
     identity = jnp.eye(gram.shape[0], dtype=jnp.float32)
     whiten = jnp.where(is_accurate, trial.whiten, identity)
     return trial._replace(whiten=whiten, is_accurate=is_accurate, inverse=inverse)

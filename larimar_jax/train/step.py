@@ -169,10 +169,11 @@ class TrainStep:
             loss=jnp.full((), jnp.inf, jnp.float32),
         )
 
-    def _step(self, state: TrainState, frozen: dict[str, Array], batch: dict[str, Array]):
+    def _step(self, state: TrainState, frozen: dict[str, Array], batch: dict[str, Array], key=None):
         config = self.config
+        key = jax.random.key(config.train.seed) if key is None else key
         # A function of seed and step alone, so that a resumed run needs no random state.
-        rng = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+        rng = jax.random.fold_in(key, state.step)
         keys = jax.random.split(rng, config.data.batch)
         # Every device draws all keys: split over devices, drawing them would take an exchange.
         keys = jax.lax.with_sharding_constraint(keys, sharding.replicated(self.mesh))
