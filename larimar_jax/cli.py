@@ -32,7 +32,7 @@ examples:
   larimar bench counterfact --data counterfact.json --limit 200 --out runs/counterfact
 """
 # Commands that a second call takes up where the first was stopped.
-RESUMABLE = ("bench", "sweep", "reproduce", "train")
+RESUMABLE = ("bench", "compare", "sweep", "reproduce", "train")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -288,6 +288,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "train": train_commands.train,
     "plan": train_commands.plan,
     "sweep": bench_commands.sweep,
+    "compare": bench_commands.compare,
     "report": bench_commands.report,
     "reproduce": bench_commands.reproduce,
     "calibrate": train_commands.calibrate,

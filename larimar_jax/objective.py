@@ -121,7 +121,8 @@ def _per_episode(function: Callable) -> Callable:
         if layers.row_ways():
             rows = PartitionSpec(layers.ROW_AXES)
             specs = (PartitionSpec(), *(rows for _ in episodes))
-            each = jax.shard_map(each, in_specs=specs, out_specs=rows)
+            # Unchecked: a scan over facts may begin with what is the same on all devices.
+            each = jax.shard_map(each, in_specs=specs, out_specs=rows, check_vma=False)
         return each(shared, *episodes)
 
     return mapped

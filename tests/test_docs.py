@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_memory
+from conftest import tiny_config
 from known_editor import cases, knowedit
 
-from larimar_jax import bench, cli, memory
-from larimar_jax.bench import report, runner, sweep, systems
+from larimar_jax import bench, cli, config, memory
+from larimar_jax.bench import compare, report, runner, sweep, systems
 
 DOCS = Path(__file__).parents[1] / "docs"
 CONTRACT = [
@@ -55,6 +56,11 @@ def test_the_sweep_finds_it(fading, tmp_path):
     early, late = np.mean(ages[0.5], axis=0)[[0, 3]]
     assert len(task.programs) == 1 and late == 1.0 and early <= late
     assert np.mean(ages[1.0]) == 1.0
+
+
+def test_a_comparison_finds_it(fading):
+    parsed = compare.settings_of(tiny_config())["fading"]
+    assert config.make_memory(parsed) == fading(24, 16, initial="normal")
 
 
 @pytest.fixture

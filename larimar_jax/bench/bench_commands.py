@@ -1,4 +1,4 @@
-"""The commands of `larimar` that measure: bench, sweep, report and reproduce; see cli.py.
+"""The commands of `larimar` that measure: bench, sweep, compare, report and reproduce; see cli.py.
 
 What is heavy to import is imported inside them.
 """
@@ -7,6 +7,8 @@ import argparse
 import inspect
 import sys
 from typing import Any
+
+from larimar_jax.train.train_commands import Count
 
 
 def add_benchmarks(bench: argparse.ArgumentParser, common: dict[str, Any]) -> None:
@@ -58,6 +60,46 @@ def sweep(*, config: str, out: str, overrides: tuple[str, ...] = ()) -> None:
     values = schema.override(configs.load_dict(config), overrides)
     for path in sweeps.run(values, out):
         print(f"drawn: {path}", file=sys.stderr)
+
+
+def compare(
+    *,
+    config: str,
+    memories: str | None = None,
+    variants: str | None = None,
+    seeds: Count = 3,
+    data: str | None = None,
+    out: str = "runs/compare",
+    overrides: tuple[str, ...] = (),
+) -> None:
+    """Train memories, or other variants of a config, and measure what each does to editing.
+
+    Each variant is trained from scratch, all its seeds side by side in one compiled program, and then
+    edited through its own memory: one fact and its paraphrases, N facts at once, forgetting, a stream of
+    single writes. It goes on where it was stopped, and a variant that is finished is not trained again.
+    Writes rows.jsonl, summary.json, report.md, report.html and compare.png.
+
+    Args:
+      config FILE: a file with get_config()
+      memories NAMES: such as direct,kanerva; a memory takes those settings of the config's that it has
+        (default: every file of larimar_jax/memory/, unless there is --variants)
+      variants FILE: a Python file whose get_variants() returns {name: [settings as of --set]}
+      seeds N: how many of each
+      data FILE: edits of names that the corpus does not have (default: of the world of data/world.py)
+      out DIR: a folder for each variant, and the report
+      overrides KEY=VALUE: settings of all variants that differ from the file, such as train.steps=200
+    Example: larimar compare --config=configs/world.py --memories direct,kanerva --out runs/compare
+    """
+    from larimar_jax import config as configs
+    from larimar_jax import schema
+    from larimar_jax.bench import compare as comparison
+
+    configs.cache_programs()
+    values = schema.override(configs.load_dict(config), overrides)
+    names = tuple(filter(None, (memories or "").split(",")))
+    options = dict(memories=names, variants=variants, seeds=seeds, data=data)
+    for path in comparison.run(values, out, **options):
+        print(f"written: {path}", file=sys.stderr)
 
 
 def report(

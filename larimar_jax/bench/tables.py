@@ -65,7 +65,7 @@ def grid(task: Task, pivot: Pivot, summary: Mapping[str, Any]) -> Grid:
             numbers = [
                 noted(task.metrics[name], entry[name], error=not place, note=not place)
                 for place, name in enumerate(cells)
-                if name in entry
+                if entry.get(name, {}).get("cases")
             ]
             # The note stands below all numbers of the cell.
             head, _, note = numbers[0].partition("\n")

@@ -26,6 +26,7 @@ def episodes(
     epochs: int | None = None,
     process: tuple[int, int] | None = None,
     workers: int = 0,
+    seeds: int | None = None,
 ) -> grain.IterDataset:
     """Return the stream of batches: B episodes of E different pieces drawn at random (exchangeable, §1).
 
@@ -41,6 +42,8 @@ def episodes(
         epochs: how often the corpus is passed; None for ever. The last, partial batch is dropped.
         process: (index, count) of this process; default JAX's own.
         workers: processes that read and batch; 0 does it in a thread.
+        seeds: so many streams side by side, the i-th in the order of seed + i; their batches have a
+            leading axis.
     Returns:
         Batches {encoder_tokens int32 [B/processes, E, S], encoder_mask bool, decoder_tokens int32
         [B/processes, E, T], decoder_mask bool} as numpy arrays.
@@ -53,9 +56,10 @@ def episodes(
         raise ValueError(f"data.batch is {batch}, which {count} processes do not divide")
     if not sizes or min(sizes) < 1:
         raise ValueError(f"data.episode is {tuple(sizes)}; give at least one size, each above 0")
-    rows = grain.MapDataset.range(len(pieces)).seed(seed).shuffle()
+    numbers = grain.MapDataset.range(len(pieces))
+    rows = tuple(numbers.seed(seed + i).shuffle() for i in range(seeds or 1))
     share = range(index * batch // count, (index + 1) * batch // count)
-    take = _Take(rows, pieces, tuple(sizes), batch, share, seed)
+    take = _Take(rows, pieces, tuple(sizes), batch, share, seed, seeds is None)
     if not take.cycles:
         raise TooFewPieces(
             f"{len(pieces)} pieces do not fill one batch of {batch} episodes of each size "
@@ -90,30 +94,33 @@ class _Take:
     A cycle has one batch of each size, in an order of its own: so an epoch is all its pieces, and
     where a batch begins is known without counting those before it.
 
-    rows: a permutation of the pieces for each epoch, one after the other. share: the episodes of a
-    batch that this process takes.
+    rows: of each stream, a permutation of the pieces for each epoch, one after the other. share: the
+    episodes of a batch that this process takes. single: whether there is one stream, without an axis.
     """
 
-    rows: grain.MapDataset
+    rows: tuple[grain.MapDataset, ...]
     pieces: TokenizedPieces
     sizes: tuple[int, ...]
     batch: int
     share: range
     seed: int
+    single: bool
 
     @property
     def cycles(self) -> int:
         """The number of cycles in an epoch."""
-        return len(self.rows) // (sum(self.sizes) * self.batch)
+        return len(self.rows[0]) // (sum(self.sizes) * self.batch)
 
     def __call__(self, number: int) -> dict[str, np.ndarray]:
         which, place = divmod(number, len(self.sizes))
         order = np.random.default_rng((self.seed, which)).permutation(len(self.sizes))
         begin, size = sum(self.sizes[k] for k in order[:place]), self.sizes[order[place]]
         epoch, cycle = divmod(which, self.cycles)
-        first = epoch * len(self.rows) + (cycle * sum(self.sizes) + begin) * self.batch
+        first = epoch * len(self.rows[0]) + (cycle * sum(self.sizes) + begin) * self.batch
         # Only the share's: looking a row up takes microseconds, and a cycle may have thousands.
         facts = range(first, first + size * self.batch, self.batch)
-        return self.pieces.gather(
-            np.array([[self.rows[fact + episode] for fact in facts] for episode in self.share])
-        )
+        chosen = [
+            [[rows[fact + episode] for fact in facts] for episode in self.share]
+            for rows in self.rows
+        ]
+        return self.pieces.gather(np.array(chosen[0] if self.single else chosen))

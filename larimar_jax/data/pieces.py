@@ -51,9 +51,9 @@ class TokenizedPieces:
         """Return the pieces of these rows as text."""
         return self.dataset[[int(row) for row in rows]]["text"]
 
-    def gather(self, rows: Int[np.ndarray, "B E"]) -> dict[str, np.ndarray]:
-        """Return the batch of these rows, padded on the right: encoder_tokens int32 [B, E, S],
-        encoder_mask bool, decoder_tokens int32 [B, E, T] (`<BOS> text <EOS>`), decoder_mask bool."""
+    def gather(self, rows: Int[np.ndarray, "*B E"]) -> dict[str, np.ndarray]:
+        """Return the batch of these rows, padded on the right: encoder_tokens int32 [*B, E, S],
+        encoder_mask bool, decoder_tokens int32 [*B, E, T] (`<BOS> text <EOS>`), decoder_mask bool."""
         table = self.dataset.with_format("arrow")[rows.reshape(-1).tolist()]
         bos, eos, pad = self.special_tokens
         place, length, ids = _ragged(table["encoder"], self.lengths[0])

@@ -74,11 +74,10 @@ class PseudoInverse(Addressing):
         """Return Z M_ref†."""
         if not isinstance(prepared, Projector):
             return dot(encodings, prepared)
-        by_equations, is_accurate = lambda: _refined(prepared, encodings)[1], prepared.is_accurate
         return jax.lax.cond(
-            all_in_batch(is_accurate),
-            by_equations,
-            lambda: jnp.where(is_accurate, by_equations(), dot(encodings, prepared.inverse)),
+            prepared.is_accurate,
+            lambda: _refined(prepared, encodings)[1],
+            lambda: dot(encodings, prepared.inverse),
         )
 
 
@@ -209,13 +208,11 @@ def projector(reference: Float[Array, "K C"]) -> Projector:
     )
     first, second = _refined(trial, jax.random.normal(jax.random.key(0), (4, latent), jnp.float32))
     size, correction = (jnp.max(jnp.abs(a)) for a in (first, second - first))
-    is_accurate = jax.lax.stop_gradient(
-        correction <= _CORRECTION * size
-    )  # False where either is NaN.
-    # Of several M_ref (seeds of a run, cells of a sweep) all have to be accurate to skip the SVDs.
-    is_unneeded = all_in_batch(is_accurate)
-    inverse = jax.lax.cond(is_unneeded, lambda: trial.inverse, lambda: pinv(reference))
-    # Where both ways are computed, the unused one has to be finite, and its derivatives.
+    # False where either is NaN. Of several M_ref, such as those of seeds side by side, all have to be
+    # accurate: a predicate of each would compute both ways for all, and their SVDs at every step.
+    is_accurate = all_in_batch(correction <= _CORRECTION * size)
+    inverse = jax.lax.cond(is_accurate, lambda: trial.inverse, lambda: pinv(reference))
+    # What is not used has to be finite where both branches are computed, and its derivatives.
     identity = jnp.eye(gram.shape[0], dtype=jnp.float32)
     whiten = jnp.where(is_accurate, trial.whiten, identity)
     return trial._replace(whiten=whiten, is_accurate=is_accurate, inverse=inverse)

@@ -287,6 +287,11 @@ class Memory(abc.ABC):
         matrix = self.matrix(prepared, state) if uses_matrix else None
         return variance.log_variance(prepared, queries.astype(jnp.float32), matrix)
 
+    def for_edits(self) -> "Memory":
+        """Return what edits with these parameters (§4: keys and queries are prompts): itself, unless
+        it reads by another rule in training."""
+        return self
+
     def generate(
         self, prepared: Prepared, state: State, n: int, rng: PRNGKeyArray
     ) -> Float[Array, "n C"]:

@@ -16,6 +16,7 @@ the span of what is written: M_ref cancels. The general form costs two more thin
 stays exact for keys ≠ values, equal values under different keys, and a prior memory of low rank.
 """
 
+import dataclasses
 from typing import Literal
 
 import jax
@@ -58,6 +59,10 @@ class Direct(Rows):
     """
 
     query: Literal["posterior", "prior"] = static(default="posterior", kw_only=True)
+
+    def for_edits(self) -> "Direct":
+        """Return the memory that addresses queries as it addressed keys, by M_ref."""
+        return dataclasses.replace(self, query="prior")
 
     def solve(
         self, prepared: Prepared, weights: Weights, values: Latents, refused: Int[Array, ""]

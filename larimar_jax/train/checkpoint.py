@@ -219,7 +219,7 @@ def _read_state(folder: Path, meta: Mapping[str, Any], like: TrainState) -> Trai
     arrays = {item: read_item(folder, item, leaves, meta) for item, leaves in items.items()}
     params = {**arrays["params"], **arrays["memory"]}
     rest = unnamed((like.optimizer, like.average, like.loss), arrays["optimizer"])
-    step = jax.device_put(np.int32(meta["step"]), like.step.sharding)
+    step = jax.device_put(np.full(like.step.shape, meta["step"], np.int32), like.step.sharding)
     return TrainState(step, {name: params[name] for name in like.params}, *rest)
 
 

@@ -181,7 +181,11 @@ class Bar(Progress):
         """Show the numbers of a step."""
         terms = "  ".join(f"{s} {values[n]:.2f}" for n, s in _TERMS.items() if n in values)
         speed = f"{values['tokens_per_second']:,.0f} tokens/s  {values['episodes_per_second']:.1f}"
-        self._losses.plain = f"loss {values['loss']:.2f}  {terms}  {speed} episodes/s"
+        self.show(step, f"loss {values['loss']:.2f}  {terms}  {speed} episodes/s")
+
+    def show(self, step: int, text: str) -> None:
+        """Show a line about a step."""
+        self._losses.plain = text
         self.update(self._task, completed=step)
 
     def evaluation(self, step: int, terms: Mapping[str, float]) -> None:
