@@ -24,13 +24,13 @@ VARIANTS = (
 )
 
 
-def values():
+def values(**memory):
     """A config as a nested dict, over a world of 150 subjects."""
     config = configs.to_dict(world.config(Path("none")))
     for tower in ("encoder", "decoder"):
         config["model"][tower]["max_length"] = 96
     config["data"] |= dict(corpus="world:150", encoder_tokens=64, decoder_tokens=64, batch=8)
-    config["memory"] = dict(variant="direct", slots=8, initial_log_variance=-6.0)
+    config["memory"] = dict(variant="direct", slots=8, initial_log_variance=-6.0) | memory
     config["train"] |= dict(steps=5, log_every=2, checkpoint_every=4)
     return config
 
@@ -44,39 +44,27 @@ def run(folder, config=None, **options):
 def whole(tmp_path_factory):
     """A comparison of two variants by the command, from beginning to end."""
     folder = tmp_path_factory.mktemp("compare")
-    (folder / "variants.py").write_text(VARIANTS)
     body = f"def get_config():\n    return ConfigDict({values()!r})\n"
     (folder / "config.py").write_text(f"from ml_collections import ConfigDict\n{body}")
+    (folder / "variants.py").write_text(VARIANTS)
     line = ["compare", "--config", str(folder / "config.py"), "--out", str(folder / "out")]
     line += ["--variants", str(folder / "variants.py"), "--data", RECORDS, "--seeds", str(SEEDS)]
     assert cli.main(line) == 0
     return folder / "out"
 
 
-def untimed(folder):
-    return [row for row in runner.read_rows(folder) if "seconds" not in row]
-
-
 def test_every_measure_is_there_for_every_seed_and_variant(whole):
     rows = runner.read_rows(whole)
-    kinds = {(row["system"], row["case"], row["kind"]) for row in rows}
-    once = {"step", "write_read", "compile"}
-    for name in ("direct", "delta"):
-        for kind in compare.Compare.kinds:
-            assert {case for s, case, k in kinds if (s, k) == (name, kind)} == (
-                {0} if kind in once else {0, 1}
-            )
+    of = {(row["system"], row["kind"], row["case"]): row for row in rows}
+    once, kinds = {"step", "write_read", "compile"}, compare.Compare.kinds
+    cases = [(k, seed) for k in kinds for seed in ((0,) if k in once else range(SEEDS))]
+    assert set(of) == {(name, *case) for name in ("direct", "delta") for case in cases}
     assert {row["facts"] for row in rows if row["kind"] == "batch"} == {2, 4}
-    counts = {
-        k: sum(r["kind"] == k and r["system"] == "delta" for r in rows) for k in ("edit", "hard")
-    }
-    assert counts == {"edit": SEEDS * 4, "hard": SEEDS * 12}
+    count = {kind: sum(row["kind"] == kind for row in rows) for kind in ("edit", "hard")}
+    assert count == {"edit": 2 * SEEDS * 4, "hard": 2 * SEEDS * 4 * 3}
     report = (whole / "report.md").read_text()
-    assert all(f"| {name} |" in report for name in ("direct", "delta")) and "± " in report
+    assert "| direct |" in report and "| delta |" in report and " ± " in report
     assert (whole / "compare.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    # Seeds differ, in what they begin with and in the order of their data.
-    losses = [r["loss_new"] for r in rows if r["kind"] == "edit" and r["system"] == "direct"]
-    assert len(set(losses)) == len(losses)
 
 
 def test_sigterm_saves_and_the_comparison_goes_on_with_the_same_steps(whole, tmp_path, monkeypatch):
@@ -84,120 +72,106 @@ def test_sigterm_saves_and_the_comparison_goes_on_with_the_same_steps(whole, tmp
         def show(self, step, text):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(ensemble, "Bar", Deadly)
-        with pytest.raises(SystemExit) as stopped:
-            run(tmp_path)
+        run(tmp_path)
     assert stopped.value.code == distributed.RETRY
     assert [p.name for p in (tmp_path / "direct/checkpoints").iterdir()] == ["3"]
     run(tmp_path)
-    assert untimed(tmp_path / "direct") == untimed(whole / "direct")
-
-
-def test_a_finished_variant_is_not_trained_again_and_a_folder_is_of_one_config(whole, monkeypatch):
+    rows, want = (runner.read_rows(f / "direct") for f in (tmp_path, whole))
+    assert [r for r in rows if "seconds" not in r] == [r for r in want if "seconds" not in r]
+    # A finished variant is not trained again, and a folder is of one config.
     monkeypatch.setattr(ensemble, "train", None)
-    before = runner.read_rows(whole)
-    run(whole, variants=whole.parent / "variants.py", memories=[])
-    assert runner.read_rows(whole) == before
+    run(tmp_path)
+    assert runner.read_rows(tmp_path) == rows
     faster = values()
     faster["train"]["learning_rate"] = 0.1
     with pytest.raises(loop.OtherRun, match="train.learning_rate: 0.02 in the folder, 0.1 now"):
-        run(whole, faster)
+        run(tmp_path, faster)
     with pytest.raises(runner.DifferentSettings, match="options.seeds: 2 there, 3 now"):
-        run(whole, seeds=3)
+        run(tmp_path, seeds=3)
 
 
 def test_a_seed_on_all_devices_is_a_single_run(whole):
-    config = configs.parse(values())
-    inputs = compare._inputs(config, RECORDS, whole, {}, True)
-    data, step = config.data, ensemble.SeedStep(config, SEEDS)
-    assert step.mesh.size == jax.device_count() == 8
-    parameters = step.parameters()
-    state, frozen = step.init({n: parameters[n] for n in step.trained}), step.freeze(parameters)
-    stream = [data.episode, data.batch]
-    batches = iter(episodes.episodes(inputs.training, *stream, data.seed, seeds=SEEDS))
-    steps = []
-    for _ in range(2):
-        batch = jax.device_put(next(batches), step.batch_shardings)
-        state, metrics = step.step(state, frozen, batch, step.keys())
-        steps.append(jax.device_get(metrics))
-    seed = 1
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
-    mesh = sharding.make_mesh((1, 1, 1))
-    single = TrainStep(config, step.abstract, mesh)
-    _, own = initialise(config, mesh)
+    config, seed, mesh = configs.parse(values()), 1, sharding.make_mesh((1, 1, 1))
+    pieces = compare._inputs(config, RECORDS, whole, {}, True).training
+    changed = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+    both = ensemble.SeedStep(config, SEEDS)
+    single = TrainStep(changed, both.abstract, mesh)
+    assert both.mesh.size == jax.device_count() == 8
+    parameters, own = both.parameters(), initialise(changed, mesh)[1]
     for name in own:
         np.testing.assert_allclose(parameters[name][seed], own[name], atol=1e-6, err_msg=name)
-    state, frozen = single.init({n: own[n] for n in single.trained}), single.freeze(own)
-    batches = iter(episodes.episodes(inputs.training, *stream, data.seed + seed))
-    for both in steps:
-        batch = sharding.place_batch(next(batches), mesh)
-        state, metrics = single.step(state, frozen, batch)
-        np.testing.assert_allclose(both["loss"][seed], metrics["loss"], rtol=1e-5)
-        norms = (np.sqrt(m) for m in (both["gradient_squares"][seed], metrics["gradient_squares"]))
-        np.testing.assert_allclose(*norms, rtol=1e-3, atol=1e-5)
+    begun, alone = (
+        [step.init({name: arrays[name] for name in step.trained}), step.freeze(arrays)]
+        for step, arrays in ((both, parameters), (single, own))
+    )
+    data = (pieces, config.data.episode, config.data.batch)
+    batches = iter(episodes.episodes(*data, 0, seeds=SEEDS)), iter(episodes.episodes(*data, seed))
+    for _ in range(2):
+        batch = jax.device_put(next(batches[0]), both.batch_shardings)
+        begun[0], metrics = both.step(*begun, batch, both.keys())
+        batch = sharding.place_batch(next(batches[1]), mesh)
+        alone[0], want = single.step(*alone, batch)
+        np.testing.assert_allclose(metrics["loss"][seed], want["loss"], rtol=1e-5)
+        norms = (np.sqrt(each["gradient_squares"]) for each in (metrics, want))
+        np.testing.assert_allclose(next(norms)[seed], next(norms), rtol=1e-3, atol=1e-5)
 
 
 def test_a_memory_takes_the_settings_that_it_has(tmp_path):
-    config = values()
-    config["memory"] |= dict(query="prior", noise=1e-3)
+    config, file = values(query="prior", noise=1e-3), tmp_path / "variants.py"
     parsed = compare.settings_of(config)
     assert set(parsed) == set(memory.variants())
-    growing = configs.make_memory(parsed["growing"])
-    assert (growing.slots, growing.noise, growing.ridge) == (8, 1e-3, 0.1)
-    assert configs.make_memory(parsed["newton_schulz"]).query == "prior"
-    (tmp_path / "variants.py").write_text(
-        'def get_variants():\n    return {"a": ["memory.variant=dual", "memory.query=prior"], "b": []}'
-    )
-    with pytest.raises(schema.ConfigError, match="variant a: .*memory.query: unknown key"):
-        compare.settings_of(config, file=tmp_path / "variants.py")
+    growing, newton = (configs.make_memory(parsed[n]) for n in ("growing", "newton_schulz"))
+    assert (growing.slots, growing.noise, growing.ridge, newton.query) == (8, 1e-3, 0.1, "prior")
+    file.write_text(VARIANTS.replace("delta_rule", 'dual", "memory.query=prior'))
+    with pytest.raises(schema.ConfigError, match="variant delta: memory.query: unknown key"):
+        compare.settings_of(config, file=file)
     with pytest.raises(schema.ConfigError, match="no 'drect'; did you mean direct"):
         compare.settings_of(config, ["drect"])
-    (tmp_path / "variants.py").write_text("variants = {}")
+    file.write_text("variants = {}")
     with pytest.raises(compare.UnknownVariants, match="defines no get_variants"):
-        compare.settings_of(config, file=tmp_path / "variants.py")
+        compare.settings_of(config, file=file)
 
 
 def test_edits_are_those_of_the_memory_s_functions_and_the_package_s_scores(tiny):
     records = edit_records.load("world:3")
-    abstract = model.AbstractModel(model.abstract(tiny.config))
-    own = dict(model.parameters(tiny.model))
+    own, tokenizers = (
+        dict(model.parameters(tiny.model)),
+        (tiny.encoder_tokenizer, tiny.decoder_tokenizer),
+    )
     # The second of two models is the one that is looked at.
     parameters = {name: jnp.stack([0.9 * array, array]) for name, array in own.items()}
-    tokenizers = (tiny.encoder_tokenizer, tiny.decoder_tokenizer)
-    trained = configs.make_memory(tiny.config)
-    models = memory_edits.EditedModels(
-        abstract, parameters, dict.fromkeys(own, 0), trained, tokenizers
+    abstract, editing = (
+        model.AbstractModel(model.abstract(tiny.config)),
+        configs.make_memory(tiny.config),
     )
-    keys, values = (array[1] for array in models.facts(records))
-    prompts = [record.prompt for record in records]
-    batch = tokenizers[0].encode(prompts)
+    models = memory_edits.EditedModels(
+        abstract, parameters, dict.fromkeys(own, 0), editing, tokenizers
+    )
+    keys, values = models.facts(records)
+    batch = tokenizers[0].encode([record.prompt for record in records])
     want = tiny.model.encode(jnp.asarray(batch.ids), jnp.asarray(batch.mask))
-    np.testing.assert_allclose(keys, want, atol=1e-5)
-    editing = dataclasses.replace(trained, query="prior")
+    np.testing.assert_allclose(keys[1], want, atol=1e-5)
+    editing = dataclasses.replace(editing, query="prior")
     prepared = editing.prepare(tiny.model.memory.params())
-    state = editing.write(prepared, editing.empty(prepared), keys, values)
-    want = editing.read(prepared, state, keys).latent
-    written = models.write(models.prepared, *models.facts(records))
-    latents = models.read(written, models.facts(records)[0])
-    np.testing.assert_allclose(latents[1], want, atol=1e-4)
+
+    def read(rows):
+        state = editing.write(prepared, editing.empty(prepared), keys[1, rows], values[1, rows])
+        return editing.read(prepared, state, keys[1, rows]).latent
+
+    latents = models.read(models.write(models.prepared, keys, values), keys)
+    np.testing.assert_allclose(latents[1], read(np.arange(3)), atol=1e-4)
+    np.testing.assert_allclose(
+        models.recall(keys, values, keys)[1, 2:], read(np.array([2])), atol=1e-4
+    )
     queries = [memory_edits._query("edit", record, record.prompt) for record in records]
     losses, greedy = models.score(queries, latents)
-    pairs = [(record.target_new, record.target_true) for record in records]
+    pairs = [(query.new, query.true) for query in queries]
     condition = tiny.model.condition(latents[1])
-    scores = scoring.judge(tiny.model, tokenizers[1], prompts, pairs, condition)
+    scores = scoring.judge(tiny.model, tokenizers[1], [q.prompt for q in queries], pairs, condition)
     np.testing.assert_allclose(losses[1], scores.loss, rtol=1e-4)
     np.testing.assert_array_equal(greedy[1], scores.accuracy == 1.0)
-    lone = models.recall(*models.facts(records), models.facts(records)[0])
-    for row in range(3):
-        fact = (keys[row : row + 1], values[row : row + 1])
-        state = editing.write(prepared, editing.empty(prepared), *fact)
-        want = editing.read(prepared, state, fact[0]).latent[0]
-        np.testing.assert_allclose(lone[1, row], want, atol=1e-4)
-
-
-def test_records_without_a_displaced_answer_are_refused():
-    models = object.__new__(memory_edits.EditedModels)
-    record = dataclasses.replace(edit_records.load("world:1")[0], target_true="")
+    bare = [dataclasses.replace(records[0], target_true="")]
     with pytest.raises(ValueError, match=r"records \[0\] have no answer that the edit displaces"):
-        next(memory_edits.rows(models, [record]))
+        next(memory_edits.rows(models, bare))

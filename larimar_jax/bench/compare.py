@@ -21,7 +21,7 @@ import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 from rich.console import Console
@@ -32,7 +32,7 @@ from larimar_jax.bench import figures, memory_edits, report, runner, tables, web
 from larimar_jax.bench import summary as summaries
 from larimar_jax.bench.task import Metric, Pivot, Plot, Task, option
 from larimar_jax.config import Config
-from larimar_jax.data import corpus, edit_records, pieces, vocabulary
+from larimar_jax.data import edit_records, pieces
 from larimar_jax.data.edit_records import EditRecord
 from larimar_jax.train import ensemble, loop, sharding
 from larimar_jax.train.evaluate import Evaluator
@@ -49,8 +49,7 @@ class UnknownVariants(ValueError):
     """A list of variants that is no list of variants."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """What a variant is trained and judged on. tokenizers: (encoder's, decoder's)."""
 
     tokenizers: tuple[Any, Any]
@@ -200,7 +199,7 @@ def settings_of(
     """
     configs.parse(values)
     names = names or (() if file else sorted(memory.variants()))
-    variants = {name: [f'memory.variant="{name}"'] for name in names}
+    variants = {name: [f"memory.variant={name}"] for name in names}
     if file is not None:
         functions = runpy.run_path(str(file))
         if "get_variants" not in functions:
@@ -216,7 +215,8 @@ def settings_of(
         try:
             parsed[name] = configs.parse(_overridden(values, overrides))
         except schema.ConfigError as error:
-            problems.append(f"variant {name}: {error}")
+            lines = map(str.strip, str(error).splitlines()[1:])
+            problems += [f"variant {name}: {line}" for line in lines]
     schema.refuse(problems)
     return parsed
 
@@ -300,27 +300,14 @@ def run(
 
 def _inputs(config: Config, data: str, out: Path, loaded: dict[str, Inputs], quiet: bool) -> Inputs:
     """Return what a variant is trained and judged on, from `loaded` where it is there."""
-    towers = (config.model.encoder, config.model.decoder)
-    key = repr((config.data, towers))
+    key = repr((config.data, config.model.encoder, config.model.decoder))
     if key not in loaded:
-        documents = corpus.open_corpus(config.data.corpus)
-        digest = hashlib.sha256(
-            f"{documents.identity} {config.data.vocabulary}".encode()
-        ).hexdigest()
-        tokenizers = vocabulary.tokenizers(
-            config,
-            lambda: (document.text for document in documents.side(held_out=False)),
-            out / f"tokenizer-{digest[:12]}.json",
-        )
-        judging = config.data.held_out
-        judging = documents if judging is None else corpus.open_corpus(judging)
-        training, held_out = (
-            pieces.tokenize(source, side, config.data, *tokenizers, progress=not quiet)
-            for source, side in ((documents, False), (judging, True))
-        )
+        source = repr((config.data.corpus, config.data.vocabulary))
+        name = f"tokenizer-{hashlib.sha256(source.encode()).hexdigest()[:12]}.json"
+        text = loop.open_text(config, out / name, not quiet)
         harder = re.sub("^world(?=:|$)", "world-hard", data)
         hard = edit_records.load(harder, memory_edits.SINGLE) if harder != data else []
-        loaded[key] = Inputs(tokenizers, training, held_out, edit_records.load(data), hard)
+        loaded[key] = Inputs(*text, edit_records.load(data), hard)
     return loaded[key]
 
 
@@ -329,17 +316,18 @@ def _draw(task: Compare, summary: Mapping[str, Any], path: Path) -> Path:
     import matplotlib
 
     matplotlib.use("Agg")
-    from cycler import cycler
-    from matplotlib import pyplot
+    from matplotlib import pyplot, rcsetup
 
     plots = (
         Plot("facts", "S", {"kind": "batch"}, log="x", xlabel="N, facts in one memory"),
         Plot(y="S", where={"kind": ("edit", "paraphrase", "hard", "neighbourhood")}),
         Plot(y="S", where={"kind": ("before", "forgotten", "others", "stream")}),
     )
-    colors = cycler(color=pyplot.get_cmap("tab20").colors)
+    count = len(summary["settings"]["variants"])
+    colors = rcsetup.cycler(color=pyplot.get_cmap("tab10" if count <= 10 else "tab20").colors)
     with pyplot.rc_context({"axes.prop_cycle": colors}):
-        figure, panels = pyplot.subplots(1, 3, figsize=(18, 6), layout="constrained")
+        size = (18, 6 + 0.12 * count)
+        figure, panels = pyplot.subplots(1, 3, figsize=size, layout="constrained")
         for axes, plot in zip(panels, plots, strict=True):
             figures.draw(axes, task, plot, summary["results"])
         figures.fit(figure)

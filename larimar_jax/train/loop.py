@@ -23,7 +23,7 @@ from larimar_jax.train import checkpoint, distributed, sharding
 from larimar_jax.train.evaluate import Evaluator
 from larimar_jax.train.logging import Logger, say
 from larimar_jax.train.step import TrainStep, initialise
-from larimar_jax.weights import model_file
+from larimar_jax.weights import Tokenizer, model_file
 
 # Seconds that compiling, an evaluation or a save may take beyond `train.stall`.
 _SLOW = 3600.0
@@ -94,17 +94,7 @@ def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> Outc
         train_step = TrainStep(config, model.AbstractModel(model.abstract(config)), mesh)
         # A corpus takes its time: one process writes its pieces, and the others wait for its lock.
         watchdog.ping(math.inf)
-        documents = corpus.open_corpus(data.corpus)
-        tokenizers = vocabulary.tokenizers(
-            config,
-            lambda: (document.text for document in documents.side(held_out=False)),
-            run_dir / "tokenizer.json",
-        )
-        judging = documents if data.held_out is None else corpus.open_corpus(data.held_out)
-        training = pieces.tokenize(documents, False, data, *tokenizers, progress=progress)
-        held_out = pieces.tokenize(judging, True, data, *tokenizers, progress=progress)
-        for side, tokenized in (("training", training), ("held-out", held_out)) if progress else ():
-            say(f"{side}: {len(tokenized):,} pieces, {tokenized.dropped:,} too long ones dropped")
+        tokenizers, training, held_out = open_text(config, run_dir / "tokenizer.json", progress)
         batches = iter(
             episodes.episodes(training, data.episode, data.batch, data.seed, workers=data.workers)
         )
@@ -188,6 +178,27 @@ def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> Outc
         if progress:
             say(f"finished: {step:,} steps, the model is {path}")
         return Outcome(step, True, evaluation)
+
+
+def open_text(
+    config: Config, path: Path, progress: bool
+) -> tuple[tuple[Tokenizer, Tokenizer], pieces.TokenizedPieces, pieces.TokenizedPieces]:
+    """Return the tokenizers of a config (encoder's, decoder's), and its pieces to train and to judge on.
+
+    Args:
+        path: where a vocabulary that is trained on the corpus is written, or read.
+    """
+    data = config.data
+    documents = corpus.open_corpus(data.corpus)
+    tokenizers = vocabulary.tokenizers(
+        config, lambda: (document.text for document in documents.side(held_out=False)), path
+    )
+    judging = documents if data.held_out is None else corpus.open_corpus(data.held_out)
+    training = pieces.tokenize(documents, False, data, *tokenizers, progress=progress)
+    held_out = pieces.tokenize(judging, True, data, *tokenizers, progress=progress)
+    for side, tokenized in (("training", training), ("held-out", held_out)) if progress else ():
+        say(f"{side}: {len(tokenized):,} pieces, {tokenized.dropped:,} too long ones dropped")
+    return tokenizers, training, held_out
 
 
 def claim(run_dir: Path, config: Config) -> None:
