@@ -29,6 +29,16 @@ def test_an_episode_is_read_back_and_what_is_edited_or_forgotten_changes_most(ti
     assert (tmp_path / "world.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_model_that_ships_says_what_is_written_edited_and_no_longer_what_is_forgotten():
+    episode = demo.write_episode(Session("world"))
+    answers = [answer for _, answer in episode.facts]
+    edited = [episode.correction if row == 2 else answer for row, answer in enumerate(answers)]
+    forgotten = [episode.texts["before"][5] if row == 5 else a for row, a in enumerate(edited)]
+    for stage, expected in zip(demo.STAGES[1:], (answers, edited, forgotten), strict=True):
+        texts = [text.strip().rstrip(".") for text in episode.texts[stage]]
+        assert texts == [answer.strip().rstrip(".") for answer in expected]
+
+
 def test_counts_are_of_answers_in_texts_and_the_table_fits_80_columns():
     answers = [edit.answer for edit in demo.EDITS]
     nothing = ["nothing of what was written, at some length"] * len(answers)
