@@ -1,7 +1,7 @@
 """Larimar as the paper describes it, from scratch on a synthetic world (larimar_jax/data/world.py).
 
-One slot a layer whose key is its value, the embedding on every token, M₀ learned, direct pseudo-inverses,
-Eq. 1 with its four terms and the cyclic β; no answer code and no key features.
+One slot a layer whose key is its value, the embedding on every token, M₀ learned, direct
+pseudo-inverses, Eq. 1 with its four terms and the cyclic β; no answer code and no key features.
 
 command   larimar train --config=configs/world.py --run runs/world
           larimar calibrate runs/world --data world-train:8000:1 --steps 1000 --rate 5e-4 \\
@@ -42,8 +42,8 @@ def get_config() -> ConfigDict:
                 ),
                 latent=256,
             ),
-            # ξ = 0.1, a sixth of an encoding's squared length in all: with 1e-6, as training goes on, other
-            # wordings read less and less of a fact.
+            # ξ = 0.1, a sixth of an encoding's squared length in all: with 1e-6, as training goes on,
+            # other wordings read less and less of a fact.
             memory=dict(variant="direct", slots=256, noise=0.1, initial_log_variance=-2.0),
             # Without free bits the KL, a nat or two for each of 256 slots, drowns the cross-entropies.
             objective=dict(free_bits=1.0),
