@@ -16,6 +16,7 @@ from larimar_jax.memory.addressing import Gaussian, Linear, PseudoInverse, Rando
 
 K, C, N = 12, 8, 5
 KINDS = [PseudoInverse(), Gaussian(0.5), RandomFeatures(0.5), Whitened(0.5), Linear()]
+KINDS.append(addressing.BenIsraelCohen(steps=9))
 
 
 def weights(kind, reference, encodings):
@@ -115,11 +116,10 @@ def test_every_kind_leaves_padding_out_and_serves_a_memory(kind, rows):
         return jnp.sum(variant.read(prepared, state, jnp.float32(z)).latent)
 
     assert jnp.isfinite(jax.grad(read)(params.reference_memory)).all()
-    # A config holds it, by its name and numbers; its numbers are leaves.
+    # A config holds it, by its name and numbers; its numbers are leaves, unless they are static.
     assert addressing.build(addressing.to_config(kind)) == kind
-    assert jax.tree.leaves(kind) == [
-        v for k, v in addressing.to_config(kind).items() if k != "kind"
-    ]
+    reals = [f.name for f in dataclasses.fields(kind) if not f.metadata.get("static")]
+    assert jax.tree.leaves(kind) == [getattr(kind, name) for name in reals]
 
 
 def test_a_config_names_a_kind_alone_or_with_its_numbers():
@@ -162,3 +162,21 @@ def test_a_projector_is_the_pseudo_inverse_however_ill_conditioned(shape, worst)
         )
         for a, b in zip(ours, plain, strict=True):
             assert float(jnp.linalg.norm(a - b)) <= 1e-4 * worst * float(jnp.linalg.norm(b))
+
+
+@pytest.mark.parametrize("shape", [(K, C), (C, K)])
+def test_over_a_noisy_memory_weights_are_ridge_regression(shape):
+    """In a batch in which one memory has no full rank, and falls back."""
+    rng = np.random.default_rng(5)
+    memories, z = rng.standard_normal((3, *shape)), rng.standard_normal((3, N, shape[1]))
+    memories[1, 2:] = 0.0
+    arrays = jnp.float32(memories), jnp.float32(z)
+    weigh = jax.jit(jax.vmap(PseudoInverse().weigh_over, in_axes=(0, 0, None)))
+    for a in (1e-12, 0.1):
+        for m, rows, w in zip(memories, z, weigh(*arrays, jnp.float32(a)), strict=True):
+            exact = m.T @ np.linalg.inv(m @ m.T + a * np.eye(len(m)))
+            # Eq. 4's pseudo-inverse is the limit.
+            exact = exact if a > 1e-9 else np.linalg.pinv(m)
+            np.testing.assert_allclose(w, rows @ exact, atol=1e-4)
+        slopes = jax.grad(lambda m, z, a=a: jnp.sum(weigh(m, z, jnp.float32(a))), (0, 1))(*arrays)
+        assert all(jnp.isfinite(slope).all() for slope in slopes)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from algebra import C, K, N, close, facts, matrix
+from jax.sharding import AxisType, PartitionSpec
 
 from larimar_jax import memory, objective
 from larimar_jax.memory.direct import Direct
@@ -20,12 +21,14 @@ from larimar_jax.memory.streaming import Streaming
 @functools.cache
 def built(name):
     """Return a variant, its parameters and what it prepares of them."""
-    variant = memory.build(name, slots=K, latent=C)
+    name, _, memory_of_keys = name.partition(" by ")
+    settings = dict(addressed_by=memory_of_keys) if memory_of_keys else {}
+    variant = memory.build(name, slots=K, latent=C, **settings)
     params = memory.MemoryParams(jnp.float32(matrix(0, K, C)), jnp.float32(-1.0))
     return variant, params, variant.prepare(params)
 
 
-@pytest.fixture(params=sorted(memory.variants()))
+@pytest.fixture(params=[*sorted(memory.variants()), "kanerva by current"])
 def contract(request):
     return built(request.param)
 
@@ -118,7 +121,7 @@ def test_forgetting_is_never_having_seen(contract):
         apart = matrix_of(contract, state) - matrix_of(contract, never)
         assert jnp.linalg.norm(apart) > 1e-2
         return
-    assert int(state.refused) == int(not variant.STORES)
+    assert int(state.refused) == int(not variant.FORGETS)
     if not variant.STORES:
         return
     again = variant.forget(prepared, state, keys[1:2], values[1:2])
@@ -143,7 +146,7 @@ def test_signs_may_be_traced_and_differ(contract):
     start = written(contract, keys[:2], values[:2])
     mixed = variant.update(prepared, start, keys, values, jnp.array([-1, 0, 1, 1], jnp.int32))
     same(contract, mixed, written(contract, keys[1:], values[1:]), keys)
-    assert int(mixed.refused) == int(not variant.STORES)
+    assert int(mixed.refused) == int(not variant.FORGETS)
 
 
 def test_padding_changes_nothing(contract):
@@ -254,6 +257,19 @@ def test_gradients_are_finite_for_repeats_and_padding(contract):
     keys = keys.at[1].set(keys[0]).at[3].set(0.0)
     slopes = gradient(variant, params, keys, keys, facts(12)[0])[:3]
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(slopes))
+
+
+def test_episodes_train_on_eight_devices_as_on_one(contract):
+    variant, params, _ = contract
+    each = jax.vmap(functools.partial(loss, variant), in_axes=(None, 0, 0, 0))
+    mesh, rows = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)), PartitionSpec("data")
+    specs = dict(in_specs=(PartitionSpec(), rows, rows, rows), out_specs=rows)
+    z = jnp.stack([facts(seed)[0] for seed in range(15, 23)])
+    alone, split = (
+        jax.jit(jax.grad(lambda *a, f=f: jnp.sum(f(*a)), argnums=(0, 1)))(params, z, z, z + 0.3)
+        for f in (each, jax.shard_map(each, mesh=mesh, **specs))
+    )
+    jax.tree.map(lambda a, b: close(a, b, 1e-4), split, alone)
 
 
 def test_no_lapack_call_has_a_batch_on_cpu(contract):

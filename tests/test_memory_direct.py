@@ -1,6 +1,7 @@
 """Algorithm 1 beside §3 in float64, exactly and by Newton–Schulz."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -78,28 +79,13 @@ def test_direct_never_inverts_a_k_by_c_matrix(n):
         state = variant.write(prepared, variant.empty(prepared), z, z)
         return variant.read(prepared, state, z).latent
 
-    sizes = factored(jax.make_jaxpr(jax.vmap(episode))(jnp.ones((2, n, latent))).jaxpr)
-    assert sizes["qr"] and sizes["svd"]
-    widest = min(n, slots)
-    assert all(min(shape[-2:]) <= widest for shape in sizes["qr"])
-    assert all(max(shape[-2:]) <= widest for shape in sizes["svd"])
-    if n < slots:
-        assert all(sorted(shape[-2:]) != [slots, latent] for shape in sizes["qr"])
-
-
-def factored(jaxpr, shapes=None):
-    """Operand shapes of all factorisations in a jaxpr, inner ones included."""
-    shapes = {"qr": [], "svd": []} if shapes is None else shapes
-    for equation in jaxpr.eqns:
-        name = {"geqrf": "qr"}.get(equation.primitive.name, equation.primitive.name)
-        if name in shapes:
-            shapes[name].append(equation.invars[0].aval.shape)
-        parameters = list(equation.params.values())
-        for value in jax.tree.leaves(parameters, is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                factored(inner, shapes)
-    return shapes
+    program = jax.jit(jax.vmap(episode)).lower(jnp.ones((2, n, latent))).as_text()
+    call = r"custom_call @lapack_s(geqrf|gesdd)\w*\(.*: \(tensor<(\d+)x(\d+)xf32>"
+    sizes = {(name, int(a), int(b)) for name, a, b in re.findall(call, program)}
+    assert {name for name, *_ in sizes} == {"geqrf", "gesdd"}
+    for name, *shape in sizes:
+        assert (min(shape) if name == "geqrf" else max(shape)) <= min(n, slots)
+        assert n > slots or sorted(shape) != [slots, latent]
 
 
 def test_newton_schulz_is_direct_within_its_range():

@@ -120,10 +120,8 @@ def test_a_forget_of_what_is_not_in_is_refused_and_changes_nothing(key, value, n
     variant, prepared = built(1e-2, noise)
     k, v = float32(5, 6)
     before = begin(variant, prepared, k, v)
-    for rows, others in (
-        ([key], [value]),
-        ([key, 0], [value, 0]),
-    ):  # A batch is refused as a whole.
+    # A batch is refused as a whole.
+    for rows, others in (([key], [value]), ([key, 0], [value, 0])):
         wrong = k[jnp.array(rows)], v[jnp.array(others)]
         state, certificate = diagnostics.forget(variant, prepared, before.state, *wrong)
         assert bool(certificate.refused)

@@ -18,8 +18,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from larimar_jax.linalg import all_in_batch, dot, inverse_factor, pinv, whitener
-from larimar_jax.memory.pytrees import Latents, Real, Weights, pytree
+from larimar_jax.linalg import (
+    add_ridge,
+    all_in_batch,
+    dot,
+    inverse_factor,
+    newton_schulz_pinv,
+    pinv,
+    whitener,
+)
+from larimar_jax.memory.pytrees import Latents, Real, Weights, pytree, static
 
 
 class UnknownAddressing(ValueError):
@@ -43,16 +51,26 @@ class Addressing:
         Padding has weights 0."""
         return dot(encodings, prepared)
 
+    def weigh_over(
+        self, memory: Float[Array, "K C"], encodings: Latents, variance: Real
+    ) -> Weights:
+        """Return the weights of few encodings over another memory than M_ref, where every number of an
+        encoding has noise of this variance; only inverses regard it."""
+        return self.weigh(self.prepare_few(memory), encodings)
+
 
 class Projector(NamedTuple):
-    """M_ref† without its K x C numbers: a tenth of the time where few encodings are projected.
+    """M_refᵀ(M_ref M_refᵀ + εI)⁻¹, M_ref† for ε = 0, without its K x C numbers: a tenth of the time
+    where few encodings are projected.
 
-    reference: M_ref. whiten: L⁻¹ for the Cholesky factor L of M_ref M_refᵀ [K, K], or of M_refᵀM_ref
-    [C, C] where K > C. is_accurate: whether the normal equations are good enough (see `projector`);
-    where they are not, whiten is the identity and not used. inverse: M_ref† there, else zeros.
+    reference: M_ref. ridge: ε. whiten: L⁻¹ for the Cholesky factor L of M_ref M_refᵀ + εI [K, K], or of
+    M_refᵀM_ref + εI [C, C] where K > C. is_accurate: whether the normal equations are good enough (see
+    `projector`); where they are not, whiten is the identity and not used. inverse: the numbers where
+    they are not, else zeros.
     """
 
     reference: Float[Array, "K C"]
+    ridge: Real
     whiten: Float[Array, "n n"]
     is_accurate: Bool[Array, ""]
     inverse: Float[Array, "C K"]
@@ -79,6 +97,28 @@ class PseudoInverse(Addressing):
             lambda: _refined(prepared, encodings)[1],
             lambda: dot(encodings, prepared.inverse),
         )
+
+    def weigh_over(
+        self, memory: Float[Array, "K C"], encodings: Latents, variance: Real
+    ) -> Weights:
+        """Return Z Mᵀ(M Mᵀ + aI)⁻¹, a = `variance`: the mean of w where z is wM and noise of variance
+        a, for w ~ N(0, I); it is Z M† for a → 0."""
+        return self.weigh(projector(memory, variance), encodings)
+
+
+@pytree
+class BenIsraelCohen(PseudoInverse):
+    """W = Z X for the released code's X ≈ M_ref† (§3, `linalg.newton_schulz_pinv`), by Newton–Schulz
+    steps in their number and with their start; where an encoding has noise, as `PseudoInverse`."""
+
+    steps: int = static(default=15)
+    log_start: float = static(default=-5.0)
+
+    def prepare(self, reference: Float[Array, "K C"]) -> Float[Array, "C K"]:
+        """Return X."""
+        return newton_schulz_pinv(reference, self.steps, self.log_start)
+
+    prepare_few = prepare
 
 
 @pytree
@@ -154,7 +194,7 @@ class Linear(Addressing):
 
 KINDS: dict[str, type[Addressing]] = {
     re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower(): kind
-    for kind in (PseudoInverse, Gaussian, RandomFeatures, Whitened, Linear)
+    for kind in (PseudoInverse, Gaussian, RandomFeatures, Whitened, Linear, BenIsraelCohen)
 }
 
 
@@ -198,20 +238,34 @@ def _is_present(encodings: Latents) -> Bool[Array, "N 1"]:
 _CORRECTION = 1e-3
 
 
-def projector(reference: Float[Array, "K C"]) -> Projector:
-    """Return the `Projector` of M_ref, which falls back on the pseudo-inverse where a trial shows that
+def projector(reference: Float[Array, "K C"], ridge: Real | None = None) -> Projector:
+    """Return the `Projector` of M_ref, which falls back on a pseudo-inverse where a trial shows that
     M_ref is too ill-conditioned for normal equations (κ above about 100, or a deficient rank)."""
     slots, latent = reference.shape
     gram = dot(reference, reference.T) if slots <= latent else dot(reference.T, reference)
+    if ridge is not None:
+        gram = add_ridge(gram, ridge)
     trial = Projector(
-        reference, inverse_factor(gram), jnp.ones((), bool), jnp.zeros((latent, slots), jnp.float32)
+        reference,
+        0.0 if ridge is None else ridge,
+        inverse_factor(gram),
+        jnp.ones((), bool),
+        jnp.zeros_like(reference.T),
     )
     first, second = _refined(trial, jax.random.normal(jax.random.key(0), (4, latent), jnp.float32))
     size, correction = (jnp.max(jnp.abs(a)) for a in (first, second - first))
     # False where either is NaN. Of several M_ref, such as those of seeds side by side, all have to be
     # accurate: a predicate of each would compute both ways for all, and their SVDs at every step.
     is_accurate = all_in_batch(correction <= _CORRECTION * size)
-    inverse = jax.lax.cond(is_accurate, lambda: trial.inverse, lambda: pinv(reference))
+
+    def exact():
+        if ridge is None:
+            return pinv(reference)
+        # [M, √ε I]† = [M, √ε I]ᵀ(M Mᵀ + εI)⁻¹.
+        root = jnp.sqrt(ridge) * jnp.eye(slots, dtype=jnp.float32)
+        return pinv(jnp.concatenate([reference, root], axis=1))[:latent]
+
+    inverse = jax.lax.cond(is_accurate, lambda: trial.inverse, exact)
     # What is not used has to be finite where both branches are computed, and its derivatives.
     identity = jnp.eye(gram.shape[0], dtype=jnp.float32)
     whiten = jnp.where(is_accurate, trial.whiten, identity)
@@ -221,9 +275,9 @@ def projector(reference: Float[Array, "K C"]) -> Projector:
 def _refined(by: Projector, encodings: Latents):
     """Return weights by the normal equations, and after a step of refinement.
 
-    With P for the inverse of M_ref M_refᵀ, a constant to differentiation, the second step is
-    W + (Z − WM)MᵀP (or the like with P first): its derivative at the solution is that of Z M†, so that
-    no solve has to be differentiated.
+    With P for the inverse of M_ref M_refᵀ + εI, a constant to differentiation, the second step is
+    W + ((Z − WM)Mᵀ − εW)P (or the like with P first): its derivative at the solution is that of the
+    solution, so that no solve has to be differentiated.
     """
     reference, is_wide = by.reference, by.reference.shape[0] <= by.reference.shape[1]
 
@@ -232,11 +286,13 @@ def _refined(by: Projector, encodings: Latents):
 
     if is_wide:
         first = solve(dot(encodings, reference.T))
-        return first, first + solve(dot(encodings - dot(first, reference), reference.T))
-    # (MᵀM)⁻¹ is on the other side: what is refined is Z(MᵀM)⁻¹.
+        left = dot(encodings - dot(first, reference), reference.T) - by.ridge * first
+        return first, first + solve(left)
+    # (MᵀM + εI)⁻¹ is on the other side: what is refined is Z(MᵀM + εI)⁻¹.
     inner = solve(encodings)
     first = dot(inner, reference.T)
-    return first, dot(inner + solve(encodings - dot(first, reference)), reference.T)
+    left = encodings - dot(first, reference) - by.ridge * inner
+    return first, dot(inner + solve(left), reference.T)
 
 
 def from_prompts(

@@ -98,6 +98,12 @@ def observe(
     return tuple(noisy)
 
 
+def mask_signs(rows: Float[Array, "N n"], signs: Signs) -> Float[Array, "N"]:
+    """Return the signs of N facts, 0 where a row (of keys or weights) is zero: padding."""
+    signs = jnp.broadcast_to(jnp.asarray(signs, jnp.float32), rows.shape[:1])
+    return jnp.where(jnp.any(rows != 0, axis=1), signs, 0.0)
+
+
 def share(part: Float[Array, "Q"], whole: Float[Array, "Q"]) -> Float[Array, "Q"]:
     """Return part / whole within [0, 1], and 0 for an empty whole; both are squared norms."""
     is_empty = whole <= 0
@@ -106,7 +112,15 @@ def share(part: Float[Array, "Q"], whole: Float[Array, "Q"]) -> Float[Array, "Q"
 
 def _compiled_update(update):
     """Compile `update`: a sign that is a Python int is a constant, on which a variant may branch."""
-    of_constant, of_array = jax.jit(update, static_argnames="signs"), jax.jit(update)
+
+    def updated(self, prepared, state, keys, values, signs):
+        # Under `shard_map` over episodes an empty state is one for all devices, and a scan over facts
+        # carries each device's own: as a choice by the facts it is that from the start.
+        is_any = jnp.any(keys != 0)
+        state = jax.tree.map(lambda leaf: jnp.where(is_any, leaf, leaf), state)
+        return update(self, prepared, state, keys, values, signs)
+
+    of_constant, of_array = jax.jit(updated, static_argnames="signs"), jax.jit(updated)
 
     @functools.wraps(update)
     def call(self, prepared, state, keys, values, signs):
@@ -130,11 +144,13 @@ class Memory(abc.ABC):
     A variant defines `empty`, `update` and `matrix`, and `residual` or `confidence`. It declares what
     the contract's tests hold it to. SAME: what is the same whatever the order and grouping of facts,
     and after forgetting as if never written: the "matrix", only what is read ("reads"), or "nothing".
-    STORES: whether a written fact can be read back at all.
+    STORES: whether a written fact can be read back at all. FORGETS: whether it can be forgotten; every
+    forget is refused else.
     """
 
     SAME: ClassVar[Literal["matrix", "reads", "nothing"]] = "matrix"
     STORES: ClassVar[bool] = True
+    FORGETS: ClassVar[bool] = True
 
     slots: int = static()
     latent: int = static()
@@ -194,9 +210,7 @@ class Memory(abc.ABC):
     ) -> tuple[Float[Array, "N K"], Float[Array, "N C"], Float[Array, "N"]]:
         """Return the addressing weights, values and signs of N facts, float32; padding has sign 0."""
         weights = self.address(prepared, keys)
-        signs = jnp.broadcast_to(jnp.asarray(signs, jnp.float32), keys.shape[:1])
-        signs = jnp.where(jnp.any(weights != 0, axis=1), signs, 0.0)
-        return weights, values.astype(jnp.float32), signs
+        return weights, values.astype(jnp.float32), mask_signs(weights, signs)
 
     def _check(self, params: MemoryParams) -> None:
         k, c = self.slots, self.latent

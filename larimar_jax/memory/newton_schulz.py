@@ -26,7 +26,7 @@ class NewtonSchulz(Direct):
     log_start: float = static(default=-5.0, kw_only=True)
 
     def _address(self, reference: Float[Array, "K C"], few_encodings: bool) -> Any:
-        if isinstance(self.addressing, PseudoInverse):
+        if type(self.addressing) is PseudoInverse:
             return self._inverse(reference)
         return super()._address(reference, few_encodings)
 

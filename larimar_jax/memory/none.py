@@ -20,6 +20,7 @@ class Nothing(Memory):
     """What every memory has to beat."""
 
     STORES = False
+    FORGETS = False
 
     def empty(self, prepared: Prepared) -> NothingState:
         """Return the counters at 0."""
