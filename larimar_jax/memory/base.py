@@ -74,15 +74,6 @@ class Reading:
     confidence: Float[Array, "Q"]
 
 
-def sample(
-    mean: Float[Array, "Q K"], log_variance: Float[Array, "Q K"], rng: PRNGKeyArray | None
-) -> Float[Array, "Q K"]:
-    """Sample W ~ N(W̄, σ_W²), elementwise (Algorithm 1); without a key return W̄ itself."""
-    if rng is None:
-        return mean
-    return mean + jnp.exp(0.5 * log_variance) * jax.random.normal(rng, mean.shape, mean.dtype)
-
-
 def observe(
     keys: Latents, values: Latents, noise: Real, rng: PRNGKeyArray | None
 ) -> tuple[Latents, Latents]:
@@ -268,7 +259,7 @@ class Memory(abc.ABC):
         """Read Q queries, Z_read = W M; with a random key W ~ N(W̄, σ_W² I), else W = W̄."""
         mean = self.query_weights(prepared, state, queries)
         log_variance = self.log_variance(prepared, state, queries)
-        latent = self.recall(prepared, state, sample(mean, log_variance, rng))
+        latent = self.recall(prepared, state, variance.sample(mean, log_variance, rng))
         return Reading(latent, mean, log_variance, self.confidence(prepared, state, queries, mean))
 
     @abc.abstractmethod

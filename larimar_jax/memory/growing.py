@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from larimar_jax.linalg import dot
+from larimar_jax.memory import variance
 from larimar_jax.memory.addressing import Linear
-from larimar_jax.memory.base import Memory, Prepared, Reading, Signs, sample
+from larimar_jax.memory.base import Memory, Prepared, Reading, Signs
 from larimar_jax.memory.pytrees import Latents, Real, pytree
 from larimar_jax.memory.streaming import Streaming, StreamingState
 
@@ -103,7 +104,7 @@ class Growing(Memory):
         latent = reading.latent + prior_share * dot(
             self.address(prepared, outside), prepared.prior_memory
         )
-        prior_latent = dot(sample(weights, log_variance, rng), prepared.prior_memory)
+        prior_latent = dot(variance.sample(weights, log_variance, rng), prepared.prior_memory)
         return Reading(
             jnp.where(has_slots, latent, prior_latent),
             jnp.where(has_slots, reading.weights, weights),

@@ -1,4 +1,4 @@
-"""σ_W of q(W), in the five parametrisations of the released code (§3, its `w_logvar_setting`).
+"""σ_W of q(W), in the five parametrisations of the released code (§3, `w_logvar_setting`); samples of W.
 
     0 scalar   log σ_W² = b                      one number
     1 slot     log σ_W² = b                      one number per slot
@@ -12,8 +12,9 @@ sets it in every one of them. B has K²C numbers: 805 MB in float32 at the paper
 
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from larimar_jax.linalg import dot
 
@@ -46,3 +47,12 @@ def log_variance(
     if params.variance_by_memory is not None:
         total = total + dot(memory.reshape(-1), params.variance_by_memory.reshape(-1, slots))
     return total
+
+
+def sample(
+    mean: Float[Array, "Q K"], log_variance: Float[Array, "Q K"], rng: PRNGKeyArray | None
+) -> Float[Array, "Q K"]:
+    """Sample W ~ N(W̄, σ_W²), elementwise (Algorithm 1); without a key return W̄ itself."""
+    if rng is None:
+        return mean
+    return mean + jnp.exp(0.5 * log_variance) * jax.random.normal(rng, mean.shape, mean.dtype)
