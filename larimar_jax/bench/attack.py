@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from larimar_jax.bench.fact_store import FactStore, encode_facts
+from larimar_jax.bench.fact_store import FactStore, encode_facts, written
 from larimar_jax.bench.forget import UNKNOWN
 from larimar_jax.bench.queries import SCOPED, SYSTEMS, Queries
 from larimar_jax.bench.systems import case_keys
@@ -42,6 +42,9 @@ class Attack(EditTask):
     attack samples after other wordings of the prompt (the record's own paraphrases, then those that
     the file has for other subjects), and succeeds where the right answer is anywhere in any sample.
     A case draws with a key of its own, under every system the same.
+
+    A model that knows no facts is taught them with `--taught`: the memory holds the right answers, which
+    are then forgotten (α = −1) and edited; the attack on the memory before that stands beside it.
     """
 
     metrics: ClassVar = {
@@ -49,7 +52,7 @@ class Attack(EditTask):
         "samples": Metric("samples with the answer", lower=True),
     }
     factors = ("memory",)
-    labels: ClassVar = {"alone": "one edit", "together": "all edits"}
+    labels: ClassVar = {"before": "before", "alone": "one edit", "together": "all edits"}
     tables = (
         Pivot(("system", "memory"), None, caption="percent ± standard error; lower is better"),
     )
@@ -60,6 +63,7 @@ class Attack(EditTask):
     )
 
     facts: int = option("that the base LM knows", default=50)
+    taught: bool = option("write the right answers, and attack what was edited away", default=False)
     wordings: int = option("attacked with, of each", default=4)
     samples: int = option("after each wording", default=5)
     tokens: int = option("of a sample", default=10)
@@ -75,13 +79,16 @@ class Attack(EditTask):
             )
 
     def cases(self, systems) -> Sequence[AttackedFact]:
-        """Return the first facts that the base LM knows; ValueError where there are fewer."""
+        """Return the first facts that the base LM knows, or that it is taught; ValueError where there
+        are fewer."""
         return systems.cached("cases", (), lambda: self._known(systems.model))
 
     def _known(self, model: Pipeline) -> list[AttackedFact]:
         wordings = Paraphrases(self.records)
         texts = [(r, (*r.paraphrases, *wordings.unseen(r))[: self.wordings]) for r in self.records]
         able = [AttackedFact(*each) for each in texts if len(each[1]) == self.wordings]
+        if self.taught and len(able) >= self.facts:
+            return able[: self.facts]
         known: list[AttackedFact] = []
         for start in range(0, len(able), _TRIED):
             tried = able[start : start + _TRIED]
@@ -99,7 +106,6 @@ class Attack(EditTask):
     def evaluate(self, systems, cases) -> Iterator[dict[str, Any]]:
         """Yield whether the attack on each fact succeeds, with the edit alone in memory and with
         all edits together."""
-        facts = [(case.record.prompt, UNKNOWN) for case in cases]
         prompts = [[text for text in case.wordings for _ in range(self.samples)] for case in cases]
         keys = case_keys(self.seed, [case.case_id for case in cases])
         rng = jnp.concatenate(
@@ -107,18 +113,17 @@ class Attack(EditTask):
         )
         memo: dict = {}
         sample = functools.partial(self._sample, systems.model, rng, memo)
-        single = systems.single_edits(facts, [list(case.wordings) for case in cases])
-        times = np.repeat(np.arange(len(single.prompts)), self.samples)
-        alone = sample(single.take(times), SYSTEMS)
-        store = systems.cached("store", (), lambda: self._store(systems))
-        all_edits = systems.shared_memory(store, single.prompts, single.facts)
-        together = sample(all_edits.take(times), SCOPED)
+        times = np.repeat(np.arange(sum(len(case.wordings) for case in cases)), self.samples)
+        samples = {
+            memory: sample(queries.take(times), SYSTEMS if memory == "alone" else SCOPED)
+            for memory, queries in self._queries(systems, cases).items()
+        }
         row = 0
         for case, texts in zip(cases, prompts, strict=True):
             rows = slice(row, row + len(texts))
             row = rows.stop
             answer = " ".join(case.record.target_true.split())
-            for memory, by_system in (("alone", alone), ("together", together)):
+            for memory, by_system in samples.items():
                 for system, values in by_system.items():
                     leaks = [answer in " ".join(text.split()) for text in values[rows]]
                     yield {
@@ -154,9 +159,34 @@ class Attack(EditTask):
         rows = list(range(len(queries.prompts)))
         return queries.measure(sample, rows, forced, systems, memo)
 
-    def _store(self, systems) -> FactStore:
-        """The memory of all edits."""
+    def _queries(self, systems, cases) -> dict[str, Queries]:
+        """The queries of every wording, by what is in the memory."""
+        texts = [list(case.wordings) for case in cases]
+        everything = list(self.cases(systems))
+        edits = [(case.record.prompt, UNKNOWN) for case in everything]
+        store = systems.cached("store", (), lambda: self._store(systems, edits))
+        if not self.taught:
+            own = [edits[everything.index(case)] for case in cases]
+            single = systems.single_edits(own, texts)
+            together = systems.shared_memory(store, single.prompts, single.facts)
+            return {"alone": single, "together": together}
+        all_edits = store.without(range(len(edits))).plus(edits)
+        stores: dict[str, list[FactStore]] = {"before": [], "alone": [], "together": []}
+        for case in cases:
+            place = everything.index(case)
+            edited = store.without([place]).plus([edits[place]])
+            for memory, each in zip(stores, (store, edited, all_edits), strict=True):
+                stores[memory].append(each)
+        facts = [[written(case.record.prompt, UNKNOWN)] * len(case.wordings) for case in cases]
+        return {
+            memory: systems.shared_memories(list(zip(each, texts, facts, strict=True)))
+            for memory, each in stores.items()
+        }
+
+    def _store(self, systems, edits: Sequence[tuple[str, str]]) -> FactStore:
+        """The memory of all edits; of the right answers before them, where these are taught."""
         cases = self.cases(systems)
-        facts = [(case.record.prompt, UNKNOWN) for case in cases]
+        right = [(case.record.prompt, case.record.target_true) for case in cases]
         queries = [text for case in cases for text in case.wordings]
-        return FactStore(encode_facts(systems.model, facts, queries), facts)
+        facts = [*edits, *(right if self.taught else ())]
+        return FactStore(encode_facts(systems.model, facts, queries), facts[-len(cases) :])

@@ -126,7 +126,9 @@ def report(
         print(f"written: {path}", file=sys.stderr)
 
 
-def reproduce(*, config: str, out: str, overrides: tuple[str, ...] = ()) -> None:
+def reproduce(
+    *, config: str, out: str, texts: bool = True, overrides: tuple[str, ...] = ()
+) -> None:
     """Run all the benchmarks of a config, and make their report.
 
     Each runs in a folder of its own. A finished run is not repeated.
@@ -134,6 +136,7 @@ def reproduce(*, config: str, out: str, overrides: tuple[str, ...] = ()) -> None
     Args:
       config FILE: a file with get_config()
       out DIR: the folders, and the report
+      texts: leave cases with their texts out of the report
       overrides KEY=VALUE: settings that differ from the file, such as data.zsre=FILE
     Example: larimar reproduce --config=configs/bench_paper.py --out runs/paper
         --set data.counterfact=FILE data.zsre=FILE
@@ -143,5 +146,5 @@ def reproduce(*, config: str, out: str, overrides: tuple[str, ...] = ()) -> None
     from larimar_jax.bench import reproduce as reproduces
 
     values = schema.override(configs.load_dict(config), overrides)
-    for path in reproduces.run(values, out):
+    for path in reproduces.run(values, out, texts=texts):
         print(f"written: {path}", file=sys.stderr)

@@ -15,6 +15,7 @@ from larimar_jax.bench.editor import written
 from larimar_jax.memory.base import Prepared
 from larimar_jax.memory.streaming import Streaming
 from larimar_jax.pipeline import Encodings, Pipeline
+from larimar_jax.session_file import MemoryNotFinite
 from larimar_jax.weights.tokenizer import bucket
 
 # Facts and queries are padded to a multiple of these or a power of two, so that few shapes compile.
@@ -63,6 +64,8 @@ class FactStore:
         state: of the streaming memory, where one holds the facts already; else they are written at
             once.
         model: whose memory it is, where that is not the model that encoded the texts.
+    Raises:
+        MemoryNotFinite: float32 cannot solve for the facts, here or in `plus`.
     Attributes:
         facts: (prompt, answer) of what is in it. texts: as written. keys, values: their encodings.
     """
@@ -77,6 +80,8 @@ class FactStore:
         self._encoded, self.model = encoded, encoded.model if model is None else model
         self._hold(facts)
         self.state = state
+        if state is not None and not np.isfinite(state.solution).all():
+            raise self._not_finite()
         if state is None:
             self.state = self.model.memory.empty(self.model.prepared)
             self._update(range(len(self.facts)), +1)
@@ -94,6 +99,12 @@ class FactStore:
         store._hold([fact for place, fact in enumerate(self.facts) if place not in set(gone)])
         return store
 
+    def _not_finite(self) -> MemoryNotFinite:
+        return MemoryNotFinite(
+            f"A memory could not be solved for {len(self.facts)} facts in float32. Its ridge "
+            f"({float(self.model.memory.ridge):g}) is too small for them: set a larger editing.ridge."
+        )
+
     def _hold(self, facts: Sequence[Fact]) -> None:
         self.facts, self.texts = list(facts), [written(*fact) for fact in facts]
         prompts = self._encoded([prompt for prompt, _ in facts])
@@ -105,7 +116,10 @@ class FactStore:
         padding = ((0, bucket(len(rows), _FACTS) - len(rows)), (0, 0))
         keys, values = np.pad(self.keys[rows], padding), np.pad(self.values[rows], padding)
         memory, prepared = self.model.memory, self.model.prepared
+        before = int(self.state.refused)
         self.state = _write(memory, prepared, self.state, keys, values, np.int32(sign))
+        if sign > 0 and int(self.state.refused) > before:
+            raise self._not_finite()
 
     def read(self, queries: Sequence[str]) -> tuple[Float[np.ndarray, "Q C"], scope.Match]:
         """Return the readouts of queries, each by its sentence that is nearest to a fact."""

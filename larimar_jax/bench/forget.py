@@ -10,11 +10,12 @@ import scipy.linalg
 
 from larimar_jax.bench.fact_store import EncodedTexts, FactStore, encode_facts, written
 from larimar_jax.bench.queries import CONTROLS
+from larimar_jax.bench.rephrase import Keys, keys_option, with_keys
 from larimar_jax.bench.task import EditTask, Metric, Pivot, Plot, option
 from larimar_jax.memory import diagnostics
 
 UNKNOWN = "unknown"
-MOMENTS = ("before", "forgotten", "replaced")
+MOMENTS = ("before", "forgotten", "never", "replaced")
 
 
 class ForgottenFact(NamedTuple):
@@ -31,15 +32,15 @@ class Forget(EditTask):
     """Forgetting one of N facts of CounterFact: recall of it, and of the others (Table 4).
 
     N facts are written at once, one is forgotten (α = −1), and then its prompt is written with the
-    answer "unknown". Recall is the share of an answer's tokens that are the likeliest where they
-    stand, teacher-forced, through the memory whether or not the query is in its scope: what the
-    scope detector would keep from the decoder is no forgetting. Both lookups, too, take the nearest
-    fact in scope or not: the fact's own, and once that is taken out of the store another's, or the
-    one with "unknown". Beside it what no behaviour shows: how far the memory is from the float64
-    solution that never saw the fact, what the memory's own certificate estimates of that, and the
-    leverage that is left to the key. The base LM, z = 0 and the fact in the prompt are the same at
-    every moment: what a prompt holds is not forgotten. Of what was forgotten, the less is recalled
-    the better.
+    answer "unknown"; beside it, a memory into which it was never written. Recall is the share of an
+    answer's tokens that are the likeliest where they stand, teacher-forced, through the memory
+    whether or not the query is in its scope: what the scope detector would keep from the decoder is
+    no forgetting. Both lookups, too, take the nearest fact in scope or not: the fact's own, and
+    once that is taken out of the store another's, or the one with "unknown". Beside it what no
+    behaviour shows: how far the memory is from the float64 solution that never saw the fact, what
+    the memory's own certificate estimates of that, and the leverage that is left to the key. The
+    base LM, z = 0 and the fact in the prompt are the same at every moment: what a prompt holds is
+    not forgotten. Of what was forgotten, the less is recalled the better.
     """
 
     metrics: ClassVar = {
@@ -53,7 +54,12 @@ class Forget(EditTask):
         "largest_ratio": Metric("largest", 1.0),
     }
     factors = ("moment", "facts")
-    labels: ClassVar = {"facts": "N", "kind": "of", "replaced": "“unknown”"}
+    labels: ClassVar = {
+        "facts": "N",
+        "kind": "of",
+        "never": "never written",
+        "replaced": "“unknown”",
+    }
     tables = (
         Pivot(
             ("system", "facts", "kind"),
@@ -95,6 +101,7 @@ class Forget(EditTask):
     facts: tuple[int, ...] = option("in the memory, N", default=(512, 1024))
     forget: int = option("facts forgotten, one at a time", default=50)
     others: int = option("other facts evaluated after each of them", default=8)
+    keys: Keys = keys_option()
     seed: int = option("which facts", default=0)
     chunk: int = option("cases computed together", default=5)
 
@@ -128,9 +135,10 @@ class Forget(EditTask):
             facts = [written(record.prompt, record.target_new) for record in records]
             full = self._full(systems, case.facts)
             after = full.without([case.index])
+            never = FactStore(self._encoded(systems), after.facts, model=full.model)
             replaced = after.plus([(prompts[0], UNKNOWN)])
             certificate = self._certificate(systems, case, full, after)
-            for moment, store in zip(MOMENTS, (full, after, replaced), strict=True):
+            for moment, store in zip(MOMENTS, (full, after, never, replaced), strict=True):
                 parts.append((store, prompts, facts))
                 for place, record in enumerate(records):
                     certified = moment == "forgotten" and not place
@@ -169,7 +177,7 @@ class Forget(EditTask):
     def _certificate(self, systems, case: ForgottenFact, full, after: FactStore) -> dict[str, Any]:
         """How far the memory is from the float64 solution that never saw the fact, and what it
         estimates of that itself."""
-        model, key = systems.model, full.keys[[case.index]]
+        model, key = full.model, full.keys[[case.index]]
         states = full.state, after.state
         certificate = diagnostics.certify(model.memory, model.prepared, *states, key)
         return {
@@ -181,7 +189,7 @@ class Forget(EditTask):
 
     def _distance(self, systems, case: ForgottenFact, full: FactStore, after: FactStore) -> float:
         """‖M − M*‖ / ‖M*‖, M* the float64 solution of the facts that are left (Eq. 6)."""
-        memory, prepared = systems.model.memory, systems.model.prepared
+        memory, prepared = full.model.memory, full.model.prepared
 
         def sums():
             weights = np.float64(_address(memory, prepared, full.keys))
@@ -200,15 +208,22 @@ class Forget(EditTask):
 
     def _full(self, systems, size: int) -> FactStore:
         """The store of the first `size` facts; one is held at a time."""
+        facts = [(record.prompt, record.target_new) for record in self.records[:size]]
+
+        def write() -> FactStore:
+            encoded, prompts = self._encoded(systems), [prompt for prompt, _ in facts]
+            model = with_keys(systems.model, self.keys, encoded, prompts)
+            return FactStore(encoded, facts, model=model)
+
+        return systems.cached("store", size, write)
+
+    def _encoded(self, systems) -> EncodedTexts:
         facts = [(record.prompt, record.target_new) for record in self.records]
-
-        def encode() -> EncodedTexts:
-            gone = sorted({case.index for case in self.cases(systems)})
-            replaced = [(self.records[index].prompt, UNKNOWN) for index in gone]
-            return encode_facts(systems.model, [*facts, *replaced])
-
-        encoded = systems.cached("encoded", (), encode)
-        return systems.cached("store", size, lambda: FactStore(encoded, facts[:size]))
+        gone = sorted({case.index for case in self.cases(systems)})
+        replaced = [(self.records[index].prompt, UNKNOWN) for index in gone]
+        return systems.cached(
+            "encoded", (), lambda: encode_facts(systems.model, [*facts, *replaced])
+        )
 
 
 @jax.jit

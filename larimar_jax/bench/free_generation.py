@@ -1,6 +1,7 @@
 """CounterFact, one edit at a time: free generation after an edit."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -12,9 +13,9 @@ class FreeGeneration(EditTask):
     """CounterFact, one edit at a time: does free generation give the new answer?
 
     The likeliest continuation of the edit prompt and of its paraphrases, token by token. An answer
-    is given where it stands in the first `--tokens` tokens, and given at once where they begin with
-    it; upper and lower case count, blanks do not. The scope decision and the memory query see the
-    prompt only. Each case is written into an empty memory of its own.
+    is given where it stands in whole words in the first `--tokens` tokens, and given at once where
+    they begin with it; upper and lower case count, blanks do not. The scope decision and the memory
+    query see the prompt only. Each case is written into an empty memory of its own.
     """
 
     metrics: ClassVar = {
@@ -53,7 +54,8 @@ class FreeGeneration(EditTask):
 
         def measured(column, text):
             words, answer = " ".join(text.split()), " ".join(column["new"].split())
-            contains, begins = float(answer in words), float(words.startswith(answer))
-            return {"contains": contains, "begins": begins, "text": text}
+            whole = re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", words)
+            begins = whole is not None and not whole.start()
+            return {"contains": float(whole is not None), "begins": float(begins), "text": text}
 
         yield from edits.rows(columns, edits.generate(self.tokens), measured)

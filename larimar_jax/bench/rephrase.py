@@ -4,8 +4,8 @@ import argparse
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +20,13 @@ from larimar_jax.pipeline import Pipeline
 KEYS = {"own": "keys of the model", "pinv": "pseudo-inverse", "gaussian": "Gaussian"}
 # α of Eq. 7 as in Fig. 2b of the paper.
 ADDRESSINGS = {"pinv": PseudoInverse(), "gaussian": Gaussian(width=1e-3)}
+Keys = Literal["own", "pinv", "gaussian"]
+
+
+def keys_option() -> Any:
+    """Return a task's option for a memory with a slot for every prompt that is written."""
+    text = "keys by the model's M₀, or with a slot for every prompt that is written, all of them known "
+    return option(f"{text}beforehand: by their pseudo-inverse, or by Eqs. 7–8", default="own")
 
 
 def cell(text: str) -> tuple[int, int]:
@@ -178,6 +185,15 @@ class Rephrase(EditTask):
         facts = [fact for index, count in order for fact in self._written(index, count)]
         queries = [self.facts[index][0].paraphrases[0] for index, _ in order]
         return encode_facts(systems.model, facts, queries)
+
+
+def with_keys(
+    model: Pipeline, keys: Keys, encoded: EncodedTexts, prompts: Iterable[str]
+) -> Pipeline:
+    """Return the model, or what `keyed` makes of it, with a slot for every prompt."""
+    if keys == "own":
+        return model
+    return keyed(model, ADDRESSINGS[keys], encoded(list(dict.fromkeys(prompts))).latent)
 
 
 def keyed(model: Pipeline, addressing: Addressing, known: np.ndarray) -> Pipeline:

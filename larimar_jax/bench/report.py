@@ -5,6 +5,7 @@ import base64
 import dataclasses
 import json
 import math
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,16 +104,21 @@ def inside(folder: str | Path) -> list[Path]:
     return sorted(each for each in folder.iterdir() if (each / runner.SUMMARY).exists()) or [folder]
 
 
-def sections(runs: Sequence[FinishedRun], texts: bool = True) -> list[Section]:
+def sections(
+    runs: Sequence[FinishedRun],
+    texts: bool = True,
+    remarks: Mapping[str, str] = types.MappingProxyType({}),
+) -> list[Section]:
     """Return, where there are several, all in a line each; then every run, and after them a
     comparison of each run with the first one of its benchmark.
 
     Args:
         texts: with the worst and best cases, which quote the benchmark's data.
+        remarks: below the tables of runs, by the names of their folders.
     """
     known = [run for run in runs if run.task is not None]
     parts = [overview(known)] if len(known) > 1 else []
-    parts += [_of_run(run, texts) for run in runs]
+    parts += [_of_run(run, texts, remarks.get(run.folder.name, "")) for run in runs]
     for name in dict.fromkeys(run.benchmark for run in known):
         first, *later = (run for run in known if run.benchmark == name)
         parts += [compare(first, run) for run in later]
@@ -159,7 +165,7 @@ def _headlines(run: FinishedRun) -> Iterator[list[str]]:
             yield [f"{run.folder.name}: {label}, {metric.label}{less}", *cells, published]
 
 
-def _of_run(run: FinishedRun, texts: bool) -> Section:
+def _of_run(run: FinishedRun, texts: bool, remark: str) -> Section:
     settings, environment = run.summary["settings"], run.summary["environment"]
     name, data = settings.get("model", {}).get("name"), settings.get("data", {}).get("name")
     mode = settings.get("options", {}).get("mode")
@@ -176,6 +182,7 @@ def _of_run(run: FinishedRun, texts: bool) -> Section:
     items: list[Item] = [" · ".join(filter(None, facts))]
     if run.task is not None:
         items += [*grids(run.task, run.summary), *notes(run.task, settings)]
+        items += [remark] if remark else []
         for plot in run.task.plots:
             items.append(Picture(*figures.svg(run.task, plot, run.summary["results"])))
     for path in sorted(run.folder.glob("*.png")):

@@ -20,21 +20,24 @@ REPORT = "report"
 @dataclasses.dataclass(frozen=True)
 class PlannedRun:
     """A run. data: the name of its data file, "" for a benchmark without one. options: fields of its
-    task."""
+    task. note: what the report says of it."""
 
     bench: str
     data: str = ""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Reproduction:
-    """model: by name or path. data: files by name. runs: by the name of their folder."""
+    """model: by name or path. data: files by name. runs: by the name of their folder. note: what the
+    report begins with."""
 
     name: str
     model: str
     data: Mapping[str, str]
     runs: Mapping[str, PlannedRun]
+    note: str = ""
 
 
 def parse(values: Mapping[str, Any]) -> tuple[Reproduction, dict[str, Task]]:
@@ -47,7 +50,8 @@ def parse(values: Mapping[str, Any]) -> tuple[Reproduction, dict[str, Task]]:
     problems: list[str] = []
     plan = schema.read(Reproduction, values, "", problems, {})
     tasks: dict[str, Task] = {}
-    runs, files, known = values.get("runs"), values.get("data"), bench.tasks()
+    runs, files = values.get("runs"), values.get("data")
+    known = {name: task for name, task in bench.tasks().items() if task.listed}
     for name, section in (runs if isinstance(runs, Mapping) else {}).items():
         planned = schema.read(PlannedRun, section, f"runs.{name}", [], {})
         if planned is None:  # its offences are those of the plan
@@ -71,8 +75,14 @@ def parse(values: Mapping[str, Any]) -> tuple[Reproduction, dict[str, Task]]:
     return plan, tasks
 
 
-def run(values: Mapping[str, Any], folder: str | Path, *, quiet: bool = False) -> list[Path]:
-    """Run all that is not finished, and write the report of all; return its files."""
+def run(
+    values: Mapping[str, Any], folder: str | Path, *, texts: bool = True, quiet: bool = False
+) -> list[Path]:
+    """Run all that is not finished, and write the report of all; return its files.
+
+    Args:
+        texts: with cases, which quote the data. quiet: no progress bars and tables.
+    """
     plan, tasks = parse(values)
     folder, models = Path(folder), {}
     # The one that empties the caches of compiled programs comes last: the others share theirs.
@@ -84,4 +94,6 @@ def run(values: Mapping[str, Any], folder: str | Path, *, quiet: bool = False) -
             model = models[task.overrides]
         runner.run(task, folder / name, editor=model, quiet=quiet)
     runs = [report.read(folder / name) for name in tasks]
-    return web_page.write(report.sections(runs), folder / REPORT, f"{plan.name}: {plan.model}")
+    sections = report.sections(runs, texts, {name: plan.runs[name].note for name in tasks})
+    head = [report.Section("About", [plan.note])] if plan.note else []
+    return web_page.write([*head, *sections], folder / REPORT, f"{plan.name}: {plan.model}")

@@ -12,6 +12,7 @@ import numpy as np
 from larimar_jax.bench.fact_store import EncodedTexts, FactStore, encode_facts, written
 from larimar_jax.bench.metrics import answer_words, first_line, token_f1, token_f1_grace
 from larimar_jax.bench.queries import SHARED
+from larimar_jax.bench.rephrase import Keys, keys_option, with_keys
 from larimar_jax.bench.task import ZSRE, EditTask, Metric, Pivot, Plot, option
 from larimar_jax.data.edit_records import EditRecord, load
 from larimar_jax.memory import rls
@@ -54,7 +55,8 @@ class Stream(EditTask):
     `--wordings N` each fact is written in its prompt and in N − 1 wordings that the file has for
     other subjects (`data/paraphrases.py`), one edit after the other, and `--edits` counts them all.
     Facts that have N wordings come first, in the file's order; where they do not fill the stream,
-    facts with fewer follow, each in as many as it has.
+    facts with fewer follow, each in as many as it has. With `--keys pinv` or `gaussian` the memory has
+    a slot for the prompt of every edit, all of them known beforehand, as in the paper's Table 3.
 
     Along the way, rephrasings that are never written are put to facts that were (the generalisation
     curve); at the end every written prompt is a query (edit retention), and so are prompts of facts
@@ -96,6 +98,7 @@ class Stream(EditTask):
         default=1,
         metavar="N",
     )
+    keys: Keys = keys_option()
     unwritten: int = option("facts after them, never written", default=100)
     every: int = option("edits between points of the curve", default=50)
     queries: int = option("facts put to the memory at a point of the curve", default=32)
@@ -219,13 +222,18 @@ class Stream(EditTask):
 
     def _after(self, systems, edits: int) -> FactStore:
         """The store after so many edits, streamed one by one."""
-        model, facts = systems.model, self.stream.written(self.edits)
-        memory, prepared = model.memory, model.prepared
+        facts = self.stream.written(self.edits)
 
         def encode() -> EncodedTexts:
-            return encode_facts(model, facts, [case.prompt for case in self.cases(systems)])
+            queries = [case.prompt for case in self.cases(systems)]
+            return encode_facts(systems.model, facts, queries)
 
         encoded = systems.cached("encoded", (), encode)
+        prompts = [prompt for prompt, _ in facts]
+        model = systems.cached(
+            "keyed", (), lambda: with_keys(systems.model, self.keys, encoded, prompts)
+        )
+        memory, prepared = model.memory, model.prepared
         progress = systems.cached("progress", (), dict)
         if progress.get("edits", edits + 1) > edits:
             progress |= {"edits": 0, "state": _init(memory, prepared, memory.empty(prepared))}
@@ -237,7 +245,8 @@ class Stream(EditTask):
                 values = encoded.values(facts[done:point])
                 state = _stream(memory, prepared, progress["state"], keys, values)
                 progress |= {"edits": point, "state": state}
-        return FactStore(encoded, facts[:edits], _to_state(memory, prepared, progress["state"]))
+        state = _to_state(memory, prepared, progress["state"])
+        return FactStore(encoded, facts[:edits], state, model)
 
 
 @jax.jit

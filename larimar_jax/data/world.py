@@ -9,7 +9,8 @@ others is easy, in one of these hard.
 
 The corpus is `data.corpus="world"` or `"world:SUBJECTS:SEED"`, a document a subject with three to five
 facts. Edits are the records "world:COUNT:SEED"; "world-hard:…" has hard paraphrases in place of easy
-ones, and "world-train:…" is about names of the corpus, to fit a scope detector on.
+ones, "world-open:…" open answers alone, and "world-train:…" is about names of the corpus, to fit a scope
+detector on.
 """
 
 import functools
@@ -25,7 +26,7 @@ from larimar_jax.data.corpus import Corpus, Document
 # Raised whenever the same name would give other sentences than before.
 FORMAT = 1
 SUBJECTS, RECORDS = 20_000, 300
-_NAME = re.compile(r"(world|world-hard|world-train)(?::(\d+))?(?::(\d+))?")
+_NAME = re.compile(r"(world|world-hard|world-open|world-train)(?::(\d+))?(?::(\d+))?")
 # One name, number or phrase of so many is reserved.
 _RESERVED = 8
 # Of a record: paraphrases; neighbours, other subjects asked for the same; facts of a subject in a row.
@@ -197,10 +198,11 @@ def records(source: str) -> Iterator[dict[str, Any]]:
     """
     kind, count, seed = _read(source, RECORDS)
     rng, reserved = np.random.default_rng((seed, 1)), kind != "world-train"
+    asked_for = tuple(OPEN) if kind == "world-open" else RELATIONS
     for number in range(count):
         if number % _FACTS == 0:
             subject = _draw(name, rng, reserved)
-            relations = rng.choice(RELATIONS, _FACTS, replace=False)
+            relations = rng.choice(asked_for, _FACTS, replace=False)
         relation = str(relations[number % _FACTS])
         easy = wordings(relation, False)
         template = str(rng.choice(easy))
