@@ -293,7 +293,7 @@ def _keys(family: str, slots: int, latent: int, setting: str) -> Keys:
         (_BLOCKS + "linear_emb.weight", "to_embedding.kernel", "transpose"),
         (_MEMORY + "memory_mean", "memory.prior_memory", "copy"),
         (_VARIANCE + "[.bias]", "memory.log_variance", scalar),
-        # The variance of the Kanerva machine's update, and a number that is in the config.
+        # The log of the variance of the Kanerva machine's prior, and a number that is in the config.
         (_MEMORY + "(memory_logvar|ben_cohen_memory_init)", None, "copy"),
     ]
     # Inputs of log σ_W² are z, then vec(M) by rows.
