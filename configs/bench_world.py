@@ -9,6 +9,8 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
+    # For a memory of many facts that is asked in words that were not written.
+    other_words = ["editing.query_noise=1.0"]
     return ConfigDict(
         dict(
             name="bench_world",
@@ -139,10 +141,13 @@ def get_config() -> ConfigDict:
                 attack=dict(
                     bench="attack",
                     data="easy",
-                    options=dict(taught=True),
+                    options=dict(taught=True, overrides=other_words),
                     note=(
                         "Table 5 attacks facts that the language model knows. This one knows none, so a "
-                        "first edit teaches the answer that the second takes away."
+                        "first edit teaches the answer that the second takes away. Before the second "
+                        "the attack draws most answers, after it no more than the base LM has by "
+                        "chance. (editing.query_noise=1.0: with none, questions in other words read "
+                        "little from a memory of fifty facts.)"
                     ),
                 ),
                 # Table 6
@@ -163,6 +168,15 @@ def get_config() -> ConfigDict:
                         "As in Table 14, recall falls with the number of facts under linear keys and "
                         "hardly under Gaussian ones. The fall is steeper here: a hundred facts in two "
                         "wordings are near N = K, where least squares is at its worst (§3)."
+                    ),
+                ),
+                rephrase_noise=dict(
+                    bench="rephrase",
+                    data="easy",
+                    options=dict(overrides=other_words),
+                    note=(
+                        "The same memory with editing.query_noise=1.0, which expects questions in other "
+                        "words: the model's keys now fall as in Table 14."
                     ),
                 ),
                 # Fig. 6

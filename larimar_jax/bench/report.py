@@ -285,7 +285,8 @@ def compare(first: FinishedRun, second: FinishedRun) -> Section:
         row.append("differs" if marked else "")
     names = [first.folder.name, second.folder.name]
     header = ["", *names, "difference", "p", "cases", f"at {LEVEL}"]
-    digests = [run.summary["settings"].get("data", {}).get("sha256") for run in (first, second)]
+    data = [run.summary["settings"].get("data", {}) for run in (first, second)]
+    digests = [each.get("sha256") or each.get("name") for each in data]
     notes = []
     if digests[0] != digests[1]:
         notes = ["The two runs are not of the same data: the cases are paired by their ids alone."]
