@@ -318,15 +318,18 @@ def _draw(task: Compare, summary: Mapping[str, Any], path: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot, rcsetup
 
+    variants = summary["settings"]["variants"].values()
+    slots = ", ".join(map(str, sorted({config["memory"]["slots"] for config in variants})))
     plots = (
-        Plot("facts", "S", {"kind": "batch"}, log="x", xlabel="N, facts in one memory"),
+        Plot(
+            "facts", "S", {"kind": "batch"}, log="x", xlabel=f"N facts in one memory, K = {slots}"
+        ),
         Plot(y="S", where={"kind": ("edit", "paraphrase", "hard", "neighbourhood")}),
         Plot(y="S", where={"kind": ("before", "forgotten", "others", "stream")}),
     )
-    count = len(summary["settings"]["variants"])
-    colors = rcsetup.cycler(color=pyplot.get_cmap("tab10" if count <= 10 else "tab20").colors)
-    with pyplot.rc_context({"axes.prop_cycle": colors}):
-        size = (18, 6 + 0.12 * count)
+    colors = pyplot.get_cmap("tab10" if len(variants) <= 10 else "tab20").colors
+    with pyplot.rc_context({"axes.prop_cycle": rcsetup.cycler(color=colors)}):
+        size = (18, 6 + 0.12 * len(variants))
         figure, panels = pyplot.subplots(1, 3, figsize=size, layout="constrained")
         for axes, plot in zip(panels, plots, strict=True):
             figures.draw(axes, task, plot, summary["results"])
