@@ -7,7 +7,7 @@ command   larimar train --config=configs/world.py --run runs/world
           larimar calibrate runs/world --data world-train:8000:1 --steps 1000 --rate 5e-4 \\
               --out world/model.safetensors                    # the scope detector, half a minute
 hardware  2 CPU cores
-time      19 minutes: 0.37 s a step on cores that multiply float32 matrices at 440 GFLOP/s
+time      24 minutes beside other work; alone 0.37 s a step, where matrices multiply at 440 GFLOP/s
 expected  held-out nats per token: 0.011 through memory, 1.71 with z = 0; names never seen: edit S 100.0,
           paraphrase S 99.9 (base LM 51), docs/world.md
 """
