@@ -80,7 +80,7 @@ def get_config() -> ConfigDict:
                     data="easy",
                     options=dict(edits=1000, wordings=5, unwritten=100, every=250, queries=100),
                     note=(
-                        "A thousand edits in 256 slots: most of what is written is lost. Table 3 gives "
+                        "A thousand edits in 256 slots: half of what is written is lost. Table 3 gives "
                         "every edit a slot."
                     ),
                 ),
@@ -133,8 +133,7 @@ def get_config() -> ConfigDict:
                     data="easy",
                     options=dict(facts=[256, 512], forget=25, keys="gaussian"),
                     note=(
-                        "With a slot for every fact the certificates are small: the keys are nearly "
-                        "orthogonal."
+                        "With a slot for every fact the certificates are small: the keys are one-hot."
                     ),
                 ),
                 # Table 5, where the memory taught the answers

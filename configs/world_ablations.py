@@ -19,7 +19,7 @@ def get_variants() -> dict[str, list[str]]:
         "episodes_of_16": ["data.episode=[16]", "data.batch=8"],
         "episodes_mixed": ["data.episode=[1,5,16]"],
         "no_observation_noise": ["memory.noise=0.0"],
-        "observation_noise_0.1": ["memory.noise=0.1"],
+        "observation_noise_1e-6": ["memory.noise=1e-6"],  # the paper's
         "sigma_by_slot": ["memory.variance=slot"],
         "sigma_by_query": ["memory.variance=query"],
         "sigma_by_memory": ["memory.variance=memory"],

@@ -154,9 +154,8 @@ def train(
             stops = stopping(step)
             saves = stops or step == total or step % settings.checkpoint_every == 0
             if saves or step % settings.log_every == 0:
-                losses = np.asarray(
-                    metrics["loss"]
-                )  # Waits: the host runs ahead of the steps else.
+                # Waits: the host runs ahead of the steps else.
+                losses = np.asarray(metrics["loss"])
                 times.append((time.perf_counter() - began) / (step - done))
                 bar.show(step, f"{title}  loss {' '.join(f'{loss:.2f}' for loss in losses)}")
                 if saves:
