@@ -316,7 +316,7 @@ def factor_update(
         rotated = (column + sign * tangent * w) / cosine
         return (cosine * w - tangent * rotated, is_sound), rotated
 
-    start = (row, jnp.all(row == row))  # As much each device's own as the row.
+    start = (row, jnp.ones((), bool))
     (_, is_sound), columns = jax.lax.scan(rotate, start, (factor.T, jnp.arange(factor.shape[0])))
     return jnp.where(is_sound, columns.T, factor), is_sound
 

@@ -263,7 +263,8 @@ def test_episodes_train_on_eight_devices_as_on_one(contract):
     variant, params, _ = contract
     each = jax.vmap(functools.partial(loss, variant), in_axes=(None, 0, 0, 0))
     mesh, rows = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)), PartitionSpec("data")
-    specs = dict(in_specs=(PartitionSpec(), rows, rows, rows), out_specs=rows)
+    # As the objective splits episodes.
+    specs = dict(in_specs=(PartitionSpec(), rows, rows, rows), out_specs=rows, check_vma=False)
     z = jnp.stack([facts(seed)[0] for seed in range(15, 23)])
     alone, split = (
         jax.jit(jax.grad(lambda *a, f=f: jnp.sum(f(*a)), argnums=(0, 1)))(params, z, z, z + 0.3)

@@ -103,15 +103,7 @@ def share(part: Float[Array, "Q"], whole: Float[Array, "Q"]) -> Float[Array, "Q"
 
 def _compiled_update(update):
     """Compile `update`: a sign that is a Python int is a constant, on which a variant may branch."""
-
-    def updated(self, prepared, state, keys, values, signs):
-        # Under `shard_map` over episodes an empty state is one for all devices, and a scan over facts
-        # carries each device's own: as a choice by the facts it is that from the start.
-        is_any = jnp.any(keys != 0)
-        state = jax.tree.map(lambda leaf: jnp.where(is_any, leaf, leaf), state)
-        return update(self, prepared, state, keys, values, signs)
-
-    of_constant, of_array = jax.jit(updated, static_argnames="signs"), jax.jit(updated)
+    of_constant, of_array = jax.jit(update, static_argnames="signs"), jax.jit(update)
 
     @functools.wraps(update)
     def call(self, prepared, state, keys, values, signs):
