@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,6 +18,8 @@ from larimar_jax.decoders.decoder import Cache, Prefix, Tree
 from larimar_jax.latent_layout import TokenEvidence
 from larimar_jax.memory.base import MemoryParams
 from larimar_jax.weights import model_file
+
+_KINDS = {"encoder": encoders, "decoder": decoders}
 
 
 @jax.tree_util.register_dataclass
@@ -190,19 +192,43 @@ def load_towers(
     Raises:
       FileNotFoundError, ValueError: as `build`.
     """
+    check_sources(config)
     towers = {}
-    for name, (tower, kind, load) in _towers(config).items():
+    for name, (tower, _, how) in _towers(config).items():
         if tower.source is None:
             continue
-        if tower.sizes is not None:
-            _same_sizes(f"model.{name}", tower, *weights.sizes(tower.source, kind))
 
         def inside(path: str, shape: tuple[int, ...], name: str = name) -> Any:
             return where(f"{name}/{path}", shape)
 
         sharding = None if where is None else inside
-        towers[name] = load(tower.source, **_how(config), where=sharding)
+        load = getattr(weights, f"load_{name}")
+        towers[name] = load(tower.source, **how, where=sharding)
     return towers
+
+
+def check_sources(config: Config) -> None:
+    """Check that each source is there, with a tokenizer that fits, and of the sizes in the config.
+
+    No tensor is read. Raises as `build`.
+    """
+    for name, (tower, kind, _) in _towers(config).items():
+        if tower.source is None:
+            continue
+        family, sizes = weights.sizes(tower.source, kind)
+        if tower.sizes is None:
+            continue
+        wanted = {"family": tower.family, **dataclasses.asdict(tower.sizes)}
+        actual = {"family": family.__module__.rpartition(".")[2], **dataclasses.asdict(sizes)}
+        if differing := [
+            f"{key}: {wanted.get(key)!r} in the config, {actual.get(key)!r} in the weights"
+            for key in sorted(wanted.keys() | actual.keys())
+            if wanted.get(key) != actual.get(key)
+        ]:
+            raise ValueError(
+                f"model.{name}: the weights {tower.source!r} are not of the sizes that the config "
+                "gives:\n  " + "\n  ".join(differing)
+            )
 
 
 def abstract(
@@ -228,30 +254,23 @@ def _join(path: tuple) -> str:
     return "/".join(map(str, path))
 
 
-def _towers(config: Config) -> dict[str, tuple[Any, types.ModuleType, Callable[..., Any]]]:
-    """Return each tower's config, its kind, and its loader."""
-    return {
-        "encoder": (config.model.encoder, encoders, weights.load_encoder),
-        "decoder": (config.model.decoder, decoders, weights.load_decoder),
-    }
-
-
-def _how(config: Config) -> dict[str, Any]:
-    """Return what towers are built with beside their sizes."""
-    return {"dtype": jnp.dtype(config.model.dtype), "remat": config.model.remat}
+def _towers(config: Config) -> dict[str, tuple[Any, types.ModuleType, dict[str, Any]]]:
+    """Return each tower's config, its kind, and what it is built with beside its sizes."""
+    how = {"dtype": jnp.dtype(config.model.dtype), "remat": config.model.remat}
+    return {n: (getattr(config.model, n), kind, how) for n, kind in _KINDS.items()}
 
 
 def _create(config: Config, loaded: Mapping[str, nnx.Module], rngs: nnx.Rngs) -> Larimar:
     """Return a model with these towers loaded, and everything else initialised."""
     towers = dict(loaded)
-    for name, (tower, kind, _) in _towers(config).items():
+    for name, (tower, kind, how) in _towers(config).items():
         if name in towers:
             continue
         if tower.sizes is None:
             family, sizes = weights.sizes(tower.source, kind)
         else:
             family, sizes = kind.families()[tower.family], tower.sizes
-        towers[name] = family(sizes, **_how(config), rngs=rngs)
+        towers[name] = family(sizes, **how, rngs=rngs)
     larimar = Larimar(
         **towers,
         memory_params=make_memory(config).init(rngs.params()),
@@ -264,21 +283,6 @@ def _create(config: Config, loaded: Mapping[str, nnx.Module], rngs: nnx.Rngs) ->
     if config.model.lora is not None:
         lora.attach(larimar, config.model.lora, rngs)
     return larimar
-
-
-def _same_sizes(where: str, tower: Any, family: type, sizes: Any) -> None:
-    wanted = {"family": tower.family, **dataclasses.asdict(tower.sizes)}
-    actual = {"family": family.__module__.rpartition(".")[2], **dataclasses.asdict(sizes)}
-    differing = [
-        f"{key}: {wanted.get(key)!r} in the config, {actual.get(key)!r} in the weights"
-        for key in sorted(wanted.keys() | actual.keys())
-        if wanted.get(key) != actual.get(key)
-    ]
-    if differing:
-        raise ValueError(
-            f"{where}: the weights {tower.source!r} are not of the sizes that the config gives:\n  "
-            + "\n  ".join(differing)
-        )
 
 
 class AbstractModel:

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 
 # What makes a class a family: the dataclass of its sizes (`HuggingFaceSizes`), the model types of
 # Hugging Face that it computes, the table of tensor names (weights/key_table.py), and where its
-# parameters are split (train/sharding.py). `added_tokens`: special tokens that its vocabulary gets (§2).
+# parameters are split (train/sharding.py). `added_tokens`: special tokens that its vocabulary gets (§2);
+# `spare_tokens`: tokens of it that take their place.
 FAMILY = ("CONFIG", "model_types", "hf_keys", "sharding_rules")
 
 Keys = tuple[tuple[str, str | None, str], ...]

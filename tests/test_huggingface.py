@@ -57,6 +57,27 @@ def test_a_gpt2_gets_its_special_tokens(tiny_folder):
     assert weights.load_decoder(str(tiny_folder))
 
 
+def test_a_gptj_whose_ids_go_up_to_its_tables_end_gets_tokens_that_it_does_not_use(tiny_folder):
+    folder = tiny_folder.parent / "gptj"
+    shutil.copytree(GOLDEN / "tiny_gptj", folder)
+    for file in ("vocab.json", "merges.txt"):
+        shutil.copy(tiny_folder / file, folder)
+    size = len(json.loads((folder / "vocab.json").read_text()))
+    spare = {f"<|extratoken_{i + 1}|>": size + i for i in range(5)}
+    (folder / "added_tokens.json").write_text(json.dumps(spare))
+    source = Safetensors(folder / "model.safetensors")
+    tensors = {name: source.read(name) for name in source.shapes()}
+    for name in ("transformer.wte.weight", "lm_head.weight", "lm_head.bias"):
+        tensors[name] = np.resize(tensors[name], (size + 5, *tensors[name].shape[1:]))
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    change(folder, vocab_size=size + 5)
+    model, tokenizer = weights.load_decoder(str(folder))
+    assert model.config.vocab_size == tokenizer.vocab_size == size + 5
+    assert (tokenizer.pad, tokenizer.bos, tokenizer.eos) == (size, size + 1, size + 2)
+    framed = [tokenizer.bos, *tokenizer.ids("a fox"), tokenizer.eos, tokenizer.pad]
+    assert tokenizer.decode(framed) == "a fox"
+
+
 def test_only_tokens_of_ours_become_new_rows(tiny_folder):
     rows = len(json.loads((tiny_folder / "vocab.json").read_text()))
     resize(tiny_folder, rows - 1)

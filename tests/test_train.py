@@ -145,6 +145,12 @@ def test_what_does_not_fit_is_reported_before_the_corpus_is_read(tiny, tmp_path,
     monkeypatch.setattr(loop.corpus, "open_corpus", lambda name: pytest.fail("it was read"))
     with pytest.raises(optimizer.FreezeError, match="matches no parameter"):
         loop.train(_with(tiny, frozen=("^nowhere",)), tmp_path, progress=False)
+    sizes = tiny.model.encoder.sizes
+    other = configs.TowerConfig("minilm", "bert", sizes)
+    with pytest.raises(ValueError, match="'minilm' are not of the sizes that the config gives"):
+        loop.train(_with(tiny, "model", encoder=other), tmp_path, progress=False)
+    with pytest.raises(ValueError, match="data.vocabulary is 0"):
+        loop.train(_with(tiny, "data", vocabulary=0), tmp_path, progress=False)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_cause(tiny, tmp_path, monkeypatch):

@@ -64,6 +64,8 @@ class GPTJ(Decoder):
     CONFIG, BLOCK = GPTJConfig, GPTJBlock
     model_types = ("gptj",)
     added_tokens = ("<PAD>", "<BOS>", "<EOS>")
+    # The published tokenizer has 143 of these, up to the embedding table's last row.
+    spare_tokens = tuple(f"<|extratoken_{i}|>" for i in (1, 2, 3))
     sharding_rules = (
         *layers.SHARDING_RULES,
         (r"^head/kernel$", ("fsdp", "tensor")),

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,9 @@ def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> Outc
         # 1. The folder belongs to one config.
         claim(run_dir, config)
 
-        # 2. Mesh, rules and sizes are checked before any text is tokenised; then tokenizers and text.
+        # 2. Mesh, rules, sizes and tokenizers are checked before any text is read.
         mesh = sharding.make_mesh(settings.mesh)
+        model.check_sources(config)
         train_step = TrainStep(config, model.AbstractModel(model.abstract(config)), mesh)
         # A corpus takes its time: one process writes its pieces, and the others wait for its lock.
         watchdog.ping(math.inf)
@@ -189,10 +190,12 @@ def open_text(
         path: where a vocabulary that is trained on the corpus is written, or read.
     """
     data = config.data
+
+    def texts() -> Iterator[str]:
+        yield from (d.text for d in corpus.open_corpus(data.corpus).side(held_out=False))
+
+    tokenizers = vocabulary.tokenizers(config, texts, path)
     documents = corpus.open_corpus(data.corpus)
-    tokenizers = vocabulary.tokenizers(
-        config, lambda: (document.text for document in documents.side(held_out=False)), path
-    )
     judging = documents if data.held_out is None else corpus.open_corpus(data.held_out)
     training = pieces.tokenize(documents, False, data, *tokenizers, progress=progress)
     held_out = pieces.tokenize(judging, True, data, *tokenizers, progress=progress)

@@ -64,8 +64,9 @@ def load_decoder(
 ) -> tuple[nnx.Module, Tokenizer]:
     """Load a pretrained decoder and its tokenizer.
 
-    A GPT-2 or GPT-J whose tokenizer lacks `<PAD>`, `<BOS>` and `<EOS>` gets them appended (§2):
-    three ids after the vocabulary, whose embeddings start as the mean of the others.
+    A GPT-2 or GPT-J whose tokenizer lacks `<PAD>`, `<BOS>` and `<EOS>` gets them (§2). GPT-J's
+    vocabulary has tokens without a use, which become these three; GPT-2's is extended by three ids,
+    whose embeddings start as the mean of the others.
 
     Args:
       source: 'smollm2', a GGUF file, a folder laid out as on Hugging Face, or a hub id.
@@ -202,7 +203,8 @@ def check_sizes(path: object, config: Any) -> None:
 
 def _tokenizer(checkpoint: Checkpoint, family: type | None) -> Tokenizer:
     tokenizer, added = checkpoint.tokenizer(), getattr(family, "added_tokens", ())
-    return tokenizer.with_specials(added) if added else tokenizer
+    spare = getattr(family, "spare_tokens", ())
+    return tokenizer.with_specials(added, spare) if added else tokenizer
 
 
 def _with_tokenizer(checkpoint: Checkpoint, kind: ModuleType) -> tuple[type, Any, int, Tokenizer]:

@@ -131,14 +131,20 @@ class Tokenizer:
         """Return the same tokenizer with an `encode` that puts bos and eos around each text."""
         return dataclasses.replace(self, prefix=(self.bos,), suffix=(self.eos,))
 
-    def with_specials(self, names: Sequence[str]) -> "Tokenizer":
+    def with_specials(self, names: Sequence[str], spare: Sequence[str] = ()) -> "Tokenizer":
         """Return the same tokenizer with pad, bos and eos of these names, appended if missing (§2).
 
         Args:
           names: of pad, bos and eos, in this order, which is that of their new ids.
+          spare: tokens without a use that take the place of missing names, where the tokenizer has
+            them.
         """
         backend = hf.Tokenizer.from_str(self.backend.to_str())
-        backend.add_special_tokens([n for n in names if backend.token_to_id(n) is None])
+        missing = [backend.token_to_id(name) is None for name in (*spare, *names)]
+        if spare and not any(missing[: len(spare)]) and all(missing[len(spare) :]):
+            names = spare
+        # Those that are there too: a decoded text spells no special token.
+        backend.add_special_tokens(list(names))
         pad, bos, eos = map(backend.token_to_id, names)
         return dataclasses.replace(self, backend=backend, bos=bos, eos=eos, pad=pad)
 
