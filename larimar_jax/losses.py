@@ -46,11 +46,7 @@ def logits(head: Head, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V
 
 
 def cross_entropy(
-    head: Head,
-    hidden: Float[Array, "R T D"],
-    targets: Int[Array, "R T"],
-    *,
-    whole: bool = False,
+    head: Head, hidden: Float[Array, "R T D"], targets: Int[Array, "R T"], *, whole: bool = False
 ) -> Float[Array, "R T"]:
     """Return −ln p(target) in nats. Its gradient computes the logits again.
 

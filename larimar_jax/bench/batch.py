@@ -49,7 +49,6 @@ class Batch(EditTask):
         stores = systems.cached("stores", (), lambda: self._stores(systems.model))
         # What the untouched LM makes of a text is measured once for all N.
         memo: dict = {}
-        rows: dict[int, list[dict]] = {case.case_id: [] for case in cases}
         for size in sorted(set(self.facts)):
             within = [case for case in cases if case.case_id < size]
             columns = [
@@ -63,9 +62,9 @@ class Batch(EditTask):
                 )
                 for case in within
             ]
-            facts = [(column["prompt"], column["new"]) for column in columns]
             if not columns:
                 continue
+            facts = [(column["prompt"], column["new"]) for column in columns]
             queries = systems.shared_memory(
                 stores[size], [prompt for prompt, _ in facts], [written(*fact) for fact in facts]
             )
@@ -76,10 +75,7 @@ class Batch(EditTask):
                 {"own_key_nearest": float(fact == nearest)}
                 for fact, nearest in zip(facts, queries.nearest, strict=True)
             ]
-            for row in queries.rows(columns, losses, rewrite_columns, own):
-                rows[row["case"]].append(row)
-        for case in cases:
-            yield from rows[case.case_id]
+            yield from queries.rows(columns, losses, rewrite_columns, own)
 
     def _stores(self, model) -> dict[int, FactStore]:
         facts = [(record.prompt, record.target_new) for record in self.records]

@@ -26,11 +26,7 @@ class CounterFact(EditTask):
     """
 
     name = "counterfact"
-    metrics: ClassVar = {
-        "S": Metric("S"),
-        "M": Metric("M"),
-        "in_scope": Metric("prompts in scope"),
-    }
+    metrics: ClassVar = {"S": Metric("S"), "M": Metric("M"), "in_scope": Metric("prompts in scope")}
     kinds = (*KINDS, "score")
     tables = (Pivot(cells=("S", "M"), caption="S ± standard error, below it M; percent"),)
     plots = (Plot(y="S", where={"kind": KINDS}),)

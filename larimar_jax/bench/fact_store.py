@@ -115,9 +115,10 @@ class FactStore:
         rows = list(chosen)
         padding = ((0, bucket(len(rows), _FACTS) - len(rows)), (0, 0))
         keys, values = np.pad(self.keys[rows], padding), np.pad(self.values[rows], padding)
-        memory, prepared = self.model.memory, self.model.prepared
         before = int(self.state.refused)
-        self.state = _write(memory, prepared, self.state, keys, values, np.int32(sign))
+        self.state = self.model.memory.update(
+            self.model.prepared, self.state, keys, values, np.int32(sign)
+        )
         if sign > 0 and int(self.state.refused) > before:
             raise self._not_finite()
 
@@ -131,18 +132,6 @@ class FactStore:
         padded = np.pad(latent, ((0, rows - len(latent)), (0, 0)))
         readout = _read(self.model.memory, self.model.prepared, self.state, padded)
         return np.asarray(readout)[: len(latent)], match
-
-
-@jax.jit
-def _write(
-    memory: Streaming,
-    prepared: Prepared,
-    state: Any,
-    keys: Float[Array, "N C"],
-    values: Float[Array, "N C"],
-    sign: Any,
-) -> Any:
-    return memory.update(prepared, state, keys, values, sign)
 
 
 @jax.jit

@@ -16,19 +16,17 @@ from larimar_jax.bench.task import Plot, Task
 def svg(task: Task, plot: Plot, results: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     """Return what a figure shows, in words, and the figure as a data URI."""
     import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     # Small, with large letters: it is still to be read where it is shrunk to a narrow screen.
-    with pyplot.rc_context({"font.size": 11}):
-        figure, axes = pyplot.subplots(figsize=(5.0, 4.6), layout="constrained")
+    with matplotlib.rc_context({"font.size": 11}):
+        figure = Figure(figsize=(5.0, 4.6), layout="constrained")
+        axes = figure.subplots()
         draw(axes, task, plot, results)
         alt = f"{task.name}: {axes.get_ylabel()}"
         fit(figure)
         file = io.BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
-        pyplot.close(figure)
     source = base64.b64encode(file.getvalue()).decode()
     return alt, f"data:image/svg+xml;base64,{source}"
 

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import jax
 import numpy as np
 import scipy.linalg
 
@@ -86,10 +85,7 @@ class Forget(EditTask):
     )
     plots = (Plot("moment", "recall", where={"facts": "last"}),)
     # After the same prompt was written with “unknown”, at N = K = 512.
-    paper: ClassVar = {
-        ("forgotten", "replaced", 512): 0.1,
-        ("others", "replaced", 512): 99.7,
-    }
+    paper: ClassVar = {("forgotten", "replaced", 512): 0.1, ("others", "replaced", 512): 99.7}
     paper_if: ClassVar = {"model": {"slots": 512}}
     overview: ClassVar = {"moment": ("forgotten", "replaced")}
     quoted = False
@@ -192,7 +188,7 @@ class Forget(EditTask):
         memory, prepared = full.model.memory, full.model.prepared
 
         def sums():
-            weights = np.float64(_address(memory, prepared, full.keys))
+            weights = np.float64(memory.address(prepared, full.keys))
             return weights, np.float64(full.values), weights.T @ weights
 
         weights, values, gram = systems.cached("sums", case.facts, sums)
@@ -224,8 +220,3 @@ class Forget(EditTask):
         return systems.cached(
             "encoded", (), lambda: encode_facts(systems.model, [*facts, *replaced])
         )
-
-
-@jax.jit
-def _address(memory, prepared, keys):
-    return memory.address(prepared, keys)

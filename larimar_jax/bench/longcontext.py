@@ -10,7 +10,7 @@ The facts are new ones of the world's cities (`data/atlas.py`), or those of a fi
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -117,7 +117,6 @@ class LongContext(EditTask):
     def evaluate(self, systems, cases: Sequence[Question]) -> Iterator[dict[str, Any]]:
         """Yield the recall of each question in its own words, and of the lookups and the memory in
         other words; questions of one N are read together."""
-        rows: dict[str, list[dict[str, Any]]] = {case.case_id: [] for case in cases}
         for size in dict.fromkeys(case.facts for case in cases):
             group = [case for case in cases if case.facts == size]
             records = [self.records[case.index] for case in group]
@@ -130,23 +129,14 @@ class LongContext(EditTask):
                 targets = [record.target_new for record in records]
                 recall = queries.accuracy(targets, names)
                 columns = [
-                    {
-                        "case": case.case_id,
-                        "kind": kind,
-                        "facts": size,
-                        "prompt": p,
-                        "target_new": t,
-                    }
+                    dict(case=case.case_id, kind=kind, facts=size, prompt=p, target_new=t)
                     for case, p, t in zip(group, prompts, targets, strict=True)
                 ]
                 right = [
                     {"right_chunk": bool(chunk == case.index // self.fan_in)}
                     for case, chunk in zip(group, chunks, strict=True)
                 ]
-                for row in queries.rows(columns, recall, _recall, right):
-                    rows[row["case"]].append(row)
-        for case in cases:
-            yield from rows[case.case_id]
+                yield from queries.rows(columns, recall, lambda _, r: {"recall": float(r)}, right)
 
     def _read(self, systems, size: int, prompts: Sequence[str]) -> tuple[Queries, np.ndarray]:
         """Return the queries of prompts about the first `size` facts, and the chunk of each answer."""
@@ -199,10 +189,6 @@ def other_words(record: EditRecord) -> str:
     """Return the last sentence of a fact's first paraphrase, what is before it being about something
     else; its own prompt where there is none."""
     return sentences(record.paraphrases[0])[-1] if record.paraphrases else record.prompt
-
-
-def _recall(columns: Mapping[str, Any], share: float) -> dict[str, float]:
-    return {"recall": float(share)}
 
 
 def _unit(rows: Float[np.ndarray, "n H"]) -> Float[np.ndarray, "n H"]:

@@ -16,19 +16,13 @@ from typing import Any, ClassVar
 import jax
 
 from larimar_jax.bench.counterfact import CounterFact
+from larimar_jax.bench.memory_speed import Turn
 from larimar_jax.bench.task import EditTask, Metric, Pivot, option
 from larimar_jax.session import Session
 
 # Facts that are in the session beside the one that is timed.
 BESIDE = 64
 TOKENS = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Repeat:
-    """One timing of everything."""
-
-    case_id: int
 
 
 class _Sides(dict[str, Callable[[], Any]]):
@@ -73,12 +67,12 @@ class Speed(EditTask):
         """Return the facts that are timed or scored."""
         return max(self.scored, BESIDE + 1)
 
-    def cases(self, systems) -> Sequence[Repeat]:
+    def cases(self, systems) -> Sequence[Turn]:
         """Return the turns."""
         self.require(self.records_needed(), "are needed", "--scored")
-        return [Repeat(number) for number in range(self.repeats)]
+        return [Turn(number) for number in range(self.repeats)]
 
-    def evaluate(self, systems, cases: Sequence[Repeat]) -> Iterator[dict]:
+    def evaluate(self, systems, cases: Sequence[Turn]) -> Iterator[dict]:
         """Yield the seconds of each side."""
         sides = systems.cached("sides", self, lambda: self._compile(systems))
         for case in cases:

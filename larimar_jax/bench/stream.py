@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import jax
 import numpy as np
 
 from larimar_jax.bench.fact_store import EncodedTexts, FactStore, encode_facts, written
@@ -236,29 +235,14 @@ class Stream(EditTask):
         memory, prepared = model.memory, model.prepared
         progress = systems.cached("progress", (), dict)
         if progress.get("edits", edits + 1) > edits:
-            progress |= {"edits": 0, "state": _init(memory, prepared, memory.empty(prepared))}
+            progress |= {"edits": 0, "state": rls.init(memory, prepared, memory.empty(prepared))}
         # From point to point, so that a run that is taken up streams the very same blocks.
         for point in self.points:
             done = progress["edits"]
             if done < point <= edits:
                 keys = encoded([prompt for prompt, _ in facts[done:point]]).latent
                 values = encoded.values(facts[done:point])
-                state = _stream(memory, prepared, progress["state"], keys, values)
+                state, _ = rls.stream(memory, prepared, progress["state"], keys, values)
                 progress |= {"edits": point, "state": state}
-        state = _to_state(memory, prepared, progress["state"])
+        state = rls.to_state(memory, prepared, progress["state"])
         return FactStore(encoded, facts[:edits], state, model)
-
-
-@jax.jit
-def _init(memory, prepared, state):
-    return rls.init(memory, prepared, state)
-
-
-@jax.jit
-def _stream(memory, prepared, state, keys, values):
-    return rls.stream(memory, prepared, state, keys, values)[0]
-
-
-@jax.jit
-def _to_state(memory, prepared, state):
-    return rls.to_state(memory, prepared, state)

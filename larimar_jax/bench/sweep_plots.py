@@ -1,7 +1,7 @@
 """Pictures of a sweep: capacity, retention, and recall against size."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,23 @@ def draw(rows: Sequence[Row], folder: str | Path) -> list[Path]:
     Each variant is drawn at its own best settings: for every number of facts per slot, the mean over
     seeds of the settings whose mean recall over all numbers is the highest.
     """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
     plots = {"capacity": _capacity, "retention": _retention, "pareto": _pareto}
     paths = []
     for source in dict.fromkeys(row["kind"] for row in rows):
         best = _best([row for row in rows if row["kind"] == source])
         for name, plot in plots.items():
+            figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+            axes = figure.subplots()
+            # As many colours as there are memories.
+            axes.set_prop_cycle(color=colormaps["tab20"].colors)
+            plot(axes, best)
+            axes.legend(fontsize=8)
+            axes.grid(alpha=0.3)
             paths.append(Path(folder) / f"{source}_{name}.png")
-            _save(paths[-1], plot, best)
+            figure.savefig(paths[-1], dpi=120)
     return paths
 
 
@@ -39,22 +49,6 @@ def _best(rows: Sequence[Row]) -> Best:
         label: max(choices.values(), key=lambda rows: np.mean([row["recall"] for row in rows]))
         for label, choices in groups.items()
     }
-
-
-def _save(path: Path, plot: Callable[[Any, Best], None], best: Best) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
-    # As many colours as there are memories.
-    axes.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
-    plot(axes, best)
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def _load(row: Row) -> float:
@@ -88,9 +82,7 @@ def _retention(axes: Any, best: Best) -> None:
 def _pareto(axes: Any, best: Best) -> None:
     for label, rows in best.items():
         sizes = sorted({row["bytes"] for row in rows})
-        recall = [
-            np.mean([row["recall"] for row in rows if row["bytes"] == size]) for size in sizes
-        ]
+        recall = [np.mean([r["recall"] for r in rows if r["bytes"] == size]) for size in sizes]
         time = 1e3 * np.mean([row["seconds"] for row in rows])
         points = axes.plot(np.array(sizes) / 1e6, recall, marker="o", markersize=3, alpha=0.8)
         points[0].set_label(f"{label} ({time:.1f} ms)")

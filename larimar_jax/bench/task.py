@@ -143,7 +143,7 @@ class Task:
         raise NotImplementedError
 
     def evaluate(self, systems: Any, cases: Sequence[Any]) -> typing.Iterator[dict[str, Any]]:
-        """Yield the rows of a chunk of cases, in their order, at least one a case."""
+        """Yield the rows of a chunk of cases, at least one a case; the runner orders them by case."""
         raise NotImplementedError
 
     def derived(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

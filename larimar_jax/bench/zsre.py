@@ -24,10 +24,7 @@ class ZsRE(EditTask):
     """
 
     name = "zsre"
-    metrics: ClassVar = {
-        "accuracy": Metric("accuracy"),
-        "in_scope": Metric("prompts in scope"),
-    }
+    metrics: ClassVar = {"accuracy": Metric("accuracy"), "in_scope": Metric("prompts in scope")}
     kinds = ("rewrite", "paraphrase", "neighbourhood")
     tables = (Pivot(cells=("accuracy",), caption="accuracy ± standard error, percent"),)
     paper: ClassVar = {("rewrite",): 98.1, ("paraphrase",): 81.6, ("neighbourhood",): 19.7}

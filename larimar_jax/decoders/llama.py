@@ -158,10 +158,7 @@ class Llama(Decoder):
 
     CONFIG, BLOCK = LlamaConfig, LlamaBlock
     model_types = ("llama", "mistral", "qwen2")
-    sharding_rules = (
-        *layers.SHARDING_RULES,
-        (r"^head/kernel$", ("fsdp", "tensor"), "optional"),
-    )
+    sharding_rules = (*layers.SHARDING_RULES, (r"^head/kernel$", ("fsdp", "tensor"), "optional"))
     # (source name, target parameter, transform), as weights/key_table.py reads it.
     hf_keys = (
         ("model.embed_tokens.weight", "word.embedding", "copy"),

@@ -94,10 +94,7 @@ def write_tensors(
 
 
 def _write_tower(
-    folder: pathlib.Path,
-    module: nnx.Module,
-    tokenizer: Tokenizer,
-    roles: Mapping[str, int],
+    folder: pathlib.Path, module: nnx.Module, tokenizer: Tokenizer, roles: Mapping[str, int]
 ) -> None:
     # config.json knows no [CLS] and [SEP].
     ids = {f"{r}_id": i for r, i in roles.items() if r in ("bos_token", "eos_token", "pad_token")}

@@ -49,11 +49,7 @@ def compare(config: Config, repeats: int) -> list[timing.Ratio]:
     distance = agreement(
         ours.losses(), theirs.losses(ours.batch), PRETRAINED if pretrained else AGREEMENT
     )
-    sides = {
-        "here": ours.step,
-        "torch": lambda: theirs.step(ours.batch),
-        "memory": ours.memory,
-    }
+    sides = {"here": ours.step, "torch": lambda: theirs.step(ours.batch), "memory": ours.memory}
     for side in sides.values():
         side()
     times = timing.interleave(sides, repeats)
