@@ -13,8 +13,8 @@ import world
 from larimar_jax import config as configs
 from larimar_jax.data import corpus, episodes, pieces
 from larimar_jax.train import sharding
+from larimar_jax.train.collectives import read_collectives
 from larimar_jax.train.logging import BadStep, BadSteps
-from larimar_jax.train.plan import read_collectives
 from larimar_jax.train.step import TrainStep, initialise
 from larimar_jax.weights import Tokenizer
 
@@ -102,6 +102,21 @@ def test_the_memory_algebra_needs_no_other_device(run, layout):
     # M₀ by slots is gathered once, before any episode is written.
     slots = LAYOUTS[layout].get("memory_layout") == "slots"
     assert len(inside) <= slots and all(c.bytes <= 8 * 16 * 4 for c in inside), inside
+
+
+def test_an_episode_of_padding_on_one_device_keeps_no_other_waiting(run):
+    """The exact memory branches on its facts, so that devices may take different branches."""
+    config, batches = run
+    exact = configs.to_dict(config) | {"memory": {"variant": "direct", "slots": 8}}
+    padded = {name: array.copy() for name, array in batches[0].items()}
+    for name in ("encoder_mask", "decoder_mask"):
+        padded[name][0] = False
+    branching = (configs.parse(exact), [padded, batches[1]])
+    losses, _, step, _ = trained(branching, mesh=(1, 2, 1))
+    np.testing.assert_allclose(losses, trained(branching)[0], rtol=1e-5)
+    text = step.step.lower(*step.arguments(2)).compile().as_text()
+    assert " conditional(" in text
+    assert [c for c in read_collectives(text) if c.conditional] == []
 
 
 def test_an_average_follows_the_parameters(run):

@@ -5,10 +5,9 @@ Memory is read off the compiled program, collectives off its HLO text.
 
 import dataclasses
 import math
-import re
 import typing
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from larimar_jax import model
 from larimar_jax.config import Config
 from larimar_jax.layers import Remat
 from larimar_jax.train import sharding
+from larimar_jax.train.collectives import KINDS, read_collectives
 from larimar_jax.train.step import TrainStep, count_flops
 
 # The share of a device's memory that a step may take: the rest is the driver's, the communication
@@ -37,7 +37,8 @@ class Plan:
     averages), batch, temporaries (activations, gradients and gathered parameters). collectives: by
     kind, (how many, bytes that a device sends). flops: of a step, on all devices together, with what
     remat computes again; model_flops: without. memory_collectives: names of those that gather or
-    exchange inside the memory algebra; a test shows that there are none.
+    exchange inside the memory algebra; conditional_collectives: of those in a branch. Tests show that
+    there are none.
     """
 
     config: Config
@@ -46,6 +47,7 @@ class Plan:
     bytes: dict[str, int]
     collectives: dict[str, tuple[int, int]]
     memory_collectives: list[str]
+    conditional_collectives: list[str]
     flops: int
     model_flops: int
 
@@ -109,6 +111,7 @@ def plan(config: Config) -> Plan:
             if cs
         },
         [c.name for c in sent if c.kind != "all-reduce" and c.within("memory")],
+        [c.name for c in sent if c.conditional],
         count_flops(train_step.step, *arguments),
         train_step.flops(episode),
     )
@@ -241,108 +244,3 @@ def numbers(plan: Plan, memory: float, rate: float, link: float) -> dict[str, An
         "seconds_computing": computing,
         "seconds_sending": sending,
     }
-
-
-# Collectives, read off HLO text -----------------------------------------------------------------
-
-# Bytes that each of n devices sends by a ring, per byte of the result.
-KINDS: dict[str, Callable[[int], float]] = {
-    "all-reduce": lambda n: 2 * (n - 1) / n,
-    "all-gather": lambda n: (n - 1) / n,
-    "reduce-scatter": lambda n: n - 1,
-    "all-to-all": lambda n: (n - 1) / n,
-    "collective-permute": lambda n: 1,
-}
-_HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
-_COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (.*?) ({'|'.join(KINDS)})\(")
-_ARRAY = re.compile(r"\b[a-z]+(\d*)\w*\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:body|to_apply|calls|branch_computations)=(\{[^}]*\}|%?[\w.-]+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_NAME = re.compile(r'op_name="([^"]*)"')
-_GROUPS = re.compile(r"replica_groups=(\{\}|\{\{[^}]*\}|\[\d+,\d+\]|mesh\S* \{[^}]*\})")
-_MESH_AXES = re.compile(r"'(\w+)'=(\d+)")
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """One collective. bytes: of its result on one device; times: how often a step runs it.
-
-    group: how many devices take part. name: its place in the traced program.
-    """
-
-    kind: str
-    bytes: int
-    times: int
-    group: int
-    name: str
-
-    def within(self, scope: str) -> bool:
-        """Return whether it is of a `jax.named_scope` or of its gradient, such as "jvp(scope)"."""
-        return re.search(rf"[/(]{re.escape(scope)}\)*/", self.name) is not None
-
-    @property
-    def moved(self) -> int:
-        """Bytes that a device sends in a step, by a ring."""
-        return int(self.bytes * self.times * KINDS[self.kind](self.group))
-
-
-def read_collectives(text: str) -> list[Collective]:
-    """Return all collectives between two or more devices in the HLO text of a program for CPU.
-
-    Args:
-        text: `compiled.as_text()`.
-    Raises:
-        ValueError: no HLO in which an entry can be recognised.
-    """
-    bodies: dict[str, list[str]] = {}
-    entry = None
-    for line in text.splitlines():
-        if head := _HEAD.match(line):
-            lines = bodies.setdefault(head[2], [])
-            entry = head[2] if head[1] else entry
-        elif bodies:
-            lines.append(line)
-    if entry is None:
-        raise ValueError("this is no HLO text: it has no ENTRY computation")
-    times = dict.fromkeys(bodies, 0)
-
-    def run(name: str, often: int) -> None:
-        times[name] += often
-        for line in bodies[name]:
-            trips = _TRIPS.search(line)
-            inner = often * (int(trips[1]) if trips and " while(" in line else 1)
-            for called in _CALLED.findall(line):
-                for body in called.strip("{}").split(","):
-                    if body.strip(" %") in bodies:
-                        run(body.strip(" %"), inner)
-
-    run(entry, 1)
-    devices = math.prod(
-        int(n)
-        for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", text.split("\n", 1)[0])
-    )
-    collectives = []
-    for body, line in ((name, text) for name, texts in bodies.items() for text in texts):
-        if match := _COLLECTIVE.match(line):
-            size = sum(
-                int(bits or 8) // 8 * math.prod(int(n) for n in shape.split(",") if n)
-                for bits, shape in _ARRAY.findall(match[1])
-            )
-            name, group = _NAME.search(line), _group_size(line, devices)
-            collectives.append(
-                Collective(match[2], size, times[body], group, name[1] if name else "")
-            )
-    return [c for c in collectives if c.times and c.group > 1]
-
-
-def _group_size(line: str, devices: int) -> int:
-    groups = _GROUPS.search(line)
-    if groups is None:
-        return 2  # Pairs of a permutation.
-    text = groups[1]
-    if text == "{}":
-        return devices
-    if text.startswith("mesh"):
-        sizes, axes = dict(_MESH_AXES.findall(text.split("{")[0])), text.split("{")[1][:-1]
-        return math.prod(int(sizes[axis.strip(" '")]) for axis in axes.split(","))
-    return int(text[1:-1].split(",")[1]) if text.startswith("[") else text.count(",") + 1
