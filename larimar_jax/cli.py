@@ -20,7 +20,7 @@ from larimar_jax.bench import bench_commands
 from larimar_jax.train import train_commands
 
 PACKAGE = Path(__file__).resolve().parent
-SESSION, MODEL = "larimar-session.safetensors", "smol"
+SESSION, MODEL = "larimar-session.jsonl", "smol"
 EXAMPLES = """\
 examples:
   larimar demo
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # LAPACK calls here are small, and its threads would wait for those of XLA on the same cores.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    for stream in (sys.stdout, sys.stderr):  # of a terminal that may not have all characters
+        stream.reconfigure(errors="backslashreplace")
     arguments = vars(parser().parse_args(argv))
     name, debug = arguments.pop("command"), arguments.pop("debug", False)
     arguments = {n: tuple(v) if isinstance(v, list) else v for n, v in arguments.items()}
@@ -84,6 +86,11 @@ class _LateParser(argparse.ArgumentParser):
     """A parser that adds options, by `fill(parser)`, only when it is the one chosen."""
 
     fill: Callable[[argparse.ArgumentParser], None] | None = None
+
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        # What begins with one dash is an argument, as argparse has it of negative numbers: "-40C".
+        self._negative_number_matcher = re.compile("-(?!-)")
 
     def parse_known_args(self, args=None, namespace=None):
         fill, self.fill = self.fill, None
@@ -144,6 +151,7 @@ def _add_arguments(single: argparse.ArgumentParser, function: Callable, helps: s
         else:
             settings["type"] = get_args(kind)[1] if get_origin(kind) is Annotated else kind
         if parameter.kind is not parameter.KEYWORD_ONLY:
+            settings |= {} if default is parameter.empty else dict(nargs="?")
             single.add_argument(name, **settings)
             continue
         if isinstance(default, str | int | float) and kind is not bool:
@@ -171,69 +179,99 @@ def demo(*, model: str | None = None, picture: str = "demo.png", world: bool = F
     (demo.world if world else demo.run)(model or ("world" if world else MODEL), picture)
 
 
-def edit(prompt: str, answer: str, *, session: str = SESSION, model: str | None = None) -> None:
-    """Write a fact into a session's memory; the first one starts the session.
+def edit(
+    prompt: str | None = None,
+    answer: str | None = None,
+    *,
+    file: str | None = None,
+    session: str = SESSION,
+    model: str | None = None,
+) -> None:
+    """Write a fact into a session's memory, or a file of facts; the first one starts the session.
 
     Args:
       prompt: the fact up to its answer
       answer: what the model answers from now on
+      file JSONL: a fact a line, {"prompt": …, "answer": …}, with "rephrasings": […] where there are any
       session FILE: its file
       model NAME: a checkpoint that ships, or the path of one (the session's own; smol for a new one)
     Example: larimar edit "The Eiffel Tower is in the city of" "Rome"
     """
-    from larimar_jax.session import Session, load
+    if (file is None) == (answer is None) or (file and prompt):
+        raise ValueError("give a prompt and an answer, or --file and neither.")
+    from larimar_jax import session_file
 
-    path = Path(session)
+    if file is None:
+        session_file.normalise(prompt, answer, ())  # before a model is loaded
+    facts = [dict(prompt=prompt, answer=answer)] if file is None else session_file.read_facts(file)
+    if model is None:
+        try:
+            model = session_file.Journal(session).header()["model"]
+        except FileNotFoundError:
+            model = MODEL
+    from larimar_jax.session import Session
+
     _loading()
-    loaded = None if model is None else load(model)
-    opened = Session.load(path, loaded) if path.exists() else Session(loaded or MODEL)
-    fact = opened.write(prompt, answer)
-    opened.save(path)
-    print(fact)
-    if note := opened.history()[-1].note:
-        print(f"({note})", file=sys.stderr)
+    opened = Session(model, session)
+    for fact in facts:
+        print(opened.write(**fact), flush=True)
+        if note := opened.history()[-1].note:
+            print(f"({note})", file=sys.stderr)
 
 
-def ask(prompt: str, *, tokens: train_commands.Count = 12, session: str = SESSION) -> None:
-    """Continue a prompt, from memory where a written fact applies.
+def ask(
+    prompt: str | None = None, *, tokens: train_commands.Count = 12, session: str = SESSION
+) -> None:
+    """Continue a prompt, or each line of standard input, from memory where a written fact applies.
 
     Args:
-      prompt: the text to be continued
+      prompt: the text to be continued; without it each line of standard input is one
       tokens N: length of the answer
       session FILE: its file
     Example: larimar ask "In which city is the Eiffel Tower? It is in"
     """
-    begun = False
+    opened, begun = _open(session), False
 
     def show(piece: str) -> None:
         nonlocal begun
         text = piece if begun else piece.lstrip()  # the blank between prompt and answer
         begun = begun or bool(text)
-        print(text, end="", flush=True)
+        # A line of standard input is answered by a line.
+        print(text.replace("\n", " ") if prompt is None else text, end="", flush=True)
 
-    opened = _open(session)
-    answer = opened.ask(prompt, max_tokens=tokens, on_text=show)
-    print()
-    source = f"from fact {answer.fact}" if answer.in_scope else "nothing written applies"
-    note = f"({source}; likeness {answer.score:.2f})" if opened.list() else "(nothing is written)"
-    print(note, file=sys.stderr)
+    if prompt is None:
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    for line in filter(str.strip, sys.stdin) if prompt is None else [prompt]:
+        begun = False
+        answer = opened.ask(line.rstrip("\n"), max_tokens=tokens, on_text=show)
+        print()
+        source = f"from fact {answer.fact}" if answer.in_scope else "nothing written applies"
+        note = f"({source}; likeness {answer.score:.2f})"
+        print(note if opened.list() else "(nothing is written)", file=sys.stderr)
 
 
-def forget(fact: int, *, session: str = SESSION) -> None:
+def forget(fact: int | None = None, *, purge: bool = False, session: str = SESSION) -> None:
     """Take a fact out of a session's memory.
 
     Args:
       fact: its number, as `larimar list` shows it
+      purge: also remove its text from the file, history included; without a number, that of all that was
+        forgotten before
       session FILE: its file
     Example: larimar forget 1
     """
+    if fact is None and not purge:
+        raise ValueError("name the fact to forget by its number, as `larimar list` shows it.")
     opened = _open(session)
-    forgotten = opened.forget(fact)
-    opened.save(Path(session))
-    print(f"forgotten {forgotten.fact}")
-    distance = f"the memory is {forgotten.distance:.0e} from one that never saw it"
-    leverage = f"other facts explain {forgotten.leverage:.0%} of its key"
-    print(f"({distance}; {leverage})", file=sys.stderr)
+    if not purge or fact in [known.id for known in opened.list()]:
+        forgotten = opened.forget(fact)
+        print(f"forgotten {forgotten.fact}")
+        distance = f"the memory is {forgotten.distance:.0e} from one that never saw it"
+        leverage = f"other facts explain {forgotten.leverage:.0%} of its key"
+        print(f"({distance}; {leverage})", file=sys.stderr)
+    if purge:
+        opened.purge(fact)
+        print(f"(no trace of it is left in {session})", file=sys.stderr)
 
 
 def list_facts(*, history: bool = False, session: str = SESSION) -> None:
@@ -246,7 +284,8 @@ def list_facts(*, history: bool = False, session: str = SESSION) -> None:
     """
     from larimar_jax import session_file
 
-    ledger, _ = session_file.load(_existing(session))
+    file = session_file.Journal(_existing(session))
+    ledger = session_file.read(file, session_file.Ledger("", ""))
     for line in ledger.history if history else ledger.facts.values():
         print(line)
     if not (ledger.facts or history):

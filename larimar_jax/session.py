@@ -4,26 +4,29 @@
     fact = session.write("The Eiffel Tower is located in the city of", "Rome")
     session.ask("The Eiffel Tower can be found in").text
     session.forget(fact.id)
+    session.save("facts.jsonl")
+
+    session = Session("smol", "facts.jsonl")    # from here on, what a call changed is in the file
 
 Every call either does all of its work, or raises and leaves the session as it was.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Float
 
 from larimar_jax import scope, session_file
-from larimar_jax.memory import diagnostics, rls
-from larimar_jax.memory.base import Prepared
-from larimar_jax.memory.streaming import Streaming, StreamingState
+from larimar_jax.memory import diagnostics, finite, rls
+from larimar_jax.memory.finite import MemoryNotFinite
+from larimar_jax.memory.streaming import StreamingState
 from larimar_jax.model import Condition
 from larimar_jax.packing import steps_bucket
 from larimar_jax.pipeline import Pipeline, load
@@ -35,10 +38,15 @@ from larimar_jax.session_file import (
     FactRows,
     Forgotten,
     Ledger,
-    MemoryNotFinite,
-    UnknownFact,
-    WrongModel,
+    require_text,
 )
+from larimar_jax.session_file import (
+    UnknownFact as UnknownFact,
+)
+from larimar_jax.session_file import (
+    WrongModel as WrongModel,
+)
+from larimar_jax.weights.journal import Journal
 
 # Cosine of two prompts from which one is easily taken for the other.
 _NEAR = 0.95
@@ -54,17 +62,32 @@ class _Recall(NamedTuple):
 
 
 class Session:
-    """A model, one streaming memory, and the facts that are in it.
+    """A model, one streaming memory, and the facts that are in it; threads may share it.
 
     Args:
       model: a loaded `Pipeline`, or what `pipeline.load` takes: a name or a path.
+      path: the session's file, opened if it is there and begun if not: `write`, `forget` and `purge`
+        take in what other writers appended to it, and what they changed is there when they return.
+
+    Raises:
+      DamagedSession: the file is none of a session, or damaged.
+      WrongModel: another model's encodings mean other things.
     """
 
-    def __init__(self, model: Pipeline | str | pathlib.Path = "smol"):
+    def __init__(
+        self,
+        model: Pipeline | str | pathlib.Path = "smol",
+        path: str | pathlib.Path | None = None,
+    ):
         self.model = model if isinstance(model, Pipeline) else load(model)
         memory, prepared = self.model.memory, self.model.prepared
         self._memory = rls.init(memory, prepared, memory.empty(prepared))
         self._ledger = Ledger(self.model.source, self.model.fingerprint)
+        self._lock = threading.RLock()
+        self._file = None if path is None else Journal(path)
+        if self._file is not None:
+            self._file.begin(session_file.header(self._ledger))
+            self._refresh()
 
     @property
     def state(self) -> StreamingState:
@@ -77,38 +100,35 @@ class Session:
         A prompt that is already written is corrected: its former fact is forgotten first.
 
         Raises:
-          EmptyFact, TextTooLong, EncodingNotFinite, MemoryNotFinite: nothing is written.
+          EmptyFact, NotText, NotUnicode, TextTooLong, EncodingNotFinite, MemoryNotFinite, SaveFailed:
+            nothing is written.
         """
-        if isinstance(rephrasings, str):
-            raise TypeError("rephrasings is a list of texts, not one text")
-        prompts = tuple(" ".join(text.split()) for text in (prompt, *rephrasings))
-        answer = " ".join(answer.split())
-        if not all(prompts) or not answer:
-            raise EmptyFact(
-                f"A fact needs a prompt and an answer; got prompts {list(prompts)} and answer "
-                f"{answer!r}. Give both, such as 'The capital of France is' and 'Lyon'."
-            )
+        prompts, answer = session_file.normalise(prompt, answer, rephrasings)
         count = len(prompts)
         texts = [*prompts, *(f"{text} {answer}" for text in prompts)]
-        encodings = self.model.encode(texts, [None] * count + [answer] * count)
+        model = self.model
+        encodings = model.encode(texts, [None] * count + [answer] * count)
         latent = encodings.latent
         rows = FactRows(encodings.embedding[:count], latent[:count], latent[count:])
-        memory, ledger, note = self._memory, self._ledger, ""
-        former = next((fact for fact in self.list() if fact.prompt == prompts[0]), None)
-        if former is not None:
-            note = f"replaces {former}"
-            memory, milliseconds = self._without(memory, ledger.rows[former.id])
-            ledger = ledger.without(former, milliseconds)
-        elif ledger.facts:
-            ids, written = self._written()
-            match = scope.nearest_key(rows.embedding[:1], written)
-            if match.score[0] >= _NEAR:
-                near = f"fact {ids[match.key[0]]} (cosine {match.score[0]:.2f})"
-                note = f"its prompt is hard to tell from that of {near}"
-        memory, milliseconds = self._with(memory, rows)
-        fact = Fact(ledger.next_id, prompts[0], answer, prompts[1:])
-        ledger = ledger.with_fact(fact, rows, milliseconds, note)
-        self._memory, self._ledger = memory, ledger
+        with self._exclusively():
+            memory, ledger, note = self._memory, self._ledger, ""
+            former = next((fact for fact in self.list() if fact.prompt == prompts[0]), None)
+            if former is not None:
+                note = f"replaces {former}"
+                memory, milliseconds = self._without(memory, ledger.rows[former.id])
+                ledger = ledger.without(former, milliseconds)
+            elif ledger.facts:
+                ids, written = self._written()
+                match = scope.nearest_key(rows.embedding[:1], [0], written)
+                if match.score[0] >= _NEAR:
+                    near = f"fact {ids[match.key[0]]} (cosine {match.score[0]:.2f})"
+                    note = f"its prompt is hard to tell from that of {near}"
+            begin = time.perf_counter()
+            memory = finite.write(model.memory, model.prepared, memory, rows.key, rows.value)
+            milliseconds = _since(begin)
+            fact = Fact(ledger.next_id, prompts[0], answer, prompts[1:])
+            ledger = ledger.with_fact(fact, rows, milliseconds, note)
+            self._commit(memory, ledger)
         return fact
 
     def forget(self, fact_id: int) -> Forgotten:
@@ -117,23 +137,29 @@ class Session:
 
         Raises:
           UnknownFact: it is not there: never written, or forgotten before.
-          MemoryNotFinite: nothing is forgotten.
+          MemoryNotFinite, SaveFailed: nothing is forgotten.
         """
-        facts = self._ledger.facts
-        if fact_id not in facts:
-            forgotten = any(past.fact.id == fact_id for past in self._ledger.history)
-            known = ", ".join(map(str, facts)) or "none"
-            raise UnknownFact(
-                f"There is no fact {fact_id} to forget: it was "
-                f"{'forgotten before' if forgotten else 'never written'}. Facts in memory: {known}."
-            )
-        fact, rows = facts[fact_id], self._ledger.rows[fact_id]
-        memory, milliseconds = self._without(self._memory, rows)
-        solved = (self.model.memory, self.model.prepared, self._memory.state, memory.state)
-        certificate = diagnostics.certify(*solved, rows.key[:1])
-        forgotten = Forgotten(fact, float(certificate.distance), float(certificate.leverage))
-        self._memory, self._ledger = memory, self._ledger.without(fact, milliseconds)
-        return forgotten
+        with self._exclusively():
+            fact, rows = self._ledger.find(fact_id)
+            memory, milliseconds = self._without(self._memory, rows)
+            solved = (self.model.memory, self.model.prepared, self._memory.state, memory.state)
+            certificate = diagnostics.certify(*solved, rows.key[:1])
+            self._commit(memory, self._ledger.without(fact, milliseconds))
+        return Forgotten(fact, float(certificate.distance), float(certificate.leverage))
+
+    def purge(self, fact_id: int | None = None) -> None:
+        """Remove a forgotten fact's text from history and file, and that of all facts of its prompts
+        that were forgotten; of every forgotten fact by default. The file is written anew.
+
+        Raises:
+          UnknownFact: it is in memory, or nowhere.
+          SaveFailed: nothing is removed.
+        """
+        with self._exclusively():
+            ledger = self._ledger.without_trace(fact_id)
+            if self._file is not None:
+                session_file.rewrite(self._file, ledger)
+            self._ledger = ledger
 
     def health(self) -> diagnostics.Diagnostics:
         """Return diagnostics: condition number, distance to an exact solve, load, expected read error,
@@ -170,7 +196,8 @@ class Session:
     def _answers(
         self, prompts: Sequence[str], decode: Callable[[Condition | None], list[str]]
     ) -> list[Answer]:
-        facts, scores, condition, milliseconds = self._recall(prompts)
+        with self._lock:
+            facts, scores, condition, milliseconds = self._recall(prompts)
         begin = time.perf_counter()
         texts = decode(condition)
         milliseconds["decode"] = _since(begin)
@@ -183,24 +210,27 @@ class Session:
         self, prompts: Sequence[str], candidates: Sequence[Sequence[str]]
     ) -> Float[np.ndarray, "n c"]:
         """Return −ln p per token of c candidate answers to each of n prompts, decoded as by `ask`."""
-        return self.model.score(prompts, candidates, self._recall(prompts).condition)
+        with self._lock:
+            condition = self._recall(prompts).condition
+        return self.model.score(prompts, candidates, condition)
 
     def _recall(self, prompts: Sequence[str]) -> _Recall:
-        """Return scope decision and readout of each prompt, by its `scope.question`."""
+        """Return scope decision and readout of each prompt, by its sentence nearest to a fact."""
         if isinstance(prompts, str):
             raise TypeError("prompts is a list of texts; ask() takes one")
+        for prompt in prompts:
+            require_text("prompt", prompt)
         if not all(prompt.strip() for prompt in prompts):
             raise EmptyFact("A question needs a text to continue; one of the prompts is empty.")
         begin = time.perf_counter()
-        written_prompts = {text for fact in self.list() for text in fact.prompts}
-        questions = [scope.question(prompt, written_prompts) for prompt in prompts]
-        encodings = self.model.encode(questions, cut=True)
+        sentences, owners = scope.split_sentences(prompts)
+        encodings = self.model.encode(sentences)
         milliseconds = {"encode": _since(begin)}
         begin = time.perf_counter()
         ids, written = self._written()
-        match = scope.nearest_key(encodings.embedding, written)
+        match = scope.nearest_key(encodings.embedding, owners, written)
         inside = match.within(self.model.scope_threshold)
-        queries = _padded(encodings.latent)
+        queries = _padded(encodings.latent[match.sentence])
         read = rls.read(self.model.memory, self.model.prepared, self._memory, queries)
         readout = np.asarray(read)[: len(prompts)]
         milliseconds["read"] = _since(begin)
@@ -219,73 +249,79 @@ class Session:
         none = np.zeros((0, self.model.model.encoder.config.width), np.float32)
         return ids, np.concatenate([none, *(rows.embedding for rows in rows_by_id.values())])
 
-    def _with(self, memory: rls.RLSState, rows: FactRows) -> tuple[rls.RLSState, float]:
-        """Return the memory with a fact's rows, and the milliseconds that writing took."""
-        begin, model = time.perf_counter(), self.model
-        for key, value in zip(rows.key, rows.value, strict=True):
-            # The statistics and the solution stay where they are: what moves is a few rows.
-            pending, is_due, is_finite = _write(model.memory, model.prepared, memory, key, value)
-            memory = dataclasses.replace(memory, pending=pending)
-            if is_due:
-                memory = rls.refactorize(model.memory, model.prepared, memory)
-                is_finite = jnp.isfinite(memory.state.solution).all()
-            if not is_finite:
-                raise self._not_finite("write")
-        return memory, _since(begin)
-
     def _without(self, memory: rls.RLSState, rows: FactRows) -> tuple[rls.RLSState, float]:
         """Return the memory without a fact's rows, solved, and the milliseconds that forgetting took."""
         begin, model = time.perf_counter(), self.model
         keys, values = _padded(rows.key), _padded(rows.value)
-        after = rls.forget(model.memory, model.prepared, memory, keys, values)
-        is_finite = jnp.isfinite(after.state.solution).all()
-        if after.state.refused > memory.state.refused or not is_finite:
-            raise self._not_finite("forget")
-        return after, _since(begin)
-
-    def _not_finite(self, action: str) -> MemoryNotFinite:
-        return MemoryNotFinite(
-            f"The memory could not {action} this in float32, and stays as it was. Its ridge "
-            f"({float(self.model.memory.ridge):g}) is too small for what is written: load the model "
-            "with a larger editing.ridge and write the facts again."
-        )
+        memory = finite.forget(model.memory, model.prepared, memory, keys, values)
+        return memory, _since(begin)
 
     def history(self) -> list[Event]:
         """Return every write and forget so far, in order."""
         return [*self._ledger.history]
 
     def save(self, path: str | pathlib.Path) -> None:
-        """Write the session to one file, whole or not at all."""
-        session_file.save(path, self._ledger, _named(self.state))
+        """Write the session to one file, whole or not at all, in place of what was there.
+
+        Raises:
+          SaveFailed.
+        """
+        with self._lock:
+            if self._file is not None and self._file.path.resolve() == pathlib.Path(path).resolve():
+                with self._exclusively():
+                    session_file.rewrite(self._file, self._ledger)
+            else:
+                session_file.rewrite(Journal(path), self._ledger)
 
     @classmethod
     def load(cls, path: str | pathlib.Path, model: Pipeline | None = None) -> "Session":
-        """Open a saved session; its memory is the saved one bit for bit.
+        """Open a session's file; its memory is solved anew from the rows of the facts that are in.
 
         Args:
-          path: what `save` wrote.
+          path: what `save`, `larimar edit` or `Session(model, path)` wrote.
           model: the model it was saved under, where it is loaded already; default: by its name.
 
         Raises:
-          FileNotFoundError, DamagedSession.
-          WrongModel: another model's encodings mean other things.
+          FileNotFoundError, DamagedSession, WrongModel.
         """
-        ledger, arrays = session_file.load(path)
-        session = cls(load(ledger.model) if model is None else model)
-        model = session.model
-        if model.fingerprint != ledger.fingerprint:
-            raise WrongModel(
-                f"{path} was saved under {ledger.model!r}, fingerprint {ledger.fingerprint[:12]}; "
-                f"the model here is {model.source!r}, {model.fingerprint[:12]}. What "
-                "one model wrote another can not read: load that model, or write the facts again."
-            )
-        names = _named(session._memory.state)
-        session_file.require(path, arrays, list(names))
-        leaves = [jax.device_put(arrays[name]) for name in names]
-        state = jax.tree.unflatten(jax.tree.structure(session._memory.state), leaves)
-        session._memory = rls.init(model.memory, model.prepared, state)
-        session._ledger = dataclasses.replace(ledger, model=model.source)
-        return session
+        name = Journal(path).header()["model"]
+        return cls(name if model is None else model, path)
+
+    @contextlib.contextmanager
+    def _exclusively(self) -> Iterator[None]:
+        """Keep all others from changing the session and its file, and take in what they changed."""
+        with self._lock, contextlib.ExitStack() as stack:
+            if self._file is not None:
+                stack.enter_context(self._file.locked())
+                self._refresh()
+            yield
+
+    def _commit(self, memory: rls.RLSState, ledger: Ledger) -> None:
+        """Append what is new in a ledger to the file, and make it the session's."""
+        if self._file is not None:
+            new = ledger.history[len(self._ledger.history) :]
+            session_file.append(self._file, new, ledger.rows)
+        self._memory, self._ledger = memory, ledger
+
+    def _refresh(self) -> None:
+        """Take in what is new in the file."""
+        before, memory, model = self._ledger, self._memory, self.model
+        ledger = session_file.read(self._file, before)
+        if ledger is before:
+            return
+        session_file.require_model(self._file.path, ledger, model.source, model.fingerprint)
+        gone = [before.rows[i] for i, fact in before.facts.items() if ledger.facts.get(i) != fact]
+        new = [ledger.rows[i] for i, fact in ledger.facts.items() if before.facts.get(i) != fact]
+        try:
+            if gone:
+                memory, _ = self._without(memory, session_file.join(gone))
+            if new:
+                rows = session_file.join(new)
+                memory = finite.write(model.memory, model.prepared, memory, rows.key, rows.value)
+        except MemoryNotFinite:
+            self._file = Journal(self._file.path)  # to be read anew
+            raise
+        self._memory, self._ledger = memory, dataclasses.replace(ledger, model=model.source)
 
     # Last in the class: below it, `list` in an annotation would be this method.
     def list(self) -> list[Fact]:
@@ -293,29 +329,9 @@ class Session:
         return [*self._ledger.facts.values()]
 
 
-@jax.jit
-def _write(
-    memory: Streaming, prepared: Prepared, now: rls.RLSState, key: Array, value: Array
-) -> tuple[rls.Pending, Bool[Array, ""], Bool[Array, ""]]:
-    """Return the pending writes with this one, whether to factorise, and whether all is finite.
-
-    Compiled as one, `rls.write` does not return copies of the arrays that a write leaves as they are.
-    """
-    written, _, is_due = rls.write(memory, prepared, now, key, value)
-    finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(written.pending)]
-    return written.pending, is_due, jnp.stack(finite).all()
-
-
 def _padded(rows: Float[np.ndarray, "n C"]) -> Float[np.ndarray, "m C"]:
     """Return rows and zero rows after them, so that few numbers of rows are compiled for."""
     return np.pad(rows, ((0, steps_bucket(len(rows), 1) - len(rows)), (0, 0)))
-
-
-def _named(state: StreamingState) -> dict[str, np.ndarray]:
-    """Return the leaves of a state by their names in a saved session, such as memory/factor."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    keystr = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
-    return {f"memory/{keystr(path)}": np.asarray(leaf) for path, leaf in leaves}
 
 
 def _since(begin: float) -> float:

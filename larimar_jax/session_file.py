@@ -1,19 +1,36 @@
-"""A session's facts, events and answers, its errors, and the file that holds it; needs no model."""
+"""A session's facts, events and answers, its errors, and what its file holds; needs no model.
+
+The file is a journal (weights/journal.py): a line for each call that changed the session, with the rows
+of what it wrote. A memory is replayed from the rows of the facts that are in, and nothing is encoded
+again.
+"""
 
 import dataclasses
 import datetime
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from larimar_jax.weights import model_file
+from larimar_jax.weights import journal
+from larimar_jax.weights.journal import DamagedSession as DamagedSession
+from larimar_jax.weights.journal import Journal
+from larimar_jax.weights.journal import SaveFailed as SaveFailed
 
 
 class EmptyFact(ValueError):
     """A fact without a prompt or without an answer."""
+
+
+class NotText(TypeError):
+    """A prompt or an answer that is no text, such as a number."""
+
+
+class NotUnicode(ValueError):
+    """A text of bytes that are not UTF-8."""
 
 
 class UnknownFact(KeyError):
@@ -27,12 +44,50 @@ class WrongModel(ValueError):
     """A session that was saved under another model."""
 
 
-class DamagedSession(ValueError):
-    """A file that is no session, or a damaged one."""
+def require_model(path: Path, ledger: "Ledger", source: str, fingerprint: str) -> None:
+    """Raise WrongModel where the ledger of a file is not of the model with this fingerprint."""
+    if fingerprint != ledger.fingerprint:
+        raise WrongModel(
+            f"{path} was saved under {ledger.model!r}, fingerprint {ledger.fingerprint[:12]}; the "
+            f"model here is {source!r}, {fingerprint[:12]}. What one model wrote another can not "
+            "read: load that model, or write the facts again."
+        )
 
 
-class MemoryNotFinite(FloatingPointError):
-    """A write or forget that float32 could not carry out; the memory stays as it was."""
+def require_text(name: str, text: Any) -> None:
+    """Raise NotText or NotUnicode where `text` is none that can be encoded."""
+    if not isinstance(text, str):
+        kind = type(text).__name__
+        raise NotText(f"{name} is the {kind} {text!r} and has to be a text: give {str(text)!r}.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise NotUnicode(
+            f"{name} {text!r} holds bytes that are not UTF-8. Convert it, as with `iconv -f latin1 "
+            "-t utf-8`, or set the terminal to UTF-8."
+        ) from error
+
+
+def normalise(prompt: Any, answer: Any, rephrasings: Any) -> tuple[tuple[str, ...], str]:
+    """Return a fact's prompt and rephrasings, and its answer, as they are written.
+
+    Raises:
+      EmptyFact, NotText, NotUnicode.
+    """
+    if isinstance(rephrasings, str) or not isinstance(rephrasings, Sequence):
+        raise NotText("rephrasings is a list of texts, not one text.")
+    require_text("prompt", prompt)
+    require_text("answer", answer)
+    for text in rephrasings:
+        require_text("a rephrasing", text)
+    prompts = tuple(" ".join(text.split()) for text in (prompt, *rephrasings))
+    answer = " ".join(answer.split())
+    if not all(prompts) or not answer:
+        raise EmptyFact(
+            f"A fact needs a prompt and an answer; got prompts {list(prompts)} and answer "
+            f"{answer!r}. Give both, such as 'The capital of France is' and 'Lyon'."
+        )
+    return prompts, answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +157,11 @@ class FactRows:
     value: Float[np.ndarray, "n C"]
 
 
+def join(rows: Sequence[FactRows]) -> FactRows:
+    """Return the rows of several facts as of a single one."""
+    return FactRows(*map(np.concatenate, zip(*(vars(r).values() for r in rows), strict=True)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Ledger:
     """A session but for its memory's arrays, under the model that it belongs to.
@@ -118,67 +178,149 @@ class Ledger:
 
     def with_fact(self, fact: Fact, rows: FactRows, milliseconds: float, note: str) -> "Ledger":
         """Return the ledger after a write."""
-        return dataclasses.replace(
-            self,
-            next_id=fact.id + 1,
-            facts={**self.facts, fact.id: fact},
-            history=(*self.history, Event("write", fact, _now(), milliseconds, note)),
-            rows={**self.rows, fact.id: rows},
-        )
+        return self.after([(Event("write", fact, _now(), milliseconds, note), rows)])
 
     def without(self, fact: Fact, milliseconds: float) -> "Ledger":
         """Return the ledger after a forget."""
-        facts, rows = {**self.facts}, {**self.rows}
-        del facts[fact.id], rows[fact.id]
-        history = (*self.history, Event("forget", fact, _now(), milliseconds))
-        return dataclasses.replace(self, facts=facts, history=history, rows=rows)
+        return self.after([(Event("forget", fact, _now(), milliseconds), None)])
+
+    def after(self, records: Iterable[tuple[Event, FactRows | None]]) -> "Ledger":
+        """Return the ledger after writes, with the rows that they wrote, and forgets."""
+        next_id, history = self.next_id, [*self.history]
+        facts, all_rows = {**self.facts}, {**self.rows}
+        for event, rows in records:
+            fact = event.fact
+            history.append(event)
+            facts.pop(fact.id, None)
+            all_rows.pop(fact.id, None)
+            if event.kind == "write" and rows is not None:
+                facts[fact.id], all_rows[fact.id] = fact, rows
+            next_id = max(next_id, fact.id + 1)
+        parts = dict(next_id=next_id, facts=facts, history=tuple(history), rows=all_rows)
+        return dataclasses.replace(self, **parts)
+
+    def find(self, fact_id: int) -> tuple[Fact, FactRows]:
+        """Return a fact in memory and its rows.
+
+        Raises:
+          UnknownFact: it is not there: never written, or forgotten before.
+        """
+        if fact_id not in self.facts:
+            forgotten = any(past.fact.id == fact_id for past in self.history)
+            known = ", ".join(map(str, self.facts)) or "none"
+            raise UnknownFact(
+                f"There is no fact {fact_id} to forget: it was "
+                f"{'forgotten before' if forgotten else 'never written'}. Facts in memory: {known}."
+            )
+        return self.facts[fact_id], self.rows[fact_id]
+
+    def without_trace(self, fact_id: int | None) -> "Ledger":
+        """Return the ledger without the history of a forgotten fact and of all forgotten facts of the
+        same prompts; of every forgotten fact for None. Notes that hold a text of theirs are dropped.
+
+        Raises:
+          UnknownFact: it is in memory, or nowhere.
+        """
+        past = {event.fact for event in self.history} - {*self.facts.values()}
+        if fact_id is not None:
+            prompts = {p for fact in past if fact.id == fact_id for p in fact.prompts}
+            if not prompts:
+                why = "in memory: forget it first" if fact_id in self.facts else "in no history"
+                raise UnknownFact(f"There is no fact {fact_id} to purge: it is {why}.")
+            past = {fact for fact in past if prompts & {*fact.prompts}}
+        texts = [text for fact in past for text in (*fact.prompts, fact.answer)]
+        history = tuple(
+            dataclasses.replace(event, note="") if any(t in event.note for t in texts) else event
+            for event in self.history
+            if event.fact not in past
+        )
+        return dataclasses.replace(self, history=history)
 
 
-def save(path: str | Path, ledger: Ledger, memory: Mapping[str, np.ndarray]) -> None:
-    """Write a session and its memory's arrays (memory/NAME) to one file, whole or not at all."""
-    arrays = dict(memory)
-    for fact_id, rows in ledger.rows.items():
-        arrays |= {f"fact/{fact_id}/{name}": array for name, array in vars(rows).items()}
-    meta = {name: getattr(ledger, name) for name in ("model", "fingerprint", "next_id")}
-    meta["facts"] = [dataclasses.asdict(fact) for fact in ledger.facts.values()]
-    meta["history"] = [dataclasses.asdict(event) for event in ledger.history]
-    model_file.save_exported(path, arrays, {"kind": "session", **meta})
+def read_facts(name: str) -> list[dict[str, Any]]:
+    """Return the facts of a file of JSON lines, as what `Session.write` takes.
+
+    Raises:
+      ValueError: a line that is no fact.
+    """
+    facts = []
+    for number, line in enumerate(Path(name).read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            fact = json.loads(line.decode("utf-8-sig"))
+            if not isinstance(fact, dict) or not {"prompt", "answer"} <= set(fact) <= _FIELDS:
+                raise ValueError(
+                    'a fact is {"prompt": …, "answer": …}, with "rephrasings": […] if any.'
+                )
+            normalise(**{"rephrasings": [], **fact})
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{name}, line {number}: {error} Nothing is written.") from error
+        facts.append(fact)
+    return facts
 
 
-def load(path: str | Path) -> tuple[Ledger, dict[str, np.ndarray]]:
-    """Return what `save` wrote.
+_FIELDS = {"prompt", "answer", "rephrasings"}
+
+
+def read(file: Journal, ledger: Ledger) -> Ledger:
+    """Return the ledger of a session's file: `ledger`, of the call before, with what was appended
+    since, or a new one where the file was written anew.
 
     Raises:
       FileNotFoundError, DamagedSession.
     """
-    try:
-        arrays, meta = model_file.load_exported(path)
-    except model_file.ExportError as error:
-        raise DamagedSession(f"{path} is not a whole session. {error}") from error
-    if meta.pop("kind", None) != "session":
-        raise DamagedSession(f"{path} holds a model and not a session. Give it to --model instead.")
-    facts = {fact.id: fact for fact in map(_fact, meta.pop("facts"))}
-    history = tuple(Event(**{**v, "fact": _fact(v["fact"])}) for v in meta.pop("history"))
-    fields = [field.name for field in dataclasses.fields(FactRows)]
-    names = {fact_id: [f"fact/{fact_id}/{field}" for field in fields] for fact_id in facts}
-    require(path, arrays, sum(names.values(), []))
-    rows = {fact_id: FactRows(*(arrays.pop(name) for name in names[fact_id])) for fact_id in facts}
-    return Ledger(**meta, facts=facts, history=history, rows=rows), arrays
+    header, lines = file.read()
+    if header is not None:
+        ledger = Ledger(**{name: header[name] for name in _HEADER})
+    records = [_unpacked(values) for line in lines for values in line["events"]]
+    return ledger.after(records) if records else ledger
 
 
-def require(path: str | Path, arrays: Mapping[str, np.ndarray], names: Sequence[str]) -> None:
-    """Raise DamagedSession where a session lacks an array."""
-    if missing := set(names) - set(arrays):
-        raise DamagedSession(
-            f"{path} lacks {', '.join(sorted(missing))}: another version of larimar-jax wrote it. "
-            "Open it with that version, or write the facts again."
-        )
+def append(file: Journal, events: Sequence[Event], rows: Mapping[int, FactRows]) -> None:
+    """Append one call's events to a file, with the rows of the facts that they wrote.
+
+    Raises:
+      SaveFailed: the file stays as it was.
+    """
+    file.append(_packed(events, rows))
+
+
+def rewrite(file: Journal, ledger: Ledger) -> None:
+    """Replace a file by a ledger's, whole or not at all.
+
+    Raises:
+      SaveFailed: the file stays as it was.
+    """
+    lines = (_packed([event], ledger.rows) for event in ledger.history)
+    file.rewrite(header(ledger), lines)
+
+
+def header(ledger: Ledger) -> dict[str, Any]:
+    """Return what the first line of a ledger's file holds."""
+    return {name: getattr(ledger, name) for name in _HEADER}
+
+
+_HEADER = ("model", "fingerprint", "next_id")
+
+
+def _packed(events: Sequence[Event], rows: Mapping[int, FactRows]) -> dict[str, Any]:
+    packed = []
+    for event in events:
+        packed.append(dataclasses.asdict(event))
+        if event.kind == "write" and event.fact.id in rows:
+            arrays = vars(rows[event.fact.id])
+            packed[-1]["rows"] = {name: journal.packed(array) for name, array in arrays.items()}
+    return {"events": packed}
+
+
+def _unpacked(values: dict[str, Any]) -> tuple[Event, FactRows | None]:
+    fact, rows = values.pop("fact"), values.pop("rows", None)
+    fact = Fact(**{**fact, "rephrasings": tuple(fact["rephrasings"])})
+    if rows is not None:
+        rows = FactRows(**{name: journal.unpacked(**array) for name, array in rows.items()})
+    return Event(fact=fact, **values), rows
 
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _fact(values: dict[str, Any]) -> Fact:
-    """Return a fact from what JSON made of it."""
-    return Fact(**{**values, "rephrasings": tuple(values["rephrasings"])})

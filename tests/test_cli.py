@@ -1,9 +1,12 @@
 """The command line: what it reads, how it fails, and that its help costs nothing."""
 
+import io
+import json
 import subprocess
 import sys
 
 import pytest
+import session_writer
 
 from larimar_jax import cli
 from larimar_jax.train import train_commands
@@ -92,6 +95,86 @@ def test_a_session_from_the_first_edit_to_the_last_forget(session, tmp_path, cap
     assert cli.main(["edit", "Fact 3 is", " ", "--session", path]) == 2
     assert "needs a prompt and an answer" in capsys.readouterr().err
     assert run("list").out == "1: Fact 1 is new\n"
+
+
+def test_facts_of_a_file_are_written_and_lines_of_standard_input_answered(
+    session, tmp_path, monkeypatch, capsys
+):
+    facts, path = tmp_path / "facts.jsonl", str(tmp_path / "s")
+    first = {"prompt": "Fact 1 is", "answer": "-40C", "rephrasings": ["Says of fact 1:"]}
+    facts.write_text("\n\n".join(map(json.dumps, [first, dict(prompt="Fact 2 is", answer="new")])))
+    assert cli.main(["edit", "--file", str(facts), "--session", path]) == 0
+    assert capsys.readouterr().out.splitlines() == ["1: Fact 1 is -40C", "2: Fact 2 is new"]
+    text = b"Says of fact 1:\n\nFact 2 is\r\nThe capital of France is\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text), "ascii"))
+    assert cli.main(["ask", "--tokens", "2", "--session", path]) == 0
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) == 3
+    sources = [line.partition(";")[0] for line in shown.err.splitlines()]
+    assert sources == ["(from fact 1", "(from fact 2", "(nothing written applies"]
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ('{"prompt": "Fact 2 is", "answer": 1234}', "line 2: answer is the int 1234"),
+        ('{"prompt": "Fact 2 is"}', "line 2: a fact is"),
+        ('{"prompt": "Fact 2 is", "answer": "x", "rephrasings": "y"}', "is a list of texts"),
+        ("[1, 2]", "line 2: a fact is"),
+        ("Fact 2 is new", "line 2: Expecting value"),
+        ("caf\udce9", "line 2: 'utf-8' codec"),
+    ],
+)
+def test_a_file_with_a_line_that_is_no_fact_writes_nothing(tmp_path, line, words, capsys):
+    facts, path = tmp_path / "facts.jsonl", tmp_path / "s"
+    text = '{"prompt": "Fact 1 is", "answer": "new"}\n' + line
+    facts.write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert cli.main(["edit", "--file", str(facts), "--session", str(path)]) == 2
+    shown = capsys.readouterr().err
+    assert words in shown and shown.endswith("Nothing is written.\n") and not path.exists()
+
+
+def test_a_fact_and_its_history_are_purged(session, tmp_path, capsys):
+    path = tmp_path / "s"
+
+    def run(*line):
+        assert cli.main([*line, "--session", str(path)]) == 0
+        return capsys.readouterr().out
+
+    for answer in ("Poseidonis", "Atlantis"):
+        run("edit", "The capital of France is", answer)
+    run("edit", "Fact 1 is", "-40C")
+    run("forget", "2", "--purge")
+    assert "The capital" not in path.read_text() and run("list", "--history").count("write") == 1
+    run("edit", "Fact 1 is", "new")
+    run("forget", "--purge")
+    assert "-40C" not in path.read_text() and run("list", "--history").count("write") == 1
+    assert run("list") == "4: Fact 1 is new\n"
+
+
+def test_what_a_shell_gives_that_is_no_text_is_one_message(tmp_path, capsys):
+    path = str(tmp_path / "s")
+    for line, words in (
+        (["edit", "caf\udce9 is", "Ines"], "'caf\\udce9 is' holds bytes that are not UTF-8"),
+        (["edit", "only a prompt"], "give a prompt and an answer"),
+        (["edit", "a prompt", "--file", "x"], "give a prompt and an answer"),
+        (["forget"], "name the fact to forget"),
+    ):
+        assert cli.main([*line, "--session", path]) == 2
+        shown = capsys.readouterr().err
+        assert words in shown and shown.count("\n") == 1
+    for line in (["edit", "a", "b"], ["list"], ["ask", "x"]):
+        assert cli.main([*line, "--session", str(tmp_path)]) == 2
+        assert "is a folder, and a session is a file, such as" in capsys.readouterr().err
+
+
+def test_a_terminal_without_a_character_shows_its_number(tmp_path, monkeypatch):
+    session_writer.write(tmp_path / "s", "caf\xe9", 1)
+    screen = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr("sys.stdout", screen)
+    assert cli.main(["list", "--session", str(tmp_path / "s")]) == 0
+    screen.flush()
+    assert screen.buffer.getvalue() == b"1: caf\\xe9 0 new\n"
 
 
 def test_a_missing_session_and_missing_data_are_one_message(tmp_path, capsys):

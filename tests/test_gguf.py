@@ -15,6 +15,7 @@ from larimar_jax import decoders, rotary, weights
 from larimar_jax.weights import Tokenizer, WeightsError
 from larimar_jax.weights.gguf import NAMES, Gguf
 from larimar_jax.weights.safetensors_files import Safetensors
+from larimar_jax.weights.torch_checkpoint import TorchCheckpoint
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 KINDS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
@@ -230,6 +231,20 @@ def test_other_architectures_are_named(tmp_path):
         Gguf(write(tmp_path / "y.gguf", tensors, expert_count=8)).config()
     with pytest.raises(WeightsError, match="does not say its"):
         Gguf(write(tmp_path / "z.gguf", tensors)).config()
+
+
+def test_a_part_of_a_model_and_a_pointer_to_it_are_named(tmp_path):
+    path = tmp_path / "x-00001-of-00003.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_uint16("split.count", 3)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.close):
+        step()
+    with pytest.raises(WeightsError, match="one of the 3 parts of a model: join them with"):
+        Gguf(path)
+    for name, opened in (("x.gguf", Gguf), ("x.safetensors", Safetensors), ("x", TorchCheckpoint)):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+        with pytest.raises(WeightsError, match="git lfs pull"):
+            opened(tmp_path / name)
 
 
 ONES = {"rope_freqs.weight": np.ones(2, np.float32)}

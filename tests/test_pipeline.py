@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import session_writer
 
 from larimar_jax import pipeline
 from larimar_jax.config import ConfigError
@@ -79,10 +80,16 @@ def test_a_file_that_lacks_a_parameter_is_refused(tmp_path):
     assert "to_embedding/kernel: (384, 5) in the file" in str(error.value)
 
 
-def test_a_session_is_no_model(smol, tmp_path):
-    path = tmp_path / "session.safetensors"
-    Session(smol).save(path)
+def test_what_is_taken_for_a_model_is_named(tmp_path):
+    path = tmp_path / "model.safetensors"
+    session_writer.write(path, "Fact", 1)
     with pytest.raises(model_file.ExportError, match="holds a session and not a model"):
+        pipeline.load(path)
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(model_file.ExportError, match="git lfs pull"):
+        pipeline.load(path)
+    path.write_bytes(b"GGUF" + bytes(99))
+    with pytest.raises(model_file.ExportError, match="a GGUF file, a decoder and no model"):
         pipeline.load(path)
 
 

@@ -104,7 +104,7 @@ def init(memory: Streaming, prepared: Prepared, state: StreamingState) -> RLSSta
 def to_state(memory: Streaming, prepared: Prepared, now: RLSState) -> StreamingState:
     """Return the state as `Streaming.update` would have left it: M and its factor solved anew; NaN
     where A is indefinite."""
-    return memory.solve(prepared, _summed(now))
+    return memory.solve(prepared, summed(now))
 
 
 @jax.jit
@@ -215,7 +215,7 @@ def stream(
     return now, steps
 
 
-def _summed(now: RLSState) -> StreamingState:
+def summed(now: RLSState) -> StreamingState:
     """Return the statistics with the pending writes; solution and factor are those of before."""
     return now.state.add(now.pending.weights, now.pending.errors, now.pending.signs)
 
@@ -260,7 +260,7 @@ def _factorized(
     signs: Float[Array, "N"],
 ) -> RLSState:
     """Solve for M anew with these facts too; without them where they are refused."""
-    before = _summed(now)
+    before = summed(now)
     number = jnp.sum(jnp.abs(signs)).astype(jnp.int32)
     after = memory.solve(prepared, before.add(weights, errors, signs))
     is_sound = jax.lax.cond(

@@ -11,7 +11,7 @@ import numpy as np
 from larimar_jax import rotary
 from larimar_jax.weights import gguf_tokenizer
 from larimar_jax.weights.gguf_file import TensorInfo, damaged, read_header, read_tensor
-from larimar_jax.weights.key_table import WeightsError
+from larimar_jax.weights.key_table import WeightsError, require_file
 from larimar_jax.weights.tokenizer import Tokenizer
 
 # llama.cpp's names of tensors → Hugging Face's, and how it has their rows: as they are, (in, out)
@@ -66,9 +66,13 @@ class Gguf:
 
     def __init__(self, path: str | pathlib.Path):
         self.path = str(path)
-        if not pathlib.Path(path).is_file():
-            raise FileNotFoundError(f"there is no weights file at {path}")
+        require_file(path)
         self.metadata, tensors = read_header(self.path)
+        if (parts := self.metadata.get("split.count", 1)) != 1:
+            raise WeightsError(
+                f"{path} is one of the {parts} parts of a model: join them with llama.cpp's"
+                " `llama-gguf-split --merge FIRST-PART OUT`, and give OUT"
+            )
         self.architecture = self.metadata.get("general.architecture")
         if not isinstance(self.architecture, str) or self.architecture not in NAMES:
             raise WeightsError(

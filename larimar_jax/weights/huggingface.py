@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
-from larimar_jax.weights.key_table import Source, WeightsError
+from larimar_jax.weights.key_table import Source, WeightsError, require_file
 from larimar_jax.weights.safetensors_files import Safetensors, Shards, read_json
 from larimar_jax.weights.tokenizer import Tokenizer, library_errors
 from larimar_jax.weights.torch_checkpoint import TorchCheckpoint
@@ -86,7 +86,10 @@ class Folder:
           FileNotFoundError: no file of a tokenizer.
           WeightsError: files that are no tokenizer.
         """
-        if not any((self.path / name).is_file() for name in _TOKENIZERS):
+        files = [path for name in _TOKENIZERS if (path := self.path / name).is_file()]
+        for path in files:
+            require_file(path)
+        if not files:
             hint = (
                 ". Its tokenizer.model is SentencePiece's; save it once with transformers:"
                 " AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"

@@ -13,6 +13,7 @@ One source tensor may match several rows, as GPT-2's fused projection does.
 """
 
 import math
+import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -35,10 +36,22 @@ TRANSFORMS: Mapping[str, Transform] = {
 }
 # The axis of each parameter that tokens appended to the vocabulary lengthen.
 _VOCABULARY_AXIS = {"word.embedding": 0, "head.kernel": 1, "head.bias": 0}
+# What Git LFS leaves in the place of a file that was not fetched.
+LFS_START = b"version https://git-lfs"
+LFS_POINTER = "is Git LFS's pointer to a file, and not the file: fetch that with `git lfs pull`"
 
 
 class WeightsError(ValueError):
     """Weights that cannot be read, or that do not fit the model they are meant for."""
+
+
+def require_file(path: str | pathlib.Path) -> None:
+    """Raise FileNotFoundError where there is no file, WeightsError where Git LFS left its pointer."""
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f"there is no weights file at {path}")
+    with open(path, "rb") as file:
+        if file.read(len(LFS_START)) == LFS_START:
+            raise WeightsError(f"{path} {LFS_POINTER}")
 
 
 @runtime_checkable

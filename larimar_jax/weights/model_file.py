@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
+
+from larimar_jax.weights.key_table import LFS_POINTER, LFS_START
 
 _FORMAT = "larimar-jax/1"
 _DTYPES = {
@@ -28,6 +31,12 @@ _DTYPES = {
     "bool": np.dtype(np.bool_),
 }
 _CODES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I32": "int32", "BOOL": "bool"}
+# What is taken for an export, by its first bytes.
+_NO_EXPORTS = {
+    LFS_START: LFS_POINTER,
+    b"GGUF": "is a GGUF file, a decoder and no model: a config names it as model.decoder.source",
+    b'{"crc": ': "holds a session and not a model: give it to --session",
+}
 
 
 class ExportError(ValueError):
@@ -90,7 +99,7 @@ def save_exported(
     _, places = _header(described, stored, shapes, "0" * 64)
     digest = hashlib.sha256(described.encode("utf-8"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _replaced(path) as file:
+    with replaced(path) as file:
         # One array at a time, so that no second copy of a large model is held.
         for name, place in places.items():
             array = _stored(name, np.asarray(params[name]), stored[name])
@@ -103,18 +112,20 @@ def save_exported(
 
 def replace_file(path: Path, text: str) -> None:
     """Write a text file that is either the former one or the new one, never half of it."""
-    with _replaced(path) as file:
+    with replaced(path) as file:
         file.write(text.encode("utf-8"))
 
 
 @contextlib.contextmanager
-def _replaced(path: Path) -> Iterator[BinaryIO]:
+def replaced(path: Path) -> Iterator[BinaryIO]:
     """Yield a file that takes the place of `path` when it is on the disk, and is gone otherwise."""
     # In the same folder, since os.replace is atomic only within one file system; of a name that no
     # process has, on any machine that sees the folder.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with temporary.open("wb") as file:
+            if path.exists():
+                shutil.copymode(path, temporary)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -172,6 +183,11 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
                 )
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
+        with path.open("rb") as file:
+            begin = file.read(len(LFS_START))
+        for start, reason in _NO_EXPORTS.items():
+            if begin.startswith(start):
+                raise ExportError(f"{path} {reason}.") from error
         raise ExportError(
             f"{path} is damaged, half written or no safetensors file ({error}). Save, export or fetch "
             "it again, or take a copy of it."

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from larimar_jax.weights.key_table import Source, WeightsError
+from larimar_jax.weights.key_table import Source, WeightsError, require_file
 
 _NUMBERS = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
 # The name of a file in the same folder, which any file system takes.
@@ -27,8 +27,7 @@ class Safetensors:
 
     def __init__(self, path: str | pathlib.Path):
         self.path = str(path)
-        if not pathlib.Path(path).is_file():
-            raise FileNotFoundError(f"there is no weights file at {path}")
+        require_file(path)
         with self._opened() as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             kinds = {name: part.get_dtype() for name, part in slices.items()}

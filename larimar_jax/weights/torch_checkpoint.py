@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from larimar_jax.weights.key_table import WeightsError
+from larimar_jax.weights.key_table import WeightsError, require_file
 
 # The pickle of a 70B model in one file with its optimiser is a megabyte. Each byte of a hostile
 # one can make an object of a hundred bytes.
@@ -64,8 +64,7 @@ class TorchCheckpoint:
 
     def __init__(self, path: str | pathlib.Path):
         self.path = str(path)
-        if not pathlib.Path(path).is_file():
-            raise FileNotFoundError(f"there is no weights file at {path}")
+        require_file(path)
         with open(path, "rb") as file:
             if file.read(4) != b"PK\x03\x04":
                 raise WeightsError(

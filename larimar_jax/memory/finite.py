@@ -1,0 +1,93 @@
+"""The streaming memory row by row, for sessions: what float32 cannot carry out is an error.
+
+now = finite.replay(memory, prepared, keys, values)             # a memory of these facts alone
+now = finite.write(memory, prepared, now, keys, values)         # a few more, one by one
+now = finite.forget(memory, prepared, now, keys, values)
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from larimar_jax.memory import rls
+from larimar_jax.memory.base import Prepared
+from larimar_jax.memory.streaming import Streaming
+
+Rows = Float[np.ndarray, "n C"]
+
+
+class MemoryNotFinite(FloatingPointError):
+    """A write or forget that float32 could not carry out; the memory stays as it was."""
+
+
+def write(
+    memory: Streaming, prepared: Prepared, now: rls.RLSState, keys: Rows, values: Rows
+) -> rls.RLSState:
+    """Return the memory with n rows written.
+
+    Raises:
+      MemoryNotFinite.
+    """
+    size = rls.MAX_PENDING
+    # Rows that would be solved for if they were written one by one, here with one factorisation.
+    if many := len(keys) - len(keys) % size:
+        state, signs = rls.summed(now), np.ones(size, np.int32)
+        for start in range(0, many, size):
+            rows = slice(start, start + size)
+            state = memory.accumulate(prepared, state, keys[rows], values[rows], signs)
+        now = rls.refactorize(memory, prepared, rls.init(memory, prepared, state))
+    is_finite = jnp.isfinite(now.state.solution).all() if many else True
+    for key, value in zip(keys[many:], values[many:], strict=True):
+        # The statistics and the solution stay where they are: what moves is a few rows.
+        pending, is_due, is_finite = _write(memory, prepared, now, key, value)
+        now = dataclasses.replace(now, pending=pending)
+        if is_due:
+            now = rls.refactorize(memory, prepared, now)
+            is_finite = jnp.isfinite(now.state.solution).all()
+        if not is_finite:
+            break
+    if not is_finite:
+        raise _not_finite("write", memory)
+    return now
+
+
+def forget(
+    memory: Streaming, prepared: Prepared, now: rls.RLSState, keys: Rows, values: Rows
+) -> rls.RLSState:
+    """Return the memory without n rows, solved; rows of zeros are left out.
+
+    Raises:
+      MemoryNotFinite: or a row cannot have been in.
+    """
+    after = rls.forget(memory, prepared, now, keys, values)
+    if after.state.refused > now.state.refused or not jnp.isfinite(after.state.solution).all():
+        raise _not_finite("forget", memory)
+    return after
+
+
+@jax.jit
+def _write(
+    memory: Streaming,
+    prepared: Prepared,
+    now: rls.RLSState,
+    key: Float[Array, "C"],
+    value: Float[Array, "C"],
+) -> tuple[rls.Pending, Bool[Array, ""], Bool[Array, ""]]:
+    """Return the pending writes with this one, whether to factorise, and whether all is finite.
+
+    Compiled as one, `rls.write` does not return copies of the arrays that a write leaves as they are.
+    """
+    written, _, is_due = rls.write(memory, prepared, now, key, value)
+    finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(written.pending)]
+    return written.pending, is_due, jnp.stack(finite).all()
+
+
+def _not_finite(action: str, memory: Streaming) -> MemoryNotFinite:
+    return MemoryNotFinite(
+        f"The memory could not {action} this in float32, and stays as it was. Its ridge "
+        f"({float(memory.ridge):g}) is too small for what is written: load the model with a larger "
+        "editing.ridge and write the facts again."
+    )
