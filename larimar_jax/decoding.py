@@ -86,27 +86,35 @@ def row_keys(rng: jax.Array, rows: int, padded: int) -> Key[Array, " padded"]:
     return keys[np.arange(padded) % rows]
 
 
+class Endings(NamedTuple):
+    """What ends a row: the token `eos`, or one that holds a stop after one that holds a text."""
+
+    stops: Bool[Array | np.ndarray, "V"]
+    texts: Bool[Array | np.ndarray, "V"]
+    eos: int | Int[Array, ""]
+
+
 class _Loop(NamedTuple):
-    """What the compiled loop carries: the newest tokens, which the cache does not hold yet."""
+    """What the compiled loop carries: the newest tokens, which the cache does not hold yet, and which
+    rows have any text, and are done."""
 
     step: Int[Array, ""]  # tokens so far
     token: Int[Array, "B"]
     cache: Cache
+    begun: Bool[Array, "B"]
     done: Bool[Array, "B"]
 
 
 class _Rows(NamedTuple):
-    """What stays of every row: the prompt's length, after how many tokens it is done, its condition.
-
-    ends: tokens after which a row is done. eos: what it goes on with.
-    """
+    """What stays of every row: the prompt's length, after how many tokens it is done, and in how many
+    of them no stop counts; its condition."""
 
     lengths: Int[Array, "B"]
     limits: Int[Array, "B"]
+    after: Int[Array, "B"]
     condition: Condition | None
     draw: Draw | None
-    ends: Bool[Array, "V"]
-    eos: Int[Array, ""]
+    endings: Endings
 
 
 class _Entries(NamedTuple):
@@ -126,12 +134,11 @@ class Decoding:
     """Prompts, at least one, on their way: the loop's state, and the tokens so far of each.
 
     Args:
-      prompts, limits: tokens of each prompt, and after how many more it is done; both have to fit the
-        decoder's positions.
+      prompts, limits, after: tokens of each prompt, after how many more it is done, and in how many of
+        those no stop counts; prompt and limit together have to fit the decoder's positions.
       rows: which prompts are decoded.
       conditions, draw: of all prompts.
-      ends: tokens after which a row is done.
-      eos: what a row that is done goes on with.
+      endings: what ends a row, which then goes on with eos.
     """
 
     def __init__(
@@ -139,11 +146,11 @@ class Decoding:
         model: LanguageModel,
         prompts: Sequence[Sequence[int]],
         limits: Sequence[int],
+        after: Sequence[int],
         rows: Sequence[int],
         conditions: ConditionRows,
         draw: Draw | None,
-        ends: Bool[np.ndarray, "V"],
-        eos: int,
+        endings: Endings,
     ):
         self._graph, self._state = nnx.split(model)
         longest = max(len(prompts[row]) + limits[row] for row in rows)
@@ -162,10 +169,10 @@ class Decoding:
         self._rows = _Rows(
             jax.device_put(np.asarray([len(prompts[row]) for row in padded], np.int32)),
             jax.device_put(np.asarray(tokens_left, np.int32)),
+            jax.device_put(np.asarray([after[row] for row in padded], np.int32)),
             conditions.take(padded),
             None if draw is None else draw._replace(keys=draw.keys[padded]),
-            jax.device_put(ends),
-            jnp.int32(eos),
+            Endings(*jax.device_put(endings[:2]), jnp.int32(endings.eos)),
         )
         self._loop = _begin(self._graph, self._state, cache, hidden, self._rows)
         self.tokens: list[list[int]] = [[] for _ in rows]
@@ -252,7 +259,8 @@ def _begin(
     """Return the loop with the first token of each row."""
     step = jnp.int32(0)
     token = _next_token(nnx.merge(graph, state), hidden, step, rows)
-    return _Loop(step + 1, token, cache, rows.ends[token] | (rows.limits <= 1))
+    done = (token == rows.endings.eos) | (rows.limits <= 1)
+    return _Loop(step + 1, token, cache, rows.endings.texts[token], done)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="capacity", donate_argnames="loop")
@@ -278,10 +286,12 @@ def _decode(
         place = rows.lengths + loop.step - 1
         hidden, cache = model.hidden(loop.token[:, None], rows.condition, loop.cache, place)
         token = _next_token(model, hidden[:, 0], loop.step, rows)
-        token = jnp.where(loop.done, rows.eos, token)
+        stops, texts, eos = rows.endings
+        token = jnp.where(loop.done, eos, token)
         tokens = tokens.at[:, loop.step - first].set(token)
-        done = loop.done | rows.ends[token] | (loop.step + 1 >= rows.limits)
-        return _Loop(loop.step + 1, token, cache, done), tokens
+        stopped = stops[token] & loop.begun & (loop.step >= rows.after)
+        done = loop.done | stopped | (token == eos) | (loop.step + 1 >= rows.limits)
+        return _Loop(loop.step + 1, token, cache, loop.begun | texts[token], done), tokens
 
     tokens = jnp.zeros((rows.lengths.shape[0], capacity), jnp.int32)
     loop, tokens = jax.lax.while_loop(unfinished, advance, (loop, tokens))

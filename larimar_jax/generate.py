@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from larimar_jax.decoding import Decoding, sampling
+from larimar_jax.decoding import Decoding, Endings, sampling
 from larimar_jax.model import Condition
 from larimar_jax.packing import ConditionRows, LanguageModel
 from larimar_jax.weights.tokenizer import Tokenizer
@@ -30,12 +30,15 @@ class PromptTooLong(ValueError):
 class Options:
     """How a continuation is drawn, and where it ends.
 
-    max_tokens: the most tokens, of all prompts or (not streamed) of each; of more prompts than a batch,
-      those with like numbers are decoded together.
+    max_tokens: the most tokens, of all prompts or of each; of more prompts than a batch, those with like
+      numbers are decoded together.
     temperature: 0 takes the likeliest token; above 0 draws, and then needs `rng`.
     top_k: draws among so many of the likeliest only; 0 is all.
     top_p: draws among the fewest of the likeliest that have this much probability together.
-    stop: texts that end a continuation; what follows is cut off with them.
+    stop: texts that end a continuation where any text stands before them; what follows is cut off with
+      them.
+    stop_after: the first tokens in which no stop counts, of all prompts or of each.
+    cut: leave out the beginning of a prompt that has no room, after its first token, and do not raise.
     rng: one key, or one for each prompt, with which it draws the same whatever it stands beside.
     """
 
@@ -44,6 +47,8 @@ class Options:
     top_k: int = 0
     top_p: float = 1.0
     stop: str | Sequence[str] = "\n"
+    stop_after: int | Sequence[int] = 0
+    cut: bool = False
     rng: jax.Array | None = None
 
 
@@ -58,8 +63,8 @@ def generate(
 ) -> list[str]:
     """Continue each prompt by up to `max_tokens` tokens, many rows in one compiled loop.
 
-    The loop ends where every row has: at the end-of-text token, at a token with a stop text in it, or
-    with its last. Rows do not see each other.
+    The loop ends where every row has: at the end-of-text token, at a token with a stop text in it after
+    one with any text, or with its last. Rows do not see each other.
 
     Args:
       condition: row i belongs to prompt i; None is the untouched base LM.
@@ -68,14 +73,14 @@ def generate(
 
     Raises:
       PromptTooLong: a prompt plus its `max_tokens` exceeds the decoder's positions.
-      ValueError: drawing without a key, keys or `max_tokens` but not one a prompt, or a setting out of
-        its range.
+      ValueError: drawing without a key, keys or numbers but not one a prompt, or a setting out of its
+        range.
     """
     if batch < 1:
         raise ValueError(f"batch is a number of prompts, at least 1; got {batch}")
     settings = Options(**options)
     reader = _Reader(tokenizer, settings.stop)
-    ids = reader.ids(prompts)
+    ids, after = reader.ids(prompts), _each("stop_after", settings.stop_after, len(prompts))
     limits, start = _start(model, reader, ids, condition, settings)
     order, texts = list(range(len(ids))), [""] * len(ids)
     if len(order) > batch:
@@ -85,7 +90,7 @@ def generate(
         decoding = start(rows)
         decoding.advance(max(limits[row] for row in rows) - 1)
         for row, tokens in zip(rows, decoding.tokens, strict=True):
-            texts[row] = reader.text(tokens[: limits[row]])[0]
+            texts[row] = reader.text(tokens[: limits[row]], after[row])[0]
     return texts
 
 
@@ -112,16 +117,18 @@ def stream(
     if every < 1:
         raise ValueError(f"every is the number of tokens per piece, at least 1; got {every}")
     settings = Options(**options)
-    max_tokens, reader = int(settings.max_tokens), _Reader(tokenizer, settings.stop)
-    _, start = _start(model, reader, reader.ids(prompts), condition, settings)
+    reader = _Reader(tokenizer, settings.stop)
+    after = _each("stop_after", settings.stop_after, len(prompts))
+    limits, start = _start(model, reader, reader.ids(prompts), condition, settings)
     if not prompts:
         return
+    max_tokens = max(limits)
     decoding, yielded = start(range(len(prompts))), [0] * len(prompts)
     for count in range(1, max_tokens + every, every):  # the first token comes with the prompt
         last = count >= max_tokens or decoding.finished()
         pieces = []
         for row, tokens in enumerate(decoding.tokens):
-            text, settled = reader.text(tokens)
+            text, settled = reader.text(tokens[: limits[row]], after[row])
             end = len(text) if last else max(settled, yielded[row])
             pieces.append(text[yielded[row] : end])
             yielded[row] = end
@@ -180,24 +187,35 @@ def _start(
     """
     count, max_tokens = len(ids), options.max_tokens
     draw = sampling(options.temperature, options.top_k, options.top_p, options.rng, count)
-    single = np.ndim(max_tokens) == 0
-    limits = [max_tokens] * count if single else list(max_tokens)
-    if len(limits) != count:
-        raise ValueError(f"max_tokens has {len(limits)} numbers for {count} prompts")
-    if min([max_tokens] if single else limits, default=1) < 1:
+    limits = _each("max_tokens", max_tokens, count)
+    after = _each("stop_after", options.stop_after, count)
+    if np.min(max_tokens, initial=1) < 1:
         raise ValueError(f"max_tokens is at least 1; got {max_tokens}")
-    positions = model.decoder.config.max_length - 1
+    ids, positions = list(ids), model.decoder.config.max_length - 1
     for row, (prompt, more) in enumerate(zip(ids, limits, strict=True)):
-        if len(prompt) + more > positions:
+        room = positions - more
+        if len(prompt) > room and options.cut and room > 0:
+            ids[row] = [prompt[0], *prompt[len(prompt) - room + 1 :]]
+        elif len(prompt) > room:
             raise PromptTooLong(
                 f"Prompt {row} has {len(prompt)} tokens; with {more} more it exceeds the "
                 f"decoder's {positions} positions. Shorten it or ask for fewer tokens."
             )
     conditions = ConditionRows(condition, count)
-    ends, eos = np.zeros(model.decoder.config.vocab_size, bool), 0
+    stops, texts = np.zeros((2, model.decoder.config.vocab_size), bool)
     if reader is not None:
-        ends[list(reader.ending_ids())], eos = True, reader.tokenizer.eos
-    return limits, lambda rows: Decoding(model, ids, limits, rows, conditions, draw, ends, eos)
+        for mask, tokens in zip((stops, texts), reader.stopping_ids(), strict=True):
+            mask[tokens] = True
+    endings = Endings(stops, texts, -1 if reader is None else reader.tokenizer.eos)
+    return limits, lambda rows: Decoding(model, ids, limits, after, rows, conditions, draw, endings)
+
+
+def _each(name: str, value: int | Sequence[int], count: int) -> list[int]:
+    """Return a number for each prompt."""
+    numbers = [int(value)] * count if np.ndim(value) == 0 else list(value)
+    if len(numbers) != count:
+        raise ValueError(f"{name} has {len(numbers)} numbers for {count} prompts")
+    return numbers
 
 
 class _Reader:
@@ -213,16 +231,22 @@ class _Reader:
             raise TypeError("prompts is a list of texts, not one text")
         return [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
 
-    def ending_ids(self) -> tuple[int, ...]:
-        """Return the tokens that end a row."""
-        return _ending_ids(self.tokenizer, self._stops)
+    def stopping_ids(self) -> tuple[list[int], list[int]]:
+        """Return the tokens that hold a stop text, and those that hold any text but blanks."""
+        return _stopping_ids(self.tokenizer, self._stops)
 
-    def text(self, tokens: Sequence[int]) -> tuple[str, int]:
-        """Return a continuation so far, and how much of it later tokens can't change."""
+    def text(self, tokens: Sequence[int], after: int = 0) -> tuple[str, int]:
+        """Return a continuation so far, and how much of it later tokens can't change.
+
+        Args:
+          after: tokens at its beginning in which no stop counts.
+        """
         eos = self.tokenizer.eos
         ended = eos in tokens
         text = self.tokenizer.decode(tokens[: tokens.index(eos)] if ended else tokens)
-        cut = min((at for stop in self._stops if (at := text.find(stop)) >= 0), default=None)
+        # Behind the first letter: a stop at the beginning would leave nothing.
+        begin = max(len(self.tokenizer.decode(tokens[:after])), len(text) - len(text.lstrip()) + 1)
+        cut = min((at for stop in self._stops if (at := text.find(stop, begin)) >= 0), default=None)
         if cut is not None:
             return text[:cut], cut
         # An unfinished character decodes to U+FFFD.
@@ -232,9 +256,8 @@ class _Reader:
 
 
 @functools.lru_cache(maxsize=16)
-def _ending_ids(tokenizer: Tokenizer, stops: tuple[str, ...]) -> tuple[int, ...]:
-    """Return the tokens that hold a stop text, and the end-of-text token."""
+def _stopping_ids(tokenizer: Tokenizer, stops: tuple[str, ...]) -> tuple[list[int], list[int]]:
     ids = range(tokenizer.vocab_size) if stops else ()
     texts = tokenizer.backend.decode_batch([[i] for i in ids], skip_special_tokens=True)
     stopping = [i for i, text in enumerate(texts) if any(stop in text for stop in stops)]
-    return (*stopping, tokenizer.eos)
+    return stopping, [i for i, text in enumerate(texts) if text.strip()]

@@ -177,7 +177,8 @@ def decode_answers(
     vocab_size: int,
     active: Bool[Array, " B"],
 ) -> TokenEvidence:
-    """Return the evidence in readouts; rows that are not active, or read nothing, gain exactly 0."""
+    """Return the evidence in readouts of one or more codes, P of places in all; rows that are not
+    active, or read nothing, gain exactly 0."""
     codes = _codes(jnp.arange(vocab_size), config.width)
     chance = math.log(vocab_size)
 
@@ -188,7 +189,7 @@ def decode_answers(
         gain = jax.nn.softplus(_log_likelihood_ratio(best, config.width) - chance)
         return token, jnp.where(norm > _SILENT, jnp.minimum(gain, config.limit), 0.0)
 
-    rows = readout.reshape(len(readout), config.positions, config.width)
+    rows = readout.reshape(len(readout), -1, config.width)
     tokens, gain = jax.lax.map(decode_row, rows, batch_size=_ROWS)
     return TokenEvidence(tokens, jnp.where(active[:, None, None], gain, 0.0))
 

@@ -118,13 +118,14 @@ class Pipeline:
         return pipeline
 
     def encode(
-        self, texts: Sequence[str], answers: Sequence[str | None] | None = None
+        self, texts: Sequence[str], answers: Sequence[str | None] | None = None, cut: bool = False
     ) -> Encodings:
         """Embed and encode n texts.
 
         Args:
           answers: of each text the answer in it, whose code stands beside its encoding where the memory
             keeps such codes; None has none, as a query.
+          cut: leave out the beginning of a text that is too long.
 
         Raises:
           ValueError: not as many answers as texts.
@@ -134,7 +135,10 @@ class Pipeline:
         limit, width = self.model.encoder.config.max_length, self.model.encoder.config.width
         batch = self.encoder_tokenizer.encode(texts)
         lengths = batch.mask.sum(axis=1)
-        if len(texts) and lengths.max() > limit:
+        for row in np.flatnonzero(lengths > limit) if cut else ():
+            begin = len(self.encoder_tokenizer.prefix)
+            batch.ids[row, begin:limit] = batch.ids[row, : lengths[row]][begin - limit :]
+        if not cut and len(texts) and lengths.max() > limit:
             row = int(lengths.argmax())
             raise TextTooLong(
                 f"The text {_shorten(texts[row])!r} has {lengths[row]} tokens and the encoder takes "
@@ -172,12 +176,14 @@ class Pipeline:
             answers = [None] * len(texts) if answers is None else answers
             if len(answers) != len(texts):
                 raise ValueError(f"{len(texts)} texts need as many answers; got {len(answers)}")
-            latent = np.concatenate([latent, self._answer_codes(answers)], axis=1)
+            say = self.decoder_tokenizer.following
+            tokens = [None if answer is None else say(answer.strip()) for answer in answers]
+            latent = np.concatenate([latent, self.answer_codes(tokens)], axis=1)
         return Encodings(embedding, latent, pooled)
 
-    def _answer_codes(self, answers: Sequence[str | None]) -> Float[np.ndarray, "n S"]:
-        code, following = self.config.editing.answer_code, self.decoder_tokenizer.following
-        tokens = [None if answer is None else following(answer.strip()) for answer in answers]
+    def answer_codes(self, tokens: Sequence[Sequence[int] | None]) -> Float[np.ndarray, "n S"]:
+        """Return the codes of n answers or parts of one (`latent_layout.pack_answers`)."""
+        code = self.config.editing.answer_code
         packed = latent_layout.pack_answers(code, tokens, self.decoder_tokenizer.eos)
         codes = np.zeros((len(packed), self.layout.answer_code), np.float32)
         rows = np.flatnonzero((packed != latent_layout.NOTHING).any(axis=1))
@@ -194,8 +200,8 @@ class Pipeline:
     ) -> Condition:
         """Return `Larimar.condition` of n readouts, compiled, with the evidence for answers in them.
 
-        Rows of padding, not active, come after the n, so that few numbers of rows are compiled for;
-        decoding and scoring ignore them.
+        Behind a readout may stand the codes of further parts of its answer, of all rows as many. Rows of
+        padding, not active, come after the n, as few numbers of rows are compiled for.
         """
         rows, more = len(readout), steps_bucket(len(readout), 1) - len(readout)
         readout = np.pad(np.asarray(readout, np.float32), ((0, more), (0, 0)))
@@ -273,7 +279,7 @@ def _condition(
 ) -> Condition:
     model, evidence = nnx.merge(graph, state), None
     if code is not None:
-        codes = readout[:, layout.size - layout.answer_code :]
+        codes = readout[:, layout.encoding + layout.key_features :]
         evidence = latent_layout.decode_answers(
             code, codes, model.decoder.config.vocab_size, active
         )

@@ -7,7 +7,8 @@ here the same cosine after a linear map, which `calibrate` fits and a model's fi
 """
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Collection
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -17,66 +18,118 @@ from larimar_jax.data.segments import sentences
 PROJECTION = "scope/projection"
 
 
+# What chat templates put around a turn, and the names of speakers and parts before one.
+_MARKUP = re.compile(
+    r"<\|[^<>]*\|>|</?(?:s|bos|eos|start_of_turn|end_of_turn)>|\[/?INST\]|<</?SYS>>"
+)
+_LABEL = re.compile(
+    r"\A[\s#*>-]*\b(?:user|assistant|system|human|bot|ai|model|q|a|question|answer|instruction|input"
+    r"|response)[\s*]*(?::[\s*]*|$)",
+    re.IGNORECASE,
+)
+_INLINE_LABEL = re.compile(
+    r"(?<=[^\s#*>])\s+(?=[#*> ]*(?:Q|A|Question|Answer|User|Assistant|Human|Bot)\s*:)"
+)
+# A line ends a sentence where it is the name of a speaker, or the next begins with a capital or a digit.
+_LINE = re.compile(r"\n\s*\n|\n(?=\W{0,8}[A-Z0-9À-Ý])|\n(?=\w+\n)")
+_FUNCTION_WORDS = (
+    "and|but|so|then|also|now|today|there|in|at|on|to|of|for|from|by|with|about|as|is|was|are|were|does"
+    "|did|do|has|had|can|could|will|would|where|whom|whose|when|how|why|because|while|if"
+)
+# A sentence refers back where a pronoun comes before any noun that it could mean ("the town she …"), or
+# where it has no noun at all.
+_PRONOUN = re.compile(
+    rf"\W*(?:(?:{_FUNCTION_WORDS})\W+)*(?:this|that|these|those)\b"
+    rf"|\W*(?:(?:{_FUNCTION_WORDS}|(?:who|which|what|the|a)\s+\w+)\s+)*"
+    r"(?:it|its|he|him|his|she|her|hers|they|them|their|theirs)\b",
+    re.IGNORECASE,
+)
+_NO_NOUN = re.compile(rf"\W*(?:(?:{_FUNCTION_WORDS}|who|which|what|the|an?)\b\W*)*", re.IGNORECASE)
+# Words of a sentence that only begins the answer of the question before it.
+_BEGINNING = 4
+
+
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """Per query: its best cosine, the written key that has it (−1: none), and the sentence."""
+    """Per query: its best cosine, and the written key that has it (−1: none)."""
 
     score: Float[np.ndarray, " Q"]
     key: Int[np.ndarray, " Q"]
-    sentence: Int[np.ndarray, " Q"]
 
     def within(self, threshold: float) -> Bool[np.ndarray, " Q"]:
         """Return which queries are in scope; none where nothing is written, whatever the threshold."""
         return (self.score >= threshold) & (self.key >= 0)
 
 
-def split_sentences(queries: Sequence[str]) -> tuple[list[str], list[int]]:
-    """Return the sentences of all queries, and the query that each belongs to.
+def question(query: str, written: Collection[str] = ()) -> str:
+    """Return the part of a query that its continuation belongs to, which the detector compares (§6).
 
-    A query may carry sentences that have nothing to do with its question; the detector takes the
-    best one (§6). A query of several sentences is also there as a whole, since a fact may have been
-    written so.
+    It is the last sentence, with those before it as far as each refers back to the one before ("… the
+    Eiffel Tower? It is in"), without chat markup and names of speakers. What is merely mentioned
+    earlier is no part of it.
+
+    Args:
+      written: prompts as they are written, blanks between words; where the query ends with one of them,
+        from a sentence's beginning on, it is that one.
     """
-    texts: list[str] = []
-    owners: list[int] = []
-    for index, query in enumerate(queries):
-        split = sentences(query)
-        texts += split if len(split) == 1 else [query, *split]
-        owners += [index] * (len(texts) - len(owners))
-    return texts, owners
+    blocks = _LINE.split(_INLINE_LABEL.sub("\n\n", _MARKUP.sub("\n\n", query)))
+    parts = [sentence for block in blocks for sentence in sentences(block)]
+    longest, tail, exact = max(map(len, written), default=0), "", ""
+    for part in reversed(parts):
+        tail = " ".join(f"{part} {tail}".split())
+        if len(tail) > longest:
+            break
+        exact = tail if tail in written else exact
+    if exact:
+        return exact
+    parts = [text for part in parts if (text := _LABEL.sub("", part))]
+    first = len(parts) - 1
+    while first > 0 and _refers_back(parts[first], parts[first - 1]):
+        first -= 1
+    return " ".join(parts[first:]) or query
+
+
+def _refers_back(sentence: str, before: str) -> bool:
+    words = sentence.split()
+    is_beginning = len(words) <= _BEGINNING and not any(word[0].isupper() for word in words[1:])
+    return bool(
+        _PRONOUN.match(sentence)
+        or _NO_NOUN.fullmatch(sentence)
+        or (is_beginning and before.endswith("?"))
+    )
 
 
 def nearest_key(
-    embeddings: Float[np.ndarray, "S H"],
-    owners: Sequence[int],
+    embeddings: Float[np.ndarray, "Q H"],
     written: Float[np.ndarray, "N H"],
     allowed: Bool[np.ndarray, "Q N"] | None = None,
 ) -> Match:
-    """Return the best cosine of each query over its sentences and the written keys.
+    """Return the best cosine of each query's `question` over the written keys.
 
     Args:
-      embeddings: of the sentences from `split_sentences`; they need not be of unit length.
-      owners: the query of each sentence, ascending.
+      embeddings: they need not be of unit length.
       written: embeddings of the N written keys; none gives a score of −1 to every query.
       allowed: which keys a query may match; default all. (Benchmarks hold one memory per case.)
     """
-    owners = np.asarray(owners, np.int64)
-    queries = int(owners[-1]) + 1 if len(owners) else 0
-    first = np.searchsorted(owners, np.arange(queries))
     if len(written) == 0:
-        return Match(np.full(queries, -1.0, np.float32), np.full(queries, -1), first)
-    cosines = _unit(embeddings) @ _unit(written).T
+        count = len(embeddings)
+        return Match(np.full(count, -1.0, np.float32), np.full(count, -1))
+    likeness = cosines(embeddings, written)
     if allowed is not None:
-        cosines = np.where(allowed[owners], cosines, -1.0)
-    best = cosines.max(axis=1)
-    # Of a query's sentences the best one, and of equals the first.
-    sentence = np.lexsort((-best, owners))[first]
-    key = np.where(best[sentence] > -1, cosines.argmax(axis=1)[sentence], -1)
-    return Match(best[sentence], key, sentence)
+        likeness = np.where(allowed, likeness, -1.0)
+    best = likeness.max(axis=1)
+    return Match(best, np.where(best > -1, likeness.argmax(axis=1), -1))
 
 
-def _unit(vectors: Float[np.ndarray, "n H"]) -> Float[np.ndarray, "n H"]:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
+def cosines(
+    embeddings: Float[np.ndarray, "Q H"], written: Float[np.ndarray, "N H"]
+) -> Float[np.ndarray, "Q N"]:
+    """Return the cosine of each query with each written key."""
+    queries, keys = (
+        rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
+        for rows in (embeddings, written)
+    )
+    return queries @ keys.T
 
 
 @dataclasses.dataclass(frozen=True)

@@ -119,7 +119,7 @@ class Session:
                 ledger = ledger.without(former, milliseconds)
             elif ledger.facts:
                 ids, written = self._written()
-                match = scope.nearest_key(rows.embedding[:1], [0], written)
+                match = scope.nearest_key(rows.embedding[:1], written)
                 if match.score[0] >= _NEAR:
                     near = f"fact {ids[match.key[0]]} (cosine {match.score[0]:.2f})"
                     note = f"its prompt is hard to tell from that of {near}"
@@ -215,7 +215,7 @@ class Session:
         return self.model.score(prompts, candidates, condition)
 
     def _recall(self, prompts: Sequence[str]) -> _Recall:
-        """Return scope decision and readout of each prompt, by its sentence nearest to a fact."""
+        """Return scope decision and readout of each prompt, by its `scope.question`."""
         if isinstance(prompts, str):
             raise TypeError("prompts is a list of texts; ask() takes one")
         for prompt in prompts:
@@ -223,14 +223,15 @@ class Session:
         if not all(prompt.strip() for prompt in prompts):
             raise EmptyFact("A question needs a text to continue; one of the prompts is empty.")
         begin = time.perf_counter()
-        sentences, owners = scope.split_sentences(prompts)
-        encodings = self.model.encode(sentences)
+        written_prompts = {text for fact in self.list() for text in fact.prompts}
+        questions = [scope.question(prompt, written_prompts) for prompt in prompts]
+        encodings = self.model.encode(questions, cut=True)
         milliseconds = {"encode": _since(begin)}
         begin = time.perf_counter()
         ids, written = self._written()
-        match = scope.nearest_key(encodings.embedding, owners, written)
+        match = scope.nearest_key(encodings.embedding, written)
         inside = match.within(self.model.scope_threshold)
-        queries = _padded(encodings.latent[match.sentence])
+        queries = _padded(encodings.latent)
         read = rls.read(self.model.memory, self.model.prepared, self._memory, queries)
         readout = np.asarray(read)[: len(prompts)]
         milliseconds["read"] = _since(begin)

@@ -64,18 +64,14 @@ class Plain:
         system = np.outer(weights, weights) + (self.ridge + shrink) * np.eye(len(weights))
         return np.linalg.solve(system, np.outer(weights, value) + self.ridge * self.before)
 
-    def nearest(self, query, written):
-        """(cosine, sentence) of the query's sentence that is nearest to a fact's text."""
-        key, scored = self._encode(*written)[0], []
-        for sentence in scope.split_sentences([query])[0]:
-            vector = self._encode(sentence)[0]
-            cosine = vector @ key / np.linalg.norm(vector) / np.linalg.norm(key)
-            scored.append((cosine, sentence))
-        return max(scored, key=lambda pair: pair[0])
+    def cosine(self, query, written):
+        """The cosine of a query's question and a fact's text."""
+        key, vector = self._encode(*written)[0], self._encode(scope.question(query))[0]
+        return vector @ key / np.linalg.norm(vector) / np.linalg.norm(key)
 
-    def condition(self, matrix, query, written):
+    def condition(self, matrix, query):
         """What the decoder is handed for a query."""
-        read = self._encode(self.nearest(query, written)[1])[1] @ self.inverse @ matrix
+        read = self._encode(scope.question(query))[1] @ self.inverse @ matrix
         return self.model.condition(np.float32(read)[None])
 
     def log_probabilities(self, prompt, answer, condition=None):
@@ -118,8 +114,8 @@ class Plain:
         # The editing literature's scope decision sees prompts alone, the authors' code the written fact.
         written = f"{fact[0].strip()} {fact[1].strip()}"
         key = (fact[0],) if outside == "base" else (written, fact[1])
-        inside = self.nearest(scoped, key)[0] >= self.model.scope_threshold
-        read = self.condition(self.matrix(*fact), query, key)
+        inside = self.cosine(scoped, key) >= self.model.scope_threshold
+        read = self.condition(self.matrix(*fact), query)
         return under_every_system(
             measure, prompt, self.model.zero(1), read, text, text, forced, inside, outside
         )

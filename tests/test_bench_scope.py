@@ -52,10 +52,9 @@ def test_scores_are_those_of_one_query_at_a_time(tiny, tmp_path, monkeypatch, tr
             own = next(n for n, record in enumerate(records) if record.case_id == row["case"])
             asked = (records[own].paraphrases, records[own].neighbourhood, others[own])
             assert row["query"] in dict(zip(KINDS, asked, strict=True))[row["kind"]]
-            sentences, owners = scope.split_sentences([row["query"]])
-            embedding = encoders[detector].encode(sentences).embedding
+            embedding = encoders[detector].encode([scope.question(row["query"])]).embedding
             written = keys[[own]] if row["store"] == "pairwise" else keys
-            match = scope.nearest_key(embedding, owners, written)
+            match = scope.nearest_key(embedding, written)
             assert row["score"] == pytest.approx(match.score[0], abs=1e-5)
             if (row["kind"], row["store"]) == ("paraphrase", "store"):
                 assert row["own_prompt"] == float(match.key[0] == own)

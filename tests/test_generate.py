@@ -173,8 +173,50 @@ def test_what_a_prompt_draws_depends_on_its_key_and_not_on_its_company(tiny):
 
 def test_a_stop_text_ends_a_continuation(tiny):
     whole = tiny.generate(PROMPTS, max_tokens=8, stop="")
-    stop = whole[0][1]
-    assert tiny.generate(PROMPTS, max_tokens=8, stop=stop)[0] == whole[0].split(stop)[0]
+    stop = whole[0].lstrip()[2]
+    begin = whole[0].index(whole[0].lstrip()) + 1
+    stopped = whole[0][: whole[0].index(stop, begin)]
+    assert tiny.generate(PROMPTS, max_tokens=8, stop=stop)[0] == stopped
+
+
+def test_a_stop_counts_only_after_a_text_and_after_what_is_to_be_whole(tiny):
+    tokens = tiny.decoder_tokenizer.ids("\n \nFact\nnew\nis")
+    reader, text = generate._Reader(tiny.decoder_tokenizer, "\n"), tiny.decoder_tokenizer.decode
+    assert reader.text(tokens) == ("\n \nFact", 7)
+    assert [reader.text(tokens[:n])[0] for n in range(4)] == [text(tokens[:n]) for n in range(4)]
+    whole = next(n for n in range(len(tokens)) if text(tokens[:n]).endswith("new"))
+    assert reader.text(tokens, whole)[0] == "\n \nFact\nnew"
+
+
+def test_a_loop_ends_at_a_stop_after_a_text(tiny, monkeypatch):
+    """The tokens that are drawn, one a step: a line's end, a word, a line's end, …"""
+    (end,), (word,) = (tiny.decoder_tokenizer.ids(text)[:1] for text in ("\n", "Fact"))
+    drawn = jnp.asarray([end, word, end, word, end, word], jnp.int32)
+    monkeypatch.setattr(
+        decoding, "_next_token", lambda model, hidden, step, rows: drawn[step] + 0 * rows.limits
+    )
+    for part in ("_begin", "_decode"):
+        monkeypatch.setattr(decoding, part, decoding.__dict__[part].__wrapped__)
+    lengths = []
+    for after in (0, 3):
+        options = generate.Options(max_tokens=6, stop_after=after)
+        reader = generate._Reader(tiny.decoder_tokenizer, "\n")
+        _, start = generate._start(tiny.model, reader, [[1, 2]], None, options)
+        decoding_ = start([0])
+        decoding_.advance(5)
+        lengths.append(len(decoding_.tokens[0]))
+    assert lengths == [3, 5]
+
+
+def test_a_prompt_without_room_may_lose_its_beginning(tiny):
+    words = "Fact 1 is new " * 60
+    (whole,) = tiny.generate([words], max_tokens=4, stop="", cut=True)
+    tokens = tiny.decoder_tokenizer.ids(words.rstrip())
+    end = [[tiny.decoder_tokenizer.bos, *tokens[-(127 - 4 - 1) :]]]
+    ids = generate.continue_ids(tiny.model, end, 4)[0]
+    assert len(tokens) > 127 and whole == tiny.decoder_tokenizer.decode(ids)
+    with pytest.raises(generate.PromptTooLong):
+        tiny.generate([words], max_tokens=4, stop="")
 
 
 @pytest.mark.parametrize("every", [1, 3, 50])
@@ -223,7 +265,7 @@ def test_bytes_that_are_no_character_are_held_back_and_leave_the_others(
         expected = "a" + content.decode("utf-8", "replace")
     reader = generate._Reader(tokenizer, stop)
     whole = reader.text(ids)[0]
-    ends = [expected.find(text) for text in stops if text and text in expected]
+    ends = [at for text in stops if text and (at := expected.find(text, 1)) > 0]
     assert whole == expected[: min(ends, default=None)]
     before = ""
     for length in range(1, len(ids) + 1):
@@ -260,7 +302,8 @@ def test_a_prompt_that_may_say_no_more_keeps_no_loop_going(tiny, monkeypatch):
         return results
 
     monkeypatch.setattr(decoding, "_decode", counting)
-    tiny.generate(PROMPTS[:2], max_tokens=[100, 2], stop=whole[0])
+    stop = tiny.decoder_tokenizer.decode(tiny.decoder_tokenizer.ids(whole)[1:2])
+    tiny.generate(PROMPTS[:2], max_tokens=[100, 2], stop=stop)
     assert sum(steps) == 1
 
 

@@ -1,4 +1,4 @@
-"""The scope detector: best cosine over sentences and written keys; detection against plain counting."""
+"""The scope detector: what a query asks, best cosine over written keys, detection by plain counting."""
 
 import numpy as np
 import pytest
@@ -8,32 +8,62 @@ from hypothesis import strategies as st
 from larimar_jax import scope
 
 
-def test_every_query_has_its_sentences():
-    texts, owners = scope.split_sentences(["One thing. Another thing is", "Alone", ""])
-    assert texts == ["One thing. Another thing is", "One thing.", "Another thing is", "Alone", ""]
-    assert owners == [0, 0, 0, 1, 2]
+@pytest.mark.parametrize(
+    "query, question",
+    [
+        ("The old mill is a sight. Its owner was late. The lake lies near", "The lake lies near"),
+        ("I like Lutha. The mayor of Korsk is", "The mayor of Korsk is"),
+        ("Who owns the mill? It belongs to", "Who owns the mill? It belongs to"),
+        ("I saw the mill. The town it stands in is", "I saw the mill. The town it stands in is"),
+        ("Which horn does Ada Lind play? The", "Which horn does Ada Lind play? The"),
+        ("I saw the mill. My cat slept. She ate her", "My cat slept. She ate her"),
+        ("I saw the mill. The king said that he owns", "The king said that he owns"),
+        ("Q: Who owns the mill? A: Ada. Q: Who swims? A:", "Who swims?"),
+        ("Human: Who owns the mill?\n\nAssistant:", "Who owns the mill?"),
+        ("### Question:\nWho owns\nthe mill?\n\n### Answer:\n", "Who owns\nthe mill?"),
+        (
+            "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nThe mill belongs to [/INST]",
+            "The mill belongs to",
+        ),
+        (
+            "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nWho owns it?<|im_end|>\n"
+            "<|im_start|>assistant\n",
+            "Be kind. Who owns it?",
+        ),
+        ("Korsk: north\nLutha: south\nBrenn:", "Brenn:"),
+        ("</s>", "</s>"),
+        ("", ""),
+    ],
+)
+def test_what_is_asked_is_the_last_sentence_with_what_it_refers_to(query, question):
+    assert scope.question(query) == question
 
 
-def test_the_best_sentence_and_key_decide():
+def test_a_query_that_ends_with_a_written_prompt_asks_for_that_one():
+    written = {"Q: Who swims? A:", "It rains. The lake is", "Korsk is"}
+    assert scope.question("We met. Q: Who swims? A:", written) == "Q: Who swims? A:"
+    assert scope.question("We met. It rains.  The lake\nis ", written) == "It rains. The lake is"
+    assert scope.question("The mayor of Korsk is", written) == "The mayor of Korsk is"
+
+
+def test_the_best_key_decides():
     written = np.asarray([[1, 0, 0], [0, 2, 0]], np.float32)
-    sentences = np.asarray([[0, 0, 1], [3, 1, 0], [3, 1, 0], [0, 1, 1]], np.float32)
-    match = scope.nearest_key(sentences, [0, 0, 0, 1], written)
+    match = scope.nearest_key(np.asarray([[3, 1, 0], [0, 1, 1]], np.float32), written)
     np.testing.assert_allclose(match.score, [3 / 10**0.5, 0.5**0.5], rtol=1e-6)
-    assert match.key.tolist() == [0, 1] and match.sentence.tolist() == [1, 3]
-    assert match.within(0.9).tolist() == [True, False]
+    assert match.key.tolist() == [0, 1] and match.within(0.9).tolist() == [True, False]
 
 
 def test_nothing_written_nothing_in_scope():
     embeddings = np.ones((2, 3), np.float32)
-    match = scope.nearest_key(embeddings, [0, 1], np.zeros((0, 3), np.float32))
+    match = scope.nearest_key(embeddings, np.zeros((0, 3), np.float32))
     assert match.score.tolist() == [-1, -1] and not match.within(-2.0).any()
-    nothing = scope.nearest_key(embeddings, [0, 1], embeddings, np.zeros((2, 2), bool))
-    assert nothing.key.tolist() == [-1, -1] and nothing.sentence.tolist() == [0, 1]
+    nothing = scope.nearest_key(embeddings, embeddings, np.zeros((2, 2), bool))
+    assert nothing.key.tolist() == [-1, -1]
 
 
 def test_a_key_that_is_not_allowed_does_not_match():
     same = np.eye(2, dtype=np.float32)
-    match = scope.nearest_key(same, [0, 1], same, ~np.eye(2, dtype=bool))
+    match = scope.nearest_key(same, same, ~np.eye(2, dtype=bool))
     assert match.score.tolist() == [0, 0] and match.key.tolist() == [1, 0]
 
 

@@ -16,7 +16,7 @@ class CounterFact(EditTask):
     """CounterFact, one edit at a time: edit, paraphrase and neighbourhood S and M (Table 2).
 
     Mode `rome`, the protocol of the editing literature: the scope decision and the memory query see
-    the prompt only (the sentence of it that is nearest to the fact), paraphrases keep their
+    the prompt only (its last sentence, `scope.question`), paraphrases keep their
     distractor sentence, and what is out of scope is decoded by the untouched LM. Mode `released`,
     that of the authors' code: the scope decision sees prompt and candidate beside the written fact,
     so that the two candidates of a prompt may be decoded differently; a paraphrase is cut to its

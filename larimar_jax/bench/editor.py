@@ -123,19 +123,19 @@ class LarimarEditor:
         owner, line, prompts, answers = zip(*rows, strict=True) if rows else ((), (), (), ())
         owner, line = np.asarray(owner, np.int32), np.asarray(line, np.int32)
         texts = [written(prompt, answer) for _, _, prompt, answer in rows]
-        sentences, owners = scope.split_sentences([query for row in queries for query in row])
-        unique = list(dict.fromkeys([*prompts, *sentences]))
+        written_prompts = frozenset(prompts)
+        questions = [scope.question(query, written_prompts) for row in queries for query in row]
+        unique = list(dict.fromkeys([*prompts, *questions]))
         place = {text: number for number, text in enumerate(unique)}
         encodings = self.model.encode([*unique, *texts], [None] * len(unique) + [*answers])
         of_prompts = [place[text] for text in prompts]
         of_texts = slice(len(unique), None)
-        of_sentences = np.asarray([place[text] for text in sentences], np.int64)
+        of_questions = [place[text] for text in questions]
 
         where = [(fact, slot) for fact, row in enumerate(queries) for slot in range(len(row))]
         fact, slot = np.asarray(where, np.int32).reshape(-1, 2).T
         match = scope.nearest_key(
-            encodings.embedding[of_sentences],
-            owners,
+            encodings.embedding[of_questions],
             encodings.embedding[of_texts if by_text else of_prompts],
             fact[:, None] == owner,
         )
@@ -148,7 +148,7 @@ class LarimarEditor:
         keys, values = np.zeros((2, count, deep, latents.shape[1]), np.float32)
         keys[owner, line], values[owner, line] = latents[of_prompts], latents[of_texts]
         asking = np.zeros((count, width, latents.shape[1]), np.float32)
-        asking[fact, slot] = latents[of_sentences[match.sentence]]
+        asking[fact, slot] = latents[of_questions]
         rng = None if rng is None else row_keys(rng, len(facts), count)
         memory, prepared = self.model.dual, self.model.prepared
         readout = np.asarray(_recall(memory, prepared, keys, values, asking, rng))[fact, slot]

@@ -53,8 +53,8 @@ def encode_facts(
     """Return all encodings that stores of these facts need, asked by their own prompts or by other
     queries."""
     prompts = [prompt for prompt, _ in facts]
-    sentences, _ = scope.split_sentences([*prompts, *queries])
-    return EncodedTexts(model, [*prompts, *sentences], facts)
+    questions = [scope.question(query) for query in (*prompts, *queries)]
+    return EncodedTexts(model, [*prompts, *questions], facts)
 
 
 class FactStore:
@@ -123,11 +123,10 @@ class FactStore:
             raise self._not_finite()
 
     def read(self, queries: Sequence[str]) -> tuple[Float[np.ndarray, "Q C"], scope.Match]:
-        """Return the readouts of queries, each by its sentence that is nearest to a fact."""
-        sentences, owners = scope.split_sentences(queries)
-        encodings = self._encoded(sentences)
-        match = scope.nearest_key(encodings.embedding, owners, self._embedding)
-        latent = encodings.latent[match.sentence]
+        """Return the readouts of queries, each by its `scope.question`."""
+        written_prompts = frozenset(prompt for prompt, _ in self.facts)
+        encodings = self._encoded([scope.question(query, written_prompts) for query in queries])
+        match, latent = scope.nearest_key(encodings.embedding, self._embedding), encodings.latent
         rows = bucket(len(latent), _QUERIES)
         padded = np.pad(latent, ((0, rows - len(latent)), (0, 0)))
         readout = _read(self.model.memory, self.model.prepared, self.state, padded)

@@ -30,7 +30,7 @@ class Scope(EditTask):
     """The scope detector on CounterFact: equal error rate, F1 and AUROC (§6, ESD and ISD).
 
     Paraphrases of a written prompt are positives, its neighbours negatives; a query's score is its
-    best cosine, sentence by sentence. Pairwise, each record is alone with its own prompt; against
+    best cosine, by its last sentence. Pairwise, each record is alone with its own prompt; against
     the store all prompts are written at once, which is what deployment sees, and a paraphrase
     should also be nearest to its own. Beside them, prompts of other relations in the file, put to
     the record's subject: how many pass. The external detector (ESD) compares the encoder's output,
@@ -118,7 +118,7 @@ class Scope(EditTask):
         model, cases = systems.model, self.cases(systems)
         prompts = [record.prompt for record in self.records]
         queries = [q for case in cases for each in case.queries.values() for q in each]
-        encoded = EncodedTexts(model, [*prompts, *scope.split_sentences(queries)[0]])
+        encoded = EncodedTexts(model, [*prompts, *map(scope.question, queries)])
         place = {record.case_id: number for number, record in enumerate(self.records)}
         # What the model's own detector compares, last, is its embedding in any case.
         detectors = {"external": "embedding"}
@@ -130,10 +130,9 @@ class Scope(EditTask):
             for case in cases:
                 own = place[case.case_id]
                 for kind, texts in case.queries.items():
-                    sentences, owners = scope.split_sentences(texts)
-                    embedding = getattr(encoded(sentences), by)
-                    alone = scope.nearest_key(embedding, owners, keys[own : own + 1])
-                    among = scope.nearest_key(embedding, owners, keys)
+                    embedding = getattr(encoded([*map(scope.question, texts)]), by)
+                    alone = scope.nearest_key(embedding, keys[own : own + 1])
+                    among = scope.nearest_key(embedding, keys)
                     fixed = dict(case=case.case_id, system=detector, kind=kind, prompt=case.prompt)
                     for n, query in enumerate(texts):
                         for store, match in zip(STORES, (alone, among), strict=True):

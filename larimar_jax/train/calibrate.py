@@ -188,7 +188,7 @@ def _lookup(encode: Encode, facts: Sequence[ScopeQuestions]) -> Encode:
     """Return a function from texts of the facts to unit encodings, each of which is computed once."""
     texts = [fact.prompt for fact in facts]
     for kind in KINDS:
-        texts += scope.split_sentences([q for fact in facts for q in getattr(fact, kind)])[0]
+        texts += [scope.question(query) for fact in facts for query in getattr(fact, kind)]
     places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
     encoded = np.asarray(encode(list(places)), np.float32)
     encoded /= np.maximum(np.linalg.norm(encoded, axis=1, keepdims=True), 1e-9)
@@ -222,19 +222,16 @@ def _rows(
     for number, fact in enumerate(facts):
         key = look([fact.prompt])
 
-        def nearest(queries: Sequence[str], key=key) -> Float[np.ndarray, "q H"]:
-            """Return of each query the sentence that the detector goes by."""
-            sentences, owner = scope.split_sentences(queries)
-            encoded = look(sentences)
-            return encoded[scope.nearest_key(encoded, owner, key).sentence]
-
-        others, count = nearest(fact.others), max(len(fact.paraphrases), len(fact.neighbours))
+        paraphrases, neighbours, others = (
+            look([*map(scope.question, getattr(fact, kind))]) for kind in KINDS
+        )
+        count = max(len(paraphrases), len(neighbours))
         # Padding is the prompt, as the gradient of a zero vector's length is NaN, masked or not.
         padded = np.concatenate([others, np.repeat(key, width - len(others), axis=0)])
         row = _Questions(
             np.repeat(key, count, axis=0),
-            np.resize(nearest(fact.paraphrases), (count, key.shape[1])),
-            np.resize(nearest(fact.neighbours), (count, key.shape[1])),
+            np.resize(paraphrases, (count, key.shape[1])),
+            np.resize(neighbours, (count, key.shape[1])),
             np.repeat(padded[None], count, axis=0),
             np.repeat((np.arange(width) < len(others))[None], count, axis=0),
             np.repeat(np.int32(subjects.setdefault(fact.subject, len(subjects))), count),
@@ -306,11 +303,11 @@ def _scores(
     result = {}
     for kind in KINDS:
         queries = [(n, text) for n, fact in enumerate(facts) for text in getattr(fact, kind)]
-        texts, owners = scope.split_sentences([text for _, text in queries])
+        texts = [scope.question(text) for _, text in queries]
         own = np.zeros((len(queries), len(facts)), bool)
         own[np.arange(len(queries)), [n for n, _ in queries]] = True
         embedded = look(texts) @ projection
-        matches = (scope.nearest_key(embedded, owners, keys, by) for by in (own, None))
+        matches = (scope.nearest_key(embedded, keys, by) for by in (own, None))
         result[kind] = tuple(match.score for match in matches)
     return result
 
