@@ -271,7 +271,7 @@ def forget(fact: int | None = None, *, purge: bool = False, session: str = SESSI
         print(f"({distance}; {leverage})", file=sys.stderr)
     if purge:
         opened.purge(fact)
-        print(f"(no trace of it is left in {session})", file=sys.stderr)
+        print(f"(what was purged has left no trace in {session})", file=sys.stderr)
 
 
 def list_facts(*, history: bool = False, session: str = SESSION) -> None:

@@ -1,6 +1,7 @@
 """Readers of the editing benchmarks, corpora, and episodes."""
 
 import dataclasses
+import gzip
 import json
 from pathlib import Path
 
@@ -145,6 +146,30 @@ def test_a_list_that_is_no_json_is_refused_where_json_says(tmp_path, text):
     place = rf"at line {want.value.lineno}, column {want.value.colno} \({want.value.msg}\)"
     with pytest.raises(MalformedRecord, match=f"not valid JSON {place}"):
         edit_records.load(tmp_path / "broken.json")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        json.dumps([FLAT]).encode("utf-8-sig"),
+        json.dumps([FLAT]).encode("utf-16"),
+        gzip.compress(json.dumps(FLAT).encode()),
+        json.dumps({"version": 1, "data": [FLAT]}, indent=1).encode(),
+    ],
+    ids=["mark", "utf-16", "gzip", "data"],
+)
+def test_records_are_read_as_other_programs_write_them(tmp_path, data):
+    (tmp_path / "records.json").write_bytes(data)
+    [record] = edit_records.load(tmp_path / "records.json")
+    assert record.case_id == FLAT["case_id"] and record.target_new == "Rome"
+
+
+def test_a_file_that_is_no_text_says_so(tmp_path):
+    whole = gzip.compress(json.dumps([FLAT]).encode())
+    for data in (b'["caf\xe9"]', whole[:-9], whole[:20] + b"?" * 40):
+        (tmp_path / "records.json").write_bytes(data)
+        with pytest.raises(MalformedRecord, match=r"no text in UTF-8 .* Convert it"):
+            edit_records.load(tmp_path / "records.json")
 
 
 def test_files_that_hold_no_records_say_so(tmp_path):

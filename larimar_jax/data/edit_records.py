@@ -5,25 +5,18 @@ A schema is recognised by a field that no other has. It says where in a raw reco
 """
 
 import dataclasses
-import functools
 import hashlib
-import json
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from larimar_jax.data import world
+from larimar_jax.data.record_files import MalformedRecord, raw_records
 
 Target = Literal["answer", "alternative"]
 Values = dict[str, Any]
 Finish = Callable[[Values, Target], Values]
 # MEND marks its locality questions, which come from Natural Questions, with this.
 _NATURAL_QUESTIONS = "nq question: "
-
-
-class MalformedRecord(ValueError):
-    """A benchmark file holds a record that its schema does not allow."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +63,9 @@ def load(
     and the flat one of the editing toolkits, ZsRE's of MEND and of KnowEdit (`SCHEMAS`).
 
     Args:
-        source: a JSON list, a JSONL file, "world:COUNT:SEED" (data/world.py), or a Hugging Face data
-            set's id ("owner/name", its train split) where there is a network.
+        source: a JSON list (as it is, or as "data" of an object), a JSONL file, "world:COUNT:SEED"
+            (data/world.py), or a Hugging Face data set's id ("owner/name", its train split) where
+            there is a network.
         target: what a ZsRE record's `target_new` is: "answer", the question's right answer (the protocol
             of ROME and of Larimar's tables, which teach the model what it does not know), or
             "alternative", the false answer that the record proposes. None takes the protocol of the
@@ -278,73 +272,3 @@ def _parse(raw: Any, index: int, target: Target | None) -> EditRecord:
             return EditRecord(**{"answers": (values["target_new"],)} | values)
     known = ", ".join(f"{finish.__name__} ({mark})" for mark, (_, finish, _) in SCHEMAS.items())
     _fail("", f"is of no schema that is read; known, by a field of theirs: {known}")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """The place of item `index` of a JSON list, for messages: the line in which it begins."""
-
-    text: str
-    index: int
-
-    def __str__(self) -> str:
-        return f"record {self.index} (line {_item_lines(self.text)[self.index]})"
-
-
-@functools.lru_cache(1)
-def _item_lines(text: str) -> list[int]:
-    """Return the line in which each item of a JSON list begins."""
-    blanks, decode = re.compile(r"[ \t\n\r,]*"), json.JSONDecoder().raw_decode
-    lines, line, counted, place = [], 1, 0, text.index("[") + 1
-    while not text.startswith("]", place := blanks.match(text, place).end()):
-        line, counted = line + text.count("\n", counted, place), place
-        lines.append(line)
-        _, place = decode(text, place)
-    return lines
-
-
-def raw_records(source: str | Path) -> Iterator[tuple[Any, Any]]:
-    """Yield where each record is, and it; of a line that is not JSON, the error."""
-    path = Path(source)
-    if not path.is_file():
-        read = world.records if world.is_source(str(source)) else _read_hub
-        yield from ((f"record {index}", raw) for index, raw in enumerate(read(str(source))))
-        return
-    text = path.read_text(encoding="utf-8")
-    if text.lstrip().startswith("["):
-        try:
-            items = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise MalformedRecord(
-                f"{path}: not valid JSON at line {error.lineno}, column {error.colno} "
-                f"({error.msg}). The file may be cut short; fetch it again."
-            ) from error
-        yield from ((_Place(text, index), raw) for index, raw in enumerate(items))
-        return
-    # Not splitlines(): JSON text may hold U+2028 and its like unescaped.
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    for index, (number, line) in enumerate(lines):
-        place = f"record {index} (line {number})"
-        try:
-            raw = json.loads(line)
-        except json.JSONDecodeError as error:
-            why = "The file must be a JSON list, or hold one JSON object a line."
-            raw = MalformedRecord(f"not valid JSON ({error.msg}). {why}")
-        yield place, raw
-
-
-def _read_hub(source: str) -> Iterable[Any]:
-    if source.count("/") != 1 or source.startswith((".", "/")) or source.endswith((".json", "l")):
-        raise FileNotFoundError(
-            f"no such file: {source}. Give the path of a JSON or JSONL file, or a Hugging Face "
-            "data set's id such as owner/name."
-        )
-    import datasets  # Takes a second, and only this branch needs it.
-
-    try:
-        return datasets.load_dataset(source, split="train")
-    except Exception as error:
-        raise FileNotFoundError(
-            f"{source} is neither a file nor a data set that could be loaded from the Hugging Face "
-            f"hub ({type(error).__name__}: {error}). Check the path and the network."
-        ) from error
