@@ -2,8 +2,11 @@
 
 command   launch/local.sh configs/larimar_6b.py runs/larimar_6b
 hardware  8 A100 with 80 GB; `larimar plan --config configs/larimar_6b.py` shows what it needs of each
-time      10 epochs of 7.6 million chunks; `larimar plan` shows the hours
+time      475,000 steps of 160 texts, 10 epochs of the paper's 7.6 million (§5; Appendix B: 5); `larimar
+          plan` shows the hours
 expected  perplexity 15.9 on WikiText-103 (the paper's)
+
+No recipe of it is released; docs/training.md has what the paper leaves open.
 """
 
 from ml_collections import ConfigDict
@@ -11,7 +14,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     bert_large = dict(vocab_size=28996, width=1024, depth=24, heads=16, mlp=4096)
-    # The table has room for the <PAD>, <BOS> and <EOS> that are added to 50,257 tokens.
+    # 50,257 tokens and 143 without a use, of which three become <PAD>, <BOS> and <EOS>.
     gptj = dict(vocab_size=50400, width=4096, depth=28, heads=16, mlp=16384, rotary=64)
     gptj |= dict(max_length=2048, norm_eps=1e-5)
     return ConfigDict(
@@ -21,7 +24,6 @@ def get_config() -> ConfigDict:
                 encoder=dict(source="google-bert/bert-large-cased", family="bert", **bert_large),
                 decoder=dict(source="EleutherAI/gpt-j-6b", family="gptj", **gptj),
                 dtype="bfloat16",
-                remat="layers",
             ),
             memory=dict(variant="direct", slots=512),
             objective=dict(kl=0.0, kl_cycles=0),
@@ -32,10 +34,10 @@ def get_config() -> ConfigDict:
                 workers=4,
             ),
             train=dict(
-                steps=475_000,  # 10 epochs of 7.6 million chunks, 160 a step
+                steps=475_000,
                 learning_rate=5e-6,
-                warmup_steps=2000,
                 decay="linear",
+                clip_norm=0.0,
                 mesh=(1, 8, 1),
                 on_bad_step="skip",
                 evaluate_every=1000,

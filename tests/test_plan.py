@@ -25,6 +25,9 @@ TOWERS = {
     "larimar_6b": {"encoder": 333_579_264, "decoder": 6_050_882_784},
 }
 
+# M₀, and log σ_W²: a number for each slot with a map from vec M, or a single number.
+MEMORY = {"larimar_1b3": 512 * 768 + 512 + 512 * 768 * 512, "larimar_6b": 512 * 768 + 1}
+
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_the_papers_models_fit_a_node(name, monkeypatch, capsys):
@@ -34,17 +37,17 @@ def test_the_papers_models_fit_a_node(name, monkeypatch, capsys):
     assert cli.main([*line, "--json"]) == 0
     numbers = json.loads(capsys.readouterr().out)
     assert {part: numbers["parameters"][part] for part in TOWERS[name]} == TOWERS[name]
-    assert numbers["parameters"]["memory"] == 512 * 768 + 1
+    assert numbers["parameters"]["memory"] == MEMORY[name]
     size = numbers["bytes_per_device"]
     assert numbers["fits"] and size["together"] < 0.5 * 80e9
     # Every parameter is a float32 with two moments, and 1/8 of them here; zero2 holds all parameters.
     total = sum(numbers["parameters"].values())
+    assert name != "larimar_1b3" or total == 1_346_492_416  # the released model's
     assert size["optimizer"] == pytest.approx(8 * total / 8, rel=0.02)
     whole = 8 if name == "larimar_1b3" else 1
     assert size["parameters"] == pytest.approx(4 * total * whole / 8, rel=0.02)
     assert numbers["memory_collectives"] == numbers["conditional_collectives"] == []
-    # Remat computes a part again.
-    assert numbers["flops"] > 1.15 * numbers["model_flops"] > 0
+    assert numbers["flops"] == numbers["model_flops"] > 0
 
 
 def test_a_step_that_does_not_fit_is_shown_with_settings_with_which_it_does():

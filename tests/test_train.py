@@ -214,7 +214,7 @@ def test_frozen_parameters_of_another_run_are_there_when_a_run_is_resumed(
         loop.train(config, stopped, progress=False)
 
 
-def test_a_run_is_judged_by_the_corpus_that_is_named(tiny, tmp_path, monkeypatch):
+def test_a_run_is_judged_by_the_corpus_that_is_named(tiny, tmp_path, monkeypatch, capfd):
     path = tmp_path / "other.txt"
     path.write_text("\n\n".join(f"{word} sees the town of oslo." for word in range(200)))
     texts = []
@@ -226,7 +226,8 @@ def test_a_run_is_judged_by_the_corpus_that_is_named(tiny, tmp_path, monkeypatch
 
     monkeypatch.setattr(loop, "Evaluator", Spy)
     config = _with(_with(tiny, steps=2), "data", held_out=str(path))
-    assert loop.train(config, tmp_path / "run", progress=False).finished
+    assert loop.train(config, tmp_path / "run").finished
+    assert "2 steps are 32 pieces: 0.1 epochs\n" in capfd.readouterr().err
     assert len(texts) > 2 and all(text[0].isdigit() and "oslo" in text for text in texts)
     gone = _with(config, "data", held_out=str(tmp_path / "no.txt"))
     with pytest.raises(FileNotFoundError, match="no such file"):

@@ -99,6 +99,10 @@ def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> Outc
         batches = iter(
             episodes.episodes(training, data.episode, data.batch, data.seed, workers=data.workers)
         )
+        if progress:
+            texts = settings.steps * data.batch * np.mean(data.episode)
+            epochs = texts / len(training)
+            say(f"{settings.steps:,} steps are {texts:,.0f} pieces: {epochs:.1f} epochs")
         watchdog.ping(_SLOW)
 
         # 3. Parameters, created or loaded where their sharding rule puts them. What a checkpoint does
