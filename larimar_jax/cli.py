@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from types import UnionType
 from typing import Annotated, Any, get_args, get_origin
 
 from larimar_jax.bench import bench_commands
@@ -141,7 +140,7 @@ def _add_arguments(single: argparse.ArgumentParser, function: Callable, helps: s
             continue
         metavar, text = texts[name]
         kind, default = parameter.annotation, parameter.default
-        kind = get_args(kind)[0] if isinstance(kind, UnionType) else kind
+        kind = get_args(kind)[0] if type(None) in get_args(kind) else kind
         settings: dict[str, Any] = dict(help=text, metavar=metavar)
         if kind is bool:
             settings = dict(help=text, action="store_false" if default else "store_true")

@@ -4,7 +4,9 @@
 #   launch/jobset.sh [--dry-run] NAME IMAGE NODES CONFIG RUN [section.key=value …]
 #
 # Needs the JobSet controller. IMAGE has the package and CONFIG; the claim LARIMAR_CLAIM (default
-# larimar) is mounted at /data for RUN and the cache. --dry-run prints the manifest and applies nothing.
+# larimar) is mounted at /data for RUN and the cache. Parameters are split over the GPUs of a node, whose
+# links are fast, and the nodes split the batch (train.mesh); BATCH_PER_NODE=8 makes data.batch 8 for each
+# node, and train.steps and train.learning_rate are then yours to change. --dry-run prints the manifest and applies nothing.
 set -euo pipefail
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p;}' "$0"; }
 dry=
@@ -13,7 +15,8 @@ case ${1-} in --help | -h) usage; exit 0 ;; --dry-run) dry=1; shift ;; esac
 name=$1 image=$2 nodes=$3 config=$4 run=$5
 shift 5
 arguments=
-for word in train --config="$config" --run "$run" --set 'train.mesh=[1,-1,1]' 'train.stall=900' "$@"; do
+for word in train --config="$config" --run "$run" --set "train.mesh=[$nodes,-1,1]" 'train.stall=900' \
+  ${BATCH_PER_NODE:+"data.batch=$((BATCH_PER_NODE * nodes))"} "$@"; do
   arguments+=$'\n'"                    - '${word//\'/\'\'}'"
 done
 manifest() {

@@ -71,12 +71,15 @@ def test_a_share_that_fails_is_reported_and_the_others_go_on(tmp_path):
 @pytest.mark.parametrize("script", ARGUMENTS)
 def test_a_dry_run_shows_a_command_that_larimar_takes(script):
     more = ["train.steps=3", 'train.frozen=["it\'s"]']
-    done = _run(script, "--dry-run", *ARGUMENTS[script], *more)
+    nodes = {"local.sh": "1"}.get(script, "4")
+    environment = dict(SLURM_JOB_NUM_NODES=nodes, BATCH_PER_NODE="8")
+    done = _run(script, "--dry-run", *ARGUMENTS[script], *more, **environment)
     assert done.returncode == 0, done.stderr
     words = _words(script, done.stdout)
     taken = cli.parser().parse_args(words[words.index("larimar") + 1 :])
     assert (taken.config, taken.run) == ("configs/tiny.py", "runs/a b")
-    assert taken.overrides[-2:] == more and "train.mesh=[1,-1,1]" in taken.overrides
+    assert taken.overrides[-2:] == more and f"train.mesh=[{nodes},-1,1]" in taken.overrides
+    assert ("data.batch=32" in taken.overrides) == (nodes == "4")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

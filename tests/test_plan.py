@@ -139,7 +139,7 @@ def test_collectives_are_counted_as_often_as_they_run():
     everything = read_collectives(compiled.as_text())
     assert {c.kind for c in everything if c.conditional} == {"all-gather"}, everything
     collectives = {c.kind: c for c in everything[::-1] if not c.conditional}
-    assert {kind: (c.times, c.group) for kind, c in collectives.items()} == {
+    assert {kind: (c.times, len(c.group)) for kind, c in collectives.items()} == {
         "all-reduce": (5, 8),
         "all-gather": (1, 8),
     }
@@ -147,6 +147,25 @@ def test_collectives_are_counted_as_often_as_they_run():
     assert gathered.bytes == 64 * 4 * 4 and gathered.moved == gathered.bytes * 7 // 8
     with pytest.raises(ValueError, match="ENTRY"):
         read_collectives("nothing")
+
+
+@pytest.mark.parametrize(
+    "groups, group, leaving",
+    [
+        ("replica_groups={{0,1},{2,3}}", (0, 1), 0),
+        ("replica_groups={}", (0, 1, 2, 3, 4, 5, 6, 7), 7),
+        ("replica_groups=[2,4]<=[8]", (0, 1, 2, 3), 0),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4), 4 * 4),
+        ("replica_groups=mesh['data'=2,'fsdp'=4] {'data'}", (0, 4), 4 * 4),
+        ("replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}", (0, 1, 2, 3), 0),
+    ],
+)
+def test_what_leaves_a_host_is_counted_by_the_devices_that_exchange(groups, group, leaving):
+    head = "HloModule m, num_partitions=8\n\nENTRY %main (p: f32[1]) -> f32[2] {\n"
+    line = f"  ROOT %g = f32[2]{{0}} all-gather(%p), {groups}, dimensions={{0}}\n}}\n"
+    (collective,) = read_collectives(head + line)
+    assert collective.group == group and collective.leaving(4) == leaving
+    assert collective.moved == 8 * (len(group) - 1) // len(group)
 
 
 @pytest.mark.parametrize(
@@ -160,4 +179,4 @@ def test_collectives_are_counted_as_often_as_they_run():
     ],
 )
 def test_a_scope_is_recognised_in_the_name_of_its_gradient(name, within):
-    assert Collective("all-gather", 4, 1, 8, name, False).within("memory") == within
+    assert Collective("all-gather", 4, 1, (0, 1), name, False).within("memory") == within

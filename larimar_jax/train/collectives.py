@@ -1,9 +1,12 @@
 """Collectives of a compiled program, read off its HLO text."""
 
+import collections
 import dataclasses
 import math
 import re
 from collections.abc import Callable
+
+import numpy as np
 
 # Bytes that each of n devices sends by a ring, per byte of the result.
 KINDS: dict[str, Callable[[int], float]] = {
@@ -22,7 +25,10 @@ _CALLED = re.compile(
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _NAME = re.compile(r'op_name="([^"]*)"')
-_GROUPS = re.compile(r"replica_groups=(\{\}|\{\{[^}]*\}|\[\d+,\d+\]|mesh\S* \{[^}]*\})")
+_GROUPS = re.compile(
+    r"(?:replica_groups|source_target_pairs)=(\{\}|\{\{[^}]*\}|mesh\S* \{[^}]*\}"
+    r"|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)"
+)
 _MESH_AXES = re.compile(r"'(\w+)'=(\d+)")
 
 
@@ -30,14 +36,14 @@ _MESH_AXES = re.compile(r"'(\w+)'=(\d+)")
 class Collective:
     """One collective. bytes: of its result on one device; times: how often a step runs it.
 
-    group: how many devices take part. name: its place in the traced program. conditional: whether a
-    device may leave it out, and another wait for it for ever.
+    group: those that take part, with the first device. name: its place in the traced program.
+    conditional: whether a device may leave it out, and another wait for it for ever.
     """
 
     kind: str
     bytes: int
     times: int
-    group: int
+    group: tuple[int, ...]
     name: str
     conditional: bool
 
@@ -48,7 +54,15 @@ class Collective:
     @property
     def moved(self) -> int:
         """Bytes that a device sends in a step, by a ring."""
-        return int(self.bytes * self.times * KINDS[self.kind](self.group))
+        return int(self.bytes * self.times * KINDS[self.kind](len(self.group)))
+
+    def leaving(self, node: int) -> int:
+        """Bytes that a node of so many devices sends to others in a step.
+
+        A ring that visits a node's devices one after the other leaves the node once.
+        """
+        nodes = collections.Counter(device // node for device in self.group)
+        return self.moved * node // max(nodes.values()) if len(nodes) > 1 else 0
 
 
 def read_collectives(text: str) -> list[Collective]:
@@ -88,29 +102,34 @@ def read_collectives(text: str) -> list[Collective]:
         int(n)
         for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", text.split("\n", 1)[0])
     )
-    collectives = []
+    read = []
     for body, line in ((name, text) for name, texts in bodies.items() for text in texts):
         if match := _COLLECTIVE.match(line):
             size = sum(
                 int(bits or 8) // 8 * math.prod(int(n) for n in shape.split(",") if n)
                 for bits, shape in _ARRAY.findall(match[1])
             )
-            place, group = _NAME.search(line), _group_size(line, devices)
+            place, group = _NAME.search(line), _group(line, devices)
             name = place[1] if place else ""
-            collectives.append(
-                Collective(match[2], size, times[body], group, name, conditional[body])
-            )
-    return [c for c in collectives if c.times and c.group > 1]
+            read.append(Collective(match[2], size, times[body], group, name, conditional[body]))
+    return [c for c in read if c.times and len(c.group) > 1]
 
 
-def _group_size(line: str, devices: int) -> int:
-    groups = _GROUPS.search(line)
-    if groups is None:
-        return 2  # Pairs of a permutation.
-    text = groups[1]
+def _group(line: str, devices: int) -> tuple[int, ...]:
+    """Return the first group of devices that exchange, in the order of the program's devices."""
+    text = _GROUPS.search(line)[1]
     if text == "{}":
-        return devices
+        return tuple(range(devices))
+    numbers = [[int(n) for n in part.split(",")] for part in re.findall(r"\d+(?:,\d+)*", text)]
     if text.startswith("mesh"):
         sizes, axes = dict(_MESH_AXES.findall(text.split("{")[0])), text.split("{")[1][:-1]
-        return math.prod(int(sizes[axis.strip(" '")]) for axis in axes.split(","))
-    return int(text[1:-1].split(",")[1]) if text.startswith("[") else text.count(",") + 1
+        names = [axis.strip(" '") for axis in axes.split(",")]
+        ids = np.arange(math.prod(map(int, sizes.values()))).reshape([*map(int, sizes.values())])
+        return tuple(
+            ids[tuple(slice(None) if name in names else 0 for name in sizes)].ravel().tolist()
+        )
+    if text.startswith("["):  # [groups,size]<=[shape]T(order)
+        shape, axes = numbers[1], numbers[2] if len(numbers) > 2 else range(len(numbers[1]))
+        ids = np.arange(math.prod(shape)).reshape(shape).transpose(axes).reshape(numbers[0])
+        return tuple(ids.reshape(len(ids), -1)[0].tolist())
+    return tuple(numbers[0])

@@ -18,7 +18,7 @@ from larimar_jax import model
 from larimar_jax.config import Config
 from larimar_jax.layers import Remat
 from larimar_jax.train import sharding
-from larimar_jax.train.collectives import KINDS, read_collectives
+from larimar_jax.train.collectives import KINDS, Collective, read_collectives
 from larimar_jax.train.step import TrainStep, count_flops
 
 # The share of a device's memory that a step may take: the rest is the driver's, the communication
@@ -30,26 +30,40 @@ _NEVER_RUN = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_p
 
 
 @dataclasses.dataclass(frozen=True)
+class Machine:
+    """What a run would run on.
+
+    memory: bytes of a device. flops: FLOP/s of a device at its peak. mfu: the share of them that a
+    step reaches. node: devices of a host. link: bytes/s that a device sends to another of its host,
+    network: that a host sends to others. disk: bytes/s at which a checkpoint is written.
+    """
+
+    memory: float
+    flops: float
+    mfu: float
+    node: int
+    link: float
+    network: float
+    disk: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """One training step on each of `devices`, for the largest episode size.
 
     parameters: their number, by part of the model. bytes, per device: parameters, optimizer (with
-    averages), batch, temporaries (activations, gradients and gathered parameters). collectives: by
-    kind, (how many, bytes that a device sends). flops: of a step, on all devices together, with what
-    remat computes again; model_flops: without. memory_collectives: names of those that gather or
-    exchange inside the memory algebra; conditional_collectives: of those in a branch. Tests show that
-    there are none.
+    averages), batch, temporaries (activations, gradients and gathered parameters). flops: of a step,
+    on all devices together, with what remat computes again; model_flops: without. checkpoint: bytes.
     """
 
     config: Config
     devices: int
     parameters: dict[str, int]
     bytes: dict[str, int]
-    collectives: dict[str, tuple[int, int]]
-    memory_collectives: list[str]
-    conditional_collectives: list[str]
+    collectives: list[Collective]
     flops: int
     model_flops: int
+    checkpoint: int
 
     @property
     def total(self) -> int:
@@ -60,13 +74,23 @@ class Plan:
         """Return whether a device with so many bytes can hold the step."""
         return self.total <= USABLE * memory
 
-    def seconds(self, rate: float, link: float) -> tuple[float, float]:
-        """Return seconds of (computing, sending) at `rate` FLOP/s and `link` bytes/s per device.
+    def sent(self) -> dict[str, tuple[int, int]]:
+        """Return by kind of collective (how many, bytes that a device sends)."""
+        by_kind = {k: [c for c in self.collectives if c.kind == k] for k in KINDS}
+        return {
+            k: (sum(c.times for c in cs), sum(c.moved for c in cs))
+            for k, cs in by_kind.items()
+            if cs
+        }
+
+    def seconds(self, machine: Machine) -> tuple[float, float, float]:
+        """Return seconds of (computing, sending within hosts, sending between hosts).
 
         A step takes their maximum where they overlap fully, and their sum where they do not.
         """
-        sent = sum(moved for _, moved in self.collectives.values())
-        return self.flops / self.devices / rate, sent / link
+        inside = sum(c.moved for c in self.collectives) / machine.link
+        between = sum(c.leaving(machine.node) for c in self.collectives) / machine.network
+        return self.flops / self.devices / (machine.flops * machine.mfu), inside, between
 
 
 def plan(config: Config) -> Plan:
@@ -98,22 +122,15 @@ def plan(config: Config) -> Plan:
     for name, leaf in abstract.parameters.items():
         part = name.split("/")[0]
         parts["projections" if part.startswith("to_") else part] += math.prod(leaf.shape)
-    sent = read_collectives(compiled.as_text())
-    by_kind = {kind: [c for c in sent if c.kind == kind] for kind in KINDS}
     return Plan(
         config,
         mesh.size,
         dict(parts),
         sizes,
-        {
-            k: (sum(c.times for c in cs), sum(c.moved for c in cs))
-            for k, cs in by_kind.items()
-            if cs
-        },
-        [c.name for c in sent if c.kind != "all-reduce" and c.within("memory")],
-        [c.name for c in sent if c.conditional],
+        read_collectives(compiled.as_text()),
         count_flops(train_step.step, *arguments),
         train_step.flops(episode),
+        sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
     )
 
 
@@ -193,9 +210,9 @@ def parse(text: str) -> float:
         raise ValueError(f"{text!r} is no size; write 80GB, 40GiB or a number of bytes") from error
 
 
-def show(plan: Plan, memory: float, rate: float, link: float) -> str:
+def show(plan: Plan, machine: Machine) -> str:
     """Return the plan as text for a person."""
-    config, (computing, sending) = plan.config, plan.seconds(rate, link)
+    config, (computing, inside, between) = plan.config, plan.seconds(machine)
 
     def table(sizes: dict[str, float], unit: str = "") -> list[str]:
         rows = {**sizes, "together": sum(sizes.values())}.items()
@@ -205,23 +222,28 @@ def show(plan: Plan, memory: float, rate: float, link: float) -> str:
     def gb(sizes: dict[str, float]) -> dict[str, float]:
         return {name: size / 1e9 for name, size in sizes.items()}
 
-    fits = "fits" if plan.fits(memory) else f"does NOT fit {USABLE:.0%} of it"
-    sent = {f"{kind} x {times}": moved for kind, (times, moved) in plan.collectives.items()}
+    fits = "fits" if plan.fits(machine.memory) else f"does NOT fit {USABLE:.0%} of it"
+    sent = {f"{kind} x {times}": moved for kind, (times, moved) in plan.sent().items()}
+    least, most = max(computing, inside + between), computing + inside + between
+    hours = [config.train.steps * step / 3600 for step in (least, most)]
     lines = [
         f"{config.name}: one step on {plan.devices} devices (data, fsdp, tensor) = "
         f"{config.train.mesh}, {config.train.layout}, {config.model.dtype}, remat "
         f"{config.model.remat}, accumulate {config.train.accumulate}",
         "\nparameters",
         *table(plan.parameters),
-        f"\nmemory per device, of {memory / 1e9:.1f} GB: {fits}",
+        f"\nmemory per device, of {machine.memory / 1e9:.1f} GB: {fits}",
         *table(gb(plan.bytes), " GB"),
         "\nsent per device and step",
         *table(gb(sent), " GB"),
         f"\nFLOPs per step      {plan.flops:.3e} ({plan.model_flops:.3e} without remat)",
-        f"expected per step   {max(computing, sending):.2f} to {computing + sending:.2f} s: computing "
-        f"{computing:.2f} s at {rate:.3g} FLOP/s, sending {sending:.2f} s at {link:.3g} bytes/s",
-        f"expected for all    {config.train.steps * (computing + sending) / 3600:.1f} h at most, "
-        f"{config.train.steps:,} steps",
+        f"computing           {computing:.3f} s at {machine.mfu:.0%} of {machine.flops:.3g} FLOP/s",
+        f"sending             {inside:.3f} s at {machine.link:.3g} bytes/s within a host, and "
+        f"{between:.3f} s between hosts of {machine.node} at {machine.network:.3g}",
+        f"expected per step   {least:.2f} s (sending overlaps) to {most:.2f} s (it does not)",
+        f"expected for all    {hours[0]:.1f} to {hours[1]:.1f} h, {config.train.steps:,} steps",
+        f"checkpoint          {plan.checkpoint / 1e9:.2f} GB, "
+        f"{plan.checkpoint / machine.disk:.0f} s at {machine.disk:.3g} bytes/s, while steps go on",
     ]
     if config.model.dtype != "float32":
         lines.append(
@@ -230,17 +252,26 @@ def show(plan: Plan, memory: float, rate: float, link: float) -> str:
     return "\n".join(lines)
 
 
-def numbers(plan: Plan, memory: float, rate: float, link: float) -> dict[str, Any]:
-    """Return the plan as a program reads it: bytes, FLOPs, seconds."""
+def numbers(plan: Plan, machine: Machine) -> dict[str, Any]:
+    """Return the plan as a program reads it: bytes, FLOPs, seconds.
+
+    memory_collectives: names of those that gather or exchange inside the memory algebra;
+    conditional_collectives: of those in a branch. Tests show that there are none.
+    """
     values = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
-    sent = {kind: moved for kind, (_, moved) in values.pop("collectives").items()}
-    computing, sending = plan.seconds(rate, link)
+    sent: list[Collective] = values.pop("collectives")
+    computing, inside, between = plan.seconds(machine)
     return {
         "name": values.pop("config").name,
-        "fits": plan.fits(memory),
+        "fits": plan.fits(machine.memory),
         "bytes_per_device": {**values.pop("bytes"), "together": plan.total},
-        "bytes_sent_per_device": sent,
+        "bytes_sent_per_device": {kind: moved for kind, (_, moved) in plan.sent().items()},
+        "bytes_sent_per_host": sum(c.leaving(machine.node) for c in sent),
+        "memory_collectives": [
+            c.name for c in sent if c.kind != "all-reduce" and c.within("memory")
+        ],
+        "conditional_collectives": [c.name for c in sent if c.conditional],
         **values,
         "seconds_computing": computing,
-        "seconds_sending": sending,
+        "seconds_sending": inside + between,
     }

@@ -12,8 +12,10 @@ from collections.abc import Callable
 from json import dumps
 from typing import Annotated, Any
 
-# An A100's peak in dense bfloat16, and one direction of its NVLink 3 (data sheet).
-A100_FLOPS, A100_LINK = 312e12, 300e9
+# Peaks of an A100's dense products by dtype (float32: TF32), and one direction of its NVLink 3 (data
+# sheet); a network adapter of 200 Gbit/s.
+A100_FLOPS = {"float32": 156e12, "bfloat16": 312e12, "float16": 312e12}
+A100_LINK, NETWORK = 300e9, 25e9
 # What a runtime's message begins with where a peer may be lost, and what a connection that breaks is
 # reported as; any other error would come again.
 _STATUS = "UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|INTERNAL|UNKNOWN"
@@ -115,8 +117,12 @@ def plan(
     devices: Count,
     overrides: tuple[str, ...] = (),
     memory: str = "80GB",
-    flops: Rate = A100_FLOPS,
+    flops: Rate | None = None,
+    mfu: Rate = 0.4,
+    node: Count = 8,
     link: Rate = A100_LINK,
+    network: Rate = NETWORK,
+    disk: Rate = 1e9,
     json: bool = False,
 ) -> int:
     """Compute whether a run fits its devices, and how long it takes.
@@ -130,8 +136,12 @@ def plan(
       devices N: how many
       overrides KEY=VALUE: settings that differ from the file, such as data.batch=64
       memory SIZE: of each device
-      flops RATE: FLOP/s that a device reaches, such as 120e12; the default is an A100's peak
-      link RATE: bytes/s that a device sends; the default is NVLink 3
+      flops RATE: FLOP/s of a device at its peak; the default is an A100's, by model.dtype
+      mfu SHARE: of its peak that a device reaches
+      node N: devices of a host
+      link RATE: bytes/s that a device sends within its host; the default is NVLink 3
+      network RATE: bytes/s that a host sends to others; the default is 200 Gbit/s
+      disk RATE: bytes/s at which a checkpoint is written
       json: numbers for a program
     Example: larimar plan --config=configs/larimar_6b.py --devices 8 --memory 80GB
     """
@@ -141,17 +151,18 @@ def plan(
     os.environ["JAX_PLATFORMS"] = "cpu"
     from larimar_jax.train import plan
 
-    size = plan.parse(memory)
     settings = plan.load(config, overrides, devices)
+    peak = flops or A100_FLOPS[settings.model.dtype]
+    machine = plan.Machine(plan.parse(memory), peak, mfu, node, link, network, disk)
     print("compiling the step", file=sys.stderr)
     step = plan.plan(settings)
     if json:
-        print(dumps(plan.numbers(step, size, flops, link), indent=1))
+        print(dumps(plan.numbers(step, machine), indent=1))
     else:
-        print(plan.show(step, size, flops, link))
-    if step.fits(size):
+        print(plan.show(step, machine))
+    if step.fits(machine.memory):
         return 0
-    print(f"\n{_advice(step, size)}")
+    print(f"\n{_advice(step, machine.memory)}")
     return 1
 
 
