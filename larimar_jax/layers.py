@@ -77,9 +77,10 @@ def gather(array: Array) -> Array:
 
 
 def row_ways() -> int:
-    """Return over how many devices JAX's mesh splits rows; 0 where there is no such mesh."""
-    shape = jax.sharding.get_abstract_mesh().shape
-    return shape["data"] * shape["fsdp"] if set(ROW_AXES) <= set(shape) else 0
+    """Return over how many devices JAX's mesh splits rows; 0 without one, or on one of its devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    is_split = set(ROW_AXES) <= set(mesh.shape) - set(mesh.manual_axes)
+    return mesh.shape["data"] * mesh.shape["fsdp"] if is_split else 0
 
 
 def look_up(table: nnx.Embed, index: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:

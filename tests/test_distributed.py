@@ -160,6 +160,16 @@ def _both(script):
         return list(pool.map(_python, scripts))
 
 
+def test_a_flag_for_gpus_that_is_set_already_stays():
+    environment = {"XLA_FLAGS": "--xla_gpu_enable_pipelined_all_gather=false --xla_dump_to=here"}
+    distributed.set_gpu_flags(environment)
+    flags = environment["XLA_FLAGS"].split()
+    assert flags[0].endswith("=false") and flags[1] == "--xla_dump_to=here"
+    assert [flag[2:].split("=")[0] for flag in (flags[0], *flags[2:])] == sorted(
+        distributed.GPU_FLAGS, key=lambda name: name != "xla_gpu_enable_pipelined_all_gather"
+    )
+
+
 def test_the_watchdog_ends_a_process_that_does_not_move():
     done = _python(
         "import time; from larimar_jax.train.distributed import Watchdog\n"

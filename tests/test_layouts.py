@@ -104,6 +104,15 @@ def test_the_memory_algebra_needs_no_other_device(run, layout):
     assert len(inside) <= slots and all(c.bytes <= 8 * 16 * 4 for c in inside), inside
 
 
+def test_a_batch_in_parts_is_reduced_over_devices_once(run):
+    def moved(**train):
+        _, _, step, _ = trained(run, 0, mesh=(1, 2, 1), layout="zero2", **train)
+        text = step.step.lower(*step.arguments(2)).compile().as_text()
+        return sum(c.moved for c in read_collectives(text))
+
+    assert moved(accumulate=4) < 1.2 * moved()
+
+
 def test_an_episode_of_padding_on_one_device_keeps_no_other_waiting(run):
     """The exact memory branches on its facts, so that devices may take different branches."""
     config, batches = run

@@ -1,6 +1,7 @@
 """One step: the state that it changes, its loss and gradients, and what jit compiles."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,9 +11,10 @@ import jax.numpy as jnp
 import optax
 from jax.extend import core
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from larimar_jax import model, objective
+from larimar_jax import layers, model, objective
 from larimar_jax.config import Config, make_memory
 from larimar_jax.model import AbstractModel
 from larimar_jax.train import optimizer, sharding
@@ -155,10 +157,13 @@ class TrainStep:
 
     def loss(self, params, frozen, batch, keys, weights, beta, **options):
         """Return Eq. 1 and its terms (`objective.loss`), on the mesh of this step."""
-        larimar = self.abstract.model({**params, **frozen})
         # Models know no mesh: they split rows over the mesh that JAX traces under.
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            return objective.loss(larimar, self._memory, batch, keys, weights, beta, **options)
+            return self._loss(params, frozen, batch, keys, weights, beta, **options)
+
+    def _loss(self, params, frozen, batch, keys, weights, beta, **options):
+        larimar = self.abstract.model({**params, **frozen})
+        return objective.loss(larimar, self._memory, batch, keys, weights, beta, **options)
 
     def _init(self, params: dict[str, Array]) -> TrainState:
         return TrainState(
@@ -216,33 +221,53 @@ class TrainStep:
         config, parts = self.config, self.config.train.accumulate
         divide = objective.counts(batch, config.objective)
 
-        def loss_of(params: dict[str, Array], batch, keys):
-            options = dict(divide=divide, product_dtype=config.train.products)
-            return self.loss(params, frozen, batch, keys, config.objective, beta, **options)
+        def gradients_of(loss, params, frozen, divide, beta, *episodes):
+            def loss_of(params: dict[str, Array]):
+                options = dict(divide=divide, product_dtype=config.train.products)
+                return loss(params, frozen, *episodes, config.objective, beta, **options)
 
-        def reduced(params, batch, keys):
+            return jax.value_and_grad(loss_of, has_aux=True)(params)
+
+        def reduced(*arguments):
             # Gradients summed over devices, each where its part of the optimiser is.
-            value, gradients = jax.value_and_grad(loss_of, has_aux=True)(params, batch, keys)
+            value, gradients = gradients_of(self.loss, *arguments)
             return value, jax.lax.with_sharding_constraint(gradients, self._split)
 
+        def summed(gradients_of, sharding, *arguments):
+            *shared, batch, keys = arguments
+
+            def part(array):
+                # Every device's episodes are spread over all parts, so that no episode has to move.
+                array = array.reshape(array.shape[0] // parts, parts, *array.shape[1:])
+                array = array.swapaxes(0, 1)
+                return jax.lax.with_sharding_constraint(array, sharding) if sharding else array
+
+            def add(total, episodes):
+                return jax.tree.map(jnp.add, total, gradients_of(*shared, *episodes)), None
+
+            episodes = jax.tree.map(part, (batch, keys))
+            shapes = jax.eval_shape(gradients_of, *shared, *jax.tree.map(lambda a: a[0], episodes))
+            value, gradients = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+            if sharding:
+                gradients = jax.lax.with_sharding_constraint(gradients, self._split)
+            return jax.lax.scan(add, (value, gradients), episodes)[0]
+
+        arguments = (params, frozen, divide, beta, batch, keys)
         if parts == 1:
-            return reduced(params, batch, keys)
+            return reduced(*arguments)
+        if config.train.layout != "zero2" or self.mesh.shape["tensor"] > 1:
+            return summed(reduced, NamedSharding(self.mesh, sharding.PARTS), *arguments)
 
-        parts_sharding = NamedSharding(self.mesh, sharding.PARTS)
+        def alone(*arguments):
+            # A device that holds all parameters sums its own parts, and the devices meet once.
+            local = functools.partial(gradients_of, self._loss)
+            return jax.lax.psum(summed(local, None, *arguments), layers.ROW_AXES)
 
-        def part(array):
-            # Every device's episodes are spread over all parts, so that no episode has to move.
-            array = array.reshape(array.shape[0] // parts, parts, *array.shape[1:]).swapaxes(0, 1)
-            return jax.lax.with_sharding_constraint(array, parts_sharding)
-
-        def add(total, episodes):
-            return jax.tree.map(jnp.add, total, reduced(params, *episodes)), None
-
-        episodes = jax.tree.map(part, (batch, keys))
-        shapes = jax.eval_shape(reduced, params, *jax.tree.map(lambda a: a[0], episodes))
-        (loss, terms), gradients = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-        gradients = jax.lax.with_sharding_constraint(gradients, self._split)
-        return jax.lax.scan(add, ((loss, terms), gradients), episodes)[0]
+        specs = (P(), P(), P(), P(), sharding.BATCH, sharding.BATCH)
+        value, gradients = jax.shard_map(
+            alone, mesh=self.mesh, in_specs=specs, out_specs=P(), check_vma=False
+        )(*arguments)
+        return value, jax.lax.with_sharding_constraint(gradients, self._split)
 
     def _average(self, state: TrainState, params: dict[str, Array], count: Array):
         # Early on the average is of few steps, so that it does not hold on to the start.

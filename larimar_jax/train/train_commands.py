@@ -66,6 +66,7 @@ def train(
     from larimar_jax import config as configs
     from larimar_jax.train import distributed
 
+    distributed.set_gpu_flags(os.environ)
     where = distributed.place(coordinator, processes, process, os.environ)
     # Before the other processes are met, which would wait for one that has no config.
     settings = configs.load(config, overrides)
