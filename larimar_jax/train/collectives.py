@@ -25,9 +25,10 @@ _CALLED = re.compile(
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _NAME = re.compile(r'op_name="([^"]*)"')
+_IOTA = r"\[[\d,]+\](?:T\([\d,]+\))?"
 _GROUPS = re.compile(
-    r"(?:replica_groups|source_target_pairs)=(\{\}|\{\{[^}]*\}|mesh\S* \{[^}]*\}"
-    r"|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)"
+    r"(?:replica_groups|source_target_pairs)=(\{\}|\{\{[^}]*\}|\[[\d,]+\]<=" + _IOTA + "|"
+    r"mesh\[[^\]]*\](?:, device_ids=\(" + _IOTA + r"\))? \{[^}]*\})"
 )
 _MESH_AXES = re.compile(r"'(\w+)'=(\d+)")
 
@@ -120,16 +121,20 @@ def _group(line: str, devices: int) -> tuple[int, ...]:
     text = _GROUPS.search(line)[1]
     if text == "{}":
         return tuple(range(devices))
-    numbers = [[int(n) for n in part.split(",")] for part in re.findall(r"\d+(?:,\d+)*", text)]
-    if text.startswith("mesh"):
-        sizes, axes = dict(_MESH_AXES.findall(text.split("{")[0])), text.split("{")[1][:-1]
-        names = [axis.strip(" '") for axis in axes.split(",")]
-        ids = np.arange(math.prod(map(int, sizes.values()))).reshape([*map(int, sizes.values())])
-        return tuple(
-            ids[tuple(slice(None) if name in names else 0 for name in sizes)].ravel().tolist()
-        )
-    if text.startswith("["):  # [groups,size]<=[shape]T(order)
-        shape, axes = numbers[1], numbers[2] if len(numbers) > 2 else range(len(numbers[1]))
-        ids = np.arange(math.prod(shape)).reshape(shape).transpose(axes).reshape(numbers[0])
-        return tuple(ids.reshape(len(ids), -1)[0].tolist())
-    return tuple(numbers[0])
+    if text.startswith("{"):
+        return tuple(map(int, text.strip("{}").split(",")))
+    # Devices in the order [shape]T(order), by their groups or by a mesh of which some axes are a group.
+    lists = re.findall(r"[\d,]*\d(?=[\])])", text.partition("device_ids")[2] or text)
+    iota = [[int(n) for n in part.split(",")] for part in lists]
+    if text.startswith("["):
+        sizes, iota = iota[0], iota[1:]
+        is_group = [False, *[True] * (len(sizes) - 1)]
+    else:
+        axes = dict(_MESH_AXES.findall(text))
+        names = re.findall(r"'(\w+)'(?!=)", text)
+        sizes, is_group = [*map(int, axes.values())], [name in names for name in axes]
+        iota = iota if "device_ids" in text else []
+    shape = iota[0] if iota else [math.prod(sizes)]
+    ids = np.arange(math.prod(sizes)).reshape(shape)
+    ids = (ids.transpose(iota[1]) if iota[1:] else ids).reshape(sizes)
+    return tuple(ids[tuple(slice(None) if free else 0 for free in is_group)].ravel().tolist())
