@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from larimar_jax import linalg
+from larimar_jax.memory.addressing import newton_schulz_pinv
 from larimar_jax.memory.compensated import rank_update, zero_sum
 
 SHAPES = [(3, 7), (7, 3), (5, 5)]  # a few fixed shapes: each compiles once
 check = settings(max_examples=12)
 pinv = jax.jit(linalg.pinv)
+pinv_of_batch = jax.jit(jax.vmap(linalg.pinv))
 
 
 def draw(seed, shape, rank=5, high=10.0):
@@ -73,16 +75,50 @@ def test_pinv_gradient_is_finite_for_repeats_and_padding():
     assert jnp.all(jnp.isfinite(jax.grad(lambda a: jnp.sum(jnp.sin(pinv(a))))(a)))
 
 
+@pytest.mark.parametrize("shape", [(24, 9), (768, 16), (64, 64)])
+def test_a_gpus_pinv_by_a_gram_matrix_is_as_exact_up_to_a_condition_of_1e3(shape):
+    gram, thin = jax.jit(linalg._gram_pinv), jax.jit(linalg._thin_pinv)
+    cutoff = jnp.float32(np.finfo(np.float32).eps * max(shape))
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.standard_normal((n, shape[1])))[0] for n in shape)
+    for power in (0, 1, 2, 3, 4, 5):
+        a = jnp.float32((u * np.logspace(0, -power, shape[1])) @ v.T)
+        want, inverse = np.linalg.pinv(np.float64(a), rcond=1e-12), gram(a, cutoff)
+        if power <= 3:
+            assert distance(inverse, want) < max(1e-6, 2 * distance(thin(a, cutoff), want))
+        else:
+            close(inverse, thin(a, cutoff), 1e-6)
+    # Padding, repeats, and nothing at all; and a batch, of which one alone has no full rank.
+    full = jnp.float32(u)
+    padded = full.at[:, 0].set(0.0)
+    assert not np.any(gram(padded, cutoff)[0])
+    batch = jnp.stack([full, padded, full.at[:, 1].set(full[:, 0]), jnp.zeros(shape)])
+    for a, inverse in zip(batch, jax.vmap(gram, (0, None))(batch, cutoff), strict=True):
+        close(inverse, np.linalg.pinv(np.float64(a), rcond=1e-6), 1e-4)
+        close(gram(a, cutoff), inverse, 1e-4)
+
+
+def test_a_gpu_takes_the_pinv_that_is_products():
+    a = jax.ShapeDtypeStruct((8, 768, 16), jnp.float32)
+    texts = {
+        platform: pinv_of_batch.trace(a).lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cpu", "cuda")
+    }
+    assert "potrf" in texts["cuda"] and "potrf" not in texts["cpu"]
+    # QR and SVD are in a branch, for a batch in which a matrix has no full rank.
+    assert "gesvd" in texts["cuda"].partition("stablehlo.case")[2]
+
+
 def test_newton_schulz_acts_on_singular_values_as_stated():
     singular = np.array([0.25, 1.0, 8.0, 40.0])
     rng = np.random.default_rng(0)
     u, v = (np.linalg.qr(rng.standard_normal((n, 4)))[0] for n in (4, 9))
     inverted = (1.0 - (1.0 - 5e-4 * singular**2) ** 2**15) / singular
     for left, right in ((u, v), (v, u)):
-        inverse = linalg.newton_schulz_pinv(jnp.float32((left * singular) @ right.T))
+        inverse = newton_schulz_pinv(jnp.float32((left * singular) @ right.T))
         close(inverse, (right * inverted) @ left.T, 1e-4)
     assert abs(inverted[0] * singular[0] - 0.64) < 0.01
-    diverging = linalg.newton_schulz_pinv(jnp.float32([[64.0]]))
+    diverging = newton_schulz_pinv(jnp.float32([[64.0]]))
     assert not abs(float(diverging[0, 0]) * 64.0 - 1.0) < 1.0
 
 
@@ -103,7 +139,7 @@ def test_factor_solve_and_condition():
         )
 
 
-@pytest.mark.parametrize("function", [linalg.pinv, linalg.newton_schulz_pinv])
+@pytest.mark.parametrize("function", [linalg.pinv, newton_schulz_pinv])
 def test_batches_are_a_vmap(function):
     batch = jax.random.normal(jax.random.key(2), (3, 4, 6))
     alone = jnp.stack([function(a) for a in batch])

@@ -23,7 +23,6 @@ from larimar_jax.linalg import (
     all_in_batch,
     dot,
     inverse_factor,
-    newton_schulz_pinv,
     pinv,
     whitener,
 )
@@ -106,9 +105,30 @@ class PseudoInverse(Addressing):
         return self.weigh(projector(memory, variance), encodings)
 
 
+def newton_schulz_pinv(
+    a: Float[Array, "m n"], steps: int = 15, log_start: float = -5.0
+) -> Float[Array, "n m"]:
+    """Return the released code's approximation of A† (§3), by Newton–Schulz steps.
+
+    X ← 2X − XAX from X₀ = min(e^log_start, 5e-4)·Aᵀ. It turns a singular value s into
+    (1 − (1 − 5e-4·s²)^(2^steps)) / s: too small for small s, and divergent for s > 63.2. For
+    reproducing the released model; `pinv` is the exact one.
+    """
+    a = a.astype(jnp.float32)
+    is_tall = a.shape[0] >= a.shape[1]
+    start = jnp.minimum(jnp.exp(jnp.float32(log_start)), jnp.float32(5e-4)) * a.T
+
+    def step(x, _):
+        # X A is n x n, A X is m x m: the product over the shorter side first.
+        xax = dot(dot(x, a), x) if is_tall else dot(x, dot(a, x))
+        return 2.0 * x - xax, None
+
+    return jax.lax.scan(step, start, None, length=steps)[0]
+
+
 @pytree
 class BenIsraelCohen(PseudoInverse):
-    """W = Z X for the released code's X ≈ M_ref† (§3, `linalg.newton_schulz_pinv`), by Newton–Schulz
+    """W = Z X for the released code's X ≈ M_ref† (§3, `newton_schulz_pinv`), by Newton–Schulz
     steps in their number and with their start; where an encoding has noise, as `PseudoInverse`."""
 
     steps: int = static(default=15)

@@ -7,8 +7,8 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from larimar_jax.linalg import dot, newton_schulz_pinv
-from larimar_jax.memory.addressing import PseudoInverse
+from larimar_jax.linalg import dot
+from larimar_jax.memory.addressing import PseudoInverse, newton_schulz_pinv
 from larimar_jax.memory.direct import Direct
 from larimar_jax.memory.pytrees import Latents, Weights, pytree, static
 
