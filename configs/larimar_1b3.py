@@ -5,7 +5,7 @@ hardware  8 A100 with 80 GB; `larimar plan --config configs/larimar_1b3.py` show
 time      118,750 steps of 128 texts, the paper's 2 epochs of 7.6 million; `larimar plan` shows the hours
 expected  perplexity 14.6 on WikiText-103 (the paper's)
 
-The released recipe; docs/training.md has what still differs from it.
+The released recipe; docs/gpu.md has what still differs from it.
 """
 
 from ml_collections import ConfigDict
@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
             memory=dict(variant="direct", slots=512, variance="memory"),
             data=dict(
                 corpus="hf:Salesforce/wikitext,wikitext-103-raw-v1:train#text",
+                held_out="hf:Salesforce/wikitext,wikitext-103-raw-v1:validation#text",
                 episode=(16,),
                 batch=8,  # one for each of 8 devices
                 workers=4,

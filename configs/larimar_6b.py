@@ -6,7 +6,7 @@ time      475,000 steps of 160 texts, 10 epochs of the paper's 7.6 million (§5;
           plan` shows the hours
 expected  perplexity 15.9 on WikiText-103 (the paper's)
 
-No recipe of it is released; docs/training.md has what the paper leaves open.
+No recipe of it is released; docs/gpu.md has what the paper leaves open.
 """
 
 from ml_collections import ConfigDict
@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
             objective=dict(kl=0.0, kl_cycles=0),
             data=dict(
                 corpus="hf:Salesforce/wikitext,wikitext-103-raw-v1:train#text",
+                held_out="hf:Salesforce/wikitext,wikitext-103-raw-v1:validation#text",
                 episode=(5,),
                 batch=32,
                 workers=4,

@@ -89,6 +89,18 @@ def test_wikitext_is_put_together_by_article(tmp_path):
     assert _documents(f"hf:{tmp_path}/rest:train") == [("Born .", "Born ."), articles[1]]
 
 
+def test_a_validation_split_is_held_out_as_a_whole(tmp_path):
+    rows = datasets.Dataset.from_dict({"text": WIKITEXT})
+    datasets.DatasetDict(train=rows, validation=rows).save_to_disk(tmp_path / "copy")
+    training, validation = (
+        corpus.open_corpus(f"hf:{tmp_path}/copy:{split}") for split in ("train", "validation")
+    )
+    assert [d.title for d in validation.side(held_out=True)] == ["Robert <unk>", "Homarus"]
+    assert [d.title for d in training.side(held_out=False)] == ["Robert <unk>", "Homarus"]
+    assert not list(validation.side(held_out=False)) and not list(training.side(held_out=True))
+    assert training.identity != validation.identity
+
+
 def test_other_rows_stay_apart_whatever_their_folder_is_called(tmp_path):
     datasets.Dataset.from_dict({"text": ["One.", "Two = 2"]}).save_to_disk(tmp_path / "wikitext")
     assert len(_documents(f"hf:{tmp_path}/wikitext:train")) == 2

@@ -32,14 +32,18 @@ class Corpus:
     """Documents in a fixed order, as often as they are iterated over.
 
     identity: changes when a document does; tokenised pieces of the corpus are cached under it.
+    only_held_out: whether all of it is held out of training, as a validation split; else by title.
     """
 
     identity: str
     documents: Callable[[], Iterator[Document]]
+    only_held_out: bool = False
 
     def side(self, held_out: bool) -> Iterator[Document]:
         """Return the documents that are held out of training, or the others."""
-        return (document for document in self.documents() if document.held_out is held_out)
+        for document in self.documents():
+            if (self.only_held_out or document.held_out) is held_out:
+                yield document
 
 
 def wikipedia_summaries() -> Corpus:
@@ -67,9 +71,9 @@ def open_corpus(name: str) -> Corpus:
     Args:
         name: a name of `CORPORA`; `world` or `world:SUBJECTS:SEED` (data/world.py);
             `hf:PATH[,CONFIG]:SPLIT[#COLUMN]` or `tfds:NAME:SPLIT[#COLUMN]` (data/libraries.py; the
-            column is "text" if none is named); or a file: .json, .jsonl, .csv or .parquet with a column
-            "text" (and "title", optional), else plain text with one document a paragraph (blank line
-            between).
+            column is "text" if none is named; a split validation or test is held out as a whole); or
+            a file: .json, .jsonl, .csv or .parquet with a column "text" (and "title", optional), else
+            plain text with one document a paragraph (blank line between).
     Raises:
         FileNotFoundError: neither a known name nor a file.
         CorpusError: a library does not find it, or finds no text in it.

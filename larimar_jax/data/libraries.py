@@ -90,13 +90,15 @@ def _open(label: str, name: Name, library: Callable[[Name], _LibraryRows]) -> Co
             title = _text(title, where) if isinstance(title, str | bytes) else ""
             yield title, _text(row[name.column], where)
 
+    judges = re.match(r"(validation|test)\b", name.split) is not None
+    identity = source.identity + (" held out" if judges else "")
     if Path(name.path).is_file() and Path(name.path).suffix not in _READERS:
-        return Corpus(source.identity, lambda: _paragraphs(text for _, text in texts()))
+        return Corpus(identity, lambda: _paragraphs(text for _, text in texts()), judges)
     head = (text for _, text in itertools.islice(texts(), _RECOGNISED_WITHIN))
     # Not by the corpus's name, which a copy on disk need not keep.
     if _TITLE not in source.columns and any(title for title, _ in _headed_lines(head)):
-        return Corpus(source.identity, lambda: _articles(text for _, text in texts()))
-    return Corpus(source.identity, lambda: _documents(texts()))
+        return Corpus(identity, lambda: _articles(text for _, text in texts()), judges)
+    return Corpus(identity, lambda: _documents(texts()), judges)
 
 
 def _parse(label: str, rest: str) -> Name:
