@@ -93,7 +93,9 @@ class Larimar(nnx.Module):
         # embeddings until training finds better ones.
         square, width = encoder.config.width == latent, encoder.config.width
         draw = (lambda *_: jnp.eye(latent)) if square else nnx.initializers.lecun_normal()
-        self.to_latent = nnx.Linear(width, latent, use_bias=False, kernel_init=draw, rngs=rngs)
+        # What goes into the memory is rounded as little as its algebra, on a GPU too.
+        exact = dict(precision=jax.lax.Precision.HIGHEST, use_bias=False, rngs=rngs)
+        self.to_latent = nnx.Linear(width, latent, kernel_init=draw, **exact)
         slots = math.prod(self.slot_shape)
         self.to_slots = nnx.Linear(latent, slots, use_bias=False, rngs=rngs)
         draw = nnx.initializers.normal(0.02)
@@ -210,8 +212,7 @@ def load_towers(
 def check_sources(config: Config) -> None:
     """Check that each source is there, with a tokenizer that fits, and of the sizes in the config.
 
-    No tensor is read. Raises as `build`.
-    """
+    No tensor is read. Raises as `build`."""
     for name, (tower, kind, _) in _towers(config).items():
         if tower.source is None:
             continue

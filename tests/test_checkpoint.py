@@ -18,7 +18,7 @@ from long.kill_saves import kills
 
 from larimar_jax import model
 from larimar_jax.config import StartConfig
-from larimar_jax.train import checkpoint, loop, sharding
+from larimar_jax.train import checkpoint, initial, sharding
 from larimar_jax.train.checkpoint import CheckpointError, Checkpoints
 from larimar_jax.train.step import TrainState, TrainStep
 
@@ -287,7 +287,7 @@ def test_what_the_check_raises_is_no_damage(copy):
 def test_parts_of_a_checkpoint_start_another_run_whatever_its_optimiser_is(copy):
     shutil.rmtree(copy / "3" / "optimizer")
     own = _state(50, (1, 8, 1)).params
-    started, _ = loop.start_from(own, StartConfig(str(copy / "3"), ("up/kernel",)))
+    started, _ = initial.start_from(own, StartConfig(str(copy / "3"), ("up/kernel",)))
     np.testing.assert_array_equal(started[KERNEL], PARAMS[KERNEL] + np.float32(3))
     assert started[SCALE] is own[SCALE]
 
@@ -295,9 +295,9 @@ def test_parts_of_a_checkpoint_start_another_run_whatever_its_optimiser_is(copy)
 def test_parts_of_what_is_absent_or_damaged_start_nothing(copy, tmp_path):
     own = _state(50, (1, 8, 1)).params
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        loop.start_from(own, StartConfig(str(tmp_path / "absent"), ("^memory/",)))
+        initial.start_from(own, StartConfig(str(tmp_path / "absent"), ("^memory/",)))
     for step, part in (("4", "d/*"), ("3", "_METADATA")):
         for file in (copy / step / "params").glob(part):
             file.write_bytes(file.read_bytes()[:-9])
         with pytest.raises(CheckpointError, match="may be damaged"):
-            loop.start_from(own, StartConfig(str(copy / step), ("up/kernel",)))
+            initial.start_from(own, StartConfig(str(copy / step), ("up/kernel",)))

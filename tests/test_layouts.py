@@ -19,6 +19,7 @@ from larimar_jax.train.step import TrainStep, initialise
 from larimar_jax.weights import Tokenizer
 
 STEPS = 20
+SOURCED = ("encoder", "decoder")
 KERNEL = "decoder/layers/up/kernel"
 # Each axis alone or with others, each layout, and a batch in parts: a program each.
 LAYOUTS = {
@@ -184,6 +185,32 @@ def test_bfloat16_computes_and_masters_stay_float32(run):
     losses, state, _, _ = trained((config, batches))
     assert losses[-1] < 0.85 * losses[0]
     assert {str(leaf.dtype) for leaf in state.params.values()} == {"float32"}
+
+
+def test_frozen_kernels_of_a_source_are_held_as_they_are_multiplied(run):
+    """Half of the bytes, and the same numbers but for what XLA adds up in another order."""
+    config, batches = run
+    frozen = dataclasses.replace(config.train, frozen=("^(encoder|decoder)/",))
+    model = dataclasses.replace(config.model, dtype="bfloat16")
+    config = dataclasses.replace(config, train=frozen, model=model)
+    abstract, parameters = drawn(json.dumps(configs.to_dict(config)))
+    mesh, losses, held = sharding.make_mesh((1, 1, 1)), [], []
+    for source in (None, "elsewhere"):
+        towers = {n: dataclasses.replace(getattr(model, n), source=source) for n in SOURCED}
+        sourced = dataclasses.replace(config, model=dataclasses.replace(model, **towers))
+        step = TrainStep(sourced, abstract, mesh)
+        parts = step.freeze(jax.tree.map(jnp.asarray, parameters))
+        assert jax.tree.map(lambda a: a.dtype, parts) == jax.tree.map(
+            lambda a: a.dtype, step.arguments(2)[1]
+        )
+        state = step.init({name: jnp.asarray(parameters[name]) for name in step.trained})
+        batch = sharding.place_batch(batches[0], mesh)
+        losses.append(float(step.step(state, parts, batch)[1]["loss"]))
+        held.append(parts)
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+    low = {name for name, leaf in held[1].items() if leaf.dtype == jnp.bfloat16}
+    assert low and all(name.endswith(("kernel", "decoder/word/embedding")) for name in low)
+    assert all(leaf.dtype == jnp.float32 for leaf in held[0].values())
 
 
 def test_a_spike_is_skipped_and_the_run_goes_on_at_the_same_learning_rate(run):

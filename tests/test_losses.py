@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from larimar_jax import losses
-from larimar_jax.train.step import count_flops
+from larimar_jax.train.flops import count_flops
 
 
 def problem(tied, bias, *, rows=5, length=37, width=12, vocabulary=83, dtype=jnp.float32):

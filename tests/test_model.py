@@ -46,6 +46,13 @@ def test_a_row_without_tokens_encodes_to_zero_and_other_rows_do_not_notice(tiny)
     np.testing.assert_allclose(latent[:2], tiny.model.encode(tokens, mask), rtol=1e-5, atol=1e-6)
 
 
+def test_what_goes_into_the_memory_is_projected_in_full_float32(tiny):
+    """A GPU rounds factors of other products to TF32."""
+    encode = jax.jit(lambda *tokens: tiny.model.encode(*tokens))
+    text = encode.lower(*tokens_of(tiny, ["Fact 1 is new"], 16)).as_text()
+    assert text.count("precision = [HIGHEST, HIGHEST]") == 1
+
+
 @pytest.mark.parametrize("way", ["slots", "embedding"])
 def test_a_model_of_one_way_holds_zeros_in_the_other(tiny, way):
     larimar = copy.copy(tiny.model)

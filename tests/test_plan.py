@@ -1,8 +1,11 @@
 """Plans of real sizes, compiled here for devices that are not here; what a program costs."""
 
+import collections
 import dataclasses
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from larimar_jax import cli
+from larimar_jax import cli, model
 from larimar_jax import config as configs
-from larimar_jax.train import plan
+from larimar_jax.model import AbstractModel
+from larimar_jax.train import plan, sharding
 from larimar_jax.train.collectives import Collective, read_collectives
-from larimar_jax.train.step import count_flops
+from larimar_jax.train.flops import count_flops
+from larimar_jax.train.step import TrainStep
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
 # Of Hugging Face's models: transformers' num_parameters() of bert-large-cased, gpt2-large (with three
@@ -39,7 +44,7 @@ def test_the_papers_models_fit_a_node(name, monkeypatch, capsys):
     assert {part: numbers["parameters"][part] for part in TOWERS[name]} == TOWERS[name]
     assert numbers["parameters"]["memory"] == MEMORY[name]
     size = numbers["bytes_per_device"]
-    assert numbers["fits"] and size["together"] < 0.5 * 80e9
+    assert numbers["fits"] and size["together"] < 0.7 * 80e9
     # Every parameter is a float32 with two moments, and 1/8 of them here; zero2 holds all parameters.
     total = sum(numbers["parameters"].values())
     assert name != "larimar_1b3" or total == 1_346_492_416  # the released model's
@@ -48,6 +53,31 @@ def test_the_papers_models_fit_a_node(name, monkeypatch, capsys):
     assert size["parameters"] == pytest.approx(4 * total * whole / 8, rel=0.02)
     assert numbers["memory_collectives"] == numbers["conditional_collectives"] == []
     assert numbers["flops"] == numbers["model_flops"] > 0
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_full_size_step_lowers_for_gpus(name):
+    config = plan.load(f"configs/{name}.py", [], 8)
+    step = TrainStep(config, AbstractModel(model.abstract(config)), sharding.make_mesh((1, 8, 1)))
+    traced = step.step.trace(*step.arguments(max(config.data.episode)))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = collections.Counter(re.findall(r"custom_call @(cusolver_\w+)_ffi", text))
+    # The memory's factorisations, those of the branch for ill-conditioned episodes among them.
+    most = dict(cusolver_potrf=9, cusolver_geqrf=5, cusolver_orgqr=5, cusolver_gesvdj=3)
+    assert calls["cusolver_potrf"] and calls.keys() <= most.keys()
+    assert all(calls[name] <= count for name, count in most.items())
+    assert text.count("stablehlo.case") <= 63
+
+
+def test_a_low_rank_run_holds_its_frozen_kernels_in_half_the_bytes():
+    lora = 'model.lora={"rank": 8, "modules": "^decoder/layers/attention/(query|value)$"}'
+    config = configs.load("configs/larimar_6b.py", [lora, 'train.frozen=["^(encoder|decoder)/"]'])
+    abstract = AbstractModel(model.abstract(config))
+    step = TrainStep(config, abstract, sharding.make_mesh((1, 8, 1)))
+    frozen = step.arguments(5)[1].values()
+    count = sum(math.prod(leaf.shape) for leaf in frozen)
+    assert count == sum(TOWERS["larimar_6b"].values())
+    assert sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in frozen) < 0.51 * 4 * count
 
 
 def test_a_step_that_does_not_fit_is_shown_with_settings_with_which_it_does():
@@ -158,6 +188,8 @@ def test_collectives_are_counted_as_often_as_they_run():
         ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4), 4 * 4),
         ("replica_groups=mesh['data'=2,'fsdp'=4] {'data'}", (0, 4), 4 * 4),
         ("replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}", (0, 1, 2, 3), 0),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}", (0, 1), 0),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", (0, 2, 4, 6), 3 * 4),
     ],
 )
 def test_what_leaves_a_host_is_counted_by_the_devices_that_exchange(groups, group, leaving):

@@ -3,20 +3,24 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
 
+import datasets
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import world
+from flax import nnx
 
 from larimar_jax import config as configs
+from larimar_jax import decoders, encoders
 from larimar_jax.config import StartConfig
-from larimar_jax.train import logging, loop, optimizer, sharding
+from larimar_jax.train import initial, logging, loop, optimizer, sharding
 from larimar_jax.train.step import initialise
-from larimar_jax.weights import model_file
+from larimar_jax.weights import Tokenizer, export, model_file
 
 STEPS = world.STEPS
 ALONE = (1, 1, 1)
@@ -121,6 +125,49 @@ def test_sigterm_saves_and_the_run_is_resumed_bit_for_bit(
     _same_run(tmp_path, whole[0])
 
 
+@pytest.fixture
+def paper(tmp_path):
+    """`larimar_1b3` from folders laid out as on Hugging Face; sizes and places are all that differs."""
+    lines = world.write(tmp_path / "world.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    rows = [row for i, text in enumerate(texts) for row in (f" = Town {i} = \n", f" {text} \n")]
+    sides = {"train": rows[:800], "validation": rows[800:]}
+    wikitext = {n: datasets.Dataset.from_dict({"text": side}) for n, side in sides.items()}
+    datasets.DatasetDict(wikitext).save_to_disk(tmp_path / "wikitext")
+    tokenizer = Tokenizer.train(texts, 300)
+    sizes = dict(vocab_size=300, width=16, depth=1, heads=2, mlp=32)
+    for name, family, write, own in (
+        ("encoder", encoders.families()["bert"], export.write_encoder, tokenizer.framed()),
+        ("decoder", decoders.families()["gpt2"], export.write_decoder, tokenizer),
+    ):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, family(family.CONFIG(**sizes), rngs=nnx.Rngs(0)), own)
+    towers = [(n, {**sizes, "source": tmp_path / n}) for n in ("encoder", "decoder")]
+    settings = [f"model.{n}.{key}={value}" for n, tower in towers for key, value in tower.items()]
+    settings += [f"data.corpus=hf:{tmp_path}/wikitext:train#text", "train.mesh=[1,2,1]"]
+    settings += [f"data.held_out=hf:{tmp_path}/wikitext:validation#text", "data.workers=0"]
+    settings += ["data.batch=2", "data.episode=[2]", "memory.slots=8", "model.latent=16"]
+    settings += ["train.steps=6", "train.checkpoint_every=3"]
+    return configs.load("configs/larimar_1b3.py", settings)
+
+
+def test_the_papers_recipe_runs_and_goes_on_without_the_towers_that_its_checkpoint_holds(
+    paper, tmp_path, monkeypatch
+):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    monkeypatch.setattr(logging, "peak_flops", lambda kind, dtype: 1e9)
+    assert loop.train(paper, whole, progress=False, profile=2).finished
+    line = [x for x in logging.read_metrics(whole / "metrics.jsonl") if x["kind"] == "train"][-1]
+    assert line["mfu"] == pytest.approx(1e3 * line["tflops_per_device"]) and line["mfu"] > 0
+    # Perfetto's trace, and TensorBoard's.
+    assert all(list((whole / "profile").rglob(f"*{end}")) for end in (".json.gz", ".xplane.pb"))
+    shutil.copytree(whole, stopped)
+    shutil.rmtree(stopped / "checkpoints" / "6")
+    monkeypatch.setattr(loop, "initialise", lambda *_: pytest.fail("parameters were made"))
+    assert loop.train(paper, stopped, progress=False).finished
+    _same_run(stopped, whole)
+
+
 def test_a_folder_of_another_config_is_refused_and_harmless_changes_are_not(tiny, whole):
     run, outcome = whole
     with pytest.raises(loop.OtherRun) as error:
@@ -169,7 +216,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_cause(tiny, tmp_p
 def test_parameters_come_from_another_run(tiny, whole, place):
     _, parameters = initialise(tiny, sharding.make_mesh((1, 4, 2)))
     start = StartConfig(str(whole[0] / place), ("^memory/", "up/kernel$"))
-    started, _ = loop.start_from(parameters, start)
+    started, _ = initial.start_from(parameters, start)
     arrays = _exported(whole[0])
     taken = {"memory/prior_memory", "memory/log_variance"}
     taken |= {f"{tower}/layers/up/kernel" for tower in ("encoder", "decoder")}
@@ -180,8 +227,8 @@ def test_parameters_come_from_another_run(tiny, whole, place):
     smaller = {**parameters, "memory/prior_memory": parameters["memory/prior_memory"][..., :1]}
     del smaller["decoder/layers/up/kernel"]
     start = dataclasses.replace(start, parameters=(*start.parameters, "nowhere"))
-    with pytest.raises(loop.StartError) as error:
-        loop.start_from(smaller, start)
+    with pytest.raises(initial.StartError) as error:
+        initial.start_from(smaller, start)
     assert "memory/prior_memory: (8, 16) there, (8, 1) in this model" in str(error.value)
     assert "decoder/layers/up/kernel: this model has no such parameter" in str(error.value)
     assert "'nowhere' matches no parameter there" in str(error.value)
@@ -227,7 +274,9 @@ def test_a_run_is_judged_by_the_corpus_that_is_named(tiny, tmp_path, monkeypatch
     monkeypatch.setattr(loop, "Evaluator", Spy)
     config = _with(_with(tiny, steps=2), "data", held_out=str(path))
     assert loop.train(config, tmp_path / "run").finished
-    assert "2 steps are 32 pieces: 0.1 epochs\n" in capfd.readouterr().err
+    shown = capfd.readouterr().err
+    assert "2 steps are 32 pieces: 0.1 epochs\n" in shown
+    assert re.search(r"the first step was done after \d+\.\d s\n", shown)
     assert len(texts) > 2 and all(text[0].isdigit() and "oslo" in text for text in texts)
     gone = _with(config, "data", held_out=str(tmp_path / "no.txt"))
     with pytest.raises(FileNotFoundError, match="no such file"):

@@ -23,6 +23,7 @@ from larimar_jax.data import episodes
 from larimar_jax.data.pieces import TokenizedPieces
 from larimar_jax.model import AbstractModel
 from larimar_jax.train import checkpoint, distributed, loop, sharding
+from larimar_jax.train.initial import start_from
 from larimar_jax.train.logging import Bar
 from larimar_jax.train.step import TrainStep
 
@@ -78,7 +79,7 @@ class SeedStep(TrainStep):
             return dict(model.parameters(model.build(self.config, key)))
 
         create, start = create if self._loaded else jax.jit(create), self.config.train.start_from
-        runs = [loop.start_from(create(key), start)[0] for key in self.keys()]
+        runs = [start_from(create(key), start)[0] for key in self.keys()]
         return {
             name: runs[0][name] if axis is None else jnp.stack([run[name] for run in runs])
             for name, axis in self.axes.items()

@@ -32,6 +32,12 @@ _TERMS = {"reconstruction": "memory", "autoencoding": "bypassed", "language": "z
 # Rows of the square matrices whose product measures a device: large enough that the device is at its
 # best, small enough to take no time.
 _MATMUL_ROWS = {"cpu": 1024, "gpu": 8192, "tpu": 8192}
+# Peaks of dense products in FLOP/s, by a part of the device's name; float32 as TF32 (data sheets).
+PEAKS = {
+    "A100": {"float32": 156e12, "bfloat16": 312e12, "float16": 312e12},
+    "H100 80GB HBM3": {"float32": 494e12, "bfloat16": 989e12, "float16": 989e12},
+    "H200": {"float32": 494e12, "bfloat16": 989e12, "float16": 989e12},
+}
 _PACKAGES = "larimar-jax jax jaxlib flax optax orbax-checkpoint grain numpy transformers tokenizers"
 
 
@@ -58,7 +64,8 @@ class Logger:
         self._train_step, self._config = train_step, train_step.config
         self._bad_steps = BadSteps(self._config.train, train_step.trained)
         dtype = self._config.train.products or self._config.model.dtype
-        self._rate = matmul_rate(dtype) * train_step.mesh.size
+        self._rate, self._devices = matmul_rate(dtype) * train_step.mesh.size, train_step.mesh.size
+        self._peak = peak_flops(jax.devices()[0].device_kind, dtype)
         self._pending: tuple[Any, ...] | None = None
         self._read_at = 0.0
         self._writes = jax.process_index() == 0
@@ -107,6 +114,7 @@ class Logger:
         for name, square in zip(self._train_step.trained, metrics["gradient_squares"], strict=True):
             squares[f"gradient_norm_{name.split('/')[0]}"] += float(square)
         flops = self._train_step.flops(batch["encoder_tokens"].shape[1])
+        rate = flops / seconds / self._devices
         values = {
             "loss": float(metrics["loss"]),
             **{name: float(value) for name, value in sorted(metrics["terms"].items())},
@@ -117,6 +125,8 @@ class Logger:
             "episodes_per_second": self._config.data.batch / seconds,
             # The share of the devices' rate of products that the model's FLOPs are.
             "utilisation": flops / seconds / self._rate,
+            "tflops_per_device": rate / 1e12,
+            **({"mfu": rate / self._peak} if self._peak else {}),
             "skipped": float(problem is not None),
         }
         self.write(step, "train", values, board=step % self._config.train.log_every == 0)
@@ -247,6 +257,11 @@ class BadSteps:
         bad = (name for name, value in suspects if not bool(jnp.isfinite(value).all()))
         first = next(bad, "the norm of the gradients, though each of them is finite")
         return f"the loss is {loss}; the first that is not finite is {first}"
+
+
+def peak_flops(kind: str, dtype: str) -> float | None:
+    """Return the peak FLOP/s of a device by its name, for products of this dtype, where it is known."""
+    return next((peaks[dtype] for name, peaks in PEAKS.items() if name in kind), None)
 
 
 def matmul_rate(dtype: str) -> float:

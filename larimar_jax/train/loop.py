@@ -6,7 +6,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from larimar_jax import config as configs
-from larimar_jax import model, scope
-from larimar_jax.config import Config, StartConfig
+from larimar_jax import model
+from larimar_jax.config import Config
 from larimar_jax.data import corpus, episodes, pieces, vocabulary
 from larimar_jax.train import checkpoint, distributed, sharding
 from larimar_jax.train.evaluate import Evaluator
+from larimar_jax.train.initial import start_from
 from larimar_jax.train.logging import Logger, say
 from larimar_jax.train.step import TrainStep, initialise
 from larimar_jax.weights import Tokenizer, model_file
@@ -48,10 +49,6 @@ _COMMON = {
 _HALVED = {"^to_slots/kernel$": "bfloat16"}
 
 
-class StartError(ValueError):
-    """A `train.start_from` that does not fit the model."""
-
-
 class OtherRun(ValueError):
     """A run's folder that belongs to another config."""
 
@@ -65,7 +62,9 @@ class Outcome:
     evaluation: dict[str, float]
 
 
-def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> Outcome:
+def train(
+    config: Config, run_dir: str | Path, *, progress: bool = True, profile: int = 0
+) -> Outcome:
     """Train Larimar by Eq. 1 until `train.steps`, or until SIGTERM, which saves and returns.
 
     `run_dir` receives config.json, tokenizer.json, checkpoints/, metrics.jsonl (every step),
@@ -76,13 +75,14 @@ def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> Outc
         config: what to train.
         run_dir: the run's folder; created if it is missing.
         progress: a bar and evaluations on stderr.
+        profile: of so many steps, after the second, a trace is written to run_dir/profile.
     Raises:
         OtherRun: the folder belongs to a config that differs; names the keys.
         BadStep: where train.on_bad_step is "stop"; names what is not finite, or how large a spike.
         CheckpointError: there are checkpoints and none is whole.
     """
     run_dir, settings, data = Path(run_dir), config.train, config.data
-    progress = progress and jax.process_index() == 0
+    progress, began_run = progress and jax.process_index() == 0, time.perf_counter()
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(distributed.Watchdog(settings.stall))
 
@@ -105,13 +105,18 @@ def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> Outc
             say(f"{settings.steps:,} steps are {texts:,.0f} pieces: {epochs:.1f} epochs")
         watchdog.ping(_SLOW)
 
-        # 3. Parameters, created or loaded where their sharding rule puts them. What a checkpoint does
-        # not hold, the frozen ones of `start_from`, has to be what it was when the run is resumed.
-        _, parameters = initialise(config, mesh)
-        parameters, started = start_from(parameters, settings.start_from)
-        frozen = train_step.freeze(parameters)
-        state = train_step.init({name: parameters[name] for name in train_step.trained})
-        del parameters
+        # 3. Parameters, created or loaded where their sharding rule puts them, unless a checkpoint has
+        # them all. What it does not hold, the frozen ones, has to be what it was when a run is resumed.
+        checkpoints = stack.enter_context(
+            checkpoint.Checkpoints(run_dir / "checkpoints", settings.keep, settings.best)
+        )
+        frozen, started, state = {}, [], None
+        if train_step.frozen or not checkpoints.steps():
+            _, parameters = initialise(config, mesh)
+            parameters, started = start_from(parameters, settings.start_from)
+            frozen = train_step.freeze(parameters)
+            state = train_step.init({name: parameters[name] for name in train_step.trained})
+            del parameters
         evaluator = Evaluator(train_step, held_out, tokenizers)
         meta = {
             "config": configs.to_dict(config),
@@ -121,9 +126,6 @@ def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> Outc
 
         # 4. The newest readable checkpoint replaces what is trained, the optimiser's state and the
         # place in the data.
-        checkpoints = stack.enter_context(
-            checkpoint.Checkpoints(run_dir / "checkpoints", settings.keep, settings.best)
-        )
         restored = checkpoints.restore(
             train_step.abstract_state(),
             batches,
@@ -136,6 +138,7 @@ def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> Outc
             say(f"going on from the checkpoint of step {first:,}")
         log = stack.enter_context(Logger(run_dir, train_step, first, progress=progress))
         stopping = stack.enter_context(distributed.preemption())
+        trace = stack.enter_context(contextlib.ExitStack())
         evaluation, step, saved, compiled = {}, first, first, set()
         watchdog.ping(_SLOW)
         if first in (0, total):
@@ -149,6 +152,13 @@ def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> Outc
             watchdog.ping(0.0 if size in compiled else _SLOW)
             compiled.add(size)
             placed = sharding.place_batch(batch, mesh)
+            if profile and step == first + 2:  # Compiled, and as fast as it will be.
+                trace.enter_context(
+                    jax.profiler.trace(run_dir / "profile", create_perfetto_trace=True)
+                )
+            if profile and step == first + 2 + profile:
+                jax.block_until_ready(state)
+                trace.close()
             began, step = time.perf_counter(), step + 1
             state, metrics = train_step.step(state, frozen, placed)
             # Reads the step before, while this one runs.
@@ -158,6 +168,8 @@ def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> Outc
             if evaluates or saves or step == first + 1:
                 log.flush(state)
                 watchdog.ping(_SLOW)
+            if progress and step == first + 1:
+                say(f"the first step was done after {time.perf_counter() - began_run:.1f} s")
             if evaluates:
                 evaluation = evaluator(state, frozen)
                 log.evaluation(step, evaluation)
@@ -250,73 +262,6 @@ def _differences(saved: Mapping[str, Any], values: Mapping[str, Any]) -> list[st
         for key in sorted({*before, *now})
         if before.get(key) != now.get(key) and not _FREE.fullmatch(key)
     ]
-
-
-def start_from(
-    parameters: Mapping[str, jax.Array], start: StartConfig | None
-) -> tuple[dict[str, jax.Array], list[str]]:
-    """Return the parameters with those of `start` read from its path, each where it was; their names.
-
-    Args:
-        start: path of an exported file, of a finished run's folder, or of a folder with checkpoints
-            or one of these; regexes on parameter paths. Of no other parameter is anything read.
-    Raises:
-        FileNotFoundError: nothing of these is there.
-        StartError: a regex that matches nothing there, or arrays of other shapes; names all.
-        CheckpointError: the checkpoint is damaged.
-    """
-    if start is None:
-        return dict(parameters), []
-    path = Path(start.path).absolute()
-    exported = path / "model.safetensors" if path.is_dir() else path
-    if exported.is_file():
-        arrays, _ = model_file.load_exported(exported)
-        arrays.pop(scope.PROJECTION, None)  # Fitted to the encodings of the model that it is in.
-        names = _chosen({name: array.shape for name, array in arrays.items()}, parameters, start)
-        read = {name: jax.device_put(arrays[name], parameters[name].sharding) for name in names}
-        return {**parameters, **read}, names
-    path, read = checkpoint.newest(path), {}
-    try:
-        meta = checkpoint.read_meta(path)
-        shapes = {item: meta["shapes"][item] for item in ("params", "memory")}
-        names = _chosen({**shapes["params"], **shapes["memory"]}, parameters, start)
-        for item in shapes:
-            like = {name: parameters[name] for name in names if name in shapes[item]}
-            read |= checkpoint.read_item(path, item, like, meta)
-    except StartError:
-        raise
-    except Exception as error:  # Damage shows as nearly any type.
-        raise checkpoint.CheckpointError(
-            f"{path} cannot be read: {checkpoint.brief(error)}\nIt may be damaged; name the folder of "
-            "another checkpoint."
-        ) from error
-    return {**parameters, **read}, names
-
-
-def _chosen(
-    shapes: Mapping[str, Sequence[int]], parameters: Mapping[str, jax.Array], start: StartConfig
-) -> list[str]:
-    """Return the names in `shapes` that `start` matches; StartError where they do not fit."""
-    names = [n for n in shapes if any(re.search(regex, n) for regex in start.parameters)]
-    problems = [
-        f"{regex!r} matches no parameter there"
-        for regex in start.parameters
-        if not any(re.search(regex, name) for name in shapes)
-    ]
-    for name in names:
-        there = tuple(shapes[name])
-        if name not in parameters:
-            problems.append(f"{name}: this model has no such parameter")
-        elif there != parameters[name].shape:
-            problems.append(f"{name}: {there} there, {parameters[name].shape} in this model")
-    if problems:
-        raise StartError(
-            f"train.start_from {start.path} does not fit:\n  "
-            + "\n  ".join(sorted(problems))
-            + "\nThere are:\n  "
-            + "\n  ".join(sorted(shapes))
-        )
-    return names
 
 
 def _export(

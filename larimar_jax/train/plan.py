@@ -19,7 +19,8 @@ from larimar_jax.config import Config
 from larimar_jax.layers import Remat
 from larimar_jax.train import sharding
 from larimar_jax.train.collectives import KINDS, Collective, read_collectives
-from larimar_jax.train.step import TrainStep, count_flops
+from larimar_jax.train.flops import count_flops
+from larimar_jax.train.step import TrainStep
 
 # The share of a device's memory that a step may take: the rest is the driver's, the communication
 # library's, and lost between buffers.

@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
-import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.extend import core
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -18,8 +17,14 @@ from larimar_jax import layers, model, objective
 from larimar_jax.config import Config, make_memory
 from larimar_jax.model import AbstractModel
 from larimar_jax.train import optimizer, sharding
+from larimar_jax.train.flops import count_flops
 
 Metrics = dict[str, Array]
+
+# Parameters of towers that every product, look-up or sum rounds to the compute dtype.
+_ROUNDED = re.compile(
+    r"^(encoder/layers/.*/kernel|decoder/(layers/.*/|head/|word/)(kernel|embedding))$"
+)
 
 # Weight of a new loss in the running mean that a spike is measured against: about 50 steps.
 _MEAN_RATE = 0.02
@@ -136,7 +141,8 @@ class TrainStep:
             )
             for kind, dtype in (("tokens", jnp.int32), ("mask", jnp.bool_))
         }
-        frozen = {name: self.abstract.parameters[name] for name in self.frozen}
+        shapes = {name: self.abstract.parameters[name] for name in self.frozen}
+        frozen = {n: leaf.update(dtype=self._held_dtype(n)) for n, leaf in shapes.items()}
         frozen = _placed(frozen, self.frozen_shardings)
         return self.abstract_state(), frozen, _placed(batch, self.batch_shardings)
 
@@ -152,8 +158,16 @@ class TrainStep:
         return self._flops[episode]
 
     def freeze(self, parameters: Mapping[str, Array]) -> dict[str, Array]:
-        """Return the frozen ones of all parameters, where a step wants them."""
-        return jax.device_put({n: parameters[n] for n in self.frozen}, self.frozen_shardings)
+        """Return the frozen ones of all parameters, where and in the dtype that a step wants."""
+        held = {n: parameters[n].astype(self._held_dtype(n)) for n in self.frozen}
+        return jax.device_put(held, self.frozen_shardings)
+
+    def _held_dtype(self, name: str) -> Any:
+        """Return the dtype of a frozen parameter: of a tower's source, rounded as at every use."""
+        towers = {"encoder": self.config.model.encoder, "decoder": self.config.model.decoder}
+        tower = towers.get(name.split("/")[0])
+        is_rounded = tower is not None and tower.source is not None and _ROUNDED.search(name)
+        return jnp.dtype(self.config.model.dtype if is_rounded else jnp.float32)
 
     def loss(self, params, frozen, batch, keys, weights, beta, **options):
         """Return Eq. 1 and its terms (`objective.loss`), on the mesh of this step."""
@@ -294,50 +308,3 @@ def _check_batch(config: Config, mesh: Mesh) -> None:
             f" {ways} devices of the mesh's data and fsdp axes (train.mesh). Take a batch that is a"
             f" multiple of {ways * parts}."
         )
-
-
-def count_flops(function: Callable, *arguments: Any) -> int:
-    """Return the FLOPs of all matrix products of `function`, 2·m·n·k each, over all devices.
-
-    Loops count as often as they run; of branches the most expensive one counts; factorisations,
-    elementwise work and loops of unknown length count nothing and once. What the backward pass
-    computes again counts again: count a model's utilisation without rematerialisation.
-
-    Args:
-        function: traceable.
-        arguments: arrays or ShapeDtypeStructs.
-    """
-    return _flops(jax.make_jaxpr(function)(*arguments).jaxpr)
-
-
-def _flops(jaxpr: core.Jaxpr) -> int:
-    return sum(map(_equation_flops, jaxpr.eqns))
-
-
-def _equation_flops(equation: core.JaxprEqn) -> int:
-    name, params = equation.primitive.name, equation.params
-    if name == "dot_general":
-        (contracted, _), _ = params["dimension_numbers"]
-        depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-        return 2 * math.prod(equation.outvars[0].aval.shape) * depth
-    if name == "cond":
-        return max(_flops(branch.jaxpr) for branch in params["branches"])
-    # Rules for derivatives and batching are other programs than the one that runs.
-    rules = ("jvp_jaxpr_fun", "jvp_jaxpr_thunk", "fwd_jaxpr_thunk", "bwd", "rule")
-    values = [value for key, value in params.items() if key not in rules]
-    items = [x for v in values for x in (v if isinstance(v, (tuple, list)) else (v,))]
-    bodies = [getattr(item, "jaxpr", item) for item in items]
-    inner = sum(_flops(body) for body in bodies if hasattr(body, "eqns"))
-    if name == "scan":
-        return params["length"] * inner
-    if name == "shard_map":
-        # Inside are one device's shapes; along axes that split nothing, devices repeat each other.
-        return inner * math.prod(
-            params["mesh"].shape[axis]
-            for axis in {a for spec in params["in_specs"] for part in spec for a in _axes(part)}
-        )
-    return inner
-
-
-def _axes(part: Any) -> tuple[str, ...]:
-    return part if isinstance(part, tuple) else () if part is None else (part,)

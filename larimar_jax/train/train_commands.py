@@ -12,9 +12,7 @@ from collections.abc import Callable
 from json import dumps
 from typing import Annotated, Any
 
-# Peaks of an A100's dense products by dtype (float32: TF32), and one direction of its NVLink 3 (data
-# sheet); a network adapter of 200 Gbit/s.
-A100_FLOPS = {"float32": 156e12, "bfloat16": 312e12, "float16": 312e12}
+# Bytes/s of one direction of an A100's NVLink 3 (data sheet), and of a network adapter of 200 Gbit/s.
 A100_LINK, NETWORK = 300e9, 25e9
 # What a runtime's message begins with where a peer may be lost, and what a connection that breaks is
 # reported as; any other error would come again.
@@ -46,6 +44,7 @@ def train(
     coordinator: str | None = None,
     processes: int | None = None,
     process: int | None = None,
+    profile: Count = 0,
 ) -> int:
     """Train a model, or go on with a run that was stopped.
 
@@ -61,6 +60,7 @@ def train(
       coordinator HOST:PORT: where process 0 listens
       processes N: how many there are
       process I: which of them this is, from 0
+      profile STEPS: write a trace of so many steps to DIR/profile, for TensorBoard and Perfetto
     Example: larimar train --config=configs/tiny.py --run runs/tiny --set train.steps=200
     """
     from larimar_jax import config as configs
@@ -70,13 +70,14 @@ def train(
     where = distributed.place(coordinator, processes, process, os.environ)
     # Before the other processes are met, which would wait for one that has no config.
     settings = configs.load(config, overrides)
+    configs.cache_programs()
     distributed.initialise(where)
     if where is None:
         # Before the first step there is nothing to save.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(distributed.RETRY))
     from larimar_jax.train import loop
 
-    return exit_code(lambda: loop.train(settings, run))
+    return exit_code(lambda: loop.train(settings, run, profile=profile))
 
 
 def exit_code(run: Callable[[], Any]) -> int:
@@ -150,10 +151,10 @@ def plan(
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from larimar_jax.train import plan
+    from larimar_jax.train import logging, plan
 
     settings = plan.load(config, overrides, devices)
-    peak = flops or A100_FLOPS[settings.model.dtype]
+    peak = flops or logging.PEAKS["A100"][settings.model.dtype]
     machine = plan.Machine(plan.parse(memory), peak, mfu, node, link, network, disk)
     print("compiling the step", file=sys.stderr)
     step = plan.plan(settings)
