@@ -317,8 +317,8 @@ class Session:
             if gone:
                 memory, _ = self._without(memory, session_file.join(gone))
             if new:
-                rows = session_file.join(new)
-                memory = finite.write(model.memory, model.prepared, memory, rows.key, rows.value)
+                rows, add = session_file.join(new), finite.write if before.facts else finite.load
+                memory = add(model.memory, model.prepared, memory, rows.key, rows.value)
         except MemoryNotFinite:
             self._file = Journal(self._file.path)  # to be read anew
             raise

@@ -10,7 +10,7 @@ import pytest
 from algebra import distance, prepare, ridge_solution
 from algebra import unit as unit_rows
 
-from larimar_jax.memory import diagnostics, rls
+from larimar_jax.memory import diagnostics, finite, rls
 from larimar_jax.memory.streaming import Streaming
 
 K, C, IN, POOL = 24, 30, 12, 40
@@ -28,12 +28,12 @@ def built(ridge, noise):
     return variant, prepare(variant, m0)
 
 
-def exact(variant, prepared, keys, values, rows):
+def exact(variant, prepared, keys, values, rows, slots=K):
     """M in float64 of the facts that are in, by the definition at the head of streaming.py, and W."""
     m0 = np.float64(prepared.prior_memory)
     keys, values = np.float64(keys), np.float64(values)
     weights = (keys @ np.linalg.pinv(m0))[rows]
-    scale = 2.0 ** np.round(np.log2(np.square(weights).sum() / K)) if len(rows) else 0.0
+    scale = 2.0 ** np.round(np.log2(np.square(weights).sum() / slots)) if len(rows) else 0.0
     shrink = float(variant.query_noise) ** 2 * scale
     ridge = float(np.float32(variant.ridge))
     return ridge_solution(m0, weights, values[rows], ridge, shrink), weights
@@ -200,3 +200,24 @@ def test_many_memories_are_updated_under_one_vmap_and_one_compilation():
     assert len(traced) == 1
     for solution, k, v in zip(together, keys, values, strict=True):
         assert distance(solution, exact(variant, prepared, k, v, list(range(5)))[0]) < 1e-5
+
+
+@pytest.mark.parametrize("slots, number", [(24, 0), (24, 20), (24, 30), (150, 140)])
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_facts_that_are_loaded_at_once_are_as_if_written_one_by_one(slots, number, noise):
+    """20 are pending; 30 are solved for; 140 are more than are ever pending together otherwise."""
+    variant = Streaming(slots, slots + 6, ridge=1e-2, query_noise=noise)
+    prepared = prepare(variant, np.eye(slots, slots + 6))
+    keys, values = (np.float32(unit_rows(seed, number + 4, slots + 6)) for seed in (1, 2))
+    now = rls.init(variant, prepared, variant.empty(prepared))
+    now = finite.load(variant, prepared, now, keys[:number], values[:number])
+    assert int(now.state.count) == (number if noise or number >= slots else 0)
+    for count in (number, number + 2, number + 4):
+        rows = list(range(count))
+        want, weights = exact(variant, prepared, keys, values, rows, slots)
+        read = rls.read(variant, prepared, now, keys[:count])
+        assert int(now.count) == count
+        assert not count or distance(read, weights @ want) < 3e-5
+        now = finite.write(
+            variant, prepared, now, keys[count : count + 2], values[count : count + 2]
+        )

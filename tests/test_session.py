@@ -249,16 +249,6 @@ def test_a_saved_session_goes_on(tiny, written, tmp_path):
     assert Session.load(path, tiny).list() == opened.list() == written.list()
 
 
-def test_a_memory_of_more_facts_than_are_pending_is_replayed(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(finite.rls, "MAX_PENDING", 2)
-    jax.clear_caches()
-    one = Session(tiny, tmp_path / "session.jsonl")
-    for fact in FACTS:
-        one.write(*fact)
-    assert_same_memory(Session.load(tmp_path / "session.jsonl", tiny), one)
-    jax.clear_caches()
-
-
 def test_a_session_of_a_fact_is_kilobytes(tmp_path, smol_rows):
     path = tmp_path / "session.jsonl"
     ledger = Ledger("m", "f").with_fact(Fact(1, "Fact 1 is", "new"), smol_rows, 1.0, "")

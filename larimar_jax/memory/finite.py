@@ -23,34 +23,43 @@ class MemoryNotFinite(FloatingPointError):
     """A write or forget that float32 could not carry out; the memory stays as it was."""
 
 
-def write(
-    memory: Streaming, prepared: Prepared, now: rls.RLSState, keys: Rows, values: Rows
+def load(
+    memory: Streaming, prepared: Prepared, empty: rls.RLSState, keys: Rows, values: Rows
 ) -> rls.RLSState:
-    """Return the memory with n rows written.
+    """Return an empty memory with n rows written, all at once.
 
     Raises:
       MemoryNotFinite.
     """
-    size = rls.MAX_PENDING
-    # Rows that would be solved for if they were written one by one, here with one factorisation.
-    if many := len(keys) - len(keys) % size:
-        state, signs = rls.summed(now), np.ones(size, np.int32)
-        for start in range(0, many, size):
-            rows = slice(start, start + size)
-            state = memory.accumulate(prepared, state, keys[rows], values[rows], signs)
-        now = rls.refactorize(memory, prepared, rls.init(memory, prepared, state))
-    is_finite = jnp.isfinite(now.state.solution).all() if many else True
-    for key, value in zip(keys[many:], values[many:], strict=True):
+    number, size = len(keys), rls.MAX_PENDING
+    while size <= number:
+        size *= 2
+    keys, values = (np.pad(rows, ((0, size - number), (0, 0))) for rows in (keys, values))
+    signs = (np.arange(size) < number).astype(np.int32)
+    if number < memory.slots:
+        now, is_due = rls.begin(memory, prepared, empty, keys, values, signs)
+    else:
+        state = memory.accumulate(prepared, empty.state, keys, values, signs)
+        now, is_due = rls.init(memory, prepared, state), True
+    return _refactorized(memory, prepared, now) if is_due else now
+
+
+def write(
+    memory: Streaming, prepared: Prepared, now: rls.RLSState, keys: Rows, values: Rows
+) -> rls.RLSState:
+    """Return the memory with n rows written, one by one.
+
+    Raises:
+      MemoryNotFinite.
+    """
+    for key, value in zip(keys, values, strict=True):
         # The statistics and the solution stay where they are: what moves is a few rows.
         pending, is_due, is_finite = _write(memory, prepared, now, key, value)
         now = dataclasses.replace(now, pending=pending)
         if is_due:
-            now = rls.refactorize(memory, prepared, now)
-            is_finite = jnp.isfinite(now.state.solution).all()
-        if not is_finite:
-            break
-    if not is_finite:
-        raise _not_finite("write", memory)
+            now = _refactorized(memory, prepared, now)
+        elif not is_finite:
+            raise _not_finite("write", memory)
     return now
 
 
@@ -83,6 +92,13 @@ def _write(
     written, _, is_due = rls.write(memory, prepared, now, key, value)
     finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(written.pending)]
     return written.pending, is_due, jnp.stack(finite).all()
+
+
+def _refactorized(memory: Streaming, prepared: Prepared, now: rls.RLSState) -> rls.RLSState:
+    now = rls.refactorize(memory, prepared, now)
+    if not jnp.isfinite(now.state.solution).all():
+        raise _not_finite("write", memory)
+    return now
 
 
 def _not_finite(action: str, memory: Streaming) -> MemoryNotFinite:

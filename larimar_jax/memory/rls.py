@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from larimar_jax.linalg import dot, lower_inverse
+from larimar_jax.linalg import add_ridge, cholesky, dot, lower_inverse, solve_lower
 from larimar_jax.memory.base import Prepared, Signs
 from larimar_jax.memory.pytrees import Latents, pytree
 from larimar_jax.memory.streaming import Streaming, StreamingState
@@ -104,7 +104,7 @@ def init(memory: Streaming, prepared: Prepared, state: StreamingState) -> RLSSta
 def to_state(memory: Streaming, prepared: Prepared, now: RLSState) -> StreamingState:
     """Return the state as `Streaming.update` would have left it: M and its factor solved anew; NaN
     where A is indefinite."""
-    return memory.solve(prepared, summed(now))
+    return memory.solve(prepared, _summed(now))
 
 
 @jax.jit
@@ -139,6 +139,39 @@ def write(
     row = (x[0] for x in (*facts, *_predicted(now, facts[0], value[None])))
     pending, step, is_due = _step(memory, now.shrink, now.pending, *row)
     return dataclasses.replace(now, pending=pending), step, is_due
+
+
+@jax.jit
+def begin(
+    memory: Streaming,
+    prepared: Prepared,
+    empty: RLSState,
+    keys: Latents,
+    values: Latents,
+    signs: Signs,
+) -> tuple[RLSState, Bool[Array, ""]]:
+    """Write N facts into an empty memory, in which they are pending as if they were written one by one.
+
+    What the writes move A⁻¹ and M along, row by row, is L⁻¹WA⁻¹ and L⁻¹(Z − WM) of the empty memory's
+    A = λI, with the Cholesky factor L of I + WA⁻¹Wᵀ: nothing is solved that is larger than N × N.
+
+    Args:
+      signs: 1; 0 for padding, which follows the facts: at least a row, for the next write.
+
+    Returns:
+      The memory, and whether a factorisation is due, as in `write`.
+    """
+    weights, errors, signs = memory.facts(prepared, keys, values, signs)
+    weights = weights * signs[:, None]
+    gains = weights / memory.ridge
+    factor = cholesky(add_ridge(dot(gains, weights.T), 1.0))
+    gains, innovations = (solve_lower(factor, rows.T).T for rows in (gains, errors))
+    innovations = innovations * signs[:, None]
+    number, trace = jnp.sum(signs).astype(jnp.int32), jnp.sum(jnp.square(weights))
+    pending = Pending(weights, errors, signs, gains, innovations, number, trace)
+    is_finite = jnp.isfinite(gains).all() & jnp.isfinite(innovations).all()
+    is_due = (memory.shrink_of_trace(trace) != empty.shrink) | ~is_finite
+    return dataclasses.replace(empty, pending=pending), is_due
 
 
 @jax.jit
@@ -215,7 +248,7 @@ def stream(
     return now, steps
 
 
-def summed(now: RLSState) -> StreamingState:
+def _summed(now: RLSState) -> StreamingState:
     """Return the statistics with the pending writes; solution and factor are those of before."""
     return now.state.add(now.pending.weights, now.pending.errors, now.pending.signs)
 
@@ -236,7 +269,7 @@ def _step(memory: Streaming, shrink, pending: Pending, w, error, sign, innovatio
     leverage = dot(w, gain)
     written = jnp.maximum(sign, 0.0)
     scale = written * jax.lax.rsqrt(1.0 + leverage)
-    row = jnp.minimum(pending.number, MAX_PENDING - 1)
+    row = jnp.minimum(pending.number, len(pending.signs) - 1)
     pending = Pending(
         weights=pending.weights.at[row].set(w),
         errors=pending.errors.at[row].set(error),
@@ -260,7 +293,7 @@ def _factorized(
     signs: Float[Array, "N"],
 ) -> RLSState:
     """Solve for M anew with these facts too; without them where they are refused."""
-    before = summed(now)
+    before = _summed(now)
     number = jnp.sum(jnp.abs(signs)).astype(jnp.int32)
     after = memory.solve(prepared, before.add(weights, errors, signs))
     is_sound = jax.lax.cond(
