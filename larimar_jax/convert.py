@@ -57,9 +57,8 @@ def from_ibm(
             huggingface.Folder(path).tokenizer() for path in (encoder_tokenizer, decoder_tokenizer)
         ]
         source = TorchCheckpoint(file)
-        description = ibm.describe(
-            source, source.hyper_parameters, assumptions or ibm.Assumptions()
-        )
+        assumptions = assumptions or ibm.Assumptions()
+        description = ibm.describe(source, source.hyper_parameters, assumptions)
         config = configs.parse(description.config)
         added = decoders.family(config.model.decoder.family).added_tokens
         tokenizers[1] = tokenizers[1].with_specials(added)

@@ -81,13 +81,8 @@ class Larimar(nnx.Module):
         rngs: nnx.Rngs,
     ):
         c = decoder.config
-        self.slot_shape = (
-            c.depth,
-            slots_per_layer,
-            1 if tied_slots else 2,
-            c.kv_heads,
-            c.head_size,
-        )
+        parts = 1 if tied_slots else 2  # key and value
+        self.slot_shape = (c.depth, slots_per_layer, parts, c.kv_heads, c.head_size)
         self.encoder, self.decoder, self.conditioning = encoder, decoder, conditioning
         # Square and from a sentence encoder: start as the identity, so that latents are its sentence
         # embeddings until training finds better ones.
@@ -339,9 +334,8 @@ def restore(
         if array.shape != shapes.get(name)
     ]
     if problems:
-        raise model_file.ExportError(
-            f"{path} does not fit its own config:\n  " + "\n  ".join(problems)
-        )
+        lines = "\n  ".join(problems)
+        raise model_file.ExportError(f"{path} does not fit its own config:\n  {lines}")
     values = {
         f"{name}/{place}": array
         for name, tower in towers.items()

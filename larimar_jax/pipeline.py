@@ -152,13 +152,12 @@ class Pipeline:
             # The last bucket may end beyond the positions that the encoder has.
             columns = min(bucket(int(lengths[rows].max())), limit)
             padding = ((0, min(_TEXTS, 1 << (len(rows) - 1).bit_length()) - len(rows)), (0, 0))
+            pad = self.encoder_tokenizer.pad
             encoded = _encode(
                 self.graph,
                 self.state,
                 self.projection,
-                np.pad(
-                    batch.ids[rows, :columns], padding, constant_values=self.encoder_tokenizer.pad
-                ),
+                np.pad(batch.ids[rows, :columns], padding, constant_values=pad),
                 np.pad(batch.mask[rows, :columns], padding),
                 self.config.editing.key_features,
             )
@@ -280,9 +279,8 @@ def _condition(
     model, evidence = nnx.merge(graph, state), None
     if code is not None:
         codes = readout[:, layout.encoding + layout.key_features :]
-        evidence = latent_layout.decode_answers(
-            code, codes, model.decoder.config.vocab_size, active
-        )
+        tokens = model.decoder.config.vocab_size
+        evidence = latent_layout.decode_answers(code, codes, tokens, active)
     return model.condition(readout[:, : layout.encoding], active, evidence)
 
 

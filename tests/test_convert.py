@@ -236,7 +236,7 @@ REFUSED = {
             {f"{LAYER}{number}.output.dense.bias": zeros(8)},
             {},
             [
-                f"layers: {LAYER}{number} is the last of",
+                f"layers: {LAYER}{number} is the last",
                 f"missing: {LAYER}{number}.output.dense.weight",
             ],
         )
@@ -270,9 +270,7 @@ def test_all_that_does_not_fit_is_one_error(tensors, hyper, texts, tmp_path, bas
 
         def shapes(self):
             shapes = super().shapes() | {n: a.shape for n, a in tensors.items() if a is not None}
-            return {
-                name: shape for name, shape in shapes.items() if tensors.get(name, 0) is not None
-            }
+            return {name: shapes[name] for name in shapes if tensors.get(name, 0) is not None}
 
         def read(self, name):
             return tensors[name] if name in tensors else super().read(name)
@@ -286,10 +284,9 @@ def test_all_that_does_not_fit_is_one_error(tensors, hyper, texts, tmp_path, bas
 
 
 def test_head_sizes_that_do_not_divide_name_their_options(tmp_path, bases):
+    odd = ibm.Assumptions(decoder_head=0, rotary=5)
     with pytest.raises(WeightsError) as caught:
-        converted(
-            4, tmp_path / "made", bases, assumptions=ibm.Assumptions(decoder_head=0, rotary=5)
-        )
+        converted(4, tmp_path / "made", bases, assumptions=odd)
     for text in ("18 is not a multiple of heads of 64; set --encoder-head", "set --rotary, even"):
         assert text in str(caught.value)
     assert "16 is not a multiple of heads of 0; set --decoder-head-size" in str(caught.value)
@@ -365,8 +362,8 @@ def test_so_do_a_sentence_encoder_and_a_trained_vocabulary(monkeypatch, tmp_path
     monkeypatch.setattr(pipeline, "load", lambda source: tiny)
     convert.to_huggingface("tiny", tmp_path / "towers")
     check_towers(tiny, tmp_path / "towers")
-    said = json.loads((tmp_path / "towers" / "encoder" / "modules.json").read_text())
-    assert [module["path"] for module in said] == ["", "1_Pooling", "2_Normalize"]
+    modules = json.loads((tmp_path / "towers" / "encoder" / "modules.json").read_text())
+    assert [module["path"] for module in modules] == ["", "1_Pooling", "2_Normalize"]
 
 
 def test_large_models_are_cut_into_parts(tmp_path):

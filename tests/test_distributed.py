@@ -65,9 +65,8 @@ def test_two_processes_have_the_losses_of_a_single_one(values, undisturbed, tmp_
     assert list(alone) == list(together) == list(range(1, STEPS + 1))
     assert alone[STEPS] < 0.8 * alone[1]
     np.testing.assert_allclose(list(together.values()), list(alone.values()), rtol=1e-5)
-    arrays, theirs = (
-        model_file.load_exported(f / "model.safetensors")[0] for f in (run, undisturbed)
-    )
+    files = (folder / "model.safetensors" for folder in (run, undisturbed))
+    arrays, theirs = (model_file.load_exported(file)[0] for file in files)
     assert arrays.keys() == theirs.keys()
     for name, array in arrays.items():
         np.testing.assert_allclose(theirs[name], array, atol=3e-3, err_msg=name)

@@ -29,9 +29,8 @@ def condition(tiny):
     noise = 0.02 * jax.random.normal(jax.random.key(2), (3, 96))
     readout = latent_layout.encode_answers(CODE, jnp.asarray(answers)) + noise
     active = jnp.asarray([True, True, False])
-    evidence = latent_layout.decode_answers(
-        CODE, readout, tiny.model.decoder.config.vocab_size, active
-    )
+    tokens = tiny.model.decoder.config.vocab_size
+    evidence = latent_layout.decode_answers(CODE, readout, tokens, active)
     return tiny.model.condition(latent, active, evidence)
 
 
@@ -112,14 +111,11 @@ def test_greedy_decoding_equals_a_plain_loop(tiny, condition, conditioned):
 
 @both
 @pytest.mark.parametrize("batch", [1, 2, 128])
-def test_a_prompt_says_the_same_in_any_batch_and_as_much_as_it_may(
-    tiny, condition, conditioned, batch
-):
+def test_a_prompt_says_the_same_in_any_batch_up_to_its_limit(tiny, condition, conditioned, batch):
     rows, limits = [0, 1, 2, 1, 0], [7, 2, 4, 9, 1]
     whole = condition.rows(jnp.asarray(rows)) if conditioned else None
-    texts = tiny.generate(
-        [PROMPTS[n] for n in rows], whole, max_tokens=limits, stop="", batch=batch
-    )
+    prompts = [PROMPTS[number] for number in rows]
+    texts = tiny.generate(prompts, whole, max_tokens=limits, stop="", batch=batch)
     for number, limit, text in zip(rows, limits, texts, strict=True):
         part = row(condition, number) if conditioned else None
         assert text == tiny.generate([PROMPTS[number]], part, max_tokens=limit, stop="")[0]

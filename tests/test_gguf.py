@@ -187,9 +187,8 @@ def test_a_real_llama_3_head_is_recognised(tmp_path):
     path, real = tmp_path / "x.gguf", dict(attention__key_length=128, rope__freq_base=500000.0)
 
     def with_divisors(divisors):
-        return Gguf(
-            as_gguf(path, sizes, {**tensors, "rope_freqs.weight": divisors}, "llama", **real)
-        )
+        changed = {**tensors, "rope_freqs.weight": divisors}
+        return Gguf(as_gguf(path, sizes, changed, "llama", **real))
 
     source = with_divisors(divisors)
     assert rotary.from_huggingface(source.config()) == (500000.0, rule)

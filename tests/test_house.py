@@ -63,9 +63,8 @@ def test_imports_go_down_from_floor_to_floor():
     for unit in APART:
         assert not units[unit] & APART, f"{unit} imports another of {', '.join(sorted(APART))}"
     assert not [unit for unit, units in below.items() if "cli" in units]
-    assert not [
-        unit for unit in ("model", "objective", "pipeline", "session") if "train" in below[unit]
-    ]
+    untrained = ("model", "objective", "pipeline", "session")
+    assert not [unit for unit in untrained if "train" in below[unit]]
 
 
 def test_loading_a_model_needs_no_trainer_and_no_import_a_device_or_a_library_of_corpora():
@@ -100,9 +99,8 @@ def test_no_name_is_taken_twice_or_says_nothing():
     nodes = [(dotted(path), node) for path, tree in TREES.items() for node in ast.walk(tree)]
     classes = collections.Counter(node.name for _, node in nodes if isinstance(node, ast.ClassDef))
     assert [name for name, count in classes.items() if count > 1] == []
-    stored = [
-        (m, n.id) for m, n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
-    ]
+    names = [(m, n) for m, n in nodes if isinstance(n, ast.Name)]
+    stored = [(m, n.id) for m, n in names if isinstance(n.ctx, ast.Store)]
     stored += [(m, n.arg) for m, n in nodes if isinstance(n, ast.arg)]
     stored += [(m, n.name) for m, n in nodes if isinstance(n, ast.FunctionDef)]
     assert sorted({f"{m}: {n}" for m, n in stored if n.strip("_") in BANNED}) == []

@@ -87,9 +87,7 @@ def test_only_tokens_of_ours_become_new_rows(tiny_folder):
     shutil.copytree(GOLDEN / "tiny_llama", llama)
     for file in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         shutil.copy(GOLDEN / "tokenizers" / "gpt2" / file, llama)
-    with pytest.raises(
-        WeightsError, match="the tokenizer has ids up to 399 and the embedding table"
-    ):
+    with pytest.raises(WeightsError, match="tokenizer has ids up to 399 and the embedding table"):
         weights.load_decoder(str(llama))
 
 
@@ -119,36 +117,22 @@ def test_a_folder_with_torch_files(tiny_folder):
     with pytest.raises(WeightsError, match="unused: whole.*\n(.*\n)*.*missing: word.embedding"):
         weights.load_decoder(str(tiny_folder))
     (tiny_folder / "pytorch_model.bin").rename(tiny_folder / "part.bin")
-    index = {
-        "weight_map": dict.fromkeys(np.load(GOLDEN / "torch" / "expected.npz").files, "part.bin")
-    }
+    names = np.load(GOLDEN / "torch" / "expected.npz").files
+    index = {"weight_map": dict.fromkeys(names, "part.bin")}
     (tiny_folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     assert Folder(tiny_folder).tensors().read("part").shape == (2, 4)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        dict(n_embd="32"),
-        dict(n_embd=-32),
-        dict(n_embd=0),
-        dict(n_head=0),
-        dict(n_layer=1 << 40),
-        dict(n_layer=2.5),
-        dict(n_layer=None),
-        dict(n_positions=[64]),
-        dict(vocab_size={}),
-        dict(vocab_size=1 << 40),
-        dict(num_labels=1 << 40),
-        dict(layer_norm_epsilon="small"),
-        dict(activation_function="relu"),
-        dict(model_type=7),
-        dict(model_type="mamba"),
-        dict(model_type="no-such-model"),
-    ],
-)
-def test_settings_that_no_model_has(tiny_folder, settings):
-    change(tiny_folder, **settings)
+ODD = {
+    **dict(n_embd=("32", -32, 0), n_head=(0,), n_layer=(1 << 40, 2.5, None), n_positions=([64],)),
+    **dict(vocab_size=({}, 1 << 40), num_labels=(1 << 40,), layer_norm_epsilon=("small",)),
+    **dict(activation_function=("relu",), model_type=(7, "mamba", "no-such-model")),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, odd) for n in ODD for odd in ODD[n]])
+def test_settings_that_no_model_has(tiny_folder, name, value):
+    change(tiny_folder, **{name: value})
     with pytest.raises(WeightsError):
         weights.load_decoder(str(tiny_folder))
 
@@ -209,10 +193,7 @@ def test_steps_that_are_not_computed_are_an_error(tmp_path):
     assert Folder(tmp_path).pooling() == {"pooling": "mean", "normalize": True}
     steps = json.loads((tmp_path / "modules.json").read_text())
     steps.insert(2, {"idx": 2, "path": "2_Dense", "type": "sentence_transformers.models.Dense"})
-    for content, message in (
-        (steps, "has steps Dense, which are not computed"),
-        ({}, "a dict where"),
-    ):
+    for content, message in ((steps, "steps Dense, which are not computed"), ({}, "a dict where")):
         (tmp_path / "modules.json").write_text(json.dumps(content))
         with pytest.raises(WeightsError, match=message):
             Folder(tmp_path).pooling()
@@ -316,9 +297,7 @@ def test_models_that_are_not_on_the_hub_or_of_no_format(a_hub):
     with pytest.raises(FileNotFoundError, match="has none of model.safetensors.*GGUF files"):
         huggingface.fetch("org/tiny")
     assert a_hub.downloads == []
-    with pytest.raises(
-        FileNotFoundError, match="no file or folder 'org/other'.*no such model.*login"
-    ):
+    with pytest.raises(FileNotFoundError, match="file or folder 'org/other'.*no such model.*login"):
         weights.load_decoder("org/other")
 
 
@@ -341,9 +320,8 @@ def test_the_hub_is_asked_once_for_a_model(a_hub, monkeypatch):
 )
 def test_without_a_network_the_cache_is_used(cache, monkeypatch, error):
     unreachable(monkeypatch, error)
-    with pytest.raises(
-        FileNotFoundError, match=rf"({type(error).__name__}).*`hf download org/tiny`"
-    ):
+    kind = type(error).__name__
+    with pytest.raises(FileNotFoundError, match=rf"({kind}).*`hf download org/tiny`"):
         huggingface.fetch("org/tiny")
     with pytest.raises(FileNotFoundError, match="is not in .*`hf download org/tiny --revision v2`"):
         huggingface.fetch("org/tiny@v2")

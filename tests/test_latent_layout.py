@@ -56,14 +56,9 @@ def test_codes_of_many_tokens_are_as_far_apart_as_chance():
 
 
 def test_an_answer_ends_with_the_end_of_text_and_then_nothing():
-    assert latent_layout.pack_answers(
-        CONFIG, [[7, 8], [1, 2, 3, 4, 5], [], None], EOS
-    ).tolist() == [
-        [7, 8, EOS, NOTHING],
-        [1, 2, 3, 4],
-        [EOS, NOTHING, NOTHING, NOTHING],
-        [NOTHING] * 4,
-    ]
+    packed = latent_layout.pack_answers(CONFIG, [[7, 8], [1, 2, 3, 4, 5], [], None], EOS)
+    ends = [[7, 8, EOS, NOTHING], [1, 2, 3, 4], [EOS, *[NOTHING] * 3], [NOTHING] * 4]
+    assert packed.tolist() == ends
     codes = written([7, 8], None).reshape(2, 4, 64)
     assert codes[0, :3].any(axis=1).all() and not codes[0, 3].any() and not codes[1].any()
 
@@ -97,9 +92,7 @@ def test_noise_is_evidence_of_nothing():
     assert (gain[:, :, 0] > 3.0).mean() < 0.08 and gain[:, :, 0].mean() < 1.2
 
 
-@given(
-    st.lists(st.integers(0, EOS - 1), max_size=6), st.floats(1e-3, 1e3), st.integers(0, 2**31 - 1)
-)
+@given(st.lists(st.integers(0, EOS - 1), max_size=6), st.floats(1e-3, 1e3), st.integers(0, 2**31))
 @settings(max_examples=20)
 def test_an_answer_comes_back_at_any_scale(answer, scale, seed):
     noise = 0.02 * np.random.default_rng(seed).standard_normal((1, 256))

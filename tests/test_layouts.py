@@ -46,9 +46,8 @@ def run(tmp_path_factory):
 @functools.cache
 def drawn(text):
     """(abstract model, parameters as NumPy) of a config as JSON: its initialisers compile once."""
-    abstract, parameters = initialise(
-        configs.parse(json.loads(text)), sharding.make_mesh((1, 1, 1))
-    )
+    config = configs.parse(json.loads(text))
+    abstract, parameters = initialise(config, sharding.make_mesh((1, 1, 1)))
     return abstract, jax.device_get(parameters)
 
 
@@ -166,9 +165,8 @@ def test_a_batch_that_does_not_divide_is_an_error_with_sizes_that_do(run):
 def test_lora_trains_its_factors_alone(run):
     config, batches = run
     values = configs.to_dict(config)
-    values["model"]["lora"] = dict(
-        rank=2, scale=2.0, modules="^(encoder|decoder)/layers/attention/"
-    )
+    modules = "^(encoder|decoder)/layers/attention/"
+    values["model"]["lora"] = dict(rank=2, scale=2.0, modules=modules)
     values["train"]["frozen"] = ["^encoder/", "^decoder/"]
     losses, state, step, _ = trained((configs.parse(values), batches), mesh=(2, 2, 2))
     assert losses[-1] < losses[0]

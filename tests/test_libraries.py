@@ -110,9 +110,8 @@ def test_a_dataset_of_tensorflow_in_array_record(tmp_path):
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import example_serializer
 
-    features = tfds.features.FeaturesDict(
-        {"text": tfds.features.Text(), "title": tfds.features.Text()}
-    )
+    text = tfds.features.Text()
+    features = tfds.features.FeaturesDict({"text": text, "title": text})
     folder = tmp_path / "tiny" / "1.0.0"
     folder.mkdir(parents=True)
     serializer = example_serializer.ExampleSerializer(features.get_serialized_info())

@@ -86,9 +86,8 @@ def test_any_fan_in_of_the_levels_and_any_order_of_chunks_finds_the_fact():
     order = np.random.default_rng(0).permutation(10)
     moved = np.arange(40).reshape(10, 4)[order].reshape(-1)
     for rows in (np.arange(40), moved):
-        memories = long.write(
-            variant, prepared, jnp.float32(keys[rows]), jnp.float32(values[rows]), 4
-        )
+        facts = jnp.float32(keys[rows]), jnp.float32(values[rows])
+        memories = long.write(variant, prepared, *facts, 4)
         for fan_in in (2, 3, 10, 64):
             reading = long.read(variant, prepared, memories, jnp.float32(keys), fan_in)
             assert (np.argmax(reading.latent @ values.T, axis=1) == np.arange(40)).mean() > 0.9

@@ -94,20 +94,15 @@ def alone(head, hidden, targets, weights):
 @pytest.mark.parametrize(
     "loss, dtype, weight, tolerance",
     # In float16 the slopes of a million tokens must not vanish.
-    [
-        (total, "bfloat16", 1.0, 0.02),
-        (alone, "bfloat16", 1.0, 0.02),
-        (total, "float16", 1e-6, 0.01),
-    ],
+    [*((loss, "bfloat16", 1.0, 0.02) for loss in (total, alone)), (total, "float16", 1e-6, 0.01)],
 )
 def test_half_precision_accumulates_in_float32(loss, dtype, weight, tolerance):
     head, hidden, targets, weights = problem(True, False, dtype=dtype)
 
     def gradients(dtype):
         def of(kernel, hidden):
-            return loss(
-                head._replace(kernel=kernel, dtype=dtype), hidden, targets, weight * weights
-            )
+            changed = head._replace(kernel=kernel, dtype=dtype)
+            return loss(changed, hidden, targets, weight * weights)
 
         return jax.grad(of, (0, 1))(head.kernel, hidden)
 

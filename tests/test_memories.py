@@ -37,14 +37,13 @@ def test_it_comes_back_bit_for_bit_onto_any_mesh(tmp_path):
     state = write(prepared, variant.empty(prepared), *facts(0, 9))
     memories.save(tmp_path / "one", state, encoder="abc", about={"facts": 9})
     like = jax.eval_shape(variant.empty, prepared)
-    found, about = memories.load(tmp_path / "one", like, encoder="abc")
-    equal(found, state)
+    loaded, about = memories.load(tmp_path / "one", like, encoder="abc")
+    equal(loaded, state)
     assert about == {"facts": 9}
     mesh = jax.make_mesh((8,), ("slots",), axis_types=(jax.sharding.AxisType.Auto,))
     place = sharded.Place(mesh, "slots")
-    rows, _ = memories.load(
-        tmp_path / "one", sharded.empty(variant, prepared, place), encoder="abc"
-    )
+    split = sharded.empty(variant, prepared, place)
+    rows, _ = memories.load(tmp_path / "one", split, encoder="abc")
     equal(rows, state)
     assert rows.solution.sharding.shard_shape((K, C)) == (K // 8, C)
     memories.save(tmp_path / "rows", rows, encoder="abc")

@@ -205,9 +205,8 @@ def assert_slope(function, argument, gradient, seed, step=5e-3):
     direction = jax.tree.map(lambda x: rng.standard_normal(x.shape), argument)
 
     def value(size):
-        return float(
-            function(jax.tree.map(lambda x, d: jnp.float32(x + size * d), argument, direction))
-        )
+        moved = jax.tree.map(lambda x, d: jnp.float32(x + size * d), argument, direction)
+        return float(function(moved))
 
     slope = (value(step) - value(-step)) / (2 * step)
     products = jax.tree.map(lambda g, d: float(np.sum(g * d)), gradient, direction)

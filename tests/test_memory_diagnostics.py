@@ -34,12 +34,8 @@ def test_the_expected_error_is_the_error_of_noisy_reads(n):
     w = keys[:, :K]
     rng = np.random.default_rng(2)
     size = np.sqrt(np.square(w).sum() / n / K)
-    errors = [
-        np.square(
-            (w + 0.5 * size * rng.standard_normal(w.shape)) @ np.float64(state.solution) - values
-        )
-        for _ in range(200)
-    ]
+    queries = (w + 0.5 * size * rng.standard_normal(w.shape) for _ in range(200))
+    errors = [np.square(query @ np.float64(state.solution) - values) for query in queries]
     want = np.sqrt(np.sum(errors) / 200 / np.square(values - w @ np.eye(K, C)).sum())
     assert float(report.error) == pytest.approx(want, rel=0.25)
     assert bool(report.full) == (float(report.error) > diagnostics.FULL)

@@ -61,9 +61,8 @@ def test_a_model_of_one_way_holds_zeros_in_the_other(tiny, way):
     both, single = (model.condition(latent).prefix for model in (tiny.model, larimar))
     other = {"slots": both.key, "embedding": both.embedding}
     parts = {"slots": single.key, "embedding": single.embedding}
-    assert all(
-        (part == other[n]).all() if n == way else not part.any() for n, part in parts.items()
-    )
+    for name, part in parts.items():
+        assert (part == other[name]).all() if name == way else not part.any()
 
 
 def test_equation_1_is_the_weighted_sum_of_its_terms(tiny):
@@ -111,13 +110,8 @@ def test_kl_against_the_textbook():
 @pytest.mark.parametrize(
     "step, cycles, beta",
     # Cycles of 20: 0 for ten steps, a rise over five, then the peak.
-    [
-        *((n, 5, 0.0) for n in (0, 9, 10, 20, 29)),
-        (13, 5, 0.3),
-        (15, 5, 0.5),
-        (19, 5, 0.5),
-        (3, 0, 0.5),
-    ],
+    [*((n, 5, 0.0) for n in (0, 9, 10, 20, 29)), (13, 5, 0.3), (15, 5, 0.5), (3, 0, 0.5)]
+    + [(19, 5, 0.5)],
 )
 def test_beta_cycles(step, cycles, beta):
     actual = objective.beta_schedule(jnp.int32(step), 100, 0.5, cycles)

@@ -15,8 +15,8 @@ PARAMS = {
 def test_an_export_comes_back_as_it_went(tmp_path):
     path, meta = tmp_path / "model.safetensors", {"config": {"name": "é"}, "step": 3}
     model_file.save_exported(path, PARAMS, meta)
-    arrays, found = model_file.load_exported(path)
-    assert found == meta
+    arrays, loaded = model_file.load_exported(path)
+    assert loaded == meta
     for name, array in PARAMS.items():
         np.testing.assert_array_equal(arrays[name], array)
         assert arrays[name].dtype == np.float32

@@ -29,14 +29,14 @@ RECORDS = [
 
 
 def test_wordings_of_others_are_a_records_own_the_nearest_first():
-    found = Paraphrases(RECORDS)
+    wordings = Paraphrases(RECORDS)
     others = ("Fay, a native", "Fay's tongue is", "The talk of Fay is in")
-    assert found.of(record("Fay speaks", subject="Fay")) == others
-    assert found.of(RECORDS[3]) == ("Dan hails from",)
+    assert wordings.of(record("Fay speaks", subject="Fay")) == others
+    assert wordings.of(RECORDS[3]) == ("Dan hails from",)
     # What a record asks is not what it writes, and distractors are nobody's wording.
-    assert found.unseen(RECORDS[0]) == ("The talk of Ann is in",)
-    assert found.unseen(RECORDS[1]) == ("Bob's tongue is", "The talk of Bob is in")
-    assert found.of(RECORDS[4]) == () and found.of(record("Ann has")) == ()
+    assert wordings.unseen(RECORDS[0]) == ("The talk of Ann is in",)
+    assert wordings.unseen(RECORDS[1]) == ("Bob's tongue is", "The talk of Bob is in")
+    assert wordings.of(RECORDS[4]) == () and wordings.of(record("Ann has")) == ()
 
 
 WORDS = st.lists(st.sampled_from(string.ascii_lowercase[:6]), min_size=1, max_size=2)
@@ -47,13 +47,13 @@ WORDS = st.lists(st.sampled_from(string.ascii_lowercase[:6]), min_size=1, max_si
 def test_wordings_are_a_relation_of_equals(pairs):
     """Whoever is a wording of a prompt has that prompt among its own wordings, and no one is twice."""
     records = [record(f"Ann {' '.join(a)}", f"Ann {' '.join(b)}") for a, b in pairs]
-    found = Paraphrases(records)
+    wordings = Paraphrases(records)
     for one in records:
-        mine = found.of(one)
+        mine = wordings.of(one)
         assert len(set(mine)) == len(mine) and one.prompt not in mine
         for other in mine:
-            assert set(found.of(record(other))) == {*mine, one.prompt} - {other}
-        assert not {*one.paraphrases} & {*found.unseen(one)}
+            assert set(wordings.of(record(other))) == {*mine, one.prompt} - {other}
+        assert not {*one.paraphrases} & {*wordings.unseen(one)}
 
 
 def test_what_is_written_in_more_wordings_is_what_a_session_writes(tiny, tmp_path):

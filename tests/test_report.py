@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import html.parser
+import re
 
 import matplotlib
 import numpy as np
@@ -57,10 +58,7 @@ def test_a_report_has_the_tables_the_papers_numbers_figures_and_cases(runs):
     shown = [item for item in section.items if isinstance(item, report.CaseText)]
     assert [item.title.split(":")[0] for item in shown] == ["worst"] * 3 + ["best"] * 3
     for item in shown:
-        assert (
-            item.lines[0].startswith("Larimar with scope, edit: Fact")
-            and " → new " in item.lines[0]
-        )
+        assert re.match("Larimar with scope, edit: Fact.* → new ", item.lines[0])
 
 
 def test_cells_hold_means_errors_and_what_is_not_beaten(runs):
@@ -125,9 +123,7 @@ def test_cases_that_no_reader_learns_from_are_not_quoted(name):
 
 def test_a_perplexity_is_compared_in_nats_and_the_overview_names_its_scale(runs):
     task = bench.tasks()["perplexity"](data="")
-    table = [
-        row | {"tokens": 2} for row in rows_of("loss", [(n, "larimar", "text", n) for n in (1, 2)])
-    ]
+    table = rows_of("loss", [(n, "larimar", "text", n) for n in (1, 2)], tokens=2)
     run = finished(runs[0], task, table)
     assert report.compare(run, run).items[-1].caption == "nats per token"
     assert report.cases(run)[0].title == f"worst: case 2, {np.exp(2):.2f}"
@@ -139,21 +135,18 @@ def test_a_perplexity_is_compared_in_nats_and_the_overview_names_its_scale(runs)
 
 
 def test_a_curve_is_of_one_value_of_the_factors_and_bars_stand_at_several():
-    task = bench.tasks()["rephrase"](data="")
+    task, values = bench.tasks()["rephrase"](data=""), [(0, "larimar", "unseen", 1.0)]
     table = [
         row
         for facts, wordings in ((200, 1), (1, 1), (20, 10))
-        for row in rows_of(
-            "recall", [(0, "larimar", "unseen", 1.0)], facts=facts, wordings=wordings
-        )
+        for row in rows_of("recall", values, facts=facts, wordings=wordings)
     ]
     results = summary.summarise(task, table)
     _, axes = pyplot.subplots()
     figures.draw(axes, task, figures.Plot("wordings", "recall"), results)
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert [label.partition(", ")[2] for label in labels] == [
-        f"facts = {facts}" for facts in (200, 1, 20)
-    ]
+    factors = [label.partition(", ")[2] for label in labels]
+    assert factors == ["facts = 200", "facts = 1", "facts = 20"]
     lines = [container[0] for container in axes.containers]
     assert len({line.get_color() for line in lines}) == 1
     assert len({line.get_linestyle() for line in lines}) == 3
@@ -223,13 +216,8 @@ def test_rounding_is_no_difference(runs):
 @pytest.mark.parametrize("name", [name for name, task in bench.tasks().items() if task.listed])
 def test_every_task_draws_axes_with_labels_and_fills_its_tables(name):
     kind = bench.tasks()[name]
-    task = kind(
-        **{
-            field.name: ""
-            for field in dataclasses.fields(kind)
-            if field.default is dataclasses.MISSING
-        }
-    )
+    fields, missing = dataclasses.fields(kind), dataclasses.MISSING
+    task = kind(**{field.name: "" for field in fields if field.default is missing})
     estimate = {"mean": 40.0, "standard_error": 1.0, "cases": 3}
     kinds = {where for pivot in (*task.tables, *task.plots) for where in _kinds(pivot)} or {"edit"}
     results = [
@@ -338,8 +326,8 @@ def test_markdown_keeps_a_table_in_its_lines_and_shows_texts_as_they_are():
 
 def test_the_command_writes_both_files_and_names_what_is_no_run(folders, tmp_path, capsys):
     out = tmp_path / "report"
-    told = ["report", str(folders / "one"), str(folders / "two"), "--out", str(out), "--title", "T"]
-    assert cli.main(told) == 0
+    line = ["report", str(folders / "one"), str(folders / "two"), "--out", str(out), "--title", "T"]
+    assert cli.main(line) == 0
     assert (out / "report.md").read_text().startswith("# T\n")
     assert "<title>T</title>" in (out / "report.html").read_text()
     assert cli.main(["report", str(tmp_path), "--out", str(out)]) == 2

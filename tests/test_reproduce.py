@@ -38,10 +38,12 @@ def test_every_offence_is_named_at_once():
 def test_the_papers_config_names_benchmarks_and_options_that_there_are():
     plan = config.load_dict("configs/bench_paper.py")
     plan["data"] = dict(counterfact="a", zsre="b")
-    _, made = reproduce.parse(plan)
-    assert len(made) == len(plan["runs"]) and {task.name for task in made.values()} <= set(tasks())
-    assert made["longcontext"].data is None and made["zsre"].data == "b"
-    assert made["counterfact_interface"].overrides == (
+    _, planned = reproduce.parse(plan)
+    assert len(planned) == len(plan["runs"]) and {task.name for task in planned.values()} <= set(
+        tasks()
+    )
+    assert planned["longcontext"].data is None and planned["zsre"].data == "b"
+    assert planned["counterfact_interface"].overrides == (
         "editing.key_features=null", "editing.answer_code=null",
     )  # fmt: skip
 

@@ -18,9 +18,8 @@ from larimar_jax.weights.huggingface import Folder
 from larimar_jax.weights.key_table import fill
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-FAMILIES = {
-    t: f for k in (decoders, encoders) for f in k.families().values() for t in f.model_types
-}
+FAMILIES = {**registry.by_model_type("larimar_jax.decoders")}
+FAMILIES |= registry.by_model_type("larimar_jax.encoders")
 KINDS = {path.name: Folder(path).config()["model_type"] for path in sorted(GOLDEN.glob("tiny_*"))}
 DECODERS = [name for name, kind in KINDS.items() if hasattr(FAMILIES[kind], "logits")]
 ENCODERS = [name for name in KINDS if name not in DECODERS]
@@ -395,11 +394,7 @@ ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
         ("qwen2_window", {"layer_types": ALTERNATING}, "layer_types alternate"),
         ("llama", rope("default", partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
         ("gpt2", {"activation_function": "relu"}, "relu"),
-        (
-            "gpt2",
-            {"scale_attn_by_inverse_layer_idx": True},
-            "scale_attn_by_inverse_layer_idx is True",
-        ),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx is True"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is False"),
         ("gpt2", {"tie_word_embeddings": False}, "tie_word_embeddings is False"),
         ("gptj", {"tie_word_embeddings": True}, "tie_word_embeddings is True"),

@@ -109,9 +109,7 @@ def test_the_export_holds_the_model_that_was_trained(tiny, whole):
     assert (arrays[memory] != np.asarray(parameters[memory])).any()
 
 
-def test_sigterm_saves_and_the_run_is_resumed_bit_for_bit(
-    tiny, whole, tmp_path, monkeypatch, capfd
-):
+def test_sigterm_saves_and_the_run_resumes_bit_for_bit(tiny, whole, tmp_path, monkeypatch, capfd):
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         _terminating(patch, 10)

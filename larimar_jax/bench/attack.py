@@ -168,7 +168,7 @@ class Attack(EditTask):
         if not self.taught:
             own = [edits[everything.index(case)] for case in cases]
             single = systems.single_edits(own, texts)
-            together = systems.shared_memory(store, single.prompts, single.facts)
+            together = systems.shared_memories([(store, single.prompts, single.facts)])
             return {"alone": single, "together": together}
         all_edits = store.without(range(len(edits))).plus(edits)
         stores: dict[str, list[FactStore]] = {"before": [], "alone": [], "together": []}

@@ -65,9 +65,8 @@ class Batch(EditTask):
             if not columns:
                 continue
             facts = [(column["prompt"], column["new"]) for column in columns]
-            queries = systems.shared_memory(
-                stores[size], [prompt for prompt, _ in facts], [written(*fact) for fact in facts]
-            )
+            prompts, texts = [prompt for prompt, _ in facts], [written(*fact) for fact in facts]
+            queries = systems.shared_memories([(stores[size], prompts, texts)])
             losses = queries.score(
                 [(column["new"], column["true"]) for column in columns], SHARED, memo
             )

@@ -53,12 +53,7 @@ class Forget(EditTask):
         "largest_ratio": Metric("largest", 1.0),
     }
     factors = ("moment", "facts")
-    labels: ClassVar = {
-        "facts": "N",
-        "kind": "of",
-        "never": "never written",
-        "replaced": "“unknown”",
-    }
+    labels: ClassVar = dict(facts="N", kind="of", never="never written", replaced="“unknown”")
     tables = (
         Pivot(
             ("system", "facts", "kind"),
@@ -216,7 +211,5 @@ class Forget(EditTask):
     def _encoded(self, systems) -> EncodedTexts:
         facts = [(record.prompt, record.target_new) for record in self.records]
         gone = sorted({case.index for case in self.cases(systems)})
-        replaced = [(self.records[index].prompt, UNKNOWN) for index in gone]
-        return systems.cached(
-            "encoded", (), lambda: encode_facts(systems.model, [*facts, *replaced])
-        )
+        facts += [(self.records[index].prompt, UNKNOWN) for index in gone]
+        return systems.cached("encoded", (), lambda: encode_facts(systems.model, facts))

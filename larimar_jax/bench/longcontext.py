@@ -143,9 +143,8 @@ class LongContext(EditTask):
         encoded = systems.cached("encoded", None, lambda: self._encode(systems))
         memories = systems.cached("memories", size, lambda: self._write(systems, encoded, size))
         model, latents = systems.model, encoded(prompts)
-        reading = long_context.read(
-            model.dual, model.prepared, memories, latents.latent, by=self.by
-        )
+        asking = model.dual, model.prepared, memories, latents.latent
+        reading = long_context.read(*asking, by=self.by)
         facts = self._facts(size)
         keys = _unit(encoded([prompt for prompt, _ in facts]).embedding)
         nearest = np.argmax(_unit(latents.embedding) @ keys.T, axis=1)

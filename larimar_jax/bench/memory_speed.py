@@ -124,9 +124,8 @@ class MemorySpeed(Task):
         build = functools.partial(memory.build, slots=self.slots, latent=self.latent)
         streaming = build("streaming")
         # Near the identity, and not it: a pseudo-inverse of the identity could be known beforehand.
-        near = np.eye(self.slots, self.latent) + 0.01 * rng.standard_normal(
-            (self.slots, self.latent)
-        )
+        size = self.slots, self.latent
+        near = np.eye(*size) + 0.01 * rng.standard_normal(size)
         params = MemoryParams(jnp.asarray(near, jnp.float32), jnp.zeros(()))
         prepared = streaming.prepare(params)
         sides = {
@@ -243,9 +242,7 @@ def _tenants(variant, prepared, keys, values, queries) -> Sides:
         return variant.read(prepared, state, queries).latent
 
     single_write, single_read = jax.jit(write), jax.jit(read)
-    many_write, many_read = (
-        jax.jit(jax.vmap(side, in_axes=(None, 0, 0))) for side in (write, read)
-    )
+    many_write, many_read = (jax.jit(jax.vmap(side, (None, 0, 0))) for side in (write, read))
 
     def answer(key, value, query, write=single_write, read=single_read):
         return np.asarray(read(prepared, write(prepared, key, value), query))

@@ -107,9 +107,8 @@ class Noise(EditTask):
         without words."""
         spoken = {side: rows for side, rows in texts.items() if side[0] != "verbatim"}
         # A continuation through the memory may end with its answer: all have the same length.
-        lengths = [
-            min(len(text.split()) for text in row) for row in zip(*spoken.values(), strict=True)
-        ]
+        by_case = zip(*spoken.values(), strict=True)
+        lengths = [min(len(text.split()) for text in row) for row in by_case]
         cut = {
             side: [" ".join(text.split()[:most]) for text, most in zip(rows, lengths, strict=True)]
             for side, rows in spoken.items()

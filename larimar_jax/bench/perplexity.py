@@ -117,7 +117,7 @@ class Perplexity(EditTask):
         store = systems.cached("store", self.facts, lambda: self._store(systems))
         tfidf = systems.cached("tfidf", self.texts, lambda: self._tfidf())
         prompts = [text.prompt for text in cases]
-        queries = systems.shared_memory(store, prompts, [None] * len(prompts))
+        queries = systems.shared_memories([(store, prompts, [None] * len(prompts))])
         near = [written(*fact) for fact in queries.nearest]
         queries = dataclasses.replace(queries, facts=near)
         losses = queries.score([[text.rest] for text in cases])
@@ -131,9 +131,11 @@ class Perplexity(EditTask):
                 if system in MEMORIES:
                     least = min(len(words), len(lookup))
                     sides = (words[:least], lookup[:least])
-                    gains["likeness_gain"] = _difference(tfidf.cosine(side, rest) for side in sides)
+                    ours, theirs = (tfidf.cosine(side, rest) for side in sides)
+                    gains["likeness_gain"] = ours - theirs
                     if least >= fluency.LEAST:
-                        gains["entropy_gain"] = _difference(map(fluency.ngram_entropy, sides))
+                        ours, theirs = map(fluency.ngram_entropy, sides)
+                        gains["entropy_gain"] = ours - theirs
                 long_enough = len(words) >= fluency.LEAST
                 nats = None if system == "verbatim" else float(loss[row, 0])
                 above = None if nats is None else nats - float(losses["base"][row, 0])
@@ -161,8 +163,3 @@ class Perplexity(EditTask):
 
     def _tfidf(self) -> fluency.TfIdf:
         return fluency.TfIdf([fluency.words(text.rest) for text in self._texts])
-
-
-def _difference(pair) -> float:
-    ours, theirs = pair
-    return ours - theirs

@@ -159,13 +159,10 @@ class Queries:
             outside = values[self.outside]
             # Of one value a prompt there is one decision; of c values, one or c.
             let = decided[:, 0] if outside.ndim == 1 else decided
-            answers = [
-                None if fact is None else self.editor.tokens(fact[1]) for fact in self.nearest
-            ]
             values["verbatim"] = _array(
                 [
-                    value if answer is None else forced(answer, target)
-                    for answer, target, value in zip(answers, targets, outside, strict=True)
+                    value if fact is None else forced(self.editor.tokens(fact[1]), target)
+                    for fact, target, value in zip(self.nearest, targets, outside, strict=True)
                 ]
             )
             values["larimar"] = values.get("open", outside)

@@ -90,9 +90,7 @@ class Rephrase(EditTask):
         metavar="FxN",
         parse=cell,
     )
-    queries: int = option(
-        "facts evaluated in a cell, in as many memories as they fill", default=200
-    )
+    queries: int = option("facts evaluated in a cell, in all memories that they fill", default=200)
     seed: int = option("which facts", default=0)
     chunk: int = option("cases computed together", default=40)
 

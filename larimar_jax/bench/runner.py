@@ -158,9 +158,7 @@ def run(
     if not finished:
         done = _compute(work, folder, part or Share(), console)
         if missing := _merge(work, folder):
-            console.print(
-                f"done; the result comes when other shares have computed {missing} chunks"
-            )
+            console.print(f"done; the result comes when other shares computed {missing} chunks")
             return None
     rows = read_rows(folder)
     if cases_of(rows) != ids_of(work.cases):

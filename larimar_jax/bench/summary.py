@@ -156,9 +156,8 @@ def case_values(
 
 def by_case(rows: Sequence[Row]) -> dict[Any, list[Row]]:
     """Return the rows of every case, which stand together."""
-    return {
-        case: list(group) for case, group in itertools.groupby(rows, key=lambda row: row["case"])
-    }
+    groups = itertools.groupby(rows, key=lambda row: row["case"])
+    return {case: list(group) for case, group in groups}
 
 
 def label(task: Task, value: Any) -> str:

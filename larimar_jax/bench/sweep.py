@@ -82,9 +82,7 @@ def choices(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
             listed.append(choices(value))
         else:
             listed.append(value if isinstance(value, list | tuple) else [value])
-    return [
-        dict(zip(settings, combination, strict=True)) for combination in itertools.product(*listed)
-    ]
+    return [dict(zip(settings, values, strict=True)) for values in itertools.product(*listed)]
 
 
 def build(settings: Mapping[str, Any], **sizes: int) -> memory.Memory:
@@ -239,9 +237,7 @@ class Sweep(Task):
         )
 
     def _measure(self, cell: Cell, numbers: Mapping[str, Any]) -> dict[str, Any]:
-        variant, count, noise, seed = (
-            numbers[name] for name in ("variant", "facts", "noise", "seed")
-        )
+        variant, count, noise, seed = map(numbers.get, ("variant", "facts", "noise", "seed"))
         size, rephrasings = bucket(cell.facts), cell.rephrasings
         draws = jax.random.split(jax.random.key(seed))
         if cell.source == "synthetic":

@@ -96,29 +96,18 @@ class Systems:
             np.asarray([list(pair) for pair in columns], np.int64),
         )
 
-    def shared_memory(
-        self,
-        store: FactStore,
-        prompts: Sequence[str],
-        facts: Sequence[str | None],
-        *,
-        scoped: bool = True,
-    ) -> Queries:
-        """Return queries of one memory of many facts.
-
-        Args:
-            facts: the right one of each prompt, as a text.
-            scoped: whether the scope detector decides; without, all is let through.
-        """
-        return self.shared_memories([(store, prompts, facts)], scoped=scoped)
-
     def shared_memories(
         self,
         parts: Sequence[tuple[FactStore, Sequence[str], Sequence[str | None]]],
         *,
         scoped: bool = True,
     ) -> Queries:
-        """Return the queries of several memories in one row; each part is as in `shared_memory`."""
+        """Return the queries of memories of many facts, all in one row.
+
+        Args:
+            parts: memories, each with its prompts and the right fact of each prompt, as a text.
+            scoped: whether the scope detector decides; without, all is let through.
+        """
         reads = [store.read(prompts) for store, prompts, _ in parts]
         latents = np.concatenate([latent for latent, _ in reads])
         matches = [match for _, match in reads]

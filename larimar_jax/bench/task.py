@@ -134,9 +134,7 @@ class Task:
 
     def __post_init__(self):
         if self.chunk < 1:
-            raise ValueError(
-                f"--chunk must be at least 1, not {self.chunk}: it is a number of cases."
-            )
+            raise ValueError(f"--chunk must be at least 1, not {self.chunk}: a number of cases.")
 
     def cases(self, systems: Any) -> Sequence[Any]:
         """Return all cases in a fixed order, each with a `case_id` of its own."""
@@ -279,9 +277,8 @@ def add_arguments(parser: argparse.ArgumentParser, task: type[Task]) -> None:
         if not settings["required"]:
             settings["default"] = list(default) if isinstance(default, tuple) else default
             if default not in (None, ()) and default is not False and "default" not in help:
-                help += (
-                    f" ({' '.join(map(str, default)) if isinstance(default, tuple) else default})"
-                )
+                several = default if isinstance(default, tuple) else (default,)
+                help += f" ({' '.join(map(str, several))})"
         flag = "set" if field.name == "overrides" else field.name.replace("_", "-")
         parser.add_argument(f"--{flag}", dest=field.name, help=help, **settings)
 

@@ -58,9 +58,7 @@ def _markdown(item: Item) -> str:
         case CaseText(heading, lines):
             return "\n".join([f"**{_plain(heading)}**", "", *(f"* {_plain(x)}" for x in lines)])
         case Grid(title, header, rows, caption, _):
-            cells = [
-                [_plain(cell).replace("\n", "<br>") for cell in row] for row in (header, *rows)
-            ]
+            cells = [[_plain(x).replace("\n", "<br>") for x in row] for row in (header, *rows)]
             head, *lines = [f"| {' | '.join(row)} |" for row in cells]
             above = [f"**{_plain(title)}**", ""] if title else []
             below = ["", f"*{_plain(caption)}*"] if caption else []

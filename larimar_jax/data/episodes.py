@@ -67,18 +67,14 @@ def episodes(
             "lengths (pieces that are too long are dropped)."
         )
     total = sys.maxsize if epochs is None else epochs * take.cycles * len(sizes)
-    stream = (
-        grain.MapDataset.range(total)
-        .map(take)
-        .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
-    )
+    ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    stream = grain.MapDataset.range(total).map(take).to_iter_dataset(ahead)
     if workers:
         # Grain's workers look at their flags, which nobody parses in a program without absl.app.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
-        stream = stream.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers), _begin_worker
-        )
+        options = grain.MultiprocessingOptions(num_workers=workers)
+        stream = stream.mp_prefetch(options, _begin_worker)
     return stream
 
 

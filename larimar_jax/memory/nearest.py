@@ -52,9 +52,8 @@ class Nearest(Memory):
         """Write or forget facts one by one, in their order."""
         signs = jnp.broadcast_to(jnp.asarray(signs, jnp.int32), keys.shape[:1])
         signs = jnp.where(jnp.any(keys != 0, axis=1), signs, 0)
-        return jax.lax.scan(lambda s, fact: (_step(s, *fact), None), state, (keys, values, signs))[
-            0
-        ]
+        facts = (keys, values, signs)
+        return jax.lax.scan(lambda state, fact: (_step(state, *fact), None), state, facts)[0]
 
     def query_weights(self, prepared: Prepared, state: ListState, queries: Latents) -> Weights:
         """Return the weights of the rows; those of M_ref where nothing is written."""

@@ -255,10 +255,8 @@ def _summed(now: RLSState) -> StreamingState:
 
 def _predicted(now: RLSState, weights: Float[Array, "N K"], values: Float[Array, "N C"]):
     """Return z − wM and w A⁻¹ of facts, with the M and A of the last factorisation."""
-    return (
-        values - dot(weights, now.state.solution),
-        dot(dot(weights, now.inverse.T), now.inverse),
-    )
+    gains = dot(dot(weights, now.inverse.T), now.inverse)
+    return values - dot(weights, now.state.solution), gains
 
 
 def _step(memory: Streaming, shrink, pending: Pending, w, error, sign, innovation, gain):

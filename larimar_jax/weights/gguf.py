@@ -155,9 +155,7 @@ class Gguf:
             known, or a model of experts.
         """
         if self.metadata.get(f"{self.architecture}.expert_count"):
-            raise WeightsError(
-                f"{self.path} holds a mixture of experts, which is not computed here"
-            )
+            raise WeightsError(f"{self.path} holds a mixture of experts, not computed here")
         return self._gpt2() if self.architecture == "gpt2" else self._llama()
 
     def _setting(self, key: str, kind: type, default: Any = None) -> Any:
@@ -248,11 +246,10 @@ class Gguf:
             return self._llama3(size, theta, divisors, alone=kind == "none")
         if kind == "none":
             return {"rope_theta": theta, "rope_type": "default"}
-        length = setting(
+        rope = {"rope_theta": theta, "rope_type": kind, "factor": factor}
+        rope["original_max_position_embeddings"] = setting(
             "rope.scaling.original_context_length", int, setting("context_length", int)
         )
-        rope = {"rope_theta": theta, "rope_type": kind, "factor": factor}
-        rope["original_max_position_embeddings"] = length
         if kind == "yarn":
             rope["beta_fast"] = setting("rope.scaling.yarn_beta_fast", float, 32.0)
             rope["beta_slow"] = setting("rope.scaling.yarn_beta_slow", float, 1.0)

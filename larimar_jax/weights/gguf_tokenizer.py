@@ -40,16 +40,12 @@ def backend(metadata: Mapping[str, Any], path: str) -> hf.Tokenizer:
         entries = metadata.get(f"tokenizer.ggml.{key}")
         if not isinstance(entries, list):
             raise WeightsError(f"{path} has no list tokenizer.ggml.{key}: no tokenizer, or damaged")
-        if not all(
-            isinstance(e, kind) and (kind is not float or math.isfinite(e)) for e in entries
-        ):
+        if not all(isinstance(e, kind) and (kind is str or math.isfinite(e)) for e in entries):
             raise WeightsError(f"{path}: an entry of tokenizer.ggml.{key} is no {kind.__name__}")
         return entries
 
-    kind, split = (
-        metadata.get("tokenizer.ggml.model"),
-        metadata.get("tokenizer.ggml.pre", "default"),
-    )
+    kind = metadata.get("tokenizer.ggml.model")
+    split = metadata.get("tokenizer.ggml.pre", "default")
     tokens, types = values("tokens", str), values("token_type", int)
     vocabulary = {token: number for number, token in enumerate(tokens)}
     if not len(tokens) == len(types) == len(vocabulary):

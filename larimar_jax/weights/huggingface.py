@@ -55,9 +55,7 @@ class Folder:
             raise WeightsError(f"{self.path / 'config.json'} does not say its model_type")
         for name in _LISTED:
             if isinstance(values.get(name), int) and values[name] > _MOST:
-                raise WeightsError(
-                    f"{self.path / 'config.json'}: {name} is {values[name]}; damaged"
-                )
+                raise WeightsError(f"{self.path}/config.json: {name} is {values[name]}; damaged")
         auto = _transformers().AutoConfig
         with _transformers_errors(f"{self.path / 'config.json'} describes no model"):
             config = auto.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
@@ -123,9 +121,8 @@ class Folder:
             dense layer. ([CLS] as sentence-transformers takes it lacks the tanh layer of the paper's.)
         """
         steps = self.json("modules.json", list) or []
-        kinds = [
-            str(s.get("type", "") if isinstance(s, dict) else s).rpartition(".")[2] for s in steps
-        ]
+        types = (step.get("type", "") if isinstance(step, dict) else step for step in steps)
+        kinds = [str(kind).rpartition(".")[2] for kind in types]
         if odd := [kind[:40] for kind in kinds if kind not in _STEPS]:
             raise WeightsError(
                 f"{self.path / 'modules.json'} has steps {', '.join(odd)[:200]}, which are not computed"
@@ -134,9 +131,7 @@ class Folder:
         pooling = self.json("1_Pooling/config.json")
         if pooling is None:
             return {}
-        modes = [
-            key for key, on in pooling.items() if key.startswith("pooling_mode_") and on is True
-        ]
+        modes = [k for k, on in pooling.items() if k.startswith("pooling_mode_") and on is True]
         if modes != ["pooling_mode_mean_tokens"]:
             raise WeightsError(
                 f"{self.path} pools by {', '.join(modes) or 'nothing'}; mean_tokens is supported"

@@ -228,9 +228,8 @@ def _size(shapes: Mapping[str, tuple[int, ...]], problems: list[str], name: str,
     shape = shapes.get(name)
     if shape is not None and len(shape) == 2:
         return shape[axis]
-    problems.append(
-        f"missing: {name}" if shape is None else f"misshapen: {name} {shape}, not 2 axes"
-    )
+    misshapen = f"misshapen: {name} {shape}, not 2 axes"
+    problems.append(f"missing: {name}" if shape is None else misshapen)
     return 0
 
 

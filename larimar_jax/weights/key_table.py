@@ -163,9 +163,7 @@ def _match(
     wanted: Mapping[str, nnx.Variable],
     more_rows: int,
 ) -> tuple[_Uses, list[str]]:
-    table = [
-        (pattern(template), target, TRANSFORMS.get(how, how)) for template, target, how in keys
-    ]
+    table = [(pattern(source), target, TRANSFORMS.get(how, how)) for source, target, how in keys]
     uses: _Uses = {name: {} for name in wanted}
     problems = []
     for name, shape in shapes.items():
@@ -204,11 +202,8 @@ def _transformed(shape: tuple[int, ...], transform: Transform) -> tuple[int, ...
     try:
         # A stand-in of the right shape that owns one number.
         return transform(np.broadcast_to(np.zeros((), np.int8), shape)).shape
-    except (
-        ValueError,
-        IndexError,
-        OverflowError,
-    ):  # not divisible, too few axes, or more than NumPy has
+    # Not divisible, too few axes, or more than NumPy has.
+    except (ValueError, IndexError, OverflowError):
         return shape
 
 

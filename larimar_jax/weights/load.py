@@ -28,40 +28,22 @@ _LARGEST_HEADER = 100_000_000  # safetensors' own
 Checkpoint = huggingface.Folder | gguf.Gguf
 
 
-def load_encoder(
-    source: str,
-    *,
-    dtype: DTypeLike = jnp.float32,
-    param_dtype: DTypeLike = jnp.float32,
-    remat: layers.Remat = "none",
-    where: Where | None = None,
-) -> tuple[nnx.Module, Tokenizer]:
+def load_encoder(source: str, **options: Any) -> tuple[nnx.Module, Tokenizer]:
     """Load a pretrained encoder and its tokenizer.
 
     Args:
       source: 'minilm', the path of a folder laid out as on Hugging Face, or a hub id. A
         sentence-transformers folder says how it pools; any other gets the paper's tanh pooler (§2).
-      dtype: the tower's compute dtype.
-      param_dtype: its parameters' dtype; bfloat16 halves their memory, for a tower that is not
-        trained.
-      remat: what the backward pass computes again (`layers.scan_layers`).
-      where: each parameter's sharding, by its '/'-joined path and shape; None is one device.
+      options: as of `load_tower`.
 
     Raises:
       FileNotFoundError: files that are not there; for a packaged name, with the command to install.
       WeightsError: files that are damaged or do not fit; a family that is no encoder.
     """
-    return _load(source, encoders, dtype, param_dtype, remat, where)
+    return load_tower(source, encoders, **options)
 
 
-def load_decoder(
-    source: str,
-    *,
-    dtype: DTypeLike = jnp.float32,
-    param_dtype: DTypeLike = jnp.float32,
-    remat: layers.Remat = "none",
-    where: Where | None = None,
-) -> tuple[nnx.Module, Tokenizer]:
+def load_decoder(source: str, **options: Any) -> tuple[nnx.Module, Tokenizer]:
     """Load a pretrained decoder and its tokenizer.
 
     A GPT-2 or GPT-J whose tokenizer lacks `<PAD>`, `<BOS>` and `<EOS>` gets them (§2). GPT-J's
@@ -70,13 +52,13 @@ def load_decoder(
 
     Args:
       source: 'smollm2', a GGUF file, a folder laid out as on Hugging Face, or a hub id.
-      dtype, param_dtype, remat, where: as in `load_encoder`.
+      options: as of `load_tower`.
 
     Raises:
       FileNotFoundError: files that are not there; for a packaged name, with the command to install.
       WeightsError: files that are damaged or do not fit; a family that is no decoder.
     """
-    return _load(source, decoders, dtype, param_dtype, remat, where)
+    return load_tower(source, decoders, **options)
 
 
 def load_tokenizer(source: str) -> Tokenizer:
@@ -222,14 +204,24 @@ def _with_tokenizer(checkpoint: Checkpoint, kind: ModuleType) -> tuple[type, Any
     return family, config, more, tokenizer
 
 
-def _load(
+def load_tower(
     source: str,
     kind: ModuleType,
-    dtype: DTypeLike,
-    param_dtype: DTypeLike,
-    remat: layers.Remat,
-    where: Where | None,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    remat: layers.Remat = "none",
+    where: Where | None = None,
 ) -> tuple[nnx.Module, Tokenizer]:
+    """Load a tower and its tokenizer.
+
+    Args:
+      dtype: the tower's compute dtype.
+      param_dtype: its parameters' dtype; bfloat16 halves their memory, for a tower that is not
+        trained.
+      remat: what the backward pass computes again (`layers.scan_layers`).
+      where: each parameter's sharding, by its '/'-joined path and shape; None is one device.
+    """
     checkpoint = open_checkpoint(source)
     family, config, more, tokenizer = _with_tokenizer(checkpoint, kind)
     abstract = nnx.eval_shape(lambda: family(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))

@@ -101,13 +101,9 @@ class Shards:
             )
         self._files = {file: open_file(index.parent / file) for file in files}
         shapes = {file: source.shapes() for file, source in self._files.items()}
+        indexed = {name: f"the index has it in {file}" for name, file in self._places.items()}
         problems = [
-            f"{name}: in {file}, "
-            + (
-                f"the index has it in {self._places[name]}"
-                if name in self._places
-                else "not indexed"
-            )
+            f"{name}: in {file}, {indexed.get(name, 'not indexed')}"
             for file in files
             for name in shapes[file]
             if self._places.get(name) != file
@@ -142,6 +138,4 @@ def read_json(path: pathlib.Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise WeightsError(
-            f"{path} is not JSON ({error}); it is damaged. Fetch it again"
-        ) from error
+        raise WeightsError(f"{path} is not JSON ({error}); damaged. Fetch it again") from error

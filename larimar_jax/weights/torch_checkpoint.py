@@ -201,9 +201,8 @@ class _Table(dict):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         parts = key if isinstance(key, tuple) and len(key) <= 16 else (key,)
-        if not all(
-            isinstance(p, str | bytes | float | None | Record) or _is_small(p) for p in parts
-        ):
+        kinds = str | bytes | float | None | Record
+        if not all(isinstance(part, kinds) or _is_small(part) for part in parts):
             raise ValueError(f"an entry named by a {type(key).__name__}")
         if key in self:
             name = key[:80] if isinstance(key, str) else f"of a {type(key).__name__}"

@@ -129,9 +129,7 @@ def random_batch(config: Config, model: Larimar) -> dict[str, np.ndarray]:
         vocabulary = getattr(model, name).config.vocab_size
         lengths = rng.integers(room // 2, room + 1, (*shape[:2], 1))
         mask = np.broadcast_to(np.arange(room) < lengths, shape)
-        batch[f"{name}_tokens"] = np.where(mask, rng.integers(1, vocabulary, shape), 0).astype(
-            np.int32
-        )
+        batch[f"{name}_tokens"] = np.int32(np.where(mask, rng.integers(1, vocabulary, shape), 0))
         batch[f"{name}_mask"] = mask
     return batch
 

@@ -82,10 +82,10 @@ def encode(model, tokens, mask):
 
 def decode(model, tokens, latents):
     """Logits with one past slot per layer, and with a vector on every token (§2)."""
-    inner, said = model.decoder.transformer, model.decoder.config
-    slots = inner.linear(latents).reshape(len(latents), said.n_layer, said.n_head, 1, -1)
+    inner, config = model.decoder.transformer, model.decoder.config
+    slots = inner.linear(latents).reshape(len(latents), config.n_layer, config.n_head, 1, -1)
     cache = transformers.DynamicCache()
-    for layer in range(said.n_layer):
+    for layer in range(config.n_layer):
         cache.update(slots[:, layer], slots[:, layer], layer)
     positions = torch.arange(1, tokens.shape[1] + 1)[None].expand(len(tokens), -1)
     embedded = inner.wte(tokens) + inner.linear_emb(latents)[:, None]
@@ -111,14 +111,14 @@ def remember(memory, latents, setting):
     if setting < 2:
         spread = learned.double().expand(len(z), SLOTS)
     else:
-        seen = {2: z, 3: vector, 4: torch.cat([z, vector], dim=-1)}[setting]
-        spread = seen @ learned.weight.double().T + learned.bias.double()
+        inputs = {2: z, 3: vector, 4: torch.cat([z, vector], dim=-1)}[setting]
+        spread = inputs @ learned.weight.double().T + learned.bias.double()
     return m, z @ inverse(m) @ m, spread
 
 
 def hyper_parameters(setting):
     """As files have been seen to hold them: a dict, a Namespace, an AttributeDict of Lightning's."""
-    said = dict(
+    settings = dict(
         encoder_model_type="bert",
         decoder_model_type="gptj" if setting == 4 else "gpt2",
         latent_size=LATENT,
@@ -133,15 +133,15 @@ def hyper_parameters(setting):
         beta=0.25,
     )
     if setting == 1:
-        return argparse.Namespace(**said)
+        return argparse.Namespace(**settings)
     if setting == 2:
         name = "lightning.fabric.utilities.data"
         for end in [*(i for i, c in enumerate(name) if c == "."), len(name)]:
             sys.modules[name[:end]] = types.ModuleType(name[:end])
         kind = type("AttributeDict", (dict,), {"__module__": name})
         sys.modules[name].AttributeDict = kind
-        return kind(said)
-    return said
+        return kind(settings)
+    return settings
 
 
 def main():

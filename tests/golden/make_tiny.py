@@ -129,12 +129,12 @@ def conditioned(model, tokens, real):
     for layer, (key, value) in enumerate(slots):
         cache.update(key, value, layer)
     back = torch.arange(length)[:, None] - torch.arange(length)
-    seen = {"full_attention": back >= 0}
+    visible = {"full_attention": back >= 0}
     if getattr(config, "sliding_window", None):
-        seen["sliding_attention"] = (back >= 0) & (back < config.sliding_window)
+        visible["sliding_attention"] = (back >= 0) & (back < config.sliding_window)
     masks = {
         kind: torch.where(functional.pad(mask, (SLOTS, 0), value=True), 0.0, -torch.inf)[None, None]
-        for kind, mask in seen.items()
+        for kind, mask in visible.items()
     }
     if config.model_type != "qwen2":  # whose layers differ
         masks = masks.popitem()[1]

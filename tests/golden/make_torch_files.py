@@ -30,8 +30,8 @@ def tensors() -> dict[str, torch.Tensor]:
 
 def main() -> None:
     OUT.mkdir(exist_ok=True)
-    made = tensors()
-    ordered = collections.OrderedDict(made)
+    named = tensors()
+    ordered = collections.OrderedDict(named)
     ordered._metadata = {"": {"version": 1}}  # as state_dict() has it
     torch.save(ordered, OUT / "plain.bin")
     parameter = torch.nn.Parameter(torch.ones(3))
@@ -48,7 +48,7 @@ def main() -> None:
     }
     torch.save(checkpoint, OUT / "lightning.ckpt")
     torch.save(checkpoint, OUT / "lightning_protocol_4.ckpt", pickle_protocol=4)
-    plain = {name: tensor.detach().contiguous() for name, tensor in made.items()}
+    plain = {name: tensor.detach().contiguous() for name, tensor in named.items()}
     plain["bfloat16"] = plain["bfloat16"].float()
     np.savez(OUT / "expected.npz", **{name: tensor.numpy() for name, tensor in plain.items()})
 

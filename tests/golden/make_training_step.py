@@ -69,15 +69,10 @@ def record(train: dict) -> dict:
         state, metrics = train_step.step(state, frozen, batch)
         metrics = jax.device_get(metrics)
         norms = np.sqrt(metrics["gradient_squares"]).tolist()
-        steps.append(
-            {
-                **{
-                    n: float(metrics[n]) for n in ("loss", "beta", "learning_rate", "gradient_norm")
-                },
-                **{name: float(term) for name, term in sorted(metrics["terms"].items())},
-                "gradients": dict(sorted(zip(train_step.trained, norms, strict=True))),
-            }
-        )
+        scalars = ("loss", "beta", "learning_rate", "gradient_norm")
+        terms = {name: metrics[name] for name in scalars} | dict(sorted(metrics["terms"].items()))
+        gradients = dict(sorted(zip(train_step.trained, norms, strict=True)))
+        steps.append({n: float(term) for n, term in terms.items()} | {"gradients": gradients})
     left = {**state.params, **{f"average/{name}": a for name, a in state.average.items()}}
     left = {name: np.asarray(array, np.float64) for name, array in sorted(left.items())}
     return dict(
@@ -90,9 +85,7 @@ def record(train: dict) -> dict:
 def initial() -> dict:
     """Return the norm of each parameter as the initialisers of seed 0 draw it."""
     _, parameters = initialise(world.config(Path("none")), sharding.make_mesh((1, 1, 1)))
-    return {
-        n: float(np.linalg.norm(np.asarray(a, np.float64))) for n, a in sorted(parameters.items())
-    }
+    return {n: float(np.linalg.norm(np.float64(a))) for n, a in sorted(parameters.items())}
 
 
 if __name__ == "__main__":
