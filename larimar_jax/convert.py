@@ -53,9 +53,8 @@ def from_ibm(
         other vocabularies. Nothing is written then.
     """
     with _new_folder(Path(out)) as folder:
-        tokenizers = [
-            huggingface.Folder(path).tokenizer() for path in (encoder_tokenizer, decoder_tokenizer)
-        ]
+        folders = (encoder_tokenizer, decoder_tokenizer)
+        tokenizers = [huggingface.Folder(path).tokenizer() for path in folders]
         source = TorchCheckpoint(file)
         assumptions = assumptions or ibm.Assumptions()
         description = ibm.describe(source, source.hyper_parameters, assumptions)
@@ -101,13 +100,10 @@ def to_huggingface(source: str | Path, out: str | Path) -> None:
     with _new_folder(Path(out)) as folder:
         loaded = pipeline.load(source)
         lora.merge(loaded.model)  # Such a folder knows whole kernels.
-        towers = (
-            ("encoder", export.write_encoder, loaded.encoder_tokenizer),
-            ("decoder", export.write_decoder, loaded.decoder_tokenizer),
-        )
-        for name, write, tokenizer in towers:
+        tokenizers = loaded.encoder_tokenizer, loaded.decoder_tokenizer
+        for name, tokenizer in zip(("encoder", "decoder"), tokenizers, strict=True):
             (folder / name).mkdir()
-            write(folder / name, getattr(loaded.model, name), tokenizer)
+            export.write_tower(folder / name, getattr(loaded.model, name), tokenizer)
 
 
 @contextlib.contextmanager

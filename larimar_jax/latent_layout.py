@@ -138,9 +138,8 @@ class TokenEvidence:
     def add(self, logits: Float[Array, "B n V"], depth: Int[Array, "B n"]) -> Float[Array, "B n V"]:
         """Return logits at these places of the answer (0 is its first token) with their gains."""
         place = jnp.minimum(depth, self.logit_gain.shape[1] - 1)[..., None]
-        tokens, gain = (
-            jnp.take_along_axis(a, place, axis=1) for a in (self.tokens, self.logit_gain)
-        )
+        both = (self.tokens, self.logit_gain)
+        tokens, gain = (jnp.take_along_axis(a, place, axis=1) for a in both)
         gain = jnp.where(depth[..., None] < self.logit_gain.shape[1], gain, 0.0)
         rows = jnp.arange(logits.shape[0])[:, None, None]
         return logits.at[rows, jnp.arange(logits.shape[1])[:, None], tokens].add(gain)

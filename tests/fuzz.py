@@ -137,11 +137,8 @@ def _bytes(data: bytes, rng: random.Random) -> bytes:
     out = bytearray(data)
     if not out:
         return bytes(rng.randrange(256) for _ in range(rng.randrange(40)))
-    at, size, other = (
-        rng.randrange(len(out)),
-        rng.choice((1, 2, 4, 8, 30, 200)),
-        seeds()[rng.choice(KINDS)],
-    )
+    at, size = rng.randrange(len(out)), rng.choice((1, 2, 4, 8, 30, 200))
+    other = seeds()[rng.choice(KINDS)]
     begin, number = rng.randrange(len(other)), rng.choice(_NUMBERS)
     end, piece = rng.choice(
         (

@@ -33,9 +33,8 @@ def bases(folder):
 def base(path, specials, size, *around):
     words = "the of is in capital France Japan Fact new 0 1 2 3 4 5 6 7".split()
     entries = [*specials, *words, *(f"word{i}" for i in range(size))][:size]
-    backend = hf.Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(entries)}, unk_token="[UNK]")
-    )
+    ids = {word: i for i, word in enumerate(entries)}
+    backend = hf.Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.add_special_tokens(specials)
     if around:

@@ -237,9 +237,8 @@ def test_no_case_is_computed_twice_and_a_share_goes_on_where_it_was(task, tmp_pa
     assert first == [ids[2:4], ids[6:8]]
     assert run(task, tmp_path / "run", Share(0, 2)) is None  # a chunk is missing
     computed, evaluate = [], CounterFact.evaluate
-    monkeypatch.setattr(
-        CounterFact, "evaluate", lambda *args: (computed.extend(args[2]), evaluate(*args))[1]
-    )
+    counting = lambda *args: (computed.extend(args[2]), evaluate(*args))[1]  # noqa: E731
+    monkeypatch.setattr(CounterFact, "evaluate", counting)
     assert run(task, tmp_path / "run", Share(1, 2))["cases"] == 11
     assert [case.case_id for case in computed] == ids[10:]
 

@@ -194,9 +194,8 @@ def test_a_store_of_one_fact_has_nothing_to_look_up_once_it_is_forgotten(tiny, t
     data = saved(RECORDS, tmp_path / "f.json")
     task = forget.Forget(data=data, facts=(1,), forget=1, others=0)
     measured = rows(task, tiny)
-    before, gone = (
-        values(measured, "recall", moment=moment)["1/0"] for moment in ("before", "forgotten")
-    )
+    moments = ("before", "forgotten")
+    before, gone = (values(measured, "recall", moment=moment)["1/0"] for moment in moments)
     assert gone["lookup"] == gone["verbatim"] == gone["base"]
     assert before["lookup"] == before["prompt"] and before["verbatim"] == [1.0]
 

@@ -58,9 +58,8 @@ def forward(graph, state, tokens, mask, inputs):
 
 def test_latents_and_conditioned_logits_are_torch_s(pair):
     _, loaded, want = pair
-    latent, logits, zero = forward(
-        loaded.graph, loaded.state, want["tokens"], want["mask"], want["inputs"]
-    )
+    inputs = (want[name] for name in ("tokens", "mask", "inputs"))
+    latent, logits, zero = forward(loaded.graph, loaded.state, *inputs)
     np.testing.assert_allclose(latent, want["latents"], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(logits, want["logits"], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(zero, want["zero"], rtol=1e-4, atol=1e-4)
@@ -143,11 +142,9 @@ def test_sizes_of_the_release_are_read_off_its_shapes():
     described = ibm.describe(source, None, ibm.Assumptions())
     settings = config.parse(described.config)
     sizes = ("depth", "heads", "mlp", "max_length", "vocab_size")
-    for tower, want in (
-        ("encoder", (24, 16, 4096, 512, 28996)),
-        ("decoder", (36, 20, 5120, 1024, 50260)),
-    ):
-        assert tuple(getattr(getattr(settings.model, tower).sizes, name) for name in sizes) == want
+    towers = settings.model.encoder.sizes, settings.model.decoder.sizes
+    shown = [tuple(getattr(tower, name) for name in sizes) for tower in towers]
+    assert shown == [(24, 16, 4096, 512, 28996), (36, 20, 5120, 1024, 50260)]
     assert settings.model.latent == 768 and settings.memory.hyperparameters["slots"] == 512
     shapes = {
         target: key_table._transformed(shapes[name], key_table.TRANSFORMS.get(how, how))
@@ -383,7 +380,7 @@ def test_large_models_are_cut_into_parts(tmp_path):
 
 def test_a_failing_export_leaves_nothing(monkeypatch, tmp_path, tiny):
     monkeypatch.setattr(pipeline, "load", lambda source: tiny)
-    monkeypatch.setattr(export, "write_decoder", lambda *_: 1 / 0)
+    monkeypatch.setattr(export, "write_tower", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         convert.to_huggingface("tiny", tmp_path / "towers")
     assert list(tmp_path.iterdir()) == []

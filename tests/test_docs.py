@@ -95,9 +95,8 @@ def test_the_command_line_the_runner_and_the_report_find_it(
 def test_the_readmes_results_are_lines_of_the_report():
     """A number that is changed in one of the two files alone is found here."""
 
-    readme, report_page = (
-        (DOCS.parent / path).read_text("utf-8") for path in ("README.md", "docs/results.md")
-    )
+    files = ("README.md", "docs/results.md")
+    readme, report_page = ((DOCS.parent / path).read_text("utf-8") for path in files)
     results = readme.partition("## Results")[2].partition("## Train")[0]
     shown = [line for line in results.splitlines() if line.count("|") == 8]
     assert len(shown) >= 10 and not {*shown} - {*report_page.splitlines()}

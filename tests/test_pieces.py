@@ -27,13 +27,8 @@ def tokenizer() -> Tokenizer:
 
 def corpus(texts=TEXTS, identity="corpus") -> Corpus:
     """A corpus whose documents are all on the training side."""
-    titles = (f"t{n}" for n in range(10**9))
-    training = [
-        title for title in (next(titles) for _ in range(9000)) if not Document(title, "").held_out
-    ]
-    return Corpus(
-        identity, lambda: (Document(t, text) for t, text in zip(training, texts, strict=False))
-    )
+    titles = [title for n in range(9000) if not Document(title := f"t{n}", "").held_out]
+    return Corpus(identity, lambda: map(Document, titles, texts))
 
 
 def tokenized(folder, tokenizer, source=None, config=CONFIG):

@@ -127,9 +127,8 @@ def test_flops_count_loops_branches_and_devices():
     assert count_flops(batched, jnp.zeros((7, 3, 4)), jnp.zeros((7, 4, 5))) == 7 * product
 
     def looped(a, b):
-        return jax.lax.scan(lambda c, _: (c, jax.jit(jnp.matmul)(a, b).sum()), 0.0, None, length=6)[
-            1
-        ]
+        step = lambda c, _: (c, jax.jit(jnp.matmul)(a, b).sum())  # noqa: E731
+        return jax.lax.scan(step, 0.0, None, length=6)[1]
 
     assert count_flops(looped, a, b) == 6 * product
     # Backwards there are two products for each; with rematerialisation one more.

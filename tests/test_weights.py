@@ -259,9 +259,8 @@ def test_loading_holds_no_second_copy():
     )
     # One device: on several, each would hold its own copy of what is replicated.
     clean = {n: v for n, v in os.environ.items() if n not in ("XLA_FLAGS", "JAX_ENABLE_CHECKS")}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=clean, capture_output=True, text=True, check=True
-    )
+    line = [sys.executable, "-c", script]
+    done = subprocess.run(line, env=clean, capture_output=True, text=True, check=True)
     before, after, size = json.loads(done.stdout.splitlines()[-1])
     assert size == 134_515_008 * 4
     assert after - before <= 1.5 * size, (after - before) / size

@@ -21,6 +21,7 @@ from larimar_jax.bench.task import EditTask, Metric, Pivot, Plot, option
 from larimar_jax.data.corpus import Corpus, open_corpus
 
 MEMORIES = ("larimar", "open")
+_LOSS = dict(scale=1.0, lower=True, weight="tokens", exponential=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +42,9 @@ class Perplexity(EditTask):
     """
 
     metrics: ClassVar = {
-        "loss": Metric("perplexity", 1.0, 2, lower=True, weight="tokens", exponential=True),
+        "loss": Metric("perplexity", digits=2, **_LOSS),
         "loss_above_base": Metric(
-            "perplexity over the base LM's",
-            1.0,
-            4,
-            True,
-            "tokens",
-            exponential=True,
-            compared=False,
+            "perplexity over the base LM's", digits=4, compared=False, **_LOSS
         ),
         "words": Metric("words", 1.0, compared=False),
         "entropy": Metric("n-gram entropy, bits", 1.0, 2, compared=False),

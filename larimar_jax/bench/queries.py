@@ -225,11 +225,8 @@ def _once(
     """Measure each text once for each of its targets, all in one call, and return the values of
     every side."""
     rows = {name: list(zip(side, targets, strict=True)) for name, side in sides.items()}
-    fresh = [
-        key
-        for key in dict.fromkeys(key for keys in rows.values() for key in keys)
-        if key not in memo
-    ]
+    unique = dict.fromkeys(key for keys in rows.values() for key in keys)
+    fresh = [key for key in unique if key not in memo]
     if fresh:
         texts, wanted = [text for text, _ in fresh], [target for _, target in fresh]
         memo |= zip(fresh, measure(texts, wanted, condition(len(fresh))), strict=True)

@@ -25,12 +25,6 @@ BESIDE = 64
 TOKENS = 8
 
 
-class _Sides(dict[str, Callable[[], Any]]):
-    """What is timed, and the seconds of the first calls."""
-
-    first: dict[str, float]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Speed(EditTask):
     """Wall clock of an edit (Table 1), and of the benchmark.
@@ -74,7 +68,7 @@ class Speed(EditTask):
 
     def evaluate(self, systems, cases: Sequence[Turn]) -> Iterator[dict]:
         """Yield the seconds of each side."""
-        sides = systems.cached("sides", self, lambda: self._compile(systems))
+        sides, first = systems.cached("sides", self, lambda: self._compile(systems))
         for case in cases:
             for name, side in sides.items():
                 seconds = _seconds(side)
@@ -83,12 +77,12 @@ class Speed(EditTask):
                     "system": name,
                     "kind": "call",
                     "seconds": seconds,
-                    "first_seconds": sides.first[name],
+                    "first_seconds": first[name],
                     "cases_per_second": self.scored / seconds if name == "batched" else None,
                 }
 
-    def _compile(self, systems) -> _Sides:
-        """Return the sides after their first calls."""
+    def _compile(self, systems) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
+        """Return what is timed after its first calls, and their seconds."""
         # Benchmarks of this process that ran before, as in `larimar reproduce`, compiled some of it.
         jax.clear_caches()
         session, facts = Session(systems.model), [(r.prompt, r.target_new) for r in self.records]
@@ -97,19 +91,17 @@ class Speed(EditTask):
         for fact in facts[1:BESIDE]:
             session.write(*fact)
         prompt, ids = facts[BESIDE][0], []
-        task = CounterFact(
-            data=self.data, chunk=self.scored, limit=self.scored, skip_bad=self.skip_bad
-        )
+        sizes = dict(chunk=self.scored, limit=self.scored)
+        task = CounterFact(data=self.data, skip_bad=self.skip_bad, **sizes)
         records = self.records[: self.scored]
-        sides = _Sides(
+        sides = dict(
             write=lambda: ids.append(session.write(*facts[BESIDE]).id),
             ask=lambda: session.ask(prompt, max_tokens=TOKENS, stop=()),
             base=lambda: systems.model.generate([prompt], max_tokens=TOKENS, stop=()),
             forget=lambda: session.forget(ids.pop()),
             batched=lambda: list(task.evaluate(systems, records)),
         )
-        sides.first = {name: _seconds(side) for name, side in sides.items()} | first
-        return sides
+        return sides, {name: _seconds(side) for name, side in sides.items()} | first
 
 
 def _seconds(side: Callable[[], Any]) -> float:

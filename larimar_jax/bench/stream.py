@@ -201,14 +201,8 @@ class Stream(EditTask):
         ids = systems.model.decoder_tokenizer.ids
         limits = [len(ids(f" {case.gold}")) + MARGIN for case in cases]
         columns = [
-            dict(
-                case=case.case_id,
-                kind=case.kind,
-                edits=case.edits,
-                prompt=case.prompt,
-                gold=case.gold,
-            )
-            for case in cases
+            dict(case=case_id, kind=kind, edits=edits, prompt=prompt, gold=gold)
+            for case_id, kind, edits, prompt, gold, _ in cases
         ]
 
         def measured(column, text):

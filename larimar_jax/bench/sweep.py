@@ -232,9 +232,8 @@ class Sweep(Task):
         axis = (jax.sharding.AxisType.Auto,)
         mesh = jax.make_mesh((jax.device_count(),), ("cells",), axis_types=axis)
         split = jax.P("cells")
-        return jax.jit(
-            jax.shard_map(measure, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
-        )
+        specs = dict(in_specs=split, out_specs=split)
+        return jax.jit(jax.shard_map(measure, mesh=mesh, **specs, check_vma=False))
 
     def _measure(self, cell: Cell, numbers: Mapping[str, Any]) -> dict[str, Any]:
         variant, count, noise, seed = map(numbers.get, ("variant", "facts", "noise", "seed"))

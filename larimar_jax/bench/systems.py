@@ -90,11 +90,7 @@ class Systems:
                 columns.append(range(place, place + len(pair)))
                 place += len(pair)
         recall = self.editor.recall(facts, texts, wordings, by_text=True)
-        return (
-            recall,
-            np.asarray(rows, np.int64),
-            np.asarray([list(pair) for pair in columns], np.int64),
-        )
+        return recall, np.asarray(rows, np.int64), np.asarray([*map(list, columns)], np.int64)
 
     def shared_memories(
         self,

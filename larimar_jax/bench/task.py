@@ -206,12 +206,8 @@ class EditTask(ModelTask):
         skipped: list[str] = []
         records = self.read(self.records_needed(), skipped if self.skip_bad else None)
         if skipped:
-            print(
-                f"{len(skipped)} malformed records are left out:",
-                *skipped,
-                sep="\n  ",
-                file=sys.stderr,
-            )
+            lines = (f"{len(skipped)} malformed records are left out:", *skipped)
+            print(*lines, sep="\n  ", file=sys.stderr)
         return records, skipped
 
     @property

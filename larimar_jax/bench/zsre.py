@@ -47,9 +47,8 @@ class ZsRE(EditTask):
         """Yield the accuracy on every prompt of a chunk of cases."""
         facts = [(case.prompt, case.target_new) for case in cases]
         groups = [_queries(case) for case in cases]
-        edits, accuracy = (self._by_prompt if self.mode == "rome" else self._by_token)(
-            systems, facts, groups
-        )
+        measure = self._by_prompt if self.mode == "rome" else self._by_token
+        edits, accuracy = measure(systems, facts, groups)
         columns = [column for group in groups for column in group]
         yield from edits.rows(columns, accuracy, lambda _, share: {"accuracy": share})
 

@@ -132,11 +132,9 @@ def _hugging_face(name: Name) -> _LibraryRows:
             )
         dataset = saved[name.split]
     elif path.is_file():
-        reader = _READERS.get(path.suffix, "text")
-        folder = str(cache_folder() / "datasets")
-        dataset = datasets.load_dataset(
-            reader, data_files=name.path, split=name.split, cache_dir=folder
-        )
+        cache = str(cache_folder() / "datasets")
+        options = dict(data_files=name.path, split=name.split, cache_dir=cache)
+        dataset = datasets.load_dataset(_READERS.get(path.suffix, "text"), **options)
     else:
         dataset = datasets.load_dataset(name.path, name.config, split=name.split)
     # A local file's fingerprint has its path and its time inside, which differ between hosts.
@@ -188,9 +186,7 @@ def _text(value: Any, where: str) -> str:
         try:
             return value.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise CorpusError(
-                f"{where} is not UTF-8 ({error}). Is the column one of text?"
-            ) from None
+            raise CorpusError(f"{where} is not UTF-8 ({error}). Is it a column of text?") from None
     if not isinstance(value, str):
         raise CorpusError(
             f"{where} holds no text but a {type(value).__name__}. Name a column of text after a #."

@@ -164,9 +164,8 @@ class Gaussian(Addressing):
         # formed, because its derivative would be infinite.
         vanishes = scale <= 1e-12 * jnp.max(squared, axis=1, keepdims=True)
         exponent = -beyond / jnp.where(vanishes, 1.0, scale)
-        weights = jax.nn.softmax(
-            jnp.where(vanishes, jnp.where(beyond > 0, -jnp.inf, 0.0), exponent), axis=1
-        )
+        limit = jnp.where(beyond > 0, -jnp.inf, 0.0)
+        weights = jax.nn.softmax(jnp.where(vanishes, limit, exponent), axis=1)
         return jnp.where(_is_present(encodings), weights, 0.0)
 
 

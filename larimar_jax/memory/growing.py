@@ -101,9 +101,8 @@ class Growing(Memory):
         log_variance = self.log_variance(prepared, state, queries)
         weights = self.address(prepared, queries)
         has_slots = state.used > 0
-        latent = reading.latent + prior_share * dot(
-            self.address(prepared, outside), prepared.prior_memory
-        )
+        beyond = dot(self.address(prepared, outside), prepared.prior_memory)
+        latent = reading.latent + prior_share * beyond
         prior_latent = dot(variance.sample(weights, log_variance, rng), prepared.prior_memory)
         return Reading(
             jnp.where(has_slots, latent, prior_latent),

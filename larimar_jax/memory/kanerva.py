@@ -154,9 +154,8 @@ class Kanerva(Memory):
         """Return W̄ by M_ref, or by R (see `addressed_by`)."""
         if self.addressed_by == "reference":
             return self.address(prepared, queries)
-        return self.addressing.weigh(
-            self._address(state.mean, few_encodings=True), queries.astype(jnp.float32)
-        )
+        by = self._address(state.mean, few_encodings=True)
+        return self.addressing.weigh(by, queries.astype(jnp.float32))
 
     def matrix(self, prepared: Prepared, state: KanervaState) -> Float[Array, "K C"]:
         """Return the posterior mean R."""

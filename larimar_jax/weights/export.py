@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,8 @@ from larimar_jax.weights.tokenizer import Tokenizer
 SHARD_BYTES = 5_000_000_000  # as transformers itself cuts
 
 
-def write_encoder(folder: pathlib.Path, module: nnx.Module, tokenizer: Tokenizer) -> None:
-    """Write an encoder into a folder that exists and is empty.
+def write_tower(folder: pathlib.Path, module: nnx.Module, tokenizer: Tokenizer) -> None:
+    """Write an encoder or a decoder into a folder that exists and is empty.
 
     A mean-pooling encoder gets the files of sentence-transformers that name the pooling.
 
@@ -26,13 +26,24 @@ def write_encoder(folder: pathlib.Path, module: nnx.Module, tokenizer: Tokenizer
       WeightsError: a pooling that such a folder cannot name; a parameter that its key table lacks.
     """
     config = module.config
-    if config.pooling == "cls" and config.normalize:
+    pooling = getattr(config, "pooling", None)  # of an encoder
+    if pooling == "cls" and config.normalize:
         raise WeightsError(
             "this encoder normalises its [CLS] pooling, which a folder of Hugging Face cannot say"
         )
-    roles = {"cls_token": tokenizer.bos, "sep_token": tokenizer.eos, "pad_token": tokenizer.pad}
-    _write_tower(folder, module, tokenizer, roles)
-    if config.pooling == "mean":
+    begin, end = ("bos_token", "eos_token") if pooling is None else ("cls_token", "sep_token")
+    roles = {begin: tokenizer.bos, end: tokenizer.eos, "pad_token": tokenizer.pad}
+    # config.json knows no [CLS] and [SEP].
+    ids = {f"{r}_id": i for r, i in roles.items() if r in ("bos_token", "eos_token", "pad_token")}
+    _json(folder / "config.json", config.to_huggingface() | {"torch_dtype": "float32"} | ids)
+    write_tensors(folder, key_table.to_source(module, module.hf_keys))
+    text = _framing(tokenizer).to_str(pretty=True)
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    named = {role: tokenizer.backend.id_to_token(i) for role, i in roles.items()}
+    settings = {"model_max_length": config.max_length, **named}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    _json(folder / "tokenizer_config.json", settings)
+    if pooling == "mean":
         kinds = {"": "Transformer", "1_Pooling": "Pooling"}
         kinds |= {"2_Normalize": "Normalize"} if config.normalize else {}
         modules = [
@@ -42,16 +53,6 @@ def write_encoder(folder: pathlib.Path, module: nnx.Module, tokenizer: Tokenizer
         _json(folder / "modules.json", modules)
         pooling = {"word_embedding_dimension": config.width, "pooling_mode_mean_tokens": True}
         _json(folder / "1_Pooling" / "config.json", pooling)
-
-
-def write_decoder(folder: pathlib.Path, module: nnx.Module, tokenizer: Tokenizer) -> None:
-    """Write a decoder into a folder that exists and is empty.
-
-    Raises:
-      WeightsError: a parameter that its key table lacks.
-    """
-    roles = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos, "pad_token": tokenizer.pad}
-    _write_tower(folder, module, tokenizer, roles)
 
 
 def write_tensors(
@@ -91,22 +92,6 @@ def write_tensors(
         places = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": total}, "weight_map": places}
         _json(folder / "model.safetensors.index.json", index)
-
-
-def _write_tower(
-    folder: pathlib.Path, module: nnx.Module, tokenizer: Tokenizer, roles: Mapping[str, int]
-) -> None:
-    # config.json knows no [CLS] and [SEP].
-    ids = {f"{r}_id": i for r, i in roles.items() if r in ("bos_token", "eos_token", "pad_token")}
-    config = module.config.to_huggingface() | {"torch_dtype": "float32"} | ids
-    _json(folder / "config.json", config)
-    write_tensors(folder, key_table.to_source(module, module.hf_keys))
-    text = _framing(tokenizer).to_str(pretty=True)
-    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-    named = {role: tokenizer.backend.id_to_token(i) for role, i in roles.items()}
-    settings = {"model_max_length": module.config.max_length, **named}
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    _json(folder / "tokenizer_config.json", settings)
 
 
 def _framing(tokenizer: Tokenizer) -> hf.Tokenizer:

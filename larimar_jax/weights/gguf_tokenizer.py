@@ -29,8 +29,7 @@ _UNKNOWN, _SPECIAL, _USER_DEFINED = 2, 3, 4  # llama.cpp's kinds of token
 def backend(metadata: Mapping[str, Any], path: str) -> hf.Tokenizer:
     """Build the tokenizer of GGUF metadata, byte-level BPE or SentencePiece's BPE; it adds nothing.
 
-    A byte that a byte-level vocabulary lacks
-    (SmolLM2's lacks 21 rare ones) leaves no token.
+    A byte that a byte-level vocabulary lacks (SmolLM2's lacks 21 rare ones) leaves no token.
 
     Raises:
       WeightsError: a tokenizer of another kind, or lists that do not fit each other.

@@ -272,21 +272,18 @@ def _keys(family: str, slots: int, latent: int, setting: str) -> Keys:
     """
 
     def prefixed(source: str, target: str, keys: Keys, before: str, after: str):
-        rows = [(source + name.replace(before, after), to, how) for name, to, how in keys]
-        # With the paper's pooling and a head as the family has it, nothing is there only at times.
-        return [
-            (name, None if to is None else target + to.removesuffix("?"), how)
-            for name, to, how in rows
-        ]
+        for name, to, how in keys:
+            # With the paper's pooling and a head as the family has it, none is there only at times.
+            to = None if to is None else target + to.removesuffix("?")
+            yield source + name.replace(before, after), to, how
 
     # The latent's mean and log-variance stand below each other; the mean is its encoding.
     mean = lambda a: (a[:latent] if len(a) == 2 * latent else a).swapaxes(-1, -2)  # noqa: E731
     scalar = lambda a: a.reshape(()) if a.shape == (1,) and setting == "scalar" else a  # noqa: E731
+    own = decoders.family(family).hf_keys
     rows = [
         *prefixed(_ENCODER, "encoder.", encoders.family("bert").hf_keys, "[bert.]", ""),
-        *prefixed(
-            _DECODER, "decoder.", decoders.family(family).hf_keys, "[transformer.]", "transformer."
-        ),
+        *prefixed(_DECODER, "decoder.", own, "[transformer.]", "transformer."),
         (_LATENT, "to_latent.kernel", mean),
         (_BLOCKS + "linear.weight", "to_slots.kernel", "transpose"),
         (_BLOCKS + "linear_emb.weight", "to_embedding.kernel", "transpose"),
