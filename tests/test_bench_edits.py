@@ -149,10 +149,9 @@ def test_every_text_is_measured_once_for_each_of_its_targets():
             return rows
 
     facts, near = ["x", "y", None], [("x", "1"), None, ("z", "2")]
+    columns = [{"prompt": prompt} for prompt in ("a", "bb", "a")]
     inside = np.asarray([True, True, False])
-    three = queries.Queries(
-        NoFact(), ["a", "bb", "a"], facts, near, np.ones(3), inside, lambda rows: rows
-    )
+    three = queries.Queries(NoFact(), columns, facts, near, np.ones(3), inside, lambda rows: rows)
     targets, memo = [["one", "two"], ["one"], ["one", "two"]], {}
     table = three.measure(measure, targets, lambda answer, target: [0, 0], memo=memo)
     (base, none), (zero, count), (through, read) = calls

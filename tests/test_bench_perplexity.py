@@ -96,7 +96,7 @@ def test_texts_are_compared_with_the_lookups_at_one_length(folder):
         def cached(self, name, key, make):
             return fluency.TfIdf([words("by the river")])
 
-        def shared_memory(self, store, prompts, facts):
+        def shared_memories(self, parts):
             return self
 
         def score(self, pairs):

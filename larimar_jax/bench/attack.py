@@ -156,19 +156,19 @@ class Attack(EditTask):
         def forced(answer, row):
             return queries.editor.text(answer[: self.tokens])
 
-        rows = list(range(len(queries.prompts)))
+        rows = list(range(len(queries.columns)))
         return queries.measure(sample, rows, forced, systems, memo)
 
     def _queries(self, systems, cases) -> dict[str, Queries]:
         """The queries of every wording, by what is in the memory."""
-        texts = [list(case.wordings) for case in cases]
+        texts = [[{"prompt": text} for text in case.wordings] for case in cases]
         everything = list(self.cases(systems))
         edits = [(case.record.prompt, UNKNOWN) for case in everything]
         store = systems.cached("store", (), lambda: self._store(systems, edits))
         if not self.taught:
             own = [edits[everything.index(case)] for case in cases]
             single = systems.single_edits(own, texts)
-            together = systems.shared_memories([(store, single.prompts, single.facts)])
+            together = systems.shared_memories([(store, single.columns, single.facts)])
             return {"alone": single, "together": together}
         all_edits = store.without(range(len(edits))).plus(edits)
         stores: dict[str, list[FactStore]] = {"before": [], "alone": [], "together": []}

@@ -65,16 +65,15 @@ class Batch(EditTask):
             if not columns:
                 continue
             facts = [(column["prompt"], column["new"]) for column in columns]
-            prompts, texts = [prompt for prompt, _ in facts], [written(*fact) for fact in facts]
-            queries = systems.shared_memories([(stores[size], prompts, texts)])
-            losses = queries.score(
-                [(column["new"], column["true"]) for column in columns], SHARED, memo
-            )
+            texts = [written(*fact) for fact in facts]
+            queries = systems.shared_memories([(stores[size], columns, texts)])
+            pairs = [(column["new"], column["true"]) for column in columns]
+            losses = queries.score(pairs, SHARED, memo)
             own = [
                 {"own_key_nearest": float(fact == nearest)}
                 for fact, nearest in zip(facts, queries.nearest, strict=True)
             ]
-            yield from queries.rows(columns, losses, rewrite_columns, own)
+            yield from queries.rows(losses, rewrite_columns, own)
 
     def _stores(self, model) -> dict[int, FactStore]:
         facts = [(record.prompt, record.target_new) for record in self.records]

@@ -54,7 +54,8 @@ class CounterFact(EditTask):
 
     def evaluate(self, systems, cases) -> Iterator[dict[str, Any]]:
         """Yield S and M of every prompt of a chunk of cases, from ℓ of its two answers."""
-        columns = [column for case in cases for column in self.queries(case)]
+        groups = [self.queries(case) for case in cases]
+        columns = [column for group in groups for column in group]
         pairs = [(column["new"], column["true"]) for column in columns]
         scoped = None
         if self.mode == "released":
@@ -65,12 +66,12 @@ class CounterFact(EditTask):
         wordings = systems.cached("wordings", (), self._wordings)
         edits = systems.single_edits(
             [(case.prompt, case.target_new) for case in cases],
-            [[column["prompt"] for column in self.queries(case)] for case in cases],
+            groups,
             mode=self.mode,
             scoped=scoped,
             wordings=[wordings[case.case_id] for case in cases],
         )
-        yield from edits.rows(columns, edits.score(pairs), rewrite_columns)
+        yield from edits.rows(edits.score(pairs), rewrite_columns)
 
     def queries(self, case: EditRecord) -> list[dict[str, Any]]:
         """Return the columns of every prompt of a case."""

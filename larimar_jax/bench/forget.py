@@ -119,34 +119,28 @@ class Forget(EditTask):
 
     def evaluate(self, systems, cases) -> Iterator[dict[str, Any]]:
         """Yield what each forgotten fact and the others are recalled by, and the certificates."""
-        parts, columns, certificates = [], [], []
+        parts, certificates = [], []
         for case in cases:
             records = [self.records[index] for index in (case.index, *case.others)]
-            prompts = [record.prompt for record in records]
             facts = [written(record.prompt, record.target_new) for record in records]
             full = self._full(systems, case.facts)
             after = full.without([case.index])
             never = FactStore(self._encoded(systems), after.facts, model=full.model)
-            replaced = after.plus([(prompts[0], UNKNOWN)])
+            replaced = after.plus([(records[0].prompt, UNKNOWN)])
             certificate = self._certificate(systems, case, full, after)
             for moment, store in zip(MOMENTS, (full, after, never, replaced), strict=True):
-                parts.append((store, prompts, facts))
-                for place, record in enumerate(records):
-                    certified = moment == "forgotten" and not place
-                    certificates.append(certificate if certified else {})
-                    columns.append(
-                        dict(
-                            case=case.case_id,
-                            kind="others" if place else "forgotten",
-                            moment=moment,
-                            facts=case.facts,
-                            prompt=record.prompt,
-                            target=record.target_new,
-                        )
-                    )
+                columns = [
+                    dict(case=case.case_id, kind="others" if place else "forgotten", moment=moment)
+                    | dict(facts=case.facts, prompt=record.prompt, target=record.target_new)
+                    for place, record in enumerate(records)
+                ]
+                parts.append((store, columns, facts))
+                certificates.append(certificate if moment == "forgotten" else {})
+                certificates += [{}] * len(case.others)
         queries = systems.shared_memories(parts, scoped=False)
-        recall = queries.accuracy([column["target"] for column in columns], (*CONTROLS, "open"))
-        yield from queries.rows(columns, recall, lambda _, share: {"recall": share}, certificates)
+        targets = [column["target"] for column in queries.columns]
+        recall = queries.accuracy(targets, (*CONTROLS, "open"))
+        yield from queries.rows(recall, lambda _, share: {"recall": share}, certificates)
 
     def derived(self, rows) -> list[dict[str, Any]]:
         """Return, for every N, the largest distance and how far the certificate is from it."""

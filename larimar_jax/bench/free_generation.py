@@ -41,16 +41,15 @@ class FreeGeneration(EditTask):
 
     def evaluate(self, systems, cases) -> Iterator[dict[str, Any]]:
         """Yield the continuations of a chunk of cases."""
-        columns = [
-            dict(case=case.case_id, kind=kind, prompt=prompt, new=case.target_new)
+        groups = [
+            [
+                dict(case=case.case_id, kind=kind, prompt=prompt, new=case.target_new)
+                for kind, prompts in (("edit", [case.prompt]), ("paraphrase", case.paraphrases))
+                for prompt in prompts
+            ]
             for case in cases
-            for kind, prompts in (("edit", [case.prompt]), ("paraphrase", case.paraphrases))
-            for prompt in prompts
         ]
-        edits = systems.single_edits(
-            [(case.prompt, case.target_new) for case in cases],
-            [[case.prompt, *case.paraphrases] for case in cases],
-        )
+        edits = systems.single_edits([(case.prompt, case.target_new) for case in cases], groups)
 
         def measured(column, text):
             words, answer = " ".join(text.split()), " ".join(column["new"].split())
@@ -58,4 +57,4 @@ class FreeGeneration(EditTask):
             begins = whole is not None and not whole.start()
             return {"contains": float(whole is not None), "begins": float(begins), "text": text}
 
-        yield from edits.rows(columns, edits.generate(self.tokens), measured)
+        yield from edits.rows(edits.generate(self.tokens), measured)

@@ -125,24 +125,24 @@ class LongContext(EditTask):
                 "paraphrase": ([other_words(record) for record in records], SCOPED),
             }
             for kind, (prompts, names) in sides.items():
-                queries, chunks = self._read(systems, size, prompts)
                 targets = [record.target_new for record in records]
-                recall = queries.accuracy(targets, names)
                 columns = [
                     dict(case=case.case_id, kind=kind, facts=size, prompt=p, target_new=t)
                     for case, p, t in zip(group, prompts, targets, strict=True)
                 ]
+                queries, chunks = self._read(systems, size, columns)
+                recall = queries.accuracy(targets, names)
                 right = [
                     {"right_chunk": bool(chunk == case.index // self.fan_in)}
                     for case, chunk in zip(group, chunks, strict=True)
                 ]
-                yield from queries.rows(columns, recall, lambda _, r: {"recall": float(r)}, right)
+                yield from queries.rows(recall, lambda _, r: {"recall": float(r)}, right)
 
-    def _read(self, systems, size: int, prompts: Sequence[str]) -> tuple[Queries, np.ndarray]:
-        """Return the queries of prompts about the first `size` facts, and the chunk of each answer."""
+    def _read(self, systems, size: int, columns: Sequence[dict]) -> tuple[Queries, np.ndarray]:
+        """Return the queries about the first `size` facts, and the chunk of each answer."""
         encoded = systems.cached("encoded", None, lambda: self._encode(systems))
         memories = systems.cached("memories", size, lambda: self._write(systems, encoded, size))
-        model, latents = systems.model, encoded(prompts)
+        model, latents = systems.model, encoded([column["prompt"] for column in columns])
         asking = model.dual, model.prepared, memories, latents.latent
         reading = long_context.read(*asking, by=self.by)
         facts = self._facts(size)
@@ -150,11 +150,11 @@ class LongContext(EditTask):
         nearest = np.argmax(_unit(latents.embedding) @ keys.T, axis=1)
         queries = Queries(
             systems.editor,
-            prompts,
-            [self.text_in_prompt(systems, facts)] * len(prompts),
+            columns,
+            [self.text_in_prompt(systems, facts)] * len(columns),
             [facts[fact] for fact in nearest],
-            np.ones(len(prompts), np.float32),
-            np.ones(len(prompts), bool),
+            np.ones(len(columns), np.float32),
+            np.ones(len(columns), bool),
             lambda chosen: model.condition(reading.latent[chosen]),
         )
         return queries, np.asarray(reading.chunk)

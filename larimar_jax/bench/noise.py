@@ -67,13 +67,15 @@ class Noise(EditTask):
     def evaluate(self, systems, cases) -> Iterator[dict[str, Any]]:
         """Yield S and the surprise of the continuation under every control and σ_W."""
         facts = [(case.prompt, case.target_new) for case in cases]
-        prompts = [[case.prompt, *case.paraphrases] for case in cases]
-        columns = [
-            dict(case=case.case_id, kind="paraphrase" if place else "edit", prompt=prompt)
-            | {"sigma": None, "new": case.target_new, "true": case.target_true}
-            for case, row in zip(cases, prompts, strict=True)
-            for place, prompt in enumerate(row)
+        groups = [
+            [
+                dict(case=case.case_id, kind="paraphrase" if place else "edit", prompt=prompt)
+                | {"sigma": None, "new": case.target_new, "true": case.target_true}
+                for place, prompt in enumerate([case.prompt, *case.paraphrases])
+            ]
+            for case in cases
         ]
+        columns = [column for group in groups for column in group]
         pairs = [(column["new"], column["true"]) for column in columns]
         first = np.flatnonzero([column["kind"] == "edit" for column in columns])
         rng = case_keys(self.seed, [case.case_id for case in cases])
@@ -81,7 +83,7 @@ class Noise(EditTask):
         texts: dict[Side, np.ndarray] = {}
         for sigma in sorted(set(self.sigmas)):
             noisy = Systems(LarimarEditor(_with_noise(systems.model, sigma)))
-            queries = noisy.single_edits(facts, prompts, **({"rng": rng} if sigma else {}))
+            queries = noisy.single_edits(facts, groups, **({"rng": rng} if sigma else {}))
             # No σ_W changes the controls.
             for names, key in ((("open",), sigma), (() if losses else CONTROLS, None)):
                 for name, values in queries.score(pairs, names).items():

@@ -111,8 +111,8 @@ class Perplexity(EditTask):
         """Yield ℓ of the rest of each text, and how what is decoded in its place reads."""
         store = systems.cached("store", self.facts, lambda: self._store(systems))
         tfidf = systems.cached("tfidf", self.texts, lambda: self._tfidf())
-        prompts = [text.prompt for text in cases]
-        queries = systems.shared_memories([(store, prompts, [None] * len(prompts))])
+        columns = [{"prompt": text.prompt} for text in cases]
+        queries = systems.shared_memories([(store, columns, [None] * len(columns))])
         near = [written(*fact) for fact in queries.nearest]
         queries = dataclasses.replace(queries, facts=near)
         losses = queries.score([[text.rest] for text in cases])

@@ -57,20 +57,26 @@ Memo = dict[str, dict[tuple[str, Any], Any]]
 class Queries:
     """R prompts, and what each system is given of them.
 
-    facts: the right fact of each, as a text; None where there is none. nearest: the (prompt,
-    answer) that is nearest to each in the memory; None where it is empty. scope_score, in_scope:
-    [R], or [R, c] where c candidates are decided apart. condition: positions [n] → what the memory
-    hands to the decoder. outside: the system that decodes what is out of scope.
+    columns: of each query's rows, its "prompt" among them. facts: the right fact of each, as a
+    text; None where there is none. nearest: the (prompt, answer) that is nearest to each in the
+    memory; None where it is empty. scope_score, in_scope: [R], or [R, c] where c candidates are
+    decided apart. condition: positions [n] → what the memory hands to the decoder. outside: the
+    system that decodes what is out of scope.
     """
 
     editor: Editor
-    prompts: Sequence[str]
+    columns: Sequence[Mapping[str, Any]]
     facts: Sequence[str | None]
     nearest: Sequence[tuple[str, str] | None]
     scope_score: np.ndarray
     in_scope: np.ndarray
     condition: Callable[[np.ndarray], Any]
     outside: Literal["base", "zero"] = "base"
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompt of each."""
+        return [column["prompt"] for column in self.columns]
 
     def score(self, pairs: Sequence[Sequence[str]], *options: Any) -> dict[str, np.ndarray]:
         """Return ℓ of c candidates a prompt by system, in nats [R, c]. options: as of `measure`."""
@@ -133,26 +139,27 @@ class Queries:
         memo = {} if memo is None else memo
         targets = [tuple(target) if isinstance(target, list) else target for target in targets]
         wanted, derived = set(systems), {*SCOPED} & set(systems)
-        decided = self.in_scope.reshape(len(self.prompts), -1)
+        prompts = self.prompts
+        decided = self.in_scope.reshape(len(prompts), -1)
         inside = decided.any(axis=1)
         near = [
             self.editor.written(*fact) if fact is not None and let else None
             for fact, let in zip(self.nearest, inside, strict=True)
         ]
-        texts = {"base": self.prompts, "prompt": in_front(self.facts, self.prompts)}
-        texts["lookup"] = in_front(near, self.prompts)
+        texts = {"base": prompts, "prompt": in_front(self.facts, prompts)}
+        texts["lookup"] = in_front(near, prompts)
         reads = wanted | ({self.outside} if derived else set())
         sides = {name: side for name, side in texts.items() if name in reads}
         values = _once(measure, sides, targets, memo.setdefault("base", {}), lambda rows: None)
         if "zero" in reads:
             once = memo.setdefault("zero", {})
-            values |= _once(measure, {"zero": self.prompts}, targets, once, self.editor.zero)
+            values |= _once(measure, {"zero": prompts}, targets, once, self.editor.zero)
         # Without `open`, what is out of scope is not decoded a second time.
         everything = "open" in wanted
         rows = np.arange(len(inside)) if everything else np.flatnonzero(inside)
         if everything or "larimar" in wanted and len(rows):
-            prompts, own = ([each[row] for row in rows] for each in (self.prompts, targets))
-            through = measure(prompts, own, self.condition(rows))
+            chosen, own = ([each[row] for row in rows] for each in (prompts, targets))
+            through = measure(chosen, own, self.condition(rows))
             values["open"] = through if everything else values[self.outside].copy()
             values["open"][rows] = through
         if derived:
@@ -172,7 +179,6 @@ class Queries:
 
     def rows(
         self,
-        columns: Sequence[Mapping[str, Any]],
         values: Mapping[str, np.ndarray],
         metrics: Callable[[Mapping[str, Any], Any], Mapping[str, Any]],
         of_memory: Sequence[Mapping[str, Any]] = (),
@@ -183,7 +189,7 @@ class Queries:
         Args:
             of_memory: more columns of each query, for the rows of memories.
         """
-        for row, fixed in enumerate(columns):
+        for row, fixed in enumerate(self.columns):
             scope = {"scope_score": self.scope_score[row], "in_scope": self.in_scope[row]}
             for system, each in values.items():
                 if system == "prompt" and self.facts[row] is None:
@@ -197,7 +203,7 @@ class Queries:
         """Return the chosen queries, in the order of `rows`; a query may be taken several times."""
         return dataclasses.replace(
             self,
-            prompts=[self.prompts[row] for row in rows],
+            columns=[self.columns[row] for row in rows],
             facts=[self.facts[row] for row in rows],
             nearest=[self.nearest[row] for row in rows],
             scope_score=self.scope_score[rows],

@@ -128,36 +128,32 @@ class Rephrase(EditTask):
         parts: dict[str, list] = {keys: [] for keys in KEYS}
         groups = itertools.groupby(cases, key=lambda case: (case.together, case.wordings))
         for (together, count), group in groups:
-            records = [self.facts[case.index][0] for case in group]
-            prompts = [record.paraphrases[0] for record in records]
-            facts = [written(record.prompt, record.target_new) for record in records]
-            key = (together, count)
+            group, key = list(group), (together, count)
+            columns = [self._columns(case) for case in group]
+            facts = [written(*self._written(case.index, 1)[0]) for case in group]
             stores = systems.cached("stores", key, functools.partial(self._stores, systems, *key))
             for keys, store in stores.items():
-                parts[keys].append((store, prompts, facts))
-        records = [self.facts[case.index][0] for case in cases]
-        targets = [record.target_new for record in records]
+                parts[keys].append((store, columns, facts))
         queries = {keys: systems.shared_memories(each) for keys, each in parts.items()}
+        targets = [column["target"] for column in queries["own"].columns]
         recall = queries["own"].accuracy(targets)
         recall["own"] = recall.pop("open")
         for keys in ADDRESSINGS:
             recall[keys] = queries[keys].accuracy(targets, ("open",))["open"]
-        columns, own = [], []
-        for case, record, nearest in zip(cases, records, queries["own"].nearest, strict=True):
-            facts = self._written(case.index, case.wordings)
-            own.append({"own_fact_nearest": float(nearest in facts)})
-            columns.append(
-                dict(
-                    case=case.case_id,
-                    kind="unseen",
-                    facts=len(case.together),
-                    wordings=case.wordings,
-                    written="; ".join(written(*fact) for fact in facts),
-                    prompt=record.paraphrases[0],
-                    target=record.target_new,
-                )
-            )
-        yield from queries["own"].rows(columns, recall, lambda _, share: {"recall": share}, own)
+        own = [
+            {"own_fact_nearest": float(nearest in self._written(case.index, case.wordings))}
+            for case, nearest in zip(cases, queries["own"].nearest, strict=True)
+        ]
+        yield from queries["own"].rows(recall, lambda _, share: {"recall": share}, own)
+
+    def _columns(self, case: RephrasedFact) -> dict[str, Any]:
+        facts, (record, _) = self._written(case.index, case.wordings), self.facts[case.index]
+        return dict(case=case.case_id, kind="unseen", facts=len(case.together)) | dict(
+            wordings=case.wordings,
+            written="; ".join(written(*fact) for fact in facts),
+            prompt=record.paraphrases[0],
+            target=record.target_new,
+        )
 
     def _written(self, index: int, count: int) -> list[tuple[str, str]]:
         record, prompts = self.facts[index]

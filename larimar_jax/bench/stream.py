@@ -195,15 +195,14 @@ class Stream(EditTask):
         parts = []
         for edits, group in itertools.groupby(cases, key=lambda case: case.edits):
             group = list(group)
-            prompts, facts = [case.prompt for case in group], [case.fact for case in group]
-            parts.append((self._after(systems, edits), prompts, facts))
+            columns = [
+                dict(case=case_id, kind=kind, edits=edits, prompt=prompt, gold=gold)
+                for case_id, kind, _, prompt, gold, _ in group
+            ]
+            parts.append((self._after(systems, edits), columns, [case.fact for case in group]))
         queries = systems.shared_memories(parts)
         ids = systems.model.decoder_tokenizer.ids
         limits = [len(ids(f" {case.gold}")) + MARGIN for case in cases]
-        columns = [
-            dict(case=case_id, kind=kind, edits=edits, prompt=prompt, gold=gold)
-            for case_id, kind, edits, prompt, gold, _ in cases
-        ]
 
         def measured(column, text):
             gold = answer_words(column["gold"])
@@ -211,7 +210,7 @@ class Stream(EditTask):
             f1, f1_grace = token_f1(words, gold), token_f1_grace(words, gold)
             return {"f1": f1, "f1_grace": f1_grace, "text": text}
 
-        yield from queries.rows(columns, queries.generate(limits, SHARED), measured)
+        yield from queries.rows(queries.generate(limits, SHARED), measured)
 
     def _after(self, systems, edits: int) -> FactStore:
         """The store after so many edits, streamed one by one."""

@@ -1,6 +1,6 @@
 """The edited model of a run: queries of memories of single facts, and of memories of many."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -35,7 +35,7 @@ class Systems:
     def single_edits(
         self,
         facts: Sequence[tuple[str, str]],
-        queries: Sequence[Sequence[str]],
+        queries: Sequence[Sequence[Mapping[str, Any]]],
         *,
         mode: Mode = "rome",
         asking: Sequence[Sequence[str]] | None = None,
@@ -47,7 +47,7 @@ class Systems:
         one row.
 
         Args:
-            facts: (prompt, answer) of each case. queries: prompts of each case.
+            facts: (prompt, answer) of each case. queries: columns of each case's queries.
             mode: what decodes out of scope: the base LM (rome), or z = 0 (released).
             asking: what the memory is asked, where that is not the query itself. scoped: of each
                 query in one row, the c texts that the scope detector compares with the written fact
@@ -56,18 +56,19 @@ class Systems:
                 prompt's.
             options: of the editor's `recall`.
         """
-        prompts = [prompt for row in queries for prompt in row]
+        columns = [column for row in queries for column in row]
+        prompts = [[column["prompt"] for column in row] for row in queries]
         owners = [fact for fact, row in zip(facts, queries, strict=True) for _ in row]
         if scoped is None:
-            recall = self.editor.recall(facts, queries, wordings, **options)
-            rows = np.arange(len(prompts))
+            recall = self.editor.recall(facts, prompts, wordings, **options)
+            rows = np.arange(len(columns))
             score, inside = recall.scope_score, recall.in_scope
         else:
-            recall, rows, columns = self._scoped(facts, asking or queries, scoped, wordings)
-            score, inside = recall.scope_score[columns], recall.in_scope[columns]
+            recall, rows, places = self._scoped(facts, asking or prompts, scoped, wordings)
+            score, inside = recall.scope_score[places], recall.in_scope[places]
         return Queries(
             self.editor,
-            prompts,
+            columns,
             [self.editor.written(*fact) for fact in owners],
             owners,
             score,
@@ -94,23 +95,24 @@ class Systems:
 
     def shared_memories(
         self,
-        parts: Sequence[tuple[FactStore, Sequence[str], Sequence[str | None]]],
+        parts: Sequence[tuple[FactStore, Sequence[Mapping[str, Any]], Sequence[str | None]]],
         *,
         scoped: bool = True,
     ) -> Queries:
         """Return the queries of memories of many facts, all in one row.
 
         Args:
-            parts: memories, each with its prompts and the right fact of each prompt, as a text.
+            parts: memories, each with the columns of its queries and the right fact of each, as a
+                text.
             scoped: whether the scope detector decides; without, all is let through.
         """
-        reads = [store.read(prompts) for store, prompts, _ in parts]
+        reads = [store.read([c["prompt"] for c in columns]) for store, columns, _ in parts]
         latents = np.concatenate([latent for latent, _ in reads])
         matches = [match for _, match in reads]
         inside = [match.within(self.model.scope_threshold) for match in matches]
         return Queries(
             self.editor,
-            [prompt for _, prompts, _ in parts for prompt in prompts],
+            [column for _, columns, _ in parts for column in columns],
             [fact for _, _, facts in parts for fact in facts],
             [
                 store.facts[number] if number >= 0 else None

@@ -49,42 +49,40 @@ class ZsRE(EditTask):
         groups = [_queries(case) for case in cases]
         measure = self._by_prompt if self.mode == "rome" else self._by_token
         edits, accuracy = measure(systems, facts, groups)
-        columns = [column for group in groups for column in group]
-        yield from edits.rows(columns, accuracy, lambda _, share: {"accuracy": share})
+        yield from edits.rows(accuracy, lambda _, share: {"accuracy": share})
 
     def _by_prompt(self, systems, facts, groups):
-        prompts = [[column["prompt"] for column in group] for group in groups]
-        edits = systems.single_edits(facts, prompts)
-        return edits, edits.accuracy([column["target"] for group in groups for column in group])
+        edits = systems.single_edits(facts, groups)
+        return edits, edits.accuracy([column["target"] for column in edits.columns])
 
     def _by_token(self, systems, facts, groups):
         """Each token apart; then the mean of a query's tokens, and the share of them in scope."""
-        prompts, asking, targets, places, counts = [], [], [], [], []
+        queries, asking, targets, places, counts = [], [], [], [], []
         editor = systems.editor
         for group in groups:
-            prompts.append([])
+            queries.append([])
             asking.append([])
             for column in group:
                 tokens = editor.tokens(column["target"])
                 counts.append(len(tokens))
                 for place in range(len(tokens)):
                     before = editor.text(tokens[:place]).strip() if place else ""
-                    prompts[-1].append(column["prompt"])
+                    queries[-1].append(column)
                     asking[-1].append(f"{column['prompt']} {before}".strip())
                 targets += [column["target"]] * len(tokens)
                 places += range(len(tokens))
         scoped = [[text] for row in asking for text in row]
-        edits = systems.single_edits(facts, prompts, mode="released", asking=asking, scoped=scoped)
+        edits = systems.single_edits(facts, queries, mode="released", asking=asking, scoped=scoped)
         begins = np.cumsum([0, *counts[:-1]])
 
         def mean(values):
             return np.add.reduceat(np.asarray(values, np.float64).reshape(-1), begins) / counts
 
         accuracy = edits.accuracy(targets, places=places)
-        queries = dataclasses.replace(
+        edits = dataclasses.replace(
             edits.take(begins), scope_score=mean(edits.scope_score), in_scope=mean(edits.in_scope)
         )
-        return queries, {name: mean(values) for name, values in accuracy.items()}
+        return edits, {name: mean(values) for name, values in accuracy.items()}
 
 
 def _queries(case: EditRecord) -> list[dict[str, Any]]:
