@@ -96,9 +96,7 @@ def test_a_folder_holds_settings_rows_and_a_summary_of_them(task, tmp_path):
 
 
 @pytest.mark.parametrize("chunks", [0, 1, 2])
-def test_a_run_that_was_stopped_goes_on_and_gives_the_same_rows(
-    task, tmp_path, monkeypatch, chunks
-):
+def test_a_stopped_run_goes_on_and_gives_the_same_rows(task, tmp_path, monkeypatch, chunks):
     run(task, tmp_path / "whole")
     interrupted(monkeypatch, task, tmp_path / "cut", chunks)
     result = run(task, tmp_path / "cut")

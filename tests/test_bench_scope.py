@@ -29,11 +29,8 @@ def test_scores_are_those_of_one_query_at_a_time(tiny, tmp_path, monkeypatch, tr
         dataclasses.replace(case, paraphrases=(f"Says. Something of {n}:", case.prompt)[: n % 3])
         for n, case in enumerate(cases(5))
     ]
-    records.append(
-        dataclasses.replace(
-            records[0], case_id=99, neighbourhood=(), neighbourhood_targets=(), paraphrases=()
-        )
-    )
+    nothing = dict(neighbourhood=(), neighbourhood_targets=(), paraphrases=())
+    records.append(dataclasses.replace(records[0], case_id=99, **nothing))
     others = [("What does it say? It says",)[: n % 2] for n in range(5)] + [()]
     questions = [dataclasses.make_dataclass("Q", ["others"])(each) for each in others]
     monkeypatch.setattr(scope_detection, "scope_questions", lambda *_, **__: questions)

@@ -249,9 +249,7 @@ def rephrasing(tmp_path, monkeypatch):
     return rephrase.Rephrase(data=path, cells=((3, 2), (1, 1)), queries=4, chunk=3)
 
 
-def test_recall_is_that_of_every_question_alone_in_a_memory_of_its_facts(
-    tiny, rephrasing, tmp_path, hits
-):
+def test_recall_is_that_of_each_question_in_a_memory_of_its_facts(tiny, rephrasing, tmp_path, hits):
     hits(THRESHOLD)
     table, _ = measured(rephrasing, tiny, tmp_path)
     editor, decided = LarimarEditor(tiny), set()
@@ -322,9 +320,8 @@ def test_a_read_is_the_mean_plus_noise_of_that_size(tiny, noisy, tmp_path):
         of_case = [row for row in table if row["case"] == record.case_id]
         prompts, fact = [record.prompt, *record.paraphrases], (record.prompt, record.target_new)
         store = FactStore(encode_facts(tiny, [fact], prompts), [fact])
-        state = memory.write(
-            prepared, memory.empty(prepared), *map(jnp.asarray, (store.keys, store.values))
-        )
+        facts = map(jnp.asarray, (store.keys, store.values))
+        state = memory.write(prepared, memory.empty(prepared), *facts)
         padded = np.zeros((4, store.keys.shape[1]), np.float32)
         padded[: len(prompts)] = tiny.encode(prompts).latent
         mean = memory.address(prepared, jnp.asarray(padded))

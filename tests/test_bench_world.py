@@ -29,9 +29,8 @@ def test_a_task_runs_on_records_of_the_world(tiny, tmp_path):
 
 
 def test_a_slot_for_each_edit_gives_its_own_value_back(tiny):
-    task = stream.Stream(
-        data="world:6", edits=8, wordings=2, unwritten=0, every=4, queries=2, keys="gaussian"
-    )
+    sizes = dict(edits=8, wordings=2, unwritten=0, every=4, queries=2)
+    task = stream.Stream(data="world:6", keys="gaussian", **sizes)
     store = task._after(Systems(tiny), 8)
     assert store.model.memory.slots == 8 and int(store.state.count) == 8
     latent, _ = store.read([prompt for prompt, _ in store.facts])

@@ -128,9 +128,8 @@ def test_a_run_saved_on_4x2_comes_back_bit_for_bit_on_other_meshes(tmp_path):
         with Checkpoints(tmp_path / "run", 2) as checkpoints:
             state, _ = checkpoints.restore(step.abstract_state(), _batches())
         _same(state, expected)
-        assert jax.tree.map(lambda leaf: leaf.dtype, state) == jax.tree.map(
-            lambda leaf: leaf.dtype, expected
-        )
+        dtypes = (jax.tree.map(lambda leaf: leaf.dtype, tree) for tree in (state, expected))
+        assert next(dtypes) == next(dtypes)
         assert jax.tree.map(lambda leaf: leaf.sharding, state) == step.state_shardings
 
 
@@ -181,9 +180,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_harms_no_other(tmp
     assert sorted(path.name for path in run.iterdir()) == ["2", "3"]
 
 
-def test_a_run_killed_while_saving_loses_the_checkpoint_that_was_being_written_and_no_other(
-    tmp_path,
-):
+def test_a_run_killed_while_saving_loses_the_checkpoint_being_written_and_no_other(tmp_path):
     killed = kills(tmp_path / "run", count=3, seed=0, interval=2, pause=0.01)
     assert len(killed) == 3 and killed[-1].restored > 0
 

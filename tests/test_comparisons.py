@@ -137,9 +137,7 @@ def test_generation_decodes_the_same_tokens(tiny, monkeypatch):
         generation.compare("tiny", 1, batches=[3], prompt=4, tokens=6)
 
 
-def test_the_naive_loop_scores_what_the_benchmark_does_with_a_call_each(
-    tiny, tmp_path, monkeypatch
-):
+def test_the_naive_loop_scores_the_same_with_a_call_each(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "load", lambda source: tiny)
     calls, loss, path = [], scoring.loss, saved(cases(2), tmp_path / "x.json")
     monkeypatch.setattr(scoring, "loss", lambda *row: calls.append(row) or loss(*row))

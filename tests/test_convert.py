@@ -318,10 +318,8 @@ def test_own_tokenizers_are_used_or_refused(first, tmp_path):
     refuse(values, "encoder bring no tokenizer.*NAME_tokenizer.json")
     (out / "moved").rename(out / "encoder_tokenizer.json")
     data, decoder = values["data"], values["model"]["decoder"]
-    refuse(
-        values | {"data": data | {"vocabulary": 300}},
-        "data.vocabulary is 300, and both towers bring one",
-    )
+    large = values | {"data": data | {"vocabulary": 300}}
+    refuse(large, "data.vocabulary is 300, and both towers bring one")
     values["model"]["decoder"] = decoder | {"vocab_size": 52}
     refuse(values, "vocab_size 52: less than the 53 tokens of its tokenizer")
     values["model"]["decoder"] = dict(source="smollm2")

@@ -109,9 +109,8 @@ def test_zsre_reads_both_schemas_by_their_own_protocol(tmp_path):
 def test_a_malformed_record_is_named_by_file_index_line_and_field(tmp_path, record, change, field):
     for lines, line in ((False, 1), (True, 2)):
         path = _file(tmp_path, record, {**record, **change}, lines=lines)
-        with pytest.raises(
-            MalformedRecord, match=rf"{path.name}, record 1 \(line {line}\): field '{field}'"
-        ):
+        place = rf"{path.name}, record 1 \(line {line}\)"
+        with pytest.raises(MalformedRecord, match=f"{place}: field '{field}'"):
             edit_records.load(path)
 
 
@@ -260,9 +259,8 @@ class _Numbered(pieces.TokenizedPieces):
     def gather(self, rows):
         tokens = np.repeat(rows[..., None].astype(np.int32), 3, axis=2)
         mask = np.ones(tokens.shape, bool)
-        return dict(
-            encoder_tokens=tokens, encoder_mask=mask, decoder_tokens=tokens, decoder_mask=mask
-        )
+        arrays = dict(encoder_tokens=tokens, encoder_mask=mask)
+        return arrays | dict(decoder_tokens=tokens, decoder_mask=mask)
 
 
 def _rows(batch) -> np.ndarray:

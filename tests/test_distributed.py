@@ -72,9 +72,7 @@ def test_two_processes_have_the_losses_of_a_single_one(values, undisturbed, tmp_
         np.testing.assert_allclose(theirs[name], array, atol=3e-3, err_msg=name)
 
 
-def test_a_killed_process_ends_the_others_and_the_run_is_resumed_bit_for_bit(
-    brief, undisturbed, tmp_path
-):
+def test_a_kill_ends_the_others_and_the_run_resumes_bit_for_bit(brief, undisturbed, tmp_path):
     began = time.monotonic()
     ends = _two(brief, tmp_path, {"step": 11, "signal": "SIGKILL"})
     assert ends[1][0] == -signal.SIGKILL and ends[0][0] in LOST, ends

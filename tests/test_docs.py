@@ -70,9 +70,7 @@ def portability(tmp_path, monkeypatch):
     sys.modules.pop("larimar_jax.bench.portability")
 
 
-def test_the_command_line_the_runner_and_the_report_find_it(
-    portability, tiny, tmp_path, monkeypatch
-):
+def test_command_line_runner_and_report_find_it(portability, tiny, tmp_path, monkeypatch):
     records = [
         dataclasses.replace(case, portability=((f"City {n} of", "Japan"),) * (n % 3))
         for n, case in enumerate(cases(7))

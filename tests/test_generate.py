@@ -66,10 +66,8 @@ class _Numbers(Tokenizer):
 def test_scores_equal_a_plain_loop_alone_and_together(tiny, condition, conditioned):
     """Of the likeliest tokens, of a mixture, and of any; accuracy is the share of likeliest ones."""
     condition = condition if conditioned else None
-    fields = {
-        f.name: getattr(tiny.decoder_tokenizer, f.name) for f in dataclasses.fields(Tokenizer)
-    }
-    tokenizer = _Numbers(**fields)
+    names = [field.name for field in dataclasses.fields(Tokenizer)]
+    tokenizer = _Numbers(*(getattr(tiny.decoder_tokenizer, name) for name in names))
     targets, losses = [], []
     for number, prompt in enumerate(PROMPTS):
         part, start = row(condition, number), generate.prompt_ids(tokenizer, prompt)
@@ -249,9 +247,7 @@ def byte_tokenizer():
         "né 東京",  # by the tokenizer of the tiny model, which merges bytes
     ],
 )
-def test_bytes_that_are_no_character_are_held_back_and_leave_the_others(
-    tiny, byte_tokenizer, content, stop
-):
+def test_bytes_of_no_character_are_held_back_alone(tiny, byte_tokenizer, content, stop):
     stops = (stop,) if isinstance(stop, str) else stop
     if isinstance(content, str):
         tokenizer, expected = tiny.decoder_tokenizer, content
@@ -273,10 +269,8 @@ def test_bytes_that_are_no_character_are_held_back_and_leave_the_others(
 
 def test_another_length_or_number_of_rows_seldom_compiles(tiny):
     words = "Fact 1 is the capital of Japan".split()
-    parts = (
-        packing._hidden,
-        *(getattr(decoding, n) for n in ("_empty", "_place", "_begin", "_decode")),
-    )
+    parts = [getattr(decoding, name) for name in ("_empty", "_place", "_begin", "_decode")]
+    parts = [packing._hidden, *parts]
     sizes = []
     for rows in (5, 6):
         for length in (5, 6, 7):

@@ -24,11 +24,8 @@ DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "absl": "absl-py"}
 
 def dotted(path):
     """layers.py → "layers", bench/__init__.py → "bench"."""
-    return (
-        ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        .removesuffix("__init__")
-        .strip(".")
-    )
+    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    return name.removesuffix("__init__").strip(".")
 
 
 def imports(path):

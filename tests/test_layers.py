@@ -125,9 +125,8 @@ def test_rows_are_split_and_tables_gathered_only_under_a_mesh_with_the_axes_of_r
     def places(*shape_and_names):
         mesh = jax.make_mesh(*shape_and_names, axis_types=(jax.sharding.AxisType.Auto,) * 2)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            text = str(
-                jax.make_jaxpr(lambda x: layers.gather(layers.split_rows(x)))(jnp.ones((8, 1, 1)))
-            )
+            trace = jax.make_jaxpr(lambda x: layers.gather(layers.split_rows(x)))
+            text = str(trace(jnp.ones((8, 1, 1))))
             return layers.row_ways(), text.count("sharding_constraint")
 
     assert places((4, 2), ("data", "fsdp")) == (8, 2)

@@ -37,9 +37,8 @@ def reference(keys, values, query, fan_in, by):
     def parts(*arrays):
         return [[a[i : i + fan_in] for a in arrays] for i in range(0, len(arrays[0]), fan_in)]
 
-    latent, first = map(
-        np.array, zip(*(solved(*part, query) for part in parts(keys, values)), strict=True)
-    )
+    pairs = [solved(*part, query) for part in parts(keys, values)]
+    latent, first = map(np.array, zip(*pairs, strict=True))
     confidence = first
     while len(latent) > 1:
         levels = parts(latent, confidence)

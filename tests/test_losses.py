@@ -53,9 +53,8 @@ def test_values_and_gradients_are_the_plain_ones(tied, bias, whole):
 
     arguments = (head.kernel, head.bias, hidden, weights)
     where = (0, 1, 2, 3) if bias else (0, 2, 3)
-    actual, want = (
-        jax.jit(jax.value_and_grad(f, where, has_aux=True))(*arguments) for f in (fused, unfused)
-    )
+    slopes = (jax.jit(jax.value_and_grad(f, where, has_aux=True)) for f in (fused, unfused))
+    actual, want = (function(*arguments) for function in slopes)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), actual, want)
 
 

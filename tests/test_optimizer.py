@@ -12,11 +12,8 @@ from larimar_jax.train import optimizer
 
 TRAIN = TrainConfig(steps=100, learning_rate=0.1, warmup_steps=10, weight_decay=0.5)
 KERNEL, SCALE = "decoder/layers/up/kernel", "decoder/layers/attention_norm/scale"
-PARAMETERS = {
-    KERNEL: jnp.ones((2, 3, 4)),
-    SCALE: jnp.ones((2, 3)),
-    "memory/prior_memory": jnp.ones((4, 4)),
-}
+SHAPES = {KERNEL: (2, 3, 4), SCALE: (2, 3), "memory/prior_memory": (4, 4)}
+PARAMETERS = {name: jnp.ones(shape) for name, shape in SHAPES.items()}
 
 
 def test_freezing_splits_by_path_and_takes_no_optimizer_state():

@@ -39,9 +39,8 @@ def test_the_papers_config_names_benchmarks_and_options_that_there_are():
     plan = config.load_dict("configs/bench_paper.py")
     plan["data"] = dict(counterfact="a", zsre="b")
     _, planned = reproduce.parse(plan)
-    assert len(planned) == len(plan["runs"]) and {task.name for task in planned.values()} <= set(
-        tasks()
-    )
+    assert len(planned) == len(plan["runs"])
+    assert {task.name for task in planned.values()} <= set(tasks())
     assert planned["longcontext"].data is None and planned["zsre"].data == "b"
     assert planned["counterfact_interface"].overrides == (
         "editing.key_features=null", "editing.answer_code=null",

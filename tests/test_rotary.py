@@ -20,11 +20,7 @@ def rotated(x, position, size=8, interleaved=False):
 
 
 @settings(max_examples=25)
-@given(
-    places=st.tuples(*[st.integers(0, 400)] * 3),
-    interleaved=st.booleans(),
-    size=st.sampled_from([4, 8]),
-)
+@given(st.tuples(*[st.integers(0, 400)] * 3), st.booleans(), st.sampled_from([4, 8]))
 def test_a_score_depends_on_distance_alone(places, interleaved, size):
     query, key = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 1, 1, 8)), jnp.float32)
     first, second, shift = places

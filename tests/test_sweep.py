@@ -123,10 +123,8 @@ def test_a_reference_of_prompts_known_beforehand():
     gaussian = dict(variant="direct", query="prior", initial="normal")
     gaussian["addressing"] = dict(kind="gaussian", width=[1e-3])
     kinds = {f"by_{kind}": gaussian | dict(reference=kind) for kind in sweep.REFERENCES}
-    rows = {
-        row["system"]: row
-        for row in rows_of(build(variants=kinds, facts=[4], noises=[0.0], seeds=[0]))
-    }
+    task = build(variants=kinds, facts=[4], noises=[0.0], seeds=[0])
+    rows = {row["system"]: row for row in rows_of(task)}
     # The slots are then the very prompts, and each fact has one of its own.
     assert rows["by_prompts"]["recall"] == 1.0
     assert rows["by_prompts"]["error"] < 1e-5 < rows["by_prior"]["error"]

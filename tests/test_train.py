@@ -232,9 +232,7 @@ def test_parameters_come_from_another_run(tiny, whole, place):
     assert "'nowhere' matches no parameter there" in str(error.value)
 
 
-def test_frozen_parameters_of_another_run_are_there_when_a_run_is_resumed(
-    tiny, whole, tmp_path, monkeypatch
-):
+def test_another_runs_frozen_parameters_survive_a_resume(tiny, whole, tmp_path, monkeypatch):
     source, straight, stopped = (tmp_path / name for name in ("source", "straight", "stopped"))
     shutil.copytree(whole[0], source)
     changes = dict(start_from=StartConfig(str(source), ("^decoder/",)), frozen=("^decoder/",))

@@ -133,11 +133,8 @@ class TorchLarimar:
             pooled = self._pooled(*texts)
         encodings = functional.linear(pooled.float(), self.to_latent).unflatten(0, facts)
         read, mean = self._read_back(encodings, noisy)
-        latents = {
-            "reconstruction": read,
-            "autoencoding": encodings,
-            "language": torch.zeros_like(encodings),
-        }
+        zero = torch.zeros_like(encodings)
+        latents = {"reconstruction": read, "autoencoding": encodings, "language": zero}
         used = [name for name in latents if getattr(goal, name) != 0.0]
         routes = torch.stack([latents[name] for name in used]).flatten(0, 2)
         entropy, mask = self._entropies(batch, routes, len(used), low)

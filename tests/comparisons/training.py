@@ -46,9 +46,8 @@ def compare(config: Config, repeats: int) -> list[timing.Ratio]:
     ours = OurStep(config)
     theirs = torch_step.TorchStep(config, ours.model())
     pretrained = config.model.decoder.source is not None
-    distance = agreement(
-        ours.losses(), theirs.losses(ours.batch), PRETRAINED if pretrained else AGREEMENT
-    )
+    limit = PRETRAINED if pretrained else AGREEMENT
+    distance = agreement(ours.losses(), theirs.losses(ours.batch), limit)
     sides = {"here": ours.step, "torch": lambda: theirs.step(ours.batch), "memory": ours.memory}
     for side in sides.values():
         side()
@@ -105,9 +104,7 @@ def agreement(
         distances.append(abs(ours[name] - value) / max(abs(value), 1e-12))
         limit = gradients if name == "gradient_norm" else AGREEMENT
         if not distances[-1] <= limit:  # also where it is not a number
-            lines.append(
-                f"{name}: {ours[name]:.7g} here, {value:.7g} in torch, {limit:g} is allowed"
-            )
+            lines.append(f"{name}: {ours[name]:.7g} here, {value:.7g} in torch, at most {limit:g}")
     if lines:
         raise Disagreement(
             "the two sides do not do the same work:\n  "

@@ -25,9 +25,8 @@ def leads(model, config, shares, codes, right):
     vocab_size, differences = model.model.decoder.config.vocab_size, []
     for start in range(0, len(shares), _ROWS):
         readout = np.float32(shares[start : start + _ROWS] @ codes)
-        evidence = latent_layout.decode_answers(
-            config, readout, vocab_size, np.ones(len(readout), bool)
-        )
+        active = np.ones(len(readout), bool)
+        evidence = latent_layout.decode_answers(config, readout, vocab_size, active)
         tokens, gain = (np.asarray(x)[:, 0] for x in (evidence.tokens, evidence.logit_gain))
         is_right = tokens == right[start : start + _ROWS, None]
         gains = (np.where(mask, gain, 0.0).max(axis=1) for mask in (is_right, ~is_right))
