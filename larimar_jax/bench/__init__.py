@@ -1,24 +1,15 @@
 """Benchmarks, one experiment per file: each file defines a `task.Task`."""
 
-import importlib
-import pkgutil
 from collections.abc import Mapping
 from typing import Any
+
+from larimar_jax import registry
 
 
 def tasks() -> Mapping[str, Any]:
     """Return every task in this folder, {name: class}, in the order of their names."""
     from larimar_jax.bench.task import Task
 
-    classes = {}
-    for info in pkgutil.iter_modules(__path__):
-        module = importlib.import_module(f"{__name__}.{info.name}")
-        for value in vars(module).values():
-            if (
-                isinstance(value, type)
-                and issubclass(value, Task)
-                and value.__module__ == module.__name__
-                and value.evaluate is not Task.evaluate
-            ):
-                classes[value.name] = value
-    return dict(sorted(classes.items()))
+    classes = (cls for _, cls in registry.defined_classes(__name__))
+    own = (cls for cls in classes if issubclass(cls, Task) and cls.evaluate is not Task.evaluate)
+    return {cls.name: cls for cls in sorted(own, key=lambda cls: cls.name)}
