@@ -1,15 +1,9 @@
 """Causal language models: one family a file, a subclass of `decoders/decoder.py`'s `Decoder`."""
 
-from collections.abc import Mapping
+import functools
 
 from larimar_jax import registry
 
-
-def families() -> Mapping[str, type]:
-    """Return every decoder family in this folder, by file name."""
-    return registry.families(__name__)
-
-
-def family(model_type: str) -> type:
-    """Return the decoder family that computes a Hugging Face model type; as `registry.family`."""
-    return registry.family(__name__, model_type)
+# Those of this folder, all by file name, and that of a Hugging Face model type.
+families = functools.partial(registry.families, __name__)
+family = functools.partial(registry.family, __name__)
