@@ -73,9 +73,10 @@ class LatentLayout:
 
 def layout(config: Config) -> LatentLayout:
     """Return the layout of a model as it is edited."""
-    features = config.editing.key_features
+    features, code = config.editing.key_features, config.editing.answer_code
     count = 0 if features is None else features.count
-    return LatentLayout(config.model.latent, count, answer_size(config.editing.answer_code))
+    size = 0 if code is None else code.positions * code.width
+    return LatentLayout(config.model.latent, count, size)
 
 
 def features(
@@ -143,11 +144,6 @@ class TokenEvidence:
         gain = jnp.where(depth[..., None] < self.logit_gain.shape[1], gain, 0.0)
         rows = jnp.arange(logits.shape[0])[:, None, None]
         return logits.at[rows, jnp.arange(logits.shape[1])[:, None], tokens].add(gain)
-
-
-def answer_size(config: AnswerCodeConfig | None) -> int:
-    """Return how many numbers a value has more than its encoding: S = P·d."""
-    return 0 if config is None else config.positions * config.width
 
 
 def pack_answers(

@@ -110,7 +110,8 @@ class Perplexity(EditTask):
     def evaluate(self, systems, cases: Sequence[HeldOutText]) -> Iterator[dict[str, Any]]:
         """Yield ℓ of the rest of each text, and how what is decoded in its place reads."""
         store = systems.cached("store", self.facts, lambda: self._store(systems))
-        tfidf = systems.cached("tfidf", self.texts, lambda: self._tfidf())
+        rests = [fluency.words(text.rest) for text in self._texts]
+        tfidf = systems.cached("tfidf", self.texts, lambda: fluency.TfIdf(rests))
         columns = [{"prompt": text.prompt} for text in cases]
         queries = systems.shared_memories([(store, columns, [None] * len(columns))])
         near = [written(*fact) for fact in queries.nearest]
@@ -155,6 +156,3 @@ class Perplexity(EditTask):
         facts = [(record.prompt, record.target_new) for record in self.records]
         prompts = [text.prompt for text in self._texts]
         return FactStore(encode_facts(systems.model, facts, prompts), facts)
-
-    def _tfidf(self) -> fluency.TfIdf:
-        return fluency.TfIdf([fluency.words(text.rest) for text in self._texts])

@@ -71,7 +71,7 @@ def grid(task: Task, pivot: Pivot, summary: Mapping[str, Any]) -> Grid:
             head, _, note = numbers[0].partition("\n")
             line[column] = "\n".join(filter(None, [head, *numbers[1:], note]))
     rows = [
-        [*(_row_label(task, name, value) for name, value in zip(pivot.rows, key, strict=True))]
+        ["" if value is None else summaries.label(task, value) for value in key]
         + [line.get(column, "") for column in columns]
         for key, line in lines.items()
     ]
@@ -89,10 +89,6 @@ def grid(task: Task, pivot: Pivot, summary: Mapping[str, Any]) -> Grid:
     header = [*(summaries.label(task, name) for name in labels), *columns.values()]
     title = pivot.title or f"{task.name}, {summary['cases']} cases"
     return Grid(title, header, rows, pivot.caption)
-
-
-def _row_label(task: Task, name: str, value: Any) -> str:
-    return "" if value is None else summaries.label(task, value)
 
 
 def noted(

@@ -94,12 +94,8 @@ class _MiniLM(huggingface.Folder):
         return Tokenizer.from_file(self.path / "tokenizer.json")
 
 
-def _smollm2() -> gguf.Gguf:
-    return gguf.Gguf(SMOLLM2.locate())
-
-
 # Names that need no path: how their files are opened, and their pinned content.
-PACKAGED = {"minilm": _MiniLM, "smollm2": _smollm2}
+PACKAGED = {"minilm": _MiniLM, "smollm2": lambda: gguf.Gguf(SMOLLM2.locate())}
 PINNED = {"minilm": MINILM_WEIGHTS.sha256, "smollm2": SMOLLM2.sha256}
 
 
