@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -212,6 +213,7 @@ def edit(
 
     _loading()
     opened = Session(model, session)
+    warnings.simplefilter("ignore")  # what it warns of is the event's note
     for fact in facts:
         print(opened.write(**fact), flush=True)
         if note := opened.history()[-1].note:
@@ -219,13 +221,13 @@ def edit(
 
 
 def ask(
-    prompt: str | None = None, *, tokens: train_commands.Count = 12, session: str = SESSION
+    prompt: str | None = None, *, tokens: train_commands.Count | None = None, session: str = SESSION
 ) -> None:
     """Continue a prompt, or each line of standard input, from memory where a written fact applies.
 
     Args:
       prompt: the text to be continued; without it each line of standard input is one
-      tokens N: length of the answer
+      tokens N: length of the answer (16, or that of the written one)
       session FILE: its file
     Example: larimar ask "In which city is the Eiffel Tower? It is in"
     """
@@ -242,7 +244,8 @@ def ask(
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     for line in filter(str.strip, sys.stdin) if prompt is None else [prompt]:
         begun = False
-        answer = opened.ask(line.rstrip("\n"), max_tokens=tokens, on_text=show)
+        options = {} if tokens is None else {"max_tokens": tokens}
+        answer = opened.ask(line.rstrip("\n"), on_text=show, **options)
         print()
         source = f"from fact {answer.fact}" if answer.in_scope else "nothing written applies"
         note = f"({source}; likeness {answer.score:.2f})"

@@ -98,9 +98,7 @@ class DataConfig:
     corpus: str = "wikipedia-summaries"
     held_out: str | None = None  # corpus whose held-out documents judge a run; None for `corpus`
     unit: Literal["sentence", "chunk"] = "chunk"  # a chunk fills the token lengths
-    episode: Annotated[tuple[Count, ...], schema.NOT_EMPTY] = (
-        8,
-    )  # sizes E, one a batch; each compiles
+    episode: Annotated[tuple[Count, ...], schema.NOT_EMPTY] = (8,)  # sizes E; each compiles
     batch: Count = 8  # B, episodes of all processes together
     encoder_tokens: Count = 64
     decoder_tokens: Count = 64
@@ -166,7 +164,7 @@ class KeyFeaturesConfig:
 class AnswerCodeConfig:
     """How an answer is written token by token (latent_layout.py)."""
 
-    positions: Count = 12  # P tokens are written; the language model continues a longer answer
+    positions: Count = 12  # P tokens of a value; a longer answer is written in several
     width: Annotated[Count, schema.MULTIPLE_OF_32] = 256  # d, numbers per token
     limit: Positive = 40.0  # the most that a token's logit gains, in nats
 
@@ -180,6 +178,7 @@ class EditingConfig:
 
     ridge: Positive = 1e-2  # λ of the streaming memory that facts are written into
     query_noise: float = 0.0  # ρ of that memory
+    session_ridge: Positive = 1e-4  # λ of a memory that is read at written keys, where ρ is 0
     scope_threshold: float = 0.68  # least cosine of a query and a written prompt in scope
     key_features: KeyFeaturesConfig | None = None
     answer_code: AnswerCodeConfig | None = None

@@ -36,10 +36,12 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax.config import AnswerCodeConfig, Config, KeyFeaturesConfig
@@ -187,6 +189,23 @@ def decode_answers(
     rows = readout.reshape(len(readout), -1, config.width)
     tokens, gain = jax.lax.map(decode_row, rows, batch_size=_ROWS)
     return TokenEvidence(tokens, jnp.where(active[:, None, None], gain, 0.0))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def condition(
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    readout: Float[Array, "n C"],
+    active: Bool[Array, " n"],
+    layout: LatentLayout,
+    config: AnswerCodeConfig | None,
+) -> Any:
+    """Return a model's condition of readouts, with the evidence in the codes behind their encodings."""
+    model, evidence = nnx.merge(graph, state), None
+    if config is not None:
+        codes = readout[:, layout.encoding + layout.key_features :]
+        evidence = decode_answers(config, codes, model.decoder.config.vocab_size, active)
+    return model.condition(readout[:, : layout.encoding], active, evidence)
 
 
 def _log_likelihood_ratio(cosine: Float[Array, "P k"], width: int) -> Float[Array, "P k"]:

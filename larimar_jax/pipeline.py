@@ -21,9 +21,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import config as configs
 from larimar_jax import generate, latent_layout, scope, scoring, weights
-from larimar_jax.config import AnswerCodeConfig, Config, KeyFeaturesConfig
+from larimar_jax.config import Config, KeyFeaturesConfig
 from larimar_jax.data import vocabulary
-from larimar_jax.latent_layout import LatentLayout
 from larimar_jax.memory.base import Prepared
 from larimar_jax.memory.dual import Dual
 from larimar_jax.memory.streaming import Streaming
@@ -53,7 +52,7 @@ class Encodings:
     latent: Float[np.ndarray, "n C"]
     pooled: Float[np.ndarray, "n H"]
 
-    def __getitem__(self, rows: Sequence[int]) -> "Encodings":
+    def __getitem__(self, rows: Sequence[int] | slice) -> "Encodings":
         """Return those of the given rows."""
         return Encodings(self.embedding[rows], self.latent[rows], self.pooled[rows])
 
@@ -180,6 +179,28 @@ class Pipeline:
             latent = np.concatenate([latent, self.answer_codes(tokens)], axis=1)
         return Encodings(embedding, latent, pooled)
 
+    def encode_fact(self, prompts: Sequence[str], answer: str) -> tuple[Encodings, Encodings]:
+        """Return keys and values of a fact, for each prompt a row, or several for an answer of more
+        tokens than a code has places: a further part's key is the prompt with the answer up to there.
+
+        Raises:
+          TextTooLong, EncodingNotFinite: as `encode`.
+        """
+        code, tokens = self.config.editing.answer_code, self.decoder_tokenizer.following(answer)
+        size = len(tokens) + 1 if code is None else code.positions
+        starts = range(0, len(tokens) + 1, size)
+        begun = [self.decoder_tokenizer.decode(tokens[:start]).strip() for start in starts]
+        texts = [f"{prompt} {text}".strip() for text in begun for prompt in prompts]
+        encodings = self.encode([*texts, *(f"{prompt} {answer}" for prompt in prompts)])
+        keys, values = (
+            encodings[: len(texts)],
+            encodings[[*range(len(texts), len(encodings.latent))] * len(starts)],
+        )
+        if code is not None:
+            codes = self.answer_codes([tokens[start : start + size] for start in starts])
+            values.latent[:, -codes.shape[1] :] = np.repeat(codes, len(prompts), axis=0)
+        return keys, values
+
     def answer_codes(self, tokens: Sequence[Sequence[int] | None]) -> Float[np.ndarray, "n S"]:
         """Return the codes of n answers or parts of one (`latent_layout.pack_answers`)."""
         code = self.config.editing.answer_code
@@ -205,7 +226,7 @@ class Pipeline:
         rows, more = len(readout), steps_bucket(len(readout), 1) - len(readout)
         readout = np.pad(np.asarray(readout, np.float32), ((0, more), (0, 0)))
         active = np.pad(np.ones(rows, bool) if active is None else np.asarray(active), (0, more))
-        return _condition(
+        return latent_layout.condition(
             self.graph, self.state, readout, active, self.layout, self.config.editing.answer_code
         )
 
@@ -265,23 +286,6 @@ def _encode(
     latent = model.to_latent(pooled)
     latent = jnp.concatenate([latent, latent_layout.features(features, latent)], axis=1)
     return embedding, latent, pooled
-
-
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
-def _condition(
-    graph: nnx.GraphDef,
-    state: nnx.State,
-    readout: Float[Array, "n C"],
-    active: Bool[Array, " n"],
-    layout: LatentLayout,
-    code: AnswerCodeConfig | None,
-) -> Condition:
-    model, evidence = nnx.merge(graph, state), None
-    if code is not None:
-        codes = readout[:, layout.encoding + layout.key_features :]
-        tokens = model.decoder.config.vocab_size
-        evidence = latent_layout.decode_answers(code, codes, tokens, active)
-    return model.condition(readout[:, : layout.encoding], active, evidence)
 
 
 def load(source: str | pathlib.Path = "smol", overrides: Sequence[str] = ()) -> Pipeline:

@@ -49,6 +49,10 @@ _NO_NOUN = re.compile(rf"\W*(?:(?:{_FUNCTION_WORDS}|who|which|what|the|an?)\b\W*
 _BEGINNING = 4
 
 
+class NearDuplicate(UserWarning):
+    """A prompt that is easily taken for one that is written."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Match:
     """Per query: its best cosine, and the written key that has it (−1: none)."""

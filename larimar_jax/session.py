@@ -17,6 +17,7 @@ import functools
 import pathlib
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,45 +25,37 @@ import numpy as np
 from jaxtyping import Float
 
 from larimar_jax import scope, session_file
+from larimar_jax.generate import Options
 from larimar_jax.memory import diagnostics, finite, rls
-from larimar_jax.memory.finite import MemoryNotFinite
+from larimar_jax.memory.finite import MemoryNotFinite, NotKept
 from larimar_jax.memory.streaming import StreamingState
 from larimar_jax.model import Condition
-from larimar_jax.packing import steps_bucket
 from larimar_jax.pipeline import Pipeline, load
-from larimar_jax.session_file import (
-    Answer,
-    EmptyFact,
-    Event,
-    Fact,
-    FactRows,
-    Forgotten,
-    Ledger,
-    require_text,
-)
-from larimar_jax.session_file import (
-    UnknownFact as UnknownFact,
-)
-from larimar_jax.session_file import (
-    WrongModel as WrongModel,
-)
+from larimar_jax.session_file import Answer, Event, Fact, FactRows, Forgotten, Ledger
 from larimar_jax.weights.journal import Journal
 
-# Cosine of two prompts from which one is easily taken for the other.
-_NEAR = 0.95
+# Cosine of two prompts from which one is easily taken for the other, and of two that are one.
+_NEAR, _SAME = 0.95, 1 - 1e-5
+# Prompts near a new one whose facts are read back after its write.
+_NEIGHBOURS = 8
 
 
 class _Recall(NamedTuple):
-    """What the memory reads for each prompt; a fact of None leaves it to the base LM."""
+    """What the memory reads for each prompt: None, and no tokens of an answer, is the base LM's."""
 
     facts: list[int | None]
     scores: list[float]
+    tokens: list[int]
     condition: Condition | None
     milliseconds: dict[str, float]
 
 
 class Session:
     """A model, one streaming memory, and the facts that are in it; threads may share it.
+
+    A question is read at the key of the fact that it matches, Eqs. 7–8 with α → 0 over the written keys:
+    it reads that fact as it was written, and no blend with others. Keys are exact then, so that the
+    memory needs no query noise, and less ridge than one that is read at questions.
 
     Args:
       model: a loaded `Pipeline`, or what `pipeline.load` takes: a name or a path.
@@ -75,13 +68,12 @@ class Session:
     """
 
     def __init__(
-        self,
-        model: Pipeline | str | pathlib.Path = "smol",
-        path: str | pathlib.Path | None = None,
+        self, model: Pipeline | str | pathlib.Path = "smol", path: str | pathlib.Path | None = None
     ):
         self.model = model if isinstance(model, Pipeline) else load(model)
-        memory, prepared = self.model.memory, self.model.prepared
-        self._memory = rls.init(memory, prepared, memory.empty(prepared))
+        ridge, prepared = self.model.config.editing.session_ridge, self.model.prepared
+        self._rule = dataclasses.replace(self.model.memory, ridge=ridge, query_noise=0.0)
+        self._memory = rls.init(self._rule, prepared, self._rule.empty(prepared))
         self._ledger = Ledger(self.model.source, self.model.fingerprint)
         self._lock = threading.RLock()
         self._file = None if path is None else Journal(path)
@@ -92,42 +84,47 @@ class Session:
     @property
     def state(self) -> StreamingState:
         """The memory, solved anew."""
-        return rls.to_state(self.model.memory, self.model.prepared, self._memory)
+        return rls.to_state(self._rule, self.model.prepared, self._memory)
 
     def write(self, prompt: str, answer: str, rephrasings: Sequence[str] = ()) -> Fact:
         """Write a fact (Eqs. 3–4, α = +1): keys are prompts, values prompt + answer.
 
-        A prompt that is already written is corrected: its former fact is forgotten first.
+        A prompt that is already written is corrected: its former fact is forgotten first. White space in
+        an answer is part of it, around it is not. A prompt that is easily taken for another one is
+        written with a `scope.NearDuplicate` warning.
 
         Raises:
           EmptyFact, NotText, NotUnicode, TextTooLong, EncodingNotFinite, MemoryNotFinite, SaveFailed:
             nothing is written.
+          NotKept: it would not be read back, or a neighbour no more; nothing is written.
         """
         prompts, answer = session_file.normalise(prompt, answer, rephrasings)
-        count = len(prompts)
-        texts = [*prompts, *(f"{text} {answer}" for text in prompts)]
-        model = self.model
-        encodings = model.encode(texts, [None] * count + [answer] * count)
-        latent = encodings.latent
-        rows = FactRows(encodings.embedding[:count], latent[:count], latent[count:])
+        keys, values = self.model.encode_fact(prompts, answer)
+        rows = FactRows(keys.embedding[: len(prompts)], keys.latent, values.latent)
         with self._exclusively():
             memory, ledger, note = self._memory, self._ledger, ""
-            former = next((fact for fact in self.list() if fact.prompt == prompts[0]), None)
+            places, written = self._written()
+            cosines = scope.cosines(rows.embedding[:1], written)[0]
+            order = np.argsort(-cosines)[:_NEIGHBOURS]
+            nearest = [places[row][0] for row in order]
+            # Many an encoder does not see capitals.
+            alike = (ledger.facts[places[row][0]] for row in order if cosines[row] >= _SAME)
+            words = prompts[0].casefold()
+            former = next((fact for fact in alike if fact.prompt.casefold() == words), None)
             if former is not None:
                 note = f"replaces {former}"
                 memory, milliseconds = self._without(memory, ledger.rows[former.id])
                 ledger = ledger.without(former, milliseconds)
-            elif ledger.facts:
-                ids, written = self._written()
-                match = scope.nearest_key(rows.embedding[:1], written)
-                if match.score[0] >= _NEAR:
-                    near = f"fact {ids[match.key[0]]} (cosine {match.score[0]:.2f})"
-                    note = f"its prompt is hard to tell from that of {near}"
+            elif nearest and cosines[order[0]] >= _NEAR:
+                likeness = f"fact {nearest[0]} (cosine {cosines[order[0]]:.2f})"
+                note = f"its prompt is hard to tell from that of {likeness}"
             begin = time.perf_counter()
-            memory = finite.write(model.memory, model.prepared, memory, rows.key, rows.value)
-            milliseconds = _since(begin)
+            memory = finite.write(self._rule, self.model.prepared, memory, rows.key, rows.value)
             fact = Fact(ledger.next_id, prompts[0], answer, prompts[1:])
-            ledger = ledger.with_fact(fact, rows, milliseconds, note)
+            ledger = ledger.with_fact(fact, rows, _since(begin), note)
+            memory = self._read_back(memory, ledger, [fact.id, *nearest])
+            if note and former is None:
+                warnings.warn(scope.NearDuplicate(f"{fact}: {note}"), stacklevel=2)
             self._commit(memory, ledger)
         return fact
 
@@ -142,7 +139,7 @@ class Session:
         with self._exclusively():
             fact, rows = self._ledger.find(fact_id)
             memory, milliseconds = self._without(self._memory, rows)
-            solved = (self.model.memory, self.model.prepared, self._memory.state, memory.state)
+            solved = (self._rule, self.model.prepared, self._memory.state, memory.state)
             certificate = diagnostics.certify(*solved, rows.key[:1])
             self._commit(memory, self._ledger.without(fact, milliseconds))
         return Forgotten(fact, float(certificate.distance), float(certificate.leverage))
@@ -164,7 +161,7 @@ class Session:
     def health(self) -> diagnostics.Diagnostics:
         """Return diagnostics: condition number, distance to an exact solve, load, expected read error,
         and whether the memory is full."""
-        values = diagnostics.diagnose(self.model.memory, self.model.prepared, self.state)
+        values = diagnostics.diagnose(self._rule, self.model.prepared, self.state)
         return diagnostics.Diagnostics(*(np.asarray(value).item() for value in values))
 
     def ask(
@@ -179,27 +176,28 @@ class Session:
         if on_text is None:
             return self.ask_all([prompt], **options)[0]
 
-        def decode(condition: Condition | None) -> list[str]:
+        def decode(condition: Condition | None, **options: Any) -> list[str]:
             pieces = []
             for (piece,) in self.model.stream([prompt], condition, **options):
                 pieces.append(piece)
                 on_text(piece)
             return ["".join(pieces)]
 
-        return self._answers([prompt], decode)[0]
+        return self._answers([prompt], decode, options)[0]
 
     def ask_all(self, prompts: Sequence[str], **options: Any) -> list[Answer]:
         """`ask` for many prompts in one batch."""
-        decode = functools.partial(self.model.generate, prompts, **options)
-        return self._answers(prompts, decode) if prompts else []
+        decode = functools.partial(self.model.generate, prompts)
+        return self._answers(prompts, decode, options) if prompts else []
 
     def _answers(
-        self, prompts: Sequence[str], decode: Callable[[Condition | None], list[str]]
+        self, prompts: Sequence[str], decode: Callable[..., list[str]], options: dict[str, Any]
     ) -> list[Answer]:
         with self._lock:
-            facts, scores, condition, milliseconds = self._recall(prompts)
+            facts, scores, tokens, condition, milliseconds = self._recall(prompts)
+        limits = [max(Options.max_tokens, count + 1) for count in tokens]
         begin = time.perf_counter()
-        texts = decode(condition)
+        texts = decode(condition, **dict(max_tokens=limits, stop_after=tokens, cut=True) | options)
         milliseconds["decode"] = _since(begin)
         return [
             Answer(text, fact is not None, fact, score, milliseconds)
@@ -219,42 +217,61 @@ class Session:
         if isinstance(prompts, str):
             raise TypeError("prompts is a list of texts; ask() takes one")
         for prompt in prompts:
-            require_text("prompt", prompt)
+            session_file.require_text("prompt", prompt)
         if not all(prompt.strip() for prompt in prompts):
-            raise EmptyFact("A question needs a text to continue; one of the prompts is empty.")
-        begin = time.perf_counter()
-        written_prompts = {text for fact in self.list() for text in fact.prompts}
-        questions = [scope.question(prompt, written_prompts) for prompt in prompts]
-        encodings = self.model.encode(questions, cut=True)
+            raise session_file.EmptyFact(
+                "A question needs a text to continue; one of the prompts is empty."
+            )
+        begin, model, facts = time.perf_counter(), self.model, self._ledger.facts
+        own_words = {text for fact in facts.values() for text in fact.prompts}
+        encodings = model.encode([scope.question(text, own_words) for text in prompts], cut=True)
         milliseconds = {"encode": _since(begin)}
         begin = time.perf_counter()
-        ids, written = self._written()
+        places, written = self._written()
         match = scope.nearest_key(encodings.embedding, written)
-        inside = match.within(self.model.scope_threshold)
-        queries = _padded(encodings.latent)
-        read = rls.read(self.model.memory, self.model.prepared, self._memory, queries)
-        readout = np.asarray(read)[: len(prompts)]
+        inside = match.within(model.scope_threshold)
+        matched = [places[k] if near else None for k, near in zip(match.key, inside, strict=True)]
+        # Where nothing is in scope, the very program of the base LM, and not a masked slot.
+        ids, condition = [place and place[0] for place in matched], None
+        if inside.any():
+            keys = session_file.matched_keys(self._ledger.rows, matched, self._rule.latent)
+            flat = keys.reshape(-1, keys.shape[-1])
+            read = rls.read(self._rule, model.prepared, self._memory, flat)
+            read = np.asarray(read).reshape(keys.shape)[: len(prompts)]
+            further = read[:, 1:, -model.layout.answer_code :].reshape(len(read), -1)
+            condition = model.condition(np.concatenate([read[:, 0], further], axis=1), inside)
         milliseconds["read"] = _since(begin)
-        return _Recall(
-            [ids[key] if within else None for key, within in zip(match.key, inside, strict=True)],
-            [float(score) for score in match.score],
-            # Where nothing is in scope, the very program of the base LM, and not a masked slot.
-            self.model.condition(readout, inside) if inside.any() else None,
-            milliseconds,
-        )
+        tokens = [len(model.decoder_tokenizer.following(facts[i].answer)) if i else 0 for i in ids]
+        return _Recall(ids, [*map(float, match.score)], tokens, condition, milliseconds)
 
-    def _written(self) -> tuple[list[int], Float[np.ndarray, "N H"]]:
-        """Return the embeddings of all written prompts, and the fact of each."""
+    def _written(self) -> tuple[list[tuple[int, int]], Float[np.ndarray, "N H"]]:
+        """Return the embeddings of all written prompts; and of each its fact, and its place there."""
         rows_by_id = self._ledger.rows
-        ids = [fact_id for fact_id, rows in rows_by_id.items() for _ in rows.key]
+        places = [(i, n) for i, rows in rows_by_id.items() for n in range(len(rows.embedding))]
         none = np.zeros((0, self.model.model.encoder.config.width), np.float32)
-        return ids, np.concatenate([none, *(rows.embedding for rows in rows_by_id.values())])
+        return places, np.concatenate([none, *(rows.embedding for rows in rows_by_id.values())])
+
+    def _read_back(self, memory: rls.RLSState, ledger: Ledger, near: Sequence[int]) -> rls.RLSState:
+        """Return the memory if it gives back those of the facts near a new one that are in."""
+        by_id = {fact_id: ledger.rows[fact_id] for fact_id in near if fact_id in ledger.rows}
+        rows, code = session_file.join([*by_id.values()]), self.model.config.editing.answer_code
+        parts = (code.positions, code.width) if code else (1, rows.key.shape[1])
+        content = (rows.key, rows.value, parts)
+        memory, lost = finite.read_back(self._rule, self.model.prepared, memory, *content)
+        if lost.any():
+            owners = np.repeat([*by_id], [len(own.key) for own in by_id.values()])
+            fact = ledger.facts[int(owners[lost.argmax()])]
+            raise NotKept(
+                f"With this fact in, the memory would not give back {str(fact)!r}; nothing is written. "
+                f"It holds about {self._rule.slots} prompts, less of such as are alike: word the prompt "
+                "in another way, forget facts, or write to another session."
+            )
+        return memory
 
     def _without(self, memory: rls.RLSState, rows: FactRows) -> tuple[rls.RLSState, float]:
         """Return the memory without a fact's rows, solved, and the milliseconds that forgetting took."""
-        begin, model = time.perf_counter(), self.model
-        keys, values = _padded(rows.key), _padded(rows.value)
-        memory = finite.forget(model.memory, model.prepared, memory, keys, values)
+        begin = time.perf_counter()
+        memory = finite.forget(self._rule, self.model.prepared, memory, rows.key, rows.value)
         return memory, _since(begin)
 
     def history(self) -> list[Event]:
@@ -267,12 +284,10 @@ class Session:
         Raises:
           SaveFailed.
         """
-        with self._lock:
-            if self._file is not None and self._file.path.resolve() == pathlib.Path(path).resolve():
-                with self._exclusively():
-                    session_file.rewrite(self._file, self._ledger)
-            else:
-                session_file.rewrite(Journal(path), self._ledger)
+        with self._exclusively():
+            own, path = self._file, pathlib.Path(path)
+            is_own = own is not None and own.path.resolve() == path.resolve()
+            session_file.rewrite(own if is_own else Journal(path), self._ledger)
 
     @classmethod
     def load(cls, path: str | pathlib.Path, model: Pipeline | None = None) -> "Session":
@@ -318,7 +333,7 @@ class Session:
                 memory, _ = self._without(memory, session_file.join(gone))
             if new:
                 rows, add = session_file.join(new), finite.write if before.facts else finite.load
-                memory = add(model.memory, model.prepared, memory, rows.key, rows.value)
+                memory = add(self._rule, model.prepared, memory, rows.key, rows.value)
         except MemoryNotFinite:
             self._file = Journal(self._file.path)  # to be read anew
             raise
@@ -328,11 +343,6 @@ class Session:
     def list(self) -> list[Fact]:
         """Return the facts in memory, in the order of writing."""
         return [*self._ledger.facts.values()]
-
-
-def _padded(rows: Float[np.ndarray, "n C"]) -> Float[np.ndarray, "m C"]:
-    """Return rows and zero rows after them, so that few numbers of rows are compiled for."""
-    return np.pad(rows, ((0, steps_bucket(len(rows), 1) - len(rows)), (0, 0)))
 
 
 def _since(begin: float) -> float:

@@ -81,7 +81,7 @@ def normalise(prompt: Any, answer: Any, rephrasings: Any) -> tuple[tuple[str, ..
     for text in rephrasings:
         require_text("a rephrasing", text)
     prompts = tuple(" ".join(text.split()) for text in (prompt, *rephrasings))
-    answer = " ".join(answer.split())
+    answer = answer.strip()
     if not all(prompts) or not answer:
         raise EmptyFact(
             f"A fact needs a prompt and an answer; got prompts {list(prompts)} and answer "
@@ -150,11 +150,28 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class FactRows:
-    """The rows of a fact, so that it can be forgotten by exactly what was written."""
+    """The rows of a fact, so that it can be forgotten by exactly what was written.
+
+    embedding: of its n prompts. key, value: of the prompts for each part of the answer in turn.
+    """
 
     embedding: Float[np.ndarray, "n H"]
-    key: Float[np.ndarray, "n C"]
-    value: Float[np.ndarray, "n C"]
+    key: Float[np.ndarray, "m C"]
+    value: Float[np.ndarray, "m C"]
+
+
+def matched_keys(
+    rows: Mapping[int, FactRows], matched: Sequence[tuple[int, int] | None], width: int
+) -> Float[np.ndarray, "rows parts C"]:
+    """Return the keys that questions are read at, by fact and place of the prompts they match; zeros
+    for None, behind the parts of an answer, and in rows behind the last question."""
+    keys = [rows[i].key[n :: len(rows[i].embedding)] for i, n in filter(None, matched)]
+    # Powers of two, so that few shapes are compiled for.
+    parts = 1 << (max(map(len, keys), default=1) - 1).bit_length()
+    padded = np.zeros((1 << (len(matched) - 1).bit_length(), parts, width), np.float32)
+    for row, own in zip(np.flatnonzero([m is not None for m in matched]), keys, strict=True):
+        padded[row, : len(own)] = own
+    return padded
 
 
 def join(rows: Sequence[FactRows]) -> FactRows:

@@ -74,8 +74,9 @@ def same_losses(rows, wanted, place=0, **chosen):
 def test_a_store_is_the_session_with_the_same_facts(tiny):
     facts = FACTS[:5]
     queries = [*(prompt for prompt, _ in facts), "Says something else"]
-    store = FactStore(encode_facts(tiny, facts, queries), facts)
     session = Session(tiny)
+    tiny = tiny.with_memory(session._rule, tiny.prepared)
+    store = FactStore(encode_facts(tiny, facts, queries), facts)
     for prompt, answer in facts:
         session.write(prompt, answer)
     targets = [("new 1", "true 0")] * len(queries)

@@ -141,14 +141,14 @@ def test_a_fact_and_its_history_are_purged(session, tmp_path, capsys):
         assert cli.main([*line, "--session", str(path)]) == 0
         return capsys.readouterr().out
 
-    for answer in ("Poseidonis", "Atlantis"):
+    for answer in ("Japan7", "city7"):
         run("edit", "The capital of France is", answer)
-    run("edit", "Fact 1 is", "-40C")
+    run("edit", "Fact 1 is", "-4")
     run("forget", "2", "--purge")
     assert "The capital" not in path.read_text() and run("list", "--history").count("write") == 1
     run("edit", "Fact 1 is", "new")
     run("forget", "--purge")
-    assert "-40C" not in path.read_text() and run("list", "--history").count("write") == 1
+    assert "-4" not in path.read_text() and run("list", "--history").count("write") == 1
     assert run("list") == "4: Fact 1 is new\n"
 
 

@@ -71,7 +71,8 @@ def test_what_is_written_in_more_wordings_is_what_a_session_writes(tiny, tmp_pat
     task = CounterFact(data=saved([*shared, alone], tmp_path / "f.json"), rephrasings=2)
     extra = task.other_wordings(task.records, 2)
     assert extra == [("The city Fact 0",), ("Fact 1 is",), ("Says of Fact 2:",), ()]
-    losses = values(rows(task, tiny), "loss_true", kind="edit")
+    same = tiny.with_memory(Session(tiny)._rule, tiny.prepared)
+    losses = values(rows(task, same), "loss_true", kind="edit")
     for case, more in zip(task.records, extra, strict=True):
         session = Session(tiny)
         session.write(case.prompt, case.target_new, more)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import session_writer
 
-from larimar_jax import decoding, pipeline, session_file
+from larimar_jax import decoding, pipeline, scope, session_file
 from larimar_jax.memory import finite
 from larimar_jax.pipeline import EncodingNotFinite
 from larimar_jax.session import Session
@@ -92,6 +92,74 @@ def test_rephrasings_lead_to_the_fact_and_go_with_it(empty):
     assert not empty.ask("Says of fact 1:", max_tokens=2).in_scope
 
 
+def test_a_question_is_read_at_the_key_of_the_fact_that_it_matches(written, monkeypatch):
+    monkeypatch.setattr(pipeline.Pipeline, "scope_threshold", -1.0)
+    recalled = written._recall(["Says of the capital: Japan"])
+    (fact,) = (fact for fact in written.list() if fact.id == recalled.facts[0])
+    verbatim = written._recall([fact.prompt])
+    assert recalled.scores[0] < verbatim.scores[0] == pytest.approx(1.0, abs=1e-4)
+    for have, wanted in zip(
+        jax.tree.leaves(recalled.condition), jax.tree.leaves(verbatim.condition), strict=True
+    ):
+        np.testing.assert_array_equal(have, wanted)
+
+
+def test_another_thing_after_a_mention_is_the_base_models(tiny, written, monkeypatch):
+    """The detector compares what is asked, however near the mention is."""
+    encoded = []
+    encode = tiny.encode
+    monkeypatch.setattr(
+        tiny, "encode", lambda texts, *a, **o: encoded.extend(texts) or encode(texts, *a, **o)
+    )
+    written._recall(["Fact 1 is new. The capital of Japan is", "The capital of Japan. Fact 1 is"])
+    assert encoded == ["The capital of Japan is", "Fact 1 is"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["city", "new true city Japan France 7", "Japan\n\tnew  2 \n", "東京"],
+)
+def test_an_answer_of_any_length_is_given_whole_with_its_white_space(empty, answer):
+    """A value holds three tokens; a stop text in the answer does not end it."""
+    empty.write("Fact 1 is", "new 1")
+    fact = empty.write("The city of Japan is", answer)
+    short, whole = empty.ask_all(["Fact 1 is", "The city of Japan is"])
+    assert fact.answer == answer.strip() == whole.text.strip() and short.text.strip() == "new 1"
+    pieces = []
+    assert empty.ask("The city of Japan is", on_text=pieces.append).text == whole.text
+    assert "".join(pieces) == whole.text
+    empty.forget(fact.id)
+    assert empty.ask("The city of Japan is").fact != fact.id
+
+
+def test_a_prompt_in_other_capitals_is_corrected_where_the_encoder_sees_none(
+    tiny, empty, monkeypatch
+):
+    encode = tiny.encode
+    lowered = lambda texts, *a, **o: encode([text.lower() for text in texts], *a, **o)  # noqa: E731
+    monkeypatch.setattr(tiny, "encode", lowered)
+    empty.write("Fact 1 is", "new 1")
+    fact = empty.write("fact 1 IS", "true 2")
+    assert empty.list() == [fact] and empty.history()[-1].note == "replaces 1: Fact 1 is new 1"
+    answer = empty.ask("Fact 1 is")
+    assert (answer.fact, answer.text.strip()) == (fact.id, "true 2")
+
+
+def test_a_prompt_longer_than_the_towers_take_is_answered_by_its_end(written):
+    """The encoder takes 128 tokens, and the decoder 127."""
+    filler = "The city is new. " * 40
+    assert written.ask(f"{filler}Fact 1 is").fact == 2
+    assert written.ask(f"{filler} Fact 1 is", max_tokens=2).text.strip()
+    assert not written.ask("Japan " * 200).in_scope
+
+
+def test_a_prompt_that_is_easily_taken_for_another_is_warned_of(empty):
+    empty.write("The city of Japan is", "new")
+    with pytest.warns(scope.NearDuplicate, match=r"hard to tell from .* fact 1 \(cosine"):
+        fact = empty.write("The  city of Japan is ,", "true")
+    assert str(fact) in "2: The city of Japan is , true" and len(empty.list()) == 2
+
+
 def test_out_of_scope_is_the_base_model_word_for_word(tiny, written):
     prompt = "The capital of France is"
     answer = written.ask(prompt, max_tokens=6)
@@ -142,19 +210,20 @@ def test_a_fact_of_two_sentences_is_recognised_by_its_own_words(empty):
 
 
 def test_a_forget_is_certified_and_near_duplicates_are_named(empty):
-    empty.write("The capital of Atlantis is", "Poseidonis")
-    first = empty.write("The Eiffel Tower is located in", "Rome")
-    again = empty.write("The Eiffel Tower is located in", "Oslo")
+    empty.write("The capital of Atlantis is", "city")
+    first = empty.write("The Eiffel Tower is located in", "new")
+    again = empty.write("The Eiffel Tower is located in", "true")
     notes = [event.note for event in empty.history()]
     assert notes[0] == "" and notes[-1] == f"replaces {first}"
-    twin = empty.write("The Eiffel Tower is located  in ,", "Bern")
-    note = empty.history()[-1].note
+    twin = empty.write("The Eiffel Tower is located  in ,", "true")
+    note, condition = empty.history()[-1].note, empty.health().condition
     gone = empty.forget(twin.id)
-    assert gone.fact == twin and 0 <= gone.distance < 1e-4
-    # Another fact's key is nearly this one's, and still explains it, exactly where it was named.
-    assert (gone.leverage > 0.5) == (f"that of fact {again.id}" in note)
+    # The rounding of a solve, as memory/diagnostics.py states it.
+    assert gone.fact == twin and 0 <= gone.distance < 1e-7 * condition
+    # Another fact's key is nearly this one's, and still explains it, as was warned of.
+    assert gone.leverage > 0.5 and f"that of fact {again.id}" in note
     alone = empty.forget(1)
-    assert alone.fact.answer == "Poseidonis" and alone.leverage <= 1
+    assert alone.fact.answer == "city" and alone.leverage <= 1
     health = empty.health()
     assert health.count == 1 and not health.full and 0 < health.load < 0.1
     assert json.loads(json.dumps(health)) is not None
@@ -178,6 +247,11 @@ unchecked = inspect.unwrap(Session.write)
         (lambda s: s.write("Fact 9 is", "x", [""]), session_file.EmptyFact, "needs a prompt"),
         (lambda s: s.write("Fact 9 is", "new", "other words"), TypeError, "list of texts"),
         (lambda s: s.write("word " * 90, "x"), TextTooLong, "the encoder takes 128"),
+        (
+            lambda s: s.write("Fact 9 is", "word " * 90),
+            TextTooLong,
+            "tokens and the encoder takes 128",
+        ),
         (
             lambda s: s.forget(77),
             session_file.UnknownFact,
@@ -220,9 +294,18 @@ def test_a_memory_that_float32_can_not_solve_is_kept(empty):
     assert content(empty) == before
 
 
+def test_a_fact_that_would_not_be_given_back_is_refused(empty):
+    empty.write("Fact 1 is", "new 1", rephrasings=["Says of fact 1:"])
+    before = content(empty)
+    with pytest.raises(finite.NotKept, match="would not give back .*nothing is written"):
+        empty.write("Says of fact 1:", "true 2")
+    assert content(empty) == before
+
+
 def test_a_write_that_float32_can_not_solve_is_refused(tiny, monkeypatch):
     """It was once listed as written while the memory had left it out."""
-    monkeypatch.setattr(tiny, "memory", dataclasses.replace(tiny.memory, ridge=0.0))
+    editing = dataclasses.replace(tiny.config.editing, session_ridge=0.0)
+    monkeypatch.setattr(tiny, "config", dataclasses.replace(tiny.config, editing=editing))
     empty = Session(tiny)
     before = content(empty)
     with pytest.raises(finite.MemoryNotFinite, match="could not write"):
@@ -297,8 +380,8 @@ def test_threads_lose_nothing(tiny, tmp_path):
 def test_what_is_purged_leaves_no_trace(tiny, tmp_path, kept):
     path = tmp_path / "session.jsonl"
     opened = Session(tiny, path if kept else None)
-    opened.write("The capital of France is", "Poseidonis")
-    secret = opened.write("The capital of France is", "Atlantis", ["Says the capital:"])
+    opened.write("The capital of France is", "Japan7")
+    secret = opened.write("The capital of France is", "city7", ["Says the capital:"])
     opened.write("Fact 1 is", "new")
     other = opened.write("Fact 1 is", "true")
     opened.forget(secret.id)
@@ -309,7 +392,7 @@ def test_what_is_purged_leaves_no_trace(tiny, tmp_path, kept):
     with pytest.raises(session_file.UnknownFact, match="it was never written"):
         opened.forget(secret.id)
     opened.save(path)
-    for text in ("Poseidonis", "Atlantis", "France", "Says"):
+    for text in ("Japan7", "city7", "France", "Says"):
         assert text.encode() not in path.read_bytes()
     assert b"Fact 1 is" in path.read_bytes() and b"replaces 3" in path.read_bytes()
     opened.purge()

@@ -23,6 +23,10 @@ class MemoryNotFinite(FloatingPointError):
     """A write or forget that float32 could not carry out; the memory stays as it was."""
 
 
+class NotKept(ValueError):
+    """A row that the memory would not give back, or beside which it would lose another."""
+
+
 def load(
     memory: Streaming, prepared: Prepared, empty: rls.RLSState, keys: Rows, values: Rows
 ) -> rls.RLSState:
@@ -66,15 +70,53 @@ def write(
 def forget(
     memory: Streaming, prepared: Prepared, now: rls.RLSState, keys: Rows, values: Rows
 ) -> rls.RLSState:
-    """Return the memory without n rows, solved; rows of zeros are left out.
+    """Return the memory without n rows, solved.
 
     Raises:
       MemoryNotFinite: or a row cannot have been in.
     """
-    after = rls.forget(memory, prepared, now, keys, values)
+    after = rls.forget(memory, prepared, now, _padded(keys), _padded(values))
     if after.state.refused > now.state.refused or not jnp.isfinite(after.state.solution).all():
         raise _not_finite("forget", memory)
     return after
+
+
+def read(memory: Streaming, prepared: Prepared, now: rls.RLSState, keys: Rows) -> Rows:
+    """Read at n keys."""
+    return np.asarray(rls.read(memory, prepared, now, _padded(keys)))[: len(keys)]
+
+
+def read_back(
+    memory: Streaming,
+    prepared: Prepared,
+    now: rls.RLSState,
+    keys: Rows,
+    values: Rows,
+    parts: tuple[int, int],
+) -> tuple[rls.RLSState, Bool[np.ndarray, " n"]]:
+    """Return the memory, solved anew where it rounds too much row by row, and which of n rows it loses.
+
+    A row is lost where any part of it is read with more than half of the largest part as error.
+
+    Args:
+      parts: count and size of the parts, which are the last numbers of a row.
+    """
+    values = values[:, values.shape[1] - parts[0] * parts[1] :]
+    sizes = np.linalg.norm(values.reshape(-1, *parts), axis=2).max(axis=1)
+
+    def lost(now: rls.RLSState) -> Bool[np.ndarray, " n"]:
+        errors = read(memory, prepared, now, keys)[:, -values.shape[1] :] - values
+        return np.linalg.norm(errors.reshape(-1, *parts), axis=2).max(axis=1) > 0.5 * sizes
+
+    if (gone := lost(now)).any():
+        now = rls.refactorize(memory, prepared, now)
+        gone = lost(now)
+    return now, gone
+
+
+def _padded(rows: Rows) -> Float[np.ndarray, "m C"]:
+    """Return rows and zero rows after them, so that few numbers of rows are compiled for."""
+    return np.pad(rows, ((0, (1 << max(len(rows) - 1, 0).bit_length()) - len(rows)), (0, 0)))
 
 
 @jax.jit
@@ -105,5 +147,5 @@ def _not_finite(action: str, memory: Streaming) -> MemoryNotFinite:
     return MemoryNotFinite(
         f"The memory could not {action} this in float32, and stays as it was. Its ridge "
         f"({float(memory.ridge):g}) is too small for what is written: load the model with a larger "
-        "editing.ridge and write the facts again."
+        "editing.session_ridge and write the facts again."
     )

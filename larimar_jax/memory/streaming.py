@@ -183,7 +183,8 @@ class Streaming(Memory):
         so is u G uᵀ, for each forgotten row along u = wA⁻¹, which leans to where little is in.
         """
         ridge = self.total_ridge(after)
-        slack = self._slack(after)
+        # What is left where nearly all is forgotten is the rounding of what was in.
+        slack = jnp.maximum(self._slack(before), self._slack(after))
         written = jnp.maximum(signs, 0.0) * jnp.sum(jnp.square(errors), axis=1)
         energy = before.energy.total()[0, 0] + jnp.sum(written)
         rows = factor_solve(after.factor, weights.T)
