@@ -15,7 +15,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["larimar_jax", "larimar_jax.*"]),
-    package_data={"larimar_jax": ["py.typed", "checkpoints/*", "checkpoints/*/*"]},
+    package_data={"larimar_jax": ["py.typed", "checkpoints/*", "checkpoints/*/*", "data/*.txt"]},
     python_requires=">=3.11",
     # Lower bounds are the versions that the tests ran with. Nothing is capped: JAX 0.11 and later
     # want Python 3.12, which pip resolves from their own metadata.

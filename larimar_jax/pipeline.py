@@ -12,6 +12,7 @@ import functools
 import hashlib
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,12 +44,12 @@ class EncodingNotFinite(FloatingPointError):
 class Encodings:
     """n texts, float32: `embedding` for the scope detector (§6), `latent` for the memory (§2).
 
-    pooled: the encoder's output, of which `embedding` is the projection where the model has one.
+    pooled: the encoder's output, from which the model's detector, if any, makes `embedding`.
     C is the size of the whole `LatentLayout`: behind a text's encoding stand its features and the code
     of its answer, zeros where it has none.
     """
 
-    embedding: Float[np.ndarray, "n H"]
+    embedding: Float[np.ndarray, "n E"]
     latent: Float[np.ndarray, "n C"]
     pooled: Float[np.ndarray, "n H"]
 
@@ -74,19 +75,17 @@ class Pipeline:
         source: str,
         fingerprint: str,
         projection: Float[np.ndarray, "H H"] | None = None,
+        relations: scope.RelationDetector | None = None,
     ):
         self.config, self.model = config, model
         self.encoder_tokenizer, self.decoder_tokenizer = encoder_tokenizer, decoder_tokenizer
         self.source, self.fingerprint = source, fingerprint
         self.projection = None if projection is None else jax.device_put(projection)
+        self.relations = relations
         editing, self.layout = config.editing, latent_layout.layout(config)
         params = latent_layout.extend_prior(model.memory.params(), self.layout)
-        self.memory = Streaming(
-            slots=len(params.prior_memory),
-            latent=self.layout.size,
-            ridge=editing.ridge,
-            query_noise=editing.query_noise,
-        )
+        sizes = dict(slots=len(params.prior_memory), latent=self.layout.size)
+        self.memory = Streaming(**sizes, ridge=editing.ridge, query_noise=editing.query_noise)
         self.prepared: Prepared = self.memory.prepare(params)
         self.graph, self.state = nnx.split(model)
 
@@ -131,6 +130,17 @@ class Pipeline:
           TextTooLong: a text exceeds what the encoder takes; names it.
           EncodingNotFinite: names the first text whose encoding is not finite.
         """
+        if self.relations is None:
+            return self._encode_texts(texts, answers, cut)
+        count, (frames, places) = len(texts), scope.frames(texts)
+        # Of one call: a few more texts of a batch take hardly longer.
+        answers = None if answers is None else [*answers, *[None] * len(frames)]
+        both = self._encode_texts([*texts, *frames], answers, cut)
+        pooled, framed = both.pooled[:count], both.pooled[count:][places]
+        embedding = scope.relation_embedding(pooled, framed, *self.relations)
+        return Encodings(embedding, both.latent[:count], pooled)
+
+    def _encode_texts(self, texts: Sequence[str], answers: Any, cut: bool) -> Encodings:
         limit, width = self.model.encoder.config.max_length, self.model.encoder.config.width
         batch = self.encoder_tokenizer.encode(texts)
         lengths = batch.mask.sum(axis=1)
@@ -151,15 +161,10 @@ class Pipeline:
             # The last bucket may end beyond the positions that the encoder has.
             columns = min(bucket(int(lengths[rows].max())), limit)
             padding = ((0, min(_TEXTS, 1 << (len(rows) - 1).bit_length()) - len(rows)), (0, 0))
-            pad = self.encoder_tokenizer.pad
-            encoded = _encode(
-                self.graph,
-                self.state,
-                self.projection,
-                np.pad(batch.ids[rows, :columns], padding, constant_values=pad),
-                np.pad(batch.mask[rows, :columns], padding),
-                self.config.editing.key_features,
-            )
+            ids, mask = batch.ids[rows, :columns], np.pad(batch.mask[rows, :columns], padding)
+            ids = np.pad(ids, padding, constant_values=self.encoder_tokenizer.pad)
+            features = self.config.editing.key_features
+            encoded = _encode(self.graph, self.state, self.projection, ids, mask, features)
             for output, part in zip(outputs, encoded, strict=True):
                 output[rows] = np.asarray(part)[: len(rows)]
         embedding, latent, pooled = outputs
@@ -307,14 +312,9 @@ def load(source: str | pathlib.Path = "smol", overrides: Sequence[str] = ()) -> 
         )
     config = configs.load(meta["config"], overrides)
     towers = load_towers(config)
-    projection = arrays.pop(scope.PROJECTION, None)
+    fitted = {name: arrays.pop(name) for name in scope.ARRAYS if name in arrays}
     model = restore(config, {name: tower for name, (tower, _) in towers.items()}, arrays, path)
-    width = model.encoder.config.width
-    if projection is not None and projection.shape != (width, width):
-        raise model_file.ExportError(
-            f"{path} does not fit its own config:\n  {scope.PROJECTION}: {projection.shape} in the "
-            f"file, {(width, width)} of the encoder. Run `larimar calibrate` on it again."
-        )
+    projection, relations = scope.detectors(fitted, model.encoder.config.width, path)
     encoder_tokenizer, decoder_tokenizer = vocabulary.tokenizers(
         config,
         functools.partial(_no_corpus, path),
@@ -338,6 +338,7 @@ def load(source: str | pathlib.Path = "smol", overrides: Sequence[str] = ()) -> 
         source=str(source) if str(source) in model_file.shipped() else str(path.resolve()),
         fingerprint=digest.hexdigest(),
         projection=projection,
+        relations=relations,
     )
 
 

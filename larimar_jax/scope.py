@@ -2,20 +2,39 @@
 
 A query is scored by its best cosine over the written prompts. In scope → memory-conditioned decoding;
 out of scope → the untouched language model. ESD, the paper's external detector, compares a sentence
-encoder's embeddings as they are; ISD, its internal one, is a classifier on the model's own encodings:
-here the same cosine after a linear map, which `calibrate` fits and a model's file has as `PROJECTION`.
+encoder's embeddings as they are; ISD, its internal one, is a classifier on the model's own encodings.
+Here that is one of two, and its arrays are in the model's file.
+
+`PROJECTION`: the same cosine after a linear map W.
+
+`WORDINGS` and `RELATIONS`: a sentence without its names and numbers is a frame f, which tells the
+relation that is asked for. It is compared with encodings u_t of many wordings, whose relations are Y_t,
+
+    p(r | f) = Σ_t softmax_t(γ cos(f, u_t)) Y_tr,
+
+and the score is (1 − ω) Σ_r √(p(r | query) p(r | key)) + ω cos(query, key): the Bhattacharyya
+coefficient of the relations and the cosine of whole sentences, as one inner product of
+`relation_embedding`s. Names, numbers and negation are compared as words (`data/lexical.comparable`).
 """
 
 import dataclasses
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from larimar_jax.data import lexical
 from larimar_jax.data.segments import sentences
+from larimar_jax.weights import model_file
 
 PROJECTION = "scope/projection"
+WORDINGS, RELATIONS = "scope/wordings", "scope/relations"
+ARRAYS = (PROJECTION, WORDINGS, RELATIONS)
+# γ and ω.
+SHARPNESS, WHOLE = 30.0, 0.35
 
 
 # What chat templates put around a turn, and the names of speakers and parts before one.
@@ -105,7 +124,7 @@ def _refers_back(sentence: str, before: str) -> bool:
 
 def nearest_key(
     embeddings: Float[np.ndarray, "Q H"],
-    written: Float[np.ndarray, "N H"],
+    written: Float[np.ndarray, "N _"],
     allowed: Bool[np.ndarray, "Q N"] | None = None,
 ) -> Match:
     """Return the best cosine of each query's `question` over the written keys.
@@ -129,11 +148,71 @@ def cosines(
     embeddings: Float[np.ndarray, "Q H"], written: Float[np.ndarray, "N H"]
 ) -> Float[np.ndarray, "Q N"]:
     """Return the cosine of each query with each written key."""
-    queries, keys = (
-        rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
-        for rows in (embeddings, written)
-    )
-    return queries @ keys.T
+    return _unit(embeddings) @ _unit(written).T
+
+
+class RelationDetector(NamedTuple):
+    """Unit encodings of T wordings, and the relations of each, which add up to 1."""
+
+    wordings: Float[np.ndarray, "T H"]
+    relations: Float[np.ndarray, "T R"]
+
+
+def detectors(
+    arrays: Mapping[str, Any], width: int, path: Path
+) -> tuple[Float[np.ndarray, "H H"] | None, RelationDetector | None]:
+    """Return W and the detector of relations, None for what is not among the arrays of a model's file.
+
+    Raises:
+      ExportError: one is of another encoder than that of `width`.
+    """
+    projection, *bank = (arrays.get(name) for name in ARRAYS)
+    for name in (PROJECTION, WORDINGS):
+        if name in arrays and arrays[name].shape[1] != width:
+            raise model_file.ExportError(
+                f"{path} does not fit its own config:\n  {name}: {arrays[name].shape} in the file, "
+                f"{width} columns of the encoder. Run `larimar calibrate` on it again."
+            )
+    return projection, None if bank[0] is None else RelationDetector(*bank)
+
+
+def comparable(
+    detector: RelationDetector | None, queries: Sequence[str], prompts: Sequence[str]
+) -> Bool[np.ndarray, "Q N"]:
+    """Return which queries may mean which written prompts by what they name (`data/lexical`); all of
+    them where no detector of relations is there to go by it."""
+    every = np.ones((len(queries), len(prompts)), bool)
+    return every if detector is None else lexical.comparable(queries, prompts)
+
+
+def frames(texts: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Return the distinct frames of n texts (`data/lexical.evidence`), and the place of each text's."""
+    each = [lexical.evidence(text).frame for text in texts]
+    places = {frame: place for place, frame in enumerate(dict.fromkeys(each))}
+    return list(places), [places[frame] for frame in each]
+
+
+def relation_embedding(
+    texts: Float[np.ndarray, "n H"],
+    frames: Float[np.ndarray, "n H"],
+    wordings: Float[np.ndarray, "T H"],
+    relations: Float[np.ndarray, "T R"],
+) -> Float[np.ndarray, "n RH"]:
+    """Return vectors whose inner product is the score of two sentences.
+
+    Args:
+      texts, frames: encodings of sentences and of their frames.
+      wordings, relations: of a `RelationDetector`.
+    """
+    likeness = SHARPNESS * (_unit(frames) @ wordings.T)
+    weights = np.exp(likeness - likeness.max(axis=1, keepdims=True, initial=-np.inf))
+    shares = weights / weights.sum(axis=1, keepdims=True) @ relations
+    parts = (np.sqrt(1 - WHOLE) * np.sqrt(shares), np.sqrt(WHOLE) * _unit(texts))
+    return np.concatenate(parts, axis=1).astype(np.float32)
+
+
+def _unit(vectors: Float[np.ndarray, "n H"]) -> Float[np.ndarray, "n H"]:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
 
 
 @dataclasses.dataclass(frozen=True)

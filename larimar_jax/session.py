@@ -103,7 +103,7 @@ class Session:
         rows = FactRows(keys.embedding[: len(prompts)], keys.latent, values.latent)
         with self._exclusively():
             memory, ledger, note = self._memory, self._ledger, ""
-            places, written = self._written()
+            places, written = self._written(rows.embedding.shape[1])
             cosines = scope.cosines(rows.embedding[:1], written)[0]
             order = np.argsort(-cosines)[:_NEIGHBOURS]
             nearest = [places[row][0] for row in order]
@@ -219,16 +219,16 @@ class Session:
         for prompt in prompts:
             session_file.require_text("prompt", prompt)
         if not all(prompt.strip() for prompt in prompts):
-            raise session_file.EmptyFact(
-                "A question needs a text to continue; one of the prompts is empty."
-            )
+            raise session_file.EmptyFact("A question needs text to continue; a prompt is empty.")
         begin, model, facts = time.perf_counter(), self.model, self._ledger.facts
         own_words = {text for fact in facts.values() for text in fact.prompts}
-        encodings = model.encode([scope.question(text, own_words) for text in prompts], cut=True)
-        milliseconds = {"encode": _since(begin)}
-        begin = time.perf_counter()
-        places, written = self._written()
-        match = scope.nearest_key(encodings.embedding, written)
+        questions = [scope.question(text, own_words) for text in prompts]
+        encodings = model.encode(questions, cut=True)
+        milliseconds, begin = {"encode": _since(begin)}, time.perf_counter()
+        places, written = self._written(encodings.embedding.shape[1])
+        keys = [facts[i].prompts[n] for i, n in places]
+        allowed = scope.comparable(model.relations, questions, keys)
+        match = scope.nearest_key(encodings.embedding, written, allowed)
         inside = match.within(model.scope_threshold)
         matched = [places[k] if near else None for k, near in zip(match.key, inside, strict=True)]
         # Where nothing is in scope, the very program of the base LM, and not a masked slot.
@@ -244,11 +244,11 @@ class Session:
         tokens = [len(model.decoder_tokenizer.following(facts[i].answer)) if i else 0 for i in ids]
         return _Recall(ids, [*map(float, match.score)], tokens, condition, milliseconds)
 
-    def _written(self) -> tuple[list[tuple[int, int]], Float[np.ndarray, "N H"]]:
+    def _written(self, width: int) -> tuple[list[tuple[int, int]], Float[np.ndarray, "N H"]]:
         """Return the embeddings of all written prompts; and of each its fact, and its place there."""
         rows_by_id = self._ledger.rows
         places = [(i, n) for i, rows in rows_by_id.items() for n in range(len(rows.embedding))]
-        none = np.zeros((0, self.model.model.encoder.config.width), np.float32)
+        none = np.zeros((0, width), np.float32)
         return places, np.concatenate([none, *(rows.embedding for rows in rows_by_id.values())])
 
     def _read_back(self, memory: rls.RLSState, ledger: Ledger, near: Sequence[int]) -> rls.RLSState:

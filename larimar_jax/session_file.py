@@ -155,7 +155,7 @@ class FactRows:
     embedding: of its n prompts. key, value: of the prompts for each part of the answer in turn.
     """
 
-    embedding: Float[np.ndarray, "n H"]
+    embedding: Float[np.ndarray, "n E"]
     key: Float[np.ndarray, "m C"]
     value: Float[np.ndarray, "m C"]
 

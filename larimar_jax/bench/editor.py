@@ -137,7 +137,8 @@ class LarimarEditor:
         match = scope.nearest_key(
             encodings.embedding[of_questions],
             encodings.embedding[of_texts if by_text else of_prompts],
-            fact[:, None] == owner,
+            (fact[:, None] == owner)
+            & scope.comparable(self.model.relations, questions, texts if by_text else prompts),
         )
 
         latents = encodings.latent

@@ -125,8 +125,11 @@ class FactStore:
     def read(self, queries: Sequence[str]) -> tuple[Float[np.ndarray, "Q C"], scope.Match]:
         """Return the readouts of queries, each by its `scope.question`."""
         written_prompts = frozenset(prompt for prompt, _ in self.facts)
-        encodings = self._encoded([scope.question(query, written_prompts) for query in queries])
-        match, latent = scope.nearest_key(encodings.embedding, self._embedding), encodings.latent
+        questions = [scope.question(query, written_prompts) for query in queries]
+        encodings = self._encoded(questions)
+        latent = encodings.latent
+        allowed = scope.comparable(self.model.relations, questions, [p for p, _ in self.facts])
+        match = scope.nearest_key(encodings.embedding, self._embedding, allowed)
         rows = bucket(len(latent), _QUERIES)
         padded = np.pad(latent, ((0, rows - len(latent)), (0, 0)))
         readout = _read(self.model.memory, self.model.prepared, self.state, padded)

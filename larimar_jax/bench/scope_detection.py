@@ -34,8 +34,8 @@ class Scope(EditTask):
     the store all prompts are written at once, which is what deployment sees, and a paraphrase
     should also be nearest to its own. Beside them, prompts of other relations in the file, put to
     the record's subject: how many pass. The external detector (ESD) compares the encoder's output,
-    the internal one (ISD) what the model's file maps it to, where it was trained (`larimar
-    calibrate`); it then decides. Queries pass at the model's threshold where a detector decides,
+    the internal one (ISD) is the model's own, where it was trained (`larimar calibrate`); it then
+    decides. Queries pass at the model's threshold where a detector decides,
     else at that of its equal error rate against its own prompt.
     """
 
@@ -122,17 +122,21 @@ class Scope(EditTask):
         place = {record.case_id: number for number, record in enumerate(self.records)}
         # What the model's own detector compares, last, is its embedding in any case.
         detectors = {"external": "embedding"}
-        if model.projection is not None:
+        if model.projection is not None or model.relations is not None:
             detectors = {"external": "pooled", "internal": "embedding"}
         rows: dict[int, list[dict[str, Any]]] = {case.case_id: [] for case in cases}
         for detector, by in detectors.items():
             keys, scored = getattr(encoded(prompts), by), []
+            relations = model.relations if by == "embedding" else None
             for case in cases:
                 own = place[case.case_id]
                 for kind, texts in case.queries.items():
-                    embedding = getattr(encoded([*map(scope.question, texts)]), by)
-                    alone = scope.nearest_key(embedding, keys[own : own + 1])
-                    among = scope.nearest_key(embedding, keys)
+                    questions = [*map(scope.question, texts)]
+                    embedding = getattr(encoded(questions), by)
+                    allowed = scope.comparable(relations, questions, prompts)
+                    own_key, own_allowed = keys[own : own + 1], allowed[:, own : own + 1]
+                    alone = scope.nearest_key(embedding, own_key, own_allowed)
+                    among = scope.nearest_key(embedding, keys, allowed)
                     fixed = dict(case=case.case_id, system=detector, kind=kind, prompt=case.prompt)
                     for n, query in enumerate(texts):
                         for store, match in zip(STORES, (alone, among), strict=True):

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from jaxtyping import Float
 
 from larimar_jax.data.edit_records import EditRecord
 
@@ -63,6 +64,18 @@ class Paraphrases:
         """Return the number of the relation of a record's prompt: wordings of one another share it.
         None where the prompt does not hold its subject, or no record words it in two ways."""
         return self._relation.get(_template(record.prompt, record.subject) or "")
+
+    def graph(self, least: int) -> tuple[list[str], Float[np.ndarray, "n n"]]:
+        """Return the prompts, {} for their subject, that at least `least` records have beside another,
+        and how many records have each two of them."""
+        templates = [t for t, beside in self._beside.items() if sum(beside.values()) >= least]
+        places = {template: place for place, template in enumerate(templates)}
+        counts = np.zeros((len(templates), len(templates)), np.float32)
+        for template, place in places.items():
+            for other, records in self._beside[template].items():
+                if other in places:
+                    counts[place, places[other]] = records
+        return templates, counts
 
     def elsewhere(
         self, record: EditRecord, count: int, rng: np.random.Generator

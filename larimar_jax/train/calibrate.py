@@ -168,7 +168,8 @@ def model(source: str | Path, out: str | Path, data: str | Path, recipe: Recipe)
         "records": len(records),
         "unseen_relations": {"external": result.external, "internal": result.internal},
     }
-    model_file.amend(path, out, {scope.PROJECTION: result.projection}, meta)
+    arrays, others = {scope.PROJECTION: result.projection}, (scope.WORDINGS, scope.RELATIONS)
+    model_file.amend(path, out, arrays, meta, without=others)
     for tokenizer in vocabulary.files(path.parent):
         if not (Path(out).parent / tokenizer.name).exists():
             shutil.copyfile(tokenizer, Path(out).parent / tokenizer.name)

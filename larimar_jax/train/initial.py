@@ -35,7 +35,8 @@ def start_from(
     exported = path / "model.safetensors" if path.is_dir() else path
     if exported.is_file():
         arrays, _ = model_file.load_exported(exported)
-        arrays.pop(scope.PROJECTION, None)  # Fitted to the encodings of the model that it is in.
+        for name in scope.ARRAYS:  # Fitted to the encodings of the model that they are in.
+            arrays.pop(name, None)
         names = _chosen({name: array.shape for name, array in arrays.items()}, parameters, start)
         read = {name: jax.device_put(arrays[name], parameters[name].sharding) for name in names}
         return {**parameters, **read}, names

@@ -199,6 +199,7 @@ def calibrate(
     retrieval: float | None = None,
     folds: int | None = None,
     seed: int | None = None,
+    relations: bool = False,
 ) -> None:
     """Train a model's scope detector on questions that mean a fact and on others.
 
@@ -206,6 +207,9 @@ def calibrate(
     output, and the threshold of the cosine after it. The model's other parameters stay. How far the map
     goes from the identity, the threshold, and the error rates that are shown come from relations that it
     was not fitted on. Sessions of the original file stay with that file.
+
+    With --relations the detector has English wordings of many relations instead of a map, and compares
+    names, numbers and negations as words; none of the numbers below counts then.
 
     Args:
       model MODEL: a shipped name, an exported file or a run
@@ -218,11 +222,17 @@ def calibrate(
       retrieval N: weight of retrieving one's own prompt from a batch's (0.3)
       folds N: parts of the relations, each judged by a W fitted on the rest (4)
       seed N: of batches, and of other questions (0)
+      relations: tell questions apart by the relations that they ask for; for encoders of English
     Example: larimar calibrate runs/smol --data counterfact-train.json --out smol.safetensors
     """
     from larimar_jax import schema
-    from larimar_jax.train import calibrate
+    from larimar_jax.train import calibrate, relation_detector
 
+    if relations:
+        print("encoding the wordings", file=sys.stderr)
+        print(relation_detector.show(relation_detector.model(model, out, data)))
+        print(f"written: {out}")
+        return
     recipe = dict(steps=steps, batch=batch, rate=rate, others=others)
     recipe |= dict(retrieval=retrieval, folds=folds, seed=seed)
     recipe = {name: value for name, value in recipe.items() if value is not None}

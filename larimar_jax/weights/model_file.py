@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -136,9 +136,19 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
 
 
 def amend(
-    source: str | Path, path: str | Path, more: Mapping[str, Any], meta: Mapping[str, Any]
+    source: str | Path,
+    path: str | Path,
+    more: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    *,
+    without: Collection[str] = (),
+    float16: Collection[str] = (),
 ) -> None:
     """Write what `source` holds, each array as it is stored there, with `more` arrays and another meta.
+
+    Args:
+        without: arrays that are left out, where they are there.
+        float16: those of `more` to store so.
 
     Raises:
         FileNotFoundError, ExportError: as `load_exported`, of `source`.
@@ -147,9 +157,11 @@ def amend(
     narrow = {
         f"^{re.escape(name)}$": array.dtype.name
         for name, array in stored.items()
-        if name not in more and array.dtype.name != described["dtypes"][name]
+        if name not in (*more, *without) and array.dtype.name != described["dtypes"][name]
     }
+    narrow |= {f"^{re.escape(name)}$": "float16" for name in float16}
     arrays, _ = load_exported(source)
+    arrays = {name: array for name, array in arrays.items() if name not in without}
     save_exported(path, {**arrays, **more}, meta, narrow)
 
 

@@ -1,0 +1,184 @@
+"""What a sentence names: its names, numbers and negation, by rules alone; and the rest of it, its frame.
+
+An encoder puts "room 101" beside "room 102", and "is open" beside "is not open". Words tell them apart.
+"""
+
+import dataclasses
+import functools
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from larimar_jax.data import relations
+
+# Stands for the names of a sentence in `Evidence.frame`, as in the wordings of `relations`.
+PLACEHOLDER = "X"
+
+_WORD = re.compile(r"[^\W_]+")
+_CLITICS = frozenset("s t d re ll ve m".split())
+_FUNCTION_WORDS = frozenset(
+    "a an the this that these those of in on at by for from to with as into about between among after "
+    "before since until during over under and or but nor so if then than because while although it its "
+    "he him his she her hers they their them we our us i my me you your one who whom whose which what "
+    "where when why how is are was were be been being am do does did done has have had having can could "
+    "will would shall should may might must there here not no never none neither without please tell "
+    "name say according also just both each any some all".split()
+)
+# Between two words of one name: "Duke of the Alps", "Lena van der Meer".
+_PARTICLES = frozenset(
+    "of and the a in on at to for de la von van du der di del della y e da dos mac ben bin ibn al el le "
+    "les des den ter zu".split()
+)
+_NEGATIONS = frozenset("not never none neither nor without nobody nothing nowhere cannot".split())
+_NUMBERS = {
+    word: str(value)
+    for words, start in (
+        ("two three four five six seven eight nine ten eleven twelve thirteen fourteen", 2),
+        ("second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth", 2),
+    )
+    for value, word in enumerate(words.split(), start)
+}
+_DIGITS = re.compile(r"(\d+)(?:st|nd|rd|th)?")
+_ROMAN = re.compile(r"(?=[IVXLC]{2}|[VX])C{0,3}(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})")
+# What may stand between two words of one name.
+_WITHIN_NAME = re.compile(r"[\w \-–'’.&]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What a sentence names, in folded words: no accents, no capitals, no plural s.
+
+    names: words with a capital or a digit; where no word has a capital, those that no wording of
+    `relations` has. strict: numbers and negation, and the whole text where it is in a script that is not
+    Latin: what is to be the very same in two wordings of one question. frame: the sentence with
+    `PLACEHOLDER` for its names and numbers.
+    """
+
+    words: frozenset[str]
+    names: frozenset[str]
+    strict: tuple[str, ...]
+    frame: str
+
+
+@functools.lru_cache(1 << 16)
+def evidence(text: str) -> Evidence:
+    """Return what a sentence names."""
+    text = unicodedata.normalize("NFKC", text)
+    matches = [
+        match
+        for match in _WORD.finditer(text)
+        if not (match[0] in _CLITICS and text[: match.start()].endswith(("'", "’")))
+    ]
+    words = [match[0] for match in matches]
+    lower = [word.casefold() for word in words]
+    numbers = [_number(word) for word in words]
+    for place in range(1, len(words)):
+        # "I" is a number after a name only.
+        follows_name = words[place - 1].istitle() and lower[place - 1] not in _FUNCTION_WORDS
+        if words[place] == "I" and follows_name:
+            numbers[place] = "1"
+    known = _FUNCTION_WORDS | relations.vocabulary()
+    is_name = [
+        (word != word.lower() or any(map(str.isdigit, word)))
+        and number is None
+        and low not in _FUNCTION_WORDS
+        for word, low, number in zip(words, lower, numbers, strict=True)
+    ]
+    # A sentence begins with a capital, whatever its first word is.
+    if lower and lower[0] in known and not any(is_name[1:2]):
+        is_name[0] = False
+    if not any(is_name):
+        pairs = zip(lower, numbers, strict=True)
+        is_name = [low not in known and number is None for low, number in pairs]
+    strict = sorted(number for number in numbers if number is not None)
+    if not _NEGATIONS.isdisjoint(lower) or re.search(r"n['’]t\b|\b[Nn]o (?!\d)", text):
+        strict.append("not")
+    if any(map(_is_foreign, text)):
+        strict.append(" ".join(lower))
+    return Evidence(
+        frozenset(map(_fold, words)),
+        frozenset(_fold(word) for word, name in zip(words, is_name, strict=True) if name),
+        tuple(strict),
+        _frame(text, matches, [a or b is not None for a, b in zip(is_name, numbers, strict=True)]),
+    )
+
+
+def _frame(text: str, matches: list[re.Match], hidden: list[bool]) -> str:
+    """Return the text with a placeholder for each run of hidden words and what may be inside a name."""
+    parts, end, place = [], 0, 0
+    while place < len(matches):
+        if not hidden[place]:
+            place += 1
+            continue
+        parts += [text[end : matches[place].start()], PLACEHOLDER]
+        following = place
+        while following is not None:
+            place = following
+            end, beyond = matches[place].end(), place + 1
+            while beyond < min(place + 3, len(matches)) and (
+                not hidden[beyond] and matches[beyond][0].casefold() in _PARTICLES
+            ):
+                beyond += 1
+            is_one = (
+                beyond < len(matches)
+                and hidden[beyond]
+                and _WITHIN_NAME.fullmatch(text[end : matches[beyond].start()])
+            )
+            following = beyond if is_one else None
+        place += 1
+    return "".join([*parts, text[end:]])
+
+
+def _number(word: str) -> str | None:
+    """Return the number that a word is, as digits or Roman: None where it is none."""
+    if digits := _DIGITS.fullmatch(word):
+        return digits[1].lstrip("0") or "0"
+    if _ROMAN.fullmatch(word):
+        values = [{"I": 1, "V": 5, "X": 10, "L": 50, "C": 100}[letter] for letter in word]
+        pairs = zip(values, [*values[1:], 0], strict=True)
+        return str(sum(-value if value < after else value for value, after in pairs))
+    return _NUMBERS.get(word.casefold())
+
+
+def _is_foreign(letter: str) -> bool:
+    return letter.isalpha() and ord(letter) >= 0x250 and not 0x1E00 <= ord(letter) < 0x1F00
+
+
+def _fold(word: str) -> str:
+    letters = unicodedata.normalize("NFKD", word)
+    word = "".join(letter for letter in letters if not unicodedata.combining(letter)).casefold()
+    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
+
+
+def comparable(queries: Sequence[str], keys: Sequence[str]) -> Bool[np.ndarray, "Q N"]:
+    """Return which queries may mean which keys.
+
+    A query names something else than a key where numbers, negation or foreign text are not the same;
+    where it has half or less of the key's names; or where each has a name that the other lacks.
+    """
+    query_side, written = [*map(evidence, queries)], [*map(evidence, keys)]
+    # Of words only those of queries count, so that few are looked up in many keys.
+    known = {word: place for place, word in enumerate(set().union(*(e.words for e in query_side)))}
+
+    def indicators(sets: Iterable[frozenset[str]]) -> Float[np.ndarray, "n u"]:
+        sets = [*sets]
+        result = np.zeros((len(sets), len(known)), np.float32)
+        for row, words in zip(result, sets, strict=True):
+            row[[known[word] for word in words if word in known]] = 1
+        return result
+
+    names, key_names = ([len(e.names) for e in side] for side in (query_side, written))
+    absent = (
+        key_names - indicators(e.words for e in query_side) @ indicators(e.names for e in written).T
+    )
+    beyond = np.array(names, int)[:, None] - (
+        indicators(e.names for e in query_side) @ indicators(e.words for e in written).T
+    )
+    strict, key_strict = (
+        np.array([hash(e.strict) for e in side], int) for side in (query_side, written)
+    )
+    is_other = (absent > 0) & ((2 * absent >= key_names) | (beyond > 0))
+    return ~is_other & (strict[:, None] == key_strict)
