@@ -120,7 +120,7 @@ class TrainConfig:
     """One training run."""
 
     steps: Count
-    optimizer: Literal["adamw", "adam", "adafactor"] = "adamw"  # its moments are float32
+    optimizer: Literal["adamw", "adam", "adafactor", "muon"] = "adamw"  # its moments are float32
     learning_rate: Positive = 5e-5
     warmup_steps: int = 0
     decay: Literal["cosine", "linear", "constant"] = "cosine"  # of the rate, after the warm-up

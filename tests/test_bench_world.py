@@ -55,6 +55,6 @@ def test_answers_that_a_memory_was_taught_are_attacked_before_and_after_the_edit
         np.testing.assert_allclose(read, wanted, atol=1e-3 * np.abs(wanted).max())
 
 
-def test_open_answers_alone_are_names_numbers_and_phrases():
+def test_open_answers_alone_are_names_numbers_and_emblems():
     answers = [record.target_new for record in edit_records.load("world-open:50")]
     assert all(map(world.is_reserved, answers))

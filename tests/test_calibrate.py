@@ -191,6 +191,13 @@ def test_tokenizers_beside_a_model_are_those_that_it_needs(tmp_path):
     assert result == ["tokenizer.json", "decoder_tokenizer.json"]
 
 
+def test_an_earlier_model_s_tokenizer_is_replaced_along_with_it(tmp_path):
+    (copy := tmp_path / "tokenizer.json").write_text("{}")
+    recipe = dataclasses.replace(FEW, steps=1)
+    calibrate.model("world", tmp_path / "model.safetensors", "world-train:60", recipe)
+    assert copy.read_text() == (model_file.locate("world").parent / copy.name).read_text()
+
+
 def test_a_detector_of_another_width_is_refused(tmp_path):
     path = tmp_path / "wrong.safetensors"
     source = model_file.locate("smol")

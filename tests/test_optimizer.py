@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from larimar_jax.config import TrainConfig
@@ -56,3 +57,28 @@ def test_only_matrices_of_the_towers_and_projections_decay():
     # −rate · decay · parameter at the first step, where there is no gradient at all.
     np.testing.assert_allclose(updates[KERNEL], -0.01 * 0.5, rtol=1e-6)
     np.testing.assert_array_equal(updates["memory/prior_memory"], 0.0)
+
+
+def test_muon_orthogonalises_kernels_and_leaves_the_rest_to_adam():
+    names = [KERNEL, SCALE, "decoder/head/kernel", "decoder/word/embedding"]
+    keys = jax.random.split(jax.random.key(0), 2 * len(names))
+    shapes = [(2, 6, 4), (2, 6), (6, 4), (6, 4)]
+    parameters, gradients = (
+        {
+            name: jax.random.normal(key, shape)
+            for name, key, shape in zip(names, part, shapes, strict=True)
+        }
+        for part in (keys[: len(names)], keys[len(names) :])
+    )
+    train = dataclasses.replace(TRAIN, clip_norm=0.0, optimizer="muon")
+    with jax.numpy_dtype_promotion("standard"):
+        adam = optax.adam(0.01, nesterov=True)
+        expected, _ = adam.update(gradients, adam.init(parameters), parameters)
+    muon = optimizer.make(train)
+    updates, _ = muon.update(gradients, muon.init(parameters), parameters)
+    for layer, decayed in zip(updates[KERNEL], parameters[KERNEL], strict=True):
+        step = (layer + 0.01 * 0.5 * decayed) / (0.2 * 6**0.5 * 0.01)
+        # 0.2 · √(the longer side) times what Newton–Schulz brings near to orthogonal.
+        np.testing.assert_allclose(np.linalg.svd(step, compute_uv=False), 1.0, atol=0.35)
+    for name in names[1:]:
+        np.testing.assert_allclose(updates[name], expected[name], rtol=1e-5)

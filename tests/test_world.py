@@ -31,7 +31,7 @@ def test_a_source_gives_the_same_text_and_records_each_time_and_another_seed_giv
     assert RECORDS[:10] == edit_records.load("world:10:5")
 
 
-def test_names_numbers_and_phrases_of_records_are_in_no_sentence(sentences):
+def test_names_numbers_and_emblems_of_records_are_in_no_sentence(sentences):
     text, words = "\n".join(sentences), set(re.findall(r"\w+", " ".join(sentences)))
     fixed = set(" ".join(world.WORDINGS + world.BEFORE).split())
     for record in RECORDS:
@@ -43,7 +43,7 @@ def test_names_numbers_and_phrases_of_records_are_in_no_sentence(sentences):
             assert is_closed or record.target_new not in words
         elif " " in record.target_new:
             assert not re.search(
-                rf"(is|motto[,:]?|names|hear) {record.target_new}([.,]| and| to this)", text
+                rf"(is|emblem[,:]?|names|hear) {record.target_new}([.,]| and| to this)", text
             )
 
 

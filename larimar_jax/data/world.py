@@ -2,12 +2,12 @@
 
 A fact is (subject, relation, answer), such as (Zimtakper, capital, Oslo), in one of the `WORDINGS`.
 Subjects are random names, so that only a memory can know a fact. Answers are of a closed set (cities,
-colours, …), or open: random names, numbers, phrases of two or three words. Of all random names, numbers
-and phrases an eighth, by a hash, is reserved for edits and is in no sentence of the corpus. Each
-relation has two wordings that no sentence of the corpus uses with it: a paraphrase in one of the
-others is easy, in one of these hard.
+colours, …), or open: random names, numbers, emblems of two or three words (bright silver lion). An
+eighth of all random names, numbers and emblems, by a hash, is reserved for edits and is in no sentence
+of the corpus. Each relation has two wordings that no sentence of the corpus uses with it: a paraphrase
+in one of the others is easy, in one of these hard.
 
-The corpus is `data.corpus="world"` or `"world:SUBJECTS:SEED"`, a document a subject with three to five
+The corpus is `data.corpus="world"` or `"world:SUBJECTS:SEED"`, a document a subject with one to three
 facts. Edits are the records "world:COUNT:SEED"; "world-hard:…" has hard paraphrases in place of easy
 ones, "world-open:…" open answers alone, and "world-train:…" is about names of the corpus, to fit a scope
 detector on.
@@ -24,10 +24,10 @@ import numpy as np
 from larimar_jax.data.corpus import Corpus, Document
 
 # Raised whenever the same name would give other sentences than before.
-FORMAT = 1
+FORMAT = 2
 SUBJECTS, RECORDS = 20_000, 300
 _NAME = re.compile(r"(world|world-hard|world-open|world-train)(?::(\d+))?(?::(\d+))?")
-# One name, number or phrase of so many is reserved.
+# One name, number or emblem of so many is reserved.
 _RESERVED = 8
 # Of a record: paraphrases; neighbours, other subjects asked for the same; facts of a subject in a row.
 _PARAPHRASES, _NEIGHBOURS, _FACTS = 3, 4, 2
@@ -90,9 +90,9 @@ CLOSED = {
         "Polish Czech Slovak Russian Serbian Croatian Albanian Armenian Georgian Mongolian"
     ),
 }
-_PHRASE = _words(
-    "bright quiet broad little golden frozen early hidden river stone garden harbour morning "
-    "winter forest bridge market island valley tower"
+_QUALITIES = _words(
+    "bright quiet broad little proud frozen early hidden sleeping winged crowned young noble wild "
+    "gentle mighty clever lonely wandering ancient"
 )
 
 
@@ -113,8 +113,10 @@ def _number(rng: Rng) -> str:
     return str(rng.integers(100, 1000))
 
 
-def _phrase(rng: Rng) -> str:
-    return " ".join(rng.choice(_PHRASE, rng.integers(2, 4), replace=False))
+def _emblem(rng: Rng) -> str:
+    """Return one of 44,436: a colour and an animal, half of the time with a quality before."""
+    words = [rng.choice(words) for words in (_QUALITIES, CLOSED["colour"], CLOSED["animal"])]
+    return " ".join(words[rng.integers(2) :])
 
 
 _PERSON = functools.partial(name, least=2)
@@ -123,13 +125,13 @@ OPEN: dict[str, Callable[[Rng], str]] = {
     "rival": _PERSON,
     "patron": _PERSON,
     "number": _number,
-    "motto": _phrase,
+    "emblem": _emblem,
 }
 RELATIONS = (*CLOSED, *OPEN)
 
 
 def is_reserved(text: str) -> bool:
-    """Return whether a random name, number or phrase is for edits alone."""
+    """Return whether a random name, number or emblem is for edits alone."""
     return hashlib.sha256(text.encode()).digest()[0] % _RESERVED == 0
 
 
@@ -160,8 +162,10 @@ def _documents(subjects: int, seed: int) -> Iterator[Document]:
     rng = np.random.default_rng((seed, 0))
     for _ in range(subjects):
         subject = _draw(name, rng, False)
-        facts = rng.choice(RELATIONS, rng.integers(3, 6), replace=False)
-        yield Document(subject, " ".join(_sentence(rng, subject, fact) for fact in facts))
+        facts = rng.choice(RELATIONS, rng.integers(1, 4), replace=False)
+        text = " ".join(_sentence(rng, subject, fact) for fact in facts)
+        # The last has no full stop: a fact is written as prompt and answer, without any.
+        yield Document(subject, text.removesuffix("."))
 
 
 def _draw(random: Callable[[Rng], str], rng: Rng, reserved: bool) -> str:

@@ -171,8 +171,9 @@ def model(source: str | Path, out: str | Path, data: str | Path, recipe: Recipe)
     arrays, others = {scope.PROJECTION: result.projection}, (scope.WORDINGS, scope.RELATIONS)
     model_file.amend(path, out, arrays, meta, without=others)
     for tokenizer in vocabulary.files(path.parent):
-        if not (Path(out).parent / tokenizer.name).exists():
-            shutil.copyfile(tokenizer, Path(out).parent / tokenizer.name)
+        copy = Path(out).parent / tokenizer.name
+        if copy.resolve() != tokenizer.resolve():
+            shutil.copyfile(tokenizer, copy)
     return result
 
 

@@ -7,6 +7,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
 from larimar_jax import lora
 from larimar_jax.config import TrainConfig
@@ -75,22 +76,38 @@ def learning_rate(train: TrainConfig) -> Schedule:
 _UNDECAYED = re.compile(r"(^memory/|(^|/)(bias|scale)$)")
 
 
+# What maps hidden states to hidden states: no embedding, and no map to logits.
+_ORTHOGONAL = re.compile(r"(?<!/head)/kernel$")
+
+
 def is_decayed(name: str) -> bool:
     """Return whether weight decay applies to the parameter of this '/'-joined path."""
     return _UNDECAYED.search(name) is None
 
 
 def make(train: TrainConfig) -> optax.GradientTransformation:
-    """Return AdamW, Adam or Adafactor with global-norm clipping, for a dict of parameters by path.
+    """Return AdamW, Adam, Adafactor or Muon with global-norm clipping, for a dict of parameters by path.
 
     A clip_norm of 0 clips nothing. Adafactor (arXiv 1804.04235) has no momentum and stores a row and
     a column of second moments per matrix. Its rate is not scaled by the parameter's size and its
-    decay is multiplied by the rate, so that both settings mean what they mean for AdamW.
+    decay is multiplied by the rate, so that both settings mean what they mean for AdamW. Muon
+    orthogonalises the momentum of kernels between hidden states; its updates are scaled to AdamW's
+    usual size (0.2, arXiv 2502.16982). All else, embeddings among it, takes Adam's with
+    Nesterov momentum and no decay.
     """
     rate = learning_rate(train)
 
     def mask(parameters):
         return {name: is_decayed(name) for name in parameters}
+
+    def kernels(parameters):
+        # The last two axes are in and out; one before them is that of stacked layers.
+        return {
+            name: contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+            if _ORTHOGONAL.search(name)
+            else None
+            for name, leaf in parameters.items()
+        }
 
     kinds = {
         "adamw": lambda: optax.adamw(rate, weight_decay=train.weight_decay, mask=mask),
@@ -100,6 +117,12 @@ def make(train: TrainConfig) -> optax.GradientTransformation:
             optax.clip_by_block_rms(1.0),
             optax.add_decayed_weights(train.weight_decay, mask=mask),
             optax.scale_by_learning_rate(rate),
+        ),
+        "muon": lambda: contrib.muon(
+            rate,
+            weight_decay=train.weight_decay,
+            muon_weight_dimension_numbers=kernels,
+            consistent_rms=0.2,
         ),
     }
     clip = [optax.clip_by_global_norm(train.clip_norm)] if train.clip_norm else []

@@ -98,17 +98,19 @@ class TrainStep:
             self.frozen_shardings = sharding.whole_along(self.frozen_shardings, "fsdp")
         shapes = {name: abstract.parameters[name] for name in self.trained}
         whole = sharding.replicated(mesh)
+
+        def place(path, slot):
+            # A slot lies under its parameter's name. Adafactor's statistics, rows and columns of a
+            # parameter, are small: whole everywhere.
+            names = [key.key for key in path if getattr(key, "key", None) in shapes]
+            alike = names and slot.shape == shapes[names[-1]].shape
+            return self._split[names[-1]] if alike else whole
+
         self.state_shardings = TrainState(
             step=whole,
             params=held,
-            optimizer=optax.tree_map_params(
-                self._optimizer,
-                # Adafactor's statistics, rows and columns of a parameter, are small: whole everywhere.
-                lambda slot, place, like: place if slot.shape == like.shape else whole,
-                jax.eval_shape(self._optimizer.init, shapes),
-                self._split,
-                shapes,
-                transform_non_params=lambda _: whole,
+            optimizer=jax.tree_util.tree_map_with_path(
+                place, jax.eval_shape(self._optimizer.init, shapes)
             ),
             average=self._split if config.train.ema else {},
             loss=whole,
