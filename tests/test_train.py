@@ -134,12 +134,13 @@ def paper(tmp_path):
     datasets.DatasetDict(wikitext).save_to_disk(tmp_path / "wikitext")
     tokenizer = Tokenizer.train(texts, 300)
     sizes = dict(vocab_size=300, width=16, depth=1, heads=2, mlp=32)
-    for name, family, write, own in (
-        ("encoder", encoders.families()["bert"], export.write_encoder, tokenizer.framed()),
-        ("decoder", decoders.families()["gpt2"], export.write_decoder, tokenizer),
+    for name, family, own in (
+        ("encoder", encoders.families()["bert"], tokenizer.framed()),
+        ("decoder", decoders.families()["gpt2"], tokenizer),
     ):
         (tmp_path / name).mkdir()
-        write(tmp_path / name, family(family.CONFIG(**sizes), rngs=nnx.Rngs(0)), own)
+        module = family(family.CONFIG(**sizes), rngs=nnx.Rngs(0))
+        export.write_tower(tmp_path / name, module, own)
     towers = [(n, {**sizes, "source": tmp_path / n}) for n in ("encoder", "decoder")]
     settings = [f"model.{n}.{key}={value}" for n, tower in towers for key, value in tower.items()]
     settings += [f"data.corpus=hf:{tmp_path}/wikitext:train#text", "train.mesh=[1,2,1]"]
