@@ -189,11 +189,12 @@ def load_towers(
     Raises:
       FileNotFoundError, ValueError: as `build`.
     """
-    check_sources(config)
     towers = {}
-    for name, (tower, _, how) in _towers(config).items():
+    for name, (tower, kind, how) in _towers(config).items():
         if tower.source is None:
             continue
+        if tower.sizes is not None:
+            _check_source(name, tower, kind)
 
         def inside(path: str, shape: tuple[int, ...], name: str = name) -> Any:
             return where(f"{name}/{path}", shape)
@@ -209,22 +210,25 @@ def check_sources(config: Config) -> None:
 
     No tensor is read. Raises as `build`."""
     for name, (tower, kind, _) in _towers(config).items():
-        if tower.source is None:
-            continue
-        family, sizes = weights.sizes(tower.source, kind)
-        if tower.sizes is None:
-            continue
-        wanted = {"family": tower.family, **dataclasses.asdict(tower.sizes)}
-        actual = {"family": family.__module__.rpartition(".")[2], **dataclasses.asdict(sizes)}
-        if differing := [
-            f"{key}: {wanted.get(key)!r} in the config, {actual.get(key)!r} in the weights"
-            for key in sorted(wanted.keys() | actual.keys())
-            if wanted.get(key) != actual.get(key)
-        ]:
-            raise ValueError(
-                f"model.{name}: the weights {tower.source!r} are not of the sizes that the config "
-                "gives:\n  " + "\n  ".join(differing)
-            )
+        if tower.source is not None:
+            _check_source(name, tower, kind)
+
+
+def _check_source(name: str, tower: Any, kind: types.ModuleType) -> None:
+    family, sizes = weights.sizes(tower.source, kind)
+    if tower.sizes is None:
+        return
+    wanted = {"family": tower.family, **dataclasses.asdict(tower.sizes)}
+    actual = {"family": family.__module__.rpartition(".")[2], **dataclasses.asdict(sizes)}
+    if differing := [
+        f"{key}: {wanted.get(key)!r} in the config, {actual.get(key)!r} in the weights"
+        for key in sorted(wanted.keys() | actual.keys())
+        if wanted.get(key) != actual.get(key)
+    ]:
+        raise ValueError(
+            f"model.{name}: the weights {tower.source!r} are not of the sizes that the config "
+            "gives:\n  " + "\n  ".join(differing)
+        )
 
 
 def abstract(

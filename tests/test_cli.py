@@ -48,7 +48,8 @@ def test_help_imports_nothing_heavy():
 def test_arguments_and_options_are_a_functions_parameters():
     line = "plan --config a --devices 8 --set x.y=1 z=2 --set w=3 --flops 2e12 --json"
     arguments = vars(cli.parser().parse_args(line.split()))
-    numbers = dict(devices=8, memory="80GB", flops=2e12, link=train_commands.A100_LINK, json=True)
+    numbers = dict(devices=8, memory="80GB", flops=2e12, mfu=0.4, node=8, disk=1e9, json=True)
+    numbers |= dict(link=train_commands.A100_LINK, network=train_commands.NETWORK)
     overrides = ["x.y=1", "z=2", "w=3"]
     assert arguments == dict(command="plan", config="a", overrides=overrides, **numbers)
     arguments = cli.parser().parse_args("report a b --out c --no-texts".split())
