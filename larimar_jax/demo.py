@@ -260,8 +260,8 @@ class Episode:
     """An episode about names that the model has never seen, by stage.
 
     facts: prompts with the written answers. texts: what each prompt is continued with. likeness: the
-    products of every prompt's readout (row) and every fact's encoding (column), both less the encoding
-    of the prompt: what the memory adds, and what the answer adds.
+    products of every prompt's readout (row) and every fact's encoding (column), both less what M₀ reads
+    for the prompt: what is written adds, and what the answer adds.
     """
 
     facts: list[tuple[str, str]]
@@ -308,12 +308,14 @@ def write_episode(session: Session) -> Episode:
     queries = pipeline.encode(prompts).latent
     encodings = pipeline.encode([" ".join(fact) for fact in facts], [a for _, a in facts]).latent
     texts, likeness = {}, {}
+    empty = pipeline.memory.empty(pipeline.prepared)
+    unwritten = np.asarray(pipeline.memory.read(pipeline.prepared, empty, queries).latent)
 
     def ask(stage: str) -> None:
         answers = session.ask_all(prompts, max_tokens=ANSWER_TOKENS)
         texts[stage] = [answer.text for answer in answers]
         readouts = pipeline.memory.read(pipeline.prepared, session.state, queries).latent
-        read, added = np.asarray(readouts) - queries, encodings - queries
+        read, added = np.asarray(readouts) - unwritten, encodings - unwritten
         lengths = np.linalg.norm(added, axis=1)
         likeness[stage] = read @ added.T / lengths / lengths[:, None]
 
