@@ -97,12 +97,12 @@ def test_the_file_is_the_model_with_this_detector_in_it(few, tmp_path, capsys):
     assert f"threshold {model.scope_threshold:.3f}" in capsys.readouterr().out
     assert arrays["scope/wordings"].shape == (RELATIONS * WORDS, 384) and model.projection is None
     texts = ["Where was Ann born?", "The gate of Rome is"]
-    found, frames = (
+    encodings, frames = (
         model.encode(texts),
         model.encode([lexical.evidence(text).frame for text in texts]),
     )
-    want = scope.relation_embedding(found.pooled, frames.pooled, *model.relations)
-    np.testing.assert_allclose(found.embedding, want, atol=1e-4)
+    want = scope.relation_embedding(encodings.pooled, frames.pooled, *model.relations)
+    np.testing.assert_allclose(encodings.embedding, want, atol=1e-4)
     assert scope.comparable(model.relations, texts, texts).tolist() == [
         [True, False],
         [False, True],

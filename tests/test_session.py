@@ -378,10 +378,10 @@ def test_threads_lose_nothing(tiny, tmp_path):
         assert own == [f"Fact {number} {count} is" for count in range(4)]
 
 
-@pytest.mark.parametrize("kept", [True, False], ids=["in a file", "in memory"])
-def test_what_is_purged_leaves_no_trace(tiny, tmp_path, kept):
+@pytest.mark.parametrize("in_file", [True, False], ids=["in a file", "in memory"])
+def test_what_is_purged_leaves_no_trace(tiny, tmp_path, in_file):
     path = tmp_path / "session.jsonl"
-    opened = Session(tiny, path if kept else None)
+    opened = Session(tiny, path if in_file else None)
     opened.write("The capital of France is", "Japan7")
     secret = opened.write("The capital of France is", "city7", ["Says the capital:"])
     opened.write("Fact 1 is", "new")

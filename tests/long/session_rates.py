@@ -121,26 +121,23 @@ def main(count: int, people: int) -> None:
     def asks_of(form: Callable[[str, str], tuple[str, str | None]]) -> list[tuple[str, str | None]]:
         return [form(*fact) for fact in some_places]
 
-    report(
-        "another thing after a mention",
-        opened,
-        asks_of(lambda p, a: (f"Last year we saw {p[15:-3]}. {draw.choice(ELSEWHERE)}", None)),
-    )
-    report(
-        "another thing after the very fact",
-        opened,
-        asks_of(lambda p, a: (f"{p} {a}. {draw.choice(ELSEWHERE)}", None)),
-    )
-    report(
-        "the fact after another thing",
-        opened,
-        asks_of(lambda p, a: (f"{draw.choice(ELSEWHERE)} late. {p}", a)),
-    )
-    report(
-        "a sentence that refers back",
-        opened,
-        asks_of(lambda p, a: (f"What is the capital of {p[15:-3]}? It is", a)),
-    )
+    forms = {
+        "another thing after a mention": lambda p, a: (
+            f"Last year we saw {p[15:-3]}. {draw.choice(ELSEWHERE)}",
+            None,
+        ),
+        "another thing after the very fact": lambda p, a: (
+            f"{p} {a}. {draw.choice(ELSEWHERE)}",
+            None,
+        ),
+        "the fact after another thing": lambda p, a: (f"{draw.choice(ELSEWHERE)} late. {p}", a),
+        "a sentence that refers back": lambda p, a: (
+            f"What is the capital of {p[15:-3]}? It is",
+            a,
+        ),
+    }
+    for kind, form in forms.items():
+        report(kind, opened, asks_of(form))
     report(
         "a question of other things", opened, [(draw.choice(QUESTIONS), None) for _ in range(count)]
     )
