@@ -14,6 +14,8 @@ KEY = "The gate code of Villa Morena is"
         (KEY, "What is the code for the gate of villa Morena?", True),
         (KEY, "The gate code of Villa Serena is", False),
         ("Ida Lund plays the", "Ida Holm plays the", False),
+        ("Ida Lund was born in the town of", "IDA LUND WAS BORN IN THE TOWN OF", True),
+        ("Ida Lund was born in the town of", "IDA HOLM WAS BORN IN THE TOWN OF", False),
         ("José Núñez lives in", "where does jose nunez live?", True),
         ("the tides of narvik come at", "the tides of bergen come at", False),
         ("Locker 12 belongs to", "Locker 13 belongs to", False),

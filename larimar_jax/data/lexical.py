@@ -81,8 +81,10 @@ def evidence(text: str) -> Evidence:
         if words[place] == "I" and follows_name:
             numbers[place] = "1"
     known = _FUNCTION_WORDS | relations.vocabulary()
+    # Of a text all in capitals they say nothing.
+    has_capitals = not text.isupper()
     is_name = [
-        (word != word.lower() or any(map(str.isdigit, word)))
+        ((has_capitals and word != word.lower()) or any(map(str.isdigit, word)))
         and number is None
         and low not in _FUNCTION_WORDS
         for word, low, number in zip(words, lower, numbers, strict=True)
