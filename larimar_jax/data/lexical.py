@@ -17,7 +17,6 @@ from larimar_jax.data import relations
 # Stands for the names of a sentence in `Evidence.frame`, as in the wordings of `relations`.
 PLACEHOLDER = "X"
 
-_WORD = re.compile(r"[^\W_]+")
 _CLITICS = frozenset("s t d re ll ve m".split())
 _FUNCTION_WORDS = frozenset(
     "a an the this that these those of in on at by for from to with as into about between among after "
@@ -33,15 +32,26 @@ _PARTICLES = frozenset(
     "les des den ter zu".split()
 )
 _NEGATIONS = frozenset("not never none neither nor without nobody nothing nowhere cannot".split())
-_NUMBERS = {
-    word: str(value)
-    for words, start in (
-        ("two three four five six seven eight nine ten eleven twelve thirteen fourteen", 2),
-        ("second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth", 2),
-    )
-    for value, word in enumerate(words.split(), start)
-}
-_DIGITS = re.compile(r"(\d+)(?:st|nd|rd|th)?")
+_CARDINALS = (
+    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen"
+).split()
+_ORDINALS = (
+    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth "
+    "fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth"
+).split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_NUMBERS = {word: n for words in (_CARDINALS, _ORDINALS) for n, word in enumerate(words, 1)}
+_NUMBERS |= {word: 10 * n for n, word in enumerate(_TENS, 2)}
+_NUMBERS |= {word[:-1] + "ieth": 10 * n for n, word in enumerate(_TENS, 2)}
+_NUMBERS |= {"hundred": 10**2, "hundredth": 10**2, "thousand": 10**3, "million": 10**6}
+# "2.1", "9:15" and "twenty-first" are single numbers.
+_WORD = re.compile(
+    rf"\d+(?:[.,:]\d+)+|\b(?:{'|'.join(_TENS)})[- ](?:{'|'.join(_CARDINALS[:9] + _ORDINALS[:9])})\b"
+    r"|[^\W_]+",
+    re.IGNORECASE,
+)
+_DIGITS = re.compile(r"(\d[\d.,:]*)(?:st|nd|rd|th)?")
 _ROMAN = re.compile(r"(?=[IVXLC]{2}|[VX])C{0,3}(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})")
 # What may stand between two words of one name.
 _WITHIN_NAME = re.compile(r"[\w \-–'’.&]*")
@@ -52,9 +62,9 @@ class Evidence:
     """What a sentence names, in folded words: no accents, no capitals, no plural s.
 
     names: words with a capital or a digit; where no word has a capital, those that no wording of
-    `relations` has. strict: numbers and negation, and the whole text where it is in a script that is not
-    Latin: what is to be the very same in two wordings of one question. frame: the sentence with
-    `PLACEHOLDER` for its names and numbers.
+    `relations` has. strict: numbers, negation, symbols such as emoji, and the whole text where it is in
+    a script that is not Latin: what is to be the very same in two wordings of one question. frame: the
+    sentence with `PLACEHOLDER` for its names and numbers.
     """
 
     words: frozenset[str]
@@ -95,11 +105,16 @@ def evidence(text: str) -> Evidence:
     if not any(is_name):
         pairs = zip(lower, numbers, strict=True)
         is_name = [low not in known and number is None for low, number in pairs]
-    strict = sorted(number for number in numbers if number is not None)
+    strict = sorted({number for number in numbers if number is not None})
     if not _NEGATIONS.isdisjoint(lower) or re.search(r"n['’]t\b|\b[Nn]o (?!\d)", text):
         strict.append("not")
     if any(map(_is_foreign, text)):
-        strict.append(" ".join(lower))
+        # All but punctuation and blanks: vowels may be marks, which are no letters.
+        strict.append(
+            "".join(c for c in text if unicodedata.category(c)[0] not in "CPZ").casefold()
+        )
+    else:
+        strict += sorted({c for c in text if not c.isascii() and unicodedata.category(c)[0] == "S"})
     return Evidence(
         frozenset(map(_fold, words)),
         frozenset(_fold(word) for word, name in zip(words, is_name, strict=True) if name),
@@ -137,12 +152,14 @@ def _frame(text: str, matches: list[re.Match], hidden: list[bool]) -> str:
 def _number(word: str) -> str | None:
     """Return the number that a word is, as digits or Roman: None where it is none."""
     if digits := _DIGITS.fullmatch(word):
-        return digits[1].lstrip("0") or "0"
+        return re.sub(r",(?=\d{3}\b)", "", digits[1]).lstrip("0") or "0"
     if _ROMAN.fullmatch(word):
         values = [{"I": 1, "V": 5, "X": 10, "L": 50, "C": 100}[letter] for letter in word]
         pairs = zip(values, [*values[1:], 0], strict=True)
         return str(sum(-value if value < after else value for value, after in pairs))
-    return _NUMBERS.get(word.casefold())
+    values = [_NUMBERS.get(part, 0) for part in re.split("[- ]", word.casefold())]
+    # "one" and "first" are mostly none: "the one who first sang".
+    return str(sum(values)) if all(values) and values != [1] else None
 
 
 def _is_foreign(letter: str) -> bool:
@@ -158,7 +175,7 @@ def _fold(word: str) -> str:
 def comparable(queries: Sequence[str], keys: Sequence[str]) -> Bool[np.ndarray, "Q N"]:
     """Return which queries may mean which keys.
 
-    A query names something else than a key where numbers, negation or foreign text are not the same;
+    A query names something else than a key where `Evidence.strict` is not the same;
     where it has half or less of the key's names; or where each has a name that the other lacks.
     """
     query_side, written = [*map(evidence, queries)], [*map(evidence, keys)]
