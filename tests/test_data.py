@@ -94,6 +94,94 @@ def test_zsre_reads_both_schemas_by_their_own_protocol(tmp_path):
     assert [record.target_new for record in answers] == ["Paris", "Paris"]
 
 
+def _queries(prompt: str, answer: str) -> list:
+    answers = [{"value": answer, "aliases": []}]
+    return [{"test_queries": [{"prompt": prompt, "answers": answers}], "test_condition": "OR"}]
+
+
+OTHERS = {
+    # KnowEdit's new facts: no answer before, aliases in lists, and a question that has no answer.
+    "wiki_recent": {
+        **{name: KNOWEDIT[name] for name in ("subject", "prompt", "target_new", "portability")},
+        "locality": {
+            "Relation_Specificity": [{"prompt": "It is made of", "ground_truth": [["iron", "Fe"]]}],
+            "Forgetfulness": [{"prompt": "It was in", "ground_truth": ""}],
+        },
+    },
+    "wikibio": {
+        "text": "About the tower.",
+        "labels": "It stands in Oslo.",
+        "concept": "tower",
+        "locality": {"Relation_Specificity": [{"prompt": "It is of", "ground_truth": ["iron"]}]},
+    },
+    "mquake": ORIGINAL
+    | {
+        "requested_rewrite": [ORIGINAL["requested_rewrite"]],
+        "questions": ["In what country is the tower?"],
+        "new_answer": "Italy",
+        "new_single_hops": [],
+    },
+    "ripple": {
+        "edit": {
+            "prompt": "The name of the city of Tower is Rome.",
+            "original_fact": {"prompt": "The name of the city of Tower is Paris."},
+        },
+        "Relation_Specificity": _queries("The maker of Tower is", "Ann"),
+        "Compositionality_I": _queries("The country of Tower is", "Italy"),
+    },
+    "uniedit": {
+        "edit": {"prompt": "The tower is in", "subject": "tower", "target": "Rome"},
+        "generality": {
+            "0": {"prompt": "One finds the tower in", "target": "Rome"},
+            "1": {"prompt": "The tower's country is", "target": "Italy"},
+        },
+        "locality": {"0": {"prompt": "The palace is in", "target": "Paris"}},
+    },
+    "fastedit": {"prompt": "{} is in", "subject": "Tower", "target": "Rome", "queries": ["Where"]},
+    "known": {"known_id": 4, "template": "{} is in", "subject": "Tower", "attribute": "Rome"},
+    "alphaedit": {
+        "case_id": 4,
+        "prompt": "{} is in",
+        "subject": "Tower",
+        "target_new": {"str": "Rome"},
+    },
+}
+
+
+def test_records_of_other_benchmarks_of_editing_are_read(tmp_path):
+    path = _file(tmp_path, *OTHERS.values())
+    read = dict(zip(OTHERS, edit_records.load(path), strict=True))
+    assert [read[name].target_new for name in OTHERS] == [
+        *("Oslo", "It stands in Oslo.", "Rome", "Rome", "Rome", "Rome", "Rome", "Rome")
+    ]
+    assert [read[name].target_true for name in OTHERS] == ["", "", "Paris", "Paris", *[""] * 4]
+    recent, ripple, uniedit = read["wiki_recent"], read["ripple"], read["uniedit"]
+    assert recent.neighbourhood_targets == ("iron",)
+    assert recent.neighbourhood_kinds == ("Relation_Specificity",)
+    assert recent.portability_kinds == ("Reasoning",) and recent.paraphrases == ()
+    assert read["wikibio"].neighbourhood_targets == ("iron",)
+    assert read["mquake"].prompt == "The tower stands in"
+    assert read["mquake"].portability == (("In what country is the tower?", "Italy"),)
+    assert (ripple.prompt, ripple.subject) == ("The name of the city of Tower is", "Tower")
+    assert ripple.neighbourhood == ("The maker of Tower is",)
+    assert ripple.neighbourhood_targets == ("Ann",)
+    assert ripple.portability == (("The country of Tower is", "Italy"),)
+    assert ripple.portability_kinds == ("Compositionality_I",)
+    assert uniedit.paraphrases == ("One finds the tower in",)
+    assert uniedit.portability == (("The tower's country is", "Italy"),)
+    assert read["fastedit"].paraphrases == ("Where",)
+    assert read["known"].case_id == read["alphaedit"].case_id == 4
+    assert read["known"].prompt == read["alphaedit"].prompt == "Tower is in"
+    # UniEdit's file is an object of records by number.
+    path.write_text(json.dumps({"0": OTHERS["uniedit"]}))
+    assert edit_records.load(path) == [dataclasses.replace(uniedit, case_id=0)]
+    two = OTHERS["mquake"] | {"requested_rewrite": 2 * OTHERS["mquake"]["requested_rewrite"]}
+    with pytest.raises(MalformedRecord, match="has 2 items, and a record of one edit is read"):
+        edit_records.load(_file(tmp_path, two))
+    with pytest.raises(MalformedRecord, match=r"known, by a field of theirs: mquake \(new_single"):
+        edit_records.load(_file(tmp_path, {"x": 1}))
+
+
 @pytest.mark.parametrize(
     ("record", "change", "field"),
     [

@@ -52,8 +52,12 @@ def raw_records(source: str | Path) -> Iterator[tuple[Any, Any]]:
     text = _text(path)
     if text.lstrip().startswith("{"):
         with contextlib.suppress(json.JSONDecodeError):  # of one object a line
-            if isinstance(items := json.loads(text).get("data"), list):
+            whole = json.loads(text)
+            if isinstance(items := whole.get("data"), list):
                 yield from ((f"record {index}", raw) for index, raw in enumerate(items))
+                return
+            if whole and all(key.isdigit() for key in whole):
+                yield from ((f"record {key!r}", raw) for key, raw in whole.items())
                 return
     if text.lstrip().startswith("["):
         try:
