@@ -19,8 +19,9 @@ coefficient of the relations and the cosine of whole sentences, as one inner pro
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,8 +50,9 @@ _LABEL = re.compile(
 _INLINE_LABEL = re.compile(
     r"(?<=[^\s#*>])\s+(?=[#*> ]*(?:Q|A|Question|Answer|User|Assistant|Human|Bot)\s*:)"
 )
-# A line ends a sentence where it is the name of a speaker, or the next begins with a capital or a digit.
-_LINE = re.compile(r"\n\s*\n|\n(?=\W{0,8}[A-Z0-9À-Ý])|\n(?=\w+\n)")
+# A line ends a sentence where it is the name of a speaker, or the next begins with a capital or a digit;
+# and a semicolon does.
+_LINE = re.compile(r"\n\s*\n|\n(?=\W{0,8}[A-Z0-9À-Ý])|\n(?=\w+\n)|(?<=;)\s")
 _FUNCTION_WORDS = (
     "and|but|so|then|also|now|today|there|in|at|on|to|of|for|from|by|with|about|as|is|was|are|were|does"
     "|did|do|has|had|can|could|will|would|where|whom|whose|when|how|why|because|while|if"
@@ -84,7 +86,12 @@ class Match:
         return (self.score >= threshold) & (self.key >= 0)
 
 
-def question(query: str, written: Collection[str] = ()) -> str:
+def by_words(prompts: Sequence[str]) -> dict[str, str]:
+    """Return prompts by what they are and by what they are without capitals, for `question`."""
+    return {text.casefold(): text for text in prompts} | {text: text for text in prompts}
+
+
+def question(query: str, written: Mapping[str, str] = MappingProxyType({})) -> str:
     """Return the part of a query that its continuation belongs to, which the detector compares (§6).
 
     It is the last sentence, with those before it as far as each refers back to the one before ("… the
@@ -92,8 +99,8 @@ def question(query: str, written: Collection[str] = ()) -> str:
     earlier is no part of it.
 
     Args:
-      written: prompts as they are written, blanks between words; where the query ends with one of them,
-        from a sentence's beginning on, it is that one.
+      written: prompts, blanks between words, `by_words`; where the query ends with one of them, from a
+        sentence's beginning on and whatever its capitals, it is that one.
     """
     blocks = _LINE.split(_INLINE_LABEL.sub("\n\n", _MARKUP.sub("\n\n", query)))
     parts = [sentence for block in blocks for sentence in sentences(block)]
@@ -102,7 +109,7 @@ def question(query: str, written: Collection[str] = ()) -> str:
         tail = " ".join(f"{part} {tail}".split())
         if len(tail) > longest:
             break
-        exact = tail if tail in written else exact
+        exact = written.get(tail) or written.get(tail.casefold()) or exact
     if exact:
         return exact
     parts = [text for part in parts if (text := _LABEL.sub("", part))]

@@ -103,14 +103,14 @@ class Session:
         rows = FactRows(keys.embedding[: len(prompts)], keys.latent, values.latent)
         with self._exclusively():
             memory, ledger, note = self._memory, self._ledger, ""
-            places, written = self._written(rows.embedding.shape[1])
-            cosines = scope.cosines(rows.embedding[:1], written)[0]
+            places, _, written = ledger.prompts
+            cosines = scope.cosines(rows.embedding[:1], written)[0] if places else np.zeros(0)
             order = np.argsort(-cosines)[:_NEIGHBOURS]
             nearest = [places[row][0] for row in order]
             # Many an encoder does not see capitals.
-            alike = (ledger.facts[places[row][0]] for row in order if cosines[row] >= _SAME)
             words = prompts[0].casefold()
-            former = next((fact for fact in alike if fact.prompt.casefold() == words), None)
+            in_other_capitals = [f for f in ledger.facts.values() if f.prompt.casefold() == words]
+            former = next((f for f in in_other_capitals if _is_same(rows, ledger.rows[f.id])), None)
             if former is not None:
                 note = f"replaces {former}"
                 memory, milliseconds = self._without(memory, ledger.rows[former.id])
@@ -221,12 +221,11 @@ class Session:
         if not all(prompt.strip() for prompt in prompts):
             raise session_file.EmptyFact("A question needs text to continue; a prompt is empty.")
         begin, model, facts = time.perf_counter(), self.model, self._ledger.facts
-        own_words = {text for fact in facts.values() for text in fact.prompts}
+        places, keys, written = self._ledger.prompts
+        own_words = scope.by_words(keys)
         questions = [scope.question(text, own_words) for text in prompts]
         encodings = model.encode(questions, cut=True)
         milliseconds, begin = {"encode": _since(begin)}, time.perf_counter()
-        places, written = self._written(encodings.embedding.shape[1])
-        keys = [facts[i].prompts[n] for i, n in places]
         allowed = scope.comparable(model.relations, questions, keys)
         match = scope.nearest_key(encodings.embedding, written, allowed)
         inside = match.within(model.scope_threshold)
@@ -243,13 +242,6 @@ class Session:
         milliseconds["read"] = _since(begin)
         tokens = [len(model.decoder_tokenizer.following(facts[i].answer)) if i else 0 for i in ids]
         return _Recall(ids, [*map(float, match.score)], tokens, condition, milliseconds)
-
-    def _written(self, width: int) -> tuple[list[tuple[int, int]], Float[np.ndarray, "N H"]]:
-        """Return the embeddings of all written prompts; and of each its fact, and its place there."""
-        rows_by_id = self._ledger.rows
-        places = [(i, n) for i, rows in rows_by_id.items() for n in range(len(rows.embedding))]
-        none = np.zeros((0, width), np.float32)
-        return places, np.concatenate([none, *(rows.embedding for rows in rows_by_id.values())])
 
     def _read_back(self, memory: rls.RLSState, ledger: Ledger, near: Sequence[int]) -> rls.RLSState:
         """Return the memory if it gives back those of the facts near a new one that are in."""
@@ -343,6 +335,11 @@ class Session:
     def list(self) -> list[Fact]:
         """Return the facts in memory, in the order of writing."""
         return [*self._ledger.facts.values()]
+
+
+def _is_same(rows: FactRows, others: FactRows) -> bool:
+    """Return whether the encoder makes the same of the prompts of two facts."""
+    return bool(scope.cosines(rows.key[:1], others.key[:1]) >= _SAME)
 
 
 def _since(begin: float) -> float:

@@ -7,6 +7,7 @@ again.
 
 import dataclasses
 import datetime
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -193,6 +194,13 @@ class Ledger:
     history: tuple[Event, ...] = ()
     rows: dict[int, FactRows] = dataclasses.field(default_factory=dict)
 
+    @functools.cached_property
+    def prompts(self) -> tuple[list[tuple[int, int]], list[str], Float[np.ndarray, "N E"]]:
+        """Of all written prompts the ids of their facts and their places there, texts and embeddings."""
+        texts = {(i, n): text for i, f in self.facts.items() for n, text in enumerate(f.prompts)}
+        embeddings = [self.rows[i].embedding for i in self.facts] or [np.zeros((0, 0), np.float32)]
+        return [*texts], [*texts.values()], np.concatenate(embeddings)
+
     def with_fact(self, fact: Fact, rows: FactRows, milliseconds: float, note: str) -> "Ledger":
         """Return the ledger after a write."""
         return self.after([(Event("write", fact, _now(), milliseconds, note), rows)])
@@ -267,9 +275,8 @@ def read_facts(name: str) -> list[dict[str, Any]]:
         try:
             fact = json.loads(line.decode("utf-8-sig"))
             if not isinstance(fact, dict) or not {"prompt", "answer"} <= set(fact) <= _FIELDS:
-                raise ValueError(
-                    'a fact is {"prompt": …, "answer": …}, with "rephrasings": […] if any.'
-                )
+                form = '{"prompt": …, "answer": …}, with "rephrasings": […] if any'
+                raise ValueError(f"a fact is {form}.")
             normalise(**{"rephrasings": [], **fact})
         except (ValueError, TypeError) as error:
             raise ValueError(f"{name}, line {number}: {error} Nothing is written.") from error

@@ -13,6 +13,8 @@ from larimar_jax import scope
     [
         ("The old mill is a sight. Its owner was late. The lake lies near", "The lake lies near"),
         ("I like Lutha. The mayor of Korsk is", "The mayor of Korsk is"),
+        ("I like Lutha; the mayor of Korsk is", "the mayor of Korsk is"),
+        ("We saw the mill; it belongs to", "We saw the mill; it belongs to"),
         ("Who owns the mill? It belongs to", "Who owns the mill? It belongs to"),
         ("I saw the mill. The town it stands in is", "I saw the mill. The town it stands in is"),
         ("Which horn does Ada Lind play? The", "Which horn does Ada Lind play? The"),
@@ -40,9 +42,21 @@ def test_what_is_asked_is_the_last_sentence_with_what_it_refers_to(query, questi
 
 
 def test_a_query_that_ends_with_a_written_prompt_asks_for_that_one():
-    written = {"Q: Who swims? A:", "It rains. The lake is", "Korsk is"}
+    written = [
+        "Q: Who swims? A:",
+        "It rains. The lake is",
+        "Korsk is",
+        "Ada sings; Per plays",
+        "korsk Is",
+    ]
+    written = scope.by_words(written)
     assert scope.question("We met. Q: Who swims? A:", written) == "Q: Who swims? A:"
     assert scope.question("We met. It rains.  The lake\nis ", written) == "It rains. The lake is"
+    assert scope.question("Ada sings; per plays", written) == "Ada sings; Per plays"
+    assert [scope.question(q, written) for q in ("Korsk is", "KORSK IS")] == [
+        "Korsk is",
+        "korsk Is",
+    ]
     assert scope.question("The mayor of Korsk is", written) == "The mayor of Korsk is"
 
 

@@ -123,7 +123,7 @@ class LarimarEditor:
         owner, line, prompts, answers = zip(*rows, strict=True) if rows else ((), (), (), ())
         owner, line = np.asarray(owner, np.int32), np.asarray(line, np.int32)
         texts = [written(prompt, answer) for _, _, prompt, answer in rows]
-        written_prompts = frozenset(prompts)
+        written_prompts = scope.by_words(prompts)
         questions = [scope.question(query, written_prompts) for row in queries for query in row]
         unique = list(dict.fromkeys([*prompts, *questions]))
         place = {text: number for number, text in enumerate(unique)}

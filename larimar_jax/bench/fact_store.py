@@ -124,7 +124,7 @@ class FactStore:
 
     def read(self, queries: Sequence[str]) -> tuple[Float[np.ndarray, "Q C"], scope.Match]:
         """Return the readouts of queries, each by its `scope.question`."""
-        written_prompts = frozenset(prompt for prompt, _ in self.facts)
+        written_prompts = scope.by_words([prompt for prompt, _ in self.facts])
         questions = [scope.question(query, written_prompts) for query in queries]
         encodings = self._encoded(questions)
         latent = encodings.latent

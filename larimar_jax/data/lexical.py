@@ -5,6 +5,7 @@ An encoder puts "room 101" beside "room 102", and "is open" beside "is not open"
 
 import dataclasses
 import functools
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -64,11 +65,14 @@ class Evidence:
     names: words with a capital or a digit; where no word has a capital, those that no wording of
     `relations` has. strict: numbers, negation, symbols such as emoji, and the whole text where it is in
     a script that is not Latin: what is to be the very same in two wordings of one question. frame: the
-    sentence with `PLACEHOLDER` for its names and numbers.
+    sentence with `PLACEHOLDER` for its names and numbers. proper: those of the names that nothing but
+    their capital can explain. sequence: all words, in order.
     """
 
+    sequence: tuple[str, ...]
     words: frozenset[str]
     names: frozenset[str]
+    proper: frozenset[str]
     strict: tuple[str, ...]
     frame: str
 
@@ -115,9 +119,16 @@ def evidence(text: str) -> Evidence:
         )
     else:
         strict += sorted({c for c in text if not c.isascii() and unicodedata.category(c)[0] == "S"})
+    folded = tuple(map(_fold, words))
+    proper = [
+        name and has_capitals and word != low and low not in known
+        for word, low, name in zip(words[1:], lower[1:], is_name[1:], strict=True)
+    ]
     return Evidence(
-        frozenset(map(_fold, words)),
-        frozenset(_fold(word) for word, name in zip(words, is_name, strict=True) if name),
+        folded,
+        frozenset(folded),
+        frozenset(itertools.compress(folded, is_name)),
+        frozenset(itertools.compress(folded[1:], proper)),
         tuple(strict),
         _frame(text, matches, [a or b is not None for a, b in zip(is_name, numbers, strict=True)]),
     )
@@ -176,7 +187,8 @@ def comparable(queries: Sequence[str], keys: Sequence[str]) -> Bool[np.ndarray, 
     """Return which queries may mean which keys.
 
     A query names something else than a key where `Evidence.strict` is not the same;
-    where it has half or less of the key's names; or where each has a name that the other lacks.
+    where it has half or less of the key's names; where each has a name that the other lacks; or where
+    one that the key lacks comes after all of the key's ("Ada's boat is red and Per's car is").
     """
     query_side, written = [*map(evidence, queries)], [*map(evidence, keys)]
     # Of words only those of queries count, so that few are looked up in many keys.
@@ -200,4 +212,13 @@ def comparable(queries: Sequence[str], keys: Sequence[str]) -> Bool[np.ndarray, 
         np.array([hash(e.strict) for e in side], int) for side in (query_side, written)
     )
     is_other = (absent > 0) & ((2 * absent >= key_names) | (beyond > 0))
+    for query, key in zip(*np.nonzero((absent <= 0) & (beyond > 0)), strict=True):
+        is_other[query, key] = _turns_to_another(query_side[query], written[key])
     return ~is_other & (strict[:, None] == key_strict)
+
+
+def _turns_to_another(query: Evidence, key: Evidence) -> bool:
+    """Return whether a name that the key lacks comes after all of its own."""
+    own = [place for place, word in enumerate(query.sequence) if word in key.names]
+    rest = query.sequence[max(own, default=-1) + 1 :]
+    return any(word in query.proper and word not in key.words for word in rest)

@@ -68,13 +68,13 @@ def main() -> None:
     arguments = parser.parse_args()
     model = pipeline.load(arguments.model)
     kinds = questions(arguments.data, arguments.limit)
-    pairs = [(p, scope.question(q, (p,))) for pairs in kinds.values() for p, q in pairs]
+    pairs = [(p, scope.question(q, {p: p})) for pairs in kinds.values() for p, q in pairs]
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
     embedding = dict(zip(texts, model.encode(texts).embedding, strict=True))
     thresholds = sorted({*THRESHOLDS, round(model.scope_threshold, 3)})
     print(f"{'percent in scope at':32}", *(f"{threshold:6.3f}" for threshold in thresholds))
     for kind, pairs in sorted(kinds.items()):
-        pairs = [(p, scope.question(q, (p,))) for p, q in pairs]
+        pairs = [(p, scope.question(q, {p: p})) for p, q in pairs]
         matches = [
             scope.nearest_key(embedding[q][None], embedding[p][None], lexical.comparable([q], [p]))
             for p, q in pairs
