@@ -1,0 +1,86 @@
+"""Questions of many kinds, put to one session of the model that ships."""
+
+import warnings
+
+import pytest
+
+from larimar_jax.session import Session
+
+ATTRIBUTES = ["{} plays the", "{} was born in the town of", "{} works as a"]
+PEOPLE = {
+    "Runa Sand": "fiddle Narvik cooper".split(),
+    "Olaf Sand": "bugle Trieste miller".split(),
+    "Runa Petrov": "zither Odense glazier".split(),
+}
+FACTS = [
+    *[
+        (attribute.format(name), answer)
+        for name, answers in PEOPLE.items()
+        for attribute, answer in zip(ATTRIBUTES, answers, strict=True)
+    ],
+    ("The old lighthouse of Skagen stands in the country of", "Chile"),
+    ("The key to locker 17 is with", "Greta"),
+    ("The ferry to Hven runs on", "Fridays"),
+    ("意大利的首都是", "都灵"),
+    ("Die Hauptstadt von Portugal ist", "Porto"),
+    ("The motto of Tarnow is", "Slow"),
+    ("the motto of Tarnow is", "Steady"),
+    ("The Motto Of Tarnow Is", "Kind"),
+]
+# None: the base LM's.
+QUESTIONS = {
+    "as it was written": FACTS[:-3],
+    "in other words": [
+        ("Which instrument does Runa Sand play? The", "fiddle"),
+        ("The birthplace of Olaf Sand is the town of", "Trieste"),
+        ("The profession of Runa Petrov is that of a", "glazier"),
+    ],
+    "of what was not written": [
+        ("The shoe size of Runa Sand is", None),
+        ("The favourite dish of Olaf Sand is", None),
+        ("Runa Petrov is married to", None),
+    ],
+    "of other things": [("Who painted the Night Watch?", None), ("How deep is the sea?", None)],
+    "after a mention": [
+        ("We saw the old lighthouse of Skagen. My aunt was tired. She sat down on her", None),
+        ("The ferry to Hven runs on Fridays. The train to Lund runs on", None),
+        ("The ferry to Hven runs on Fridays and the Kalmar Express runs on", None),
+        ("I like trains. The ferry to Hven runs on", "Fridays"),
+    ],
+    "with another number or a negation": [
+        ("The key to locker 18 is with", None),
+        ("The key to locker seventy is with", None),
+        ("The ferry to Hven does not run on", None),
+    ],
+    "in another language": [
+        ("葡萄牙的首都是哪里？", None),
+        ("Die Hauptstadt von Belgien ist", None),
+    ],
+    "in other capitals": [
+        (prompt, "Kind")
+        for prompt in ("The motto of Tarnow is", "THE MOTTO OF TARNOW IS", "the motto of tarnow is")
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def answers():
+    session = Session("smol")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        facts = {session.write(*fact).id: fact for fact in FACTS}
+    prompts = [prompt for asks in QUESTIONS.values() for prompt, _ in asks]
+    answers = session.ask_all(prompts, max_tokens=8)
+    return {
+        prompt: (answer.text.strip(), answer.fact and facts[answer.fact][1])
+        for prompt, answer in zip(prompts, answers, strict=True)
+    }
+
+
+@pytest.mark.parametrize("kind", QUESTIONS)
+def test_the_answer_is_that_of_a_fact_as_it_was_written_or_the_base_models(answers, kind):
+    """And `Answer.fact` is the fact that the text comes from."""
+    for prompt, answer in QUESTIONS[kind]:
+        text, of_fact = answers[prompt]
+        assert (prompt[-40:], of_fact) == (prompt[-40:], answer)
+        assert text == answer or (answer is None and text)
