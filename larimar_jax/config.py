@@ -102,6 +102,7 @@ class DataConfig:
     batch: Count = 8  # B, episodes of all processes together
     encoder_tokens: Count = 64
     decoder_tokens: Count = 64
+    buckets: Count = 1  # pairs of lengths that pieces are sorted into, to pad less; each compiles
     vocabulary: Natural = 0  # byte-pair entries, trained for towers without a tokenizer; else 0
     workers: Natural = 0  # reading processes per host; 0 for threads, until tokens come too slowly
     seed: int = 0
@@ -132,17 +133,20 @@ class TrainConfig:
     start_from: StartConfig | None = None
     # What factors of the towers' products in a step are rounded to; None for model.dtype.
     products: Literal["float32", "bfloat16"] | None = None
+    vocabulary_multiple: Count = 1  # tokens that a step's logits are filled up to; 128 suits GPUs
     mesh: tuple[int, int, int] = (1, 1, 1)  # devices along data, fsdp, tensor; a -1 takes the rest
     # What fsdp splits: the optimiser's state ("zero2"), or parameters too ("zero3").
     layout: Literal["zero2", "zero3"] = "zero3"
     # M₀ between steps: whole on each device, or its slots split over fsdp.
     memory_layout: Literal["replicated", "slots"] = "replicated"
-    # After a step that is not finite, or spikes. It never changes the state.
-    on_bad_step: Literal["stop", "skip"] = "stop"
+    on_bad_step: Literal["stop", "skip"] = "stop"  # at a spike, or not finite; the state stays
     spike: NonNegative = 0.0  # nats of a loss above the running mean that are too many; 0: no check
     log_every: Count = 10
     evaluate_every: Count = 200
     edits: Natural = 0  # held-out texts that an evaluation edits in
+    edit_records: str | None = None  # in their place: a file of CounterFact, or world:COUNT:SEED
+    samples: Natural = 0  # of the edits, those whose continuations an evaluation writes down
+    wandb: str | None = None  # project of Weights & Biases that gets what TensorBoard gets
     checkpoint_every: Count = 200
     keep: Count = 3  # newest checkpoints that stay on disk
     # Term of an evaluation whose best checkpoint stays too.
@@ -223,9 +227,7 @@ def load_dict(source: Source) -> dict[str, Any]:
         )
     names = runpy.run_path(str(path))
     if "get_config" not in names:
-        raise ConfigError(
-            f"{path} defines no get_config(). A config file returns its ConfigDict from it."
-        )
+        raise ConfigError(f"{path} defines no get_config(), which returns the file's ConfigDict.")
     return names["get_config"]().to_dict()
 
 
@@ -236,9 +238,8 @@ def parse(values: Mapping[str, Any]) -> Config:
       ConfigError: naming every unknown key, missing key and wrong value.
     """
     config = schema.from_dict(Config, values, _READERS)
-    problems, parts, goal = [], config.train.accumulate, config.objective
-    if config.data.batch % parts:
-        batch = config.data.batch
+    problems, parts, batch, goal = [], config.train.accumulate, config.data.batch, config.objective
+    if batch % parts:
         problems.append(f"train.accumulate: {parts} does not divide data.batch ({batch})")
     if not (goal.reconstruction or goal.autoencoding or goal.language):
         problems.append("objective: all three cross-entropies have weight 0; nothing is learned")

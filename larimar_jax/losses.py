@@ -40,6 +40,18 @@ class _Layout(NamedTuple):
     positions: int
 
 
+def fill(head: Head, multiple: int) -> Head:
+    """Return the head with tokens of probability 0 added, for products whose size is a multiple."""
+    axis = 0 if head.tied else 1
+    size = head.kernel.shape[axis]
+    if not (more := -size % multiple):
+        return head
+    widths = [(0, more if i == axis else 0) for i in range(2)]
+    bias = jnp.zeros(size) if head.bias is None else head.bias
+    bias = jnp.pad(bias, (0, more), constant_values=-jnp.inf)
+    return head._replace(kernel=jnp.pad(head.kernel, widths), bias=bias)
+
+
 def logits(head: Head, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
     """Return next-token logits, float32."""
     return _logits(head, head.kernel, head.bias, hidden)

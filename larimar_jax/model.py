@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +20,8 @@ from larimar_jax.memory.base import MemoryParams
 from larimar_jax.weights import model_file
 
 _KINDS = {"encoder": encoders, "decoder": decoders}
+Towers = Mapping[str, nnx.Module]  # by "encoder" and "decoder"
+NO_TOWERS: Towers = types.MappingProxyType({})
 
 
 @jax.tree_util.register_dataclass
@@ -161,7 +163,9 @@ class Larimar(nnx.Module):
         return self.decoder.hidden(tokens, prefix, cache, start, tree, product_dtype)
 
 
-def build(config: Config, key: jax.Array, where: weights.Where | None = None) -> Larimar:
+def build(
+    config: Config, key: jax.Array, where: weights.Where | None = None, shapes: Towers = NO_TOWERS
+) -> Larimar:
     """Return a model from its config: towers with a `source` loaded, everything else initialised.
 
     Without sources it is pure and works under `jax.jit` and `nnx.eval_shape`.
@@ -169,39 +173,36 @@ def build(config: Config, key: jax.Array, where: weights.Where | None = None) ->
     Args:
       where: the sharding of each loaded parameter, by its '/'-joined path in the model and its
         shape; loading then streams onto the devices. None is one device.
+      shapes: towers that stay shapes, and are not loaded.
 
     Raises:
       FileNotFoundError: where a source's package is not installed; the message names the command.
       ValueError: a source whose sizes are not those that the config gives with it; names them.
     """
-    loaded = {name: tower for name, (tower, _) in load_towers(config, where).items()}
-    return _create(config, loaded, nnx.Rngs(params=key))
+    loaded = {name: tower for name, (tower, _) in load_towers(config, where, shapes).items()}
+    return _create(config, loaded | dict(shapes), nnx.Rngs(params=key))
 
 
 def load_towers(
-    config: Config, where: weights.Where | None = None
+    config: Config, where: weights.Where | None = None, without: Container[str] = ()
 ) -> dict[str, tuple[nnx.Module, weights.Tokenizer]]:
     """Return the towers with a `source`, by "encoder" and "decoder", and their tokenizers.
 
     Args:
-      where: as in `build`.
+      where: as in `build`. without: names of towers that are not loaded.
 
     Raises:
       FileNotFoundError, ValueError: as `build`.
     """
     towers = {}
     for name, (tower, kind, how) in _towers(config).items():
-        if tower.source is None:
+        if tower.source is None or name in without:
             continue
         if tower.sizes is not None:
             _check_source(name, tower, kind)
-
-        def inside(path: str, shape: tuple[int, ...], name: str = name) -> Any:
-            return where(f"{name}/{path}", shape)
-
-        sharding = None if where is None else inside
+        inside = where and (lambda path, shape, name=name: where(f"{name}/{path}", shape))
         load = getattr(weights, f"load_{name}")
-        towers[name] = load(tower.source, **how, where=sharding)
+        towers[name] = load(tower.source, **how, where=inside)
     return towers
 
 
@@ -231,9 +232,7 @@ def _check_source(name: str, tower: Any, kind: types.ModuleType) -> None:
         )
 
 
-def abstract(
-    config: Config, loaded: Mapping[str, nnx.Module] = types.MappingProxyType({})
-) -> Larimar:
+def abstract(config: Config, loaded: Towers = NO_TOWERS) -> Larimar:
     """Return the model of `build` as shapes alone; no tensor of a source is read.
 
     Args:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from larimar_jax import layers
 from larimar_jax.config import ObjectiveConfig
-from larimar_jax.losses import cross_entropy, weighted_cross_entropy
+from larimar_jax.losses import cross_entropy, fill, weighted_cross_entropy
 from larimar_jax.model import Condition, Larimar
 
 
@@ -36,6 +36,7 @@ def loss(
     *,
     divide: dict[str, Float[Array, ""]] | None = None,
     product_dtype: DTypeLike | None = None,
+    vocabulary_multiple: int = 1,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Return Eq. 1, negated so that it is minimised: B episodes of E facts, each with its own memory.
 
@@ -50,6 +51,7 @@ def loss(
       divide: the `counts` of a larger batch that this one is a part of: the parts' losses then add
         up to its loss.
       product_dtype: what the factors of the towers' products with kernels are rounded to.
+      vocabulary_multiple: what the number of tokens is filled up to a multiple of (`losses.fill`).
 
     Returns:
       The loss and its terms: reconstruction, autoencoding, kl and language, in nats; the
@@ -78,7 +80,7 @@ def loss(
     by_row = jnp.broadcast_to(shares[None, :, None], rows).reshape(-1)
     condition = model.condition(stacked)
     hidden, _ = model.hidden(tokens[:, :-1], condition, product_dtype=product_dtype)
-    head = model.decoder.to_logits
+    head = fill(model.decoder.to_logits, vocabulary_multiple)
     total, entropies = weighted_cross_entropy(
         head if product_dtype is None else head._replace(dtype=product_dtype),
         hidden,

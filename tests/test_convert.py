@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -384,7 +385,7 @@ def test_a_failing_export_leaves_nothing(monkeypatch, tmp_path, tiny):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_commands_convert_and_export(tmp_path, bases, capsys):
+def test_the_commands_convert_and_export(tmp_path, bases, capsys, monkeypatch):
     line = ["convert", "ibm", str(GOLDEN / "setting_4.ckpt"), str(tmp_path / "model")]
     line += ["--encoder-tokenizer", str(bases[0]), "--decoder-tokenizer", str(bases[1])]
     assert cli.main(line) == 2
@@ -399,3 +400,21 @@ def test_the_commands_convert_and_export(tmp_path, bases, capsys):
     assert (tmp_path / "towers" / "decoder" / "config.json").is_file()
     assert cli.main(["export", "hf", str(tmp_path / "none"), str(tmp_path / "t")]) == 2
     assert "There is no model" in capsys.readouterr().err
+
+    class Hub:
+        def create_repo(self, name, private, exist_ok):
+            assert (name, private, exist_ok) == ("org/towers", True, True)
+
+        def upload_folder(self, repo_id, folder_path):
+            if not (Path(folder_path) / "encoder" / "model.safetensors").is_file():
+                raise huggingface_hub.errors.LocalTokenNotFoundError("no token")
+            return f"https://hub/{repo_id}"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    line = ["export", "hf", str(tmp_path / "model"), str(tmp_path / "pushed"), "--push"]
+    assert cli.main([*line, "towers"]) == 2 and not (tmp_path / "pushed").exists()
+    assert "write it as ORG/NAME" in capsys.readouterr().err
+    assert cli.main([*line, "org/towers"]) == 0
+    assert capsys.readouterr().out.endswith("https://hub/org/towers\n")
+    with pytest.raises(ConnectionError, match="hf auth login"):
+        export.push(tmp_path, "org/towers")

@@ -344,11 +344,18 @@ def test_wikipedia_summaries_split_by_title():
 class _Numbered(pieces.TokenizedPieces):
     """Pieces whose tokens are their own number."""
 
-    def gather(self, rows):
-        tokens = np.repeat(rows[..., None].astype(np.int32), 3, axis=2)
-        mask = np.ones(tokens.shape, bool)
-        arrays = dict(encoder_tokens=tokens, encoder_mask=mask)
-        return arrays | dict(decoder_tokens=tokens, decoder_mask=mask)
+    def counts(self):
+        encoder = np.random.default_rng(0).integers(2, 10, len(self.dataset))
+        return encoder, encoder + np.arange(len(encoder)) % 3
+
+    def gather(self, rows, lengths):
+        numbers, tokens = rows[..., None].astype(np.int32), {}
+        for tower, counts, length in zip(
+            ("encoder", "decoder"), self.counts(), lengths, strict=True
+        ):
+            tokens[f"{tower}_tokens"] = np.repeat(numbers, length, axis=2)
+            tokens[f"{tower}_mask"] = np.arange(length) < counts[numbers]
+        return tokens
 
 
 def _rows(batch) -> np.ndarray:
@@ -357,7 +364,7 @@ def _rows(batch) -> np.ndarray:
 
 def streams(count, *arguments, processes=1, **options):
     """Return an iterator of each process over the batches of `count` pieces."""
-    numbered = _Numbered(range(count), (3, 3), (0, 0, 0), 0)
+    numbered = _Numbered(range(count), (10, 12), (0, 0, 0), 0)
     stream = functools.partial(episodes.episodes, numbered, *arguments, **options)
     return [iter(stream(process=(index, processes))) for index in range(processes)]
 
@@ -401,6 +408,34 @@ def test_sizes_are_mixed_and_an_epoch_is_all_pieces():
     for epoch in range(3):
         rows = np.concatenate([rows.ravel() for rows in whole[9 * epoch : 9 * epoch + 9]])
         assert len(np.unique(rows)) == len(rows) == 120
+
+
+def test_batches_of_pieces_of_like_lengths_pad_less_and_an_epoch_is_still_all_of_them():
+    def padding(batches):
+        masks = [m for batch in batches for m in (batch["encoder_mask"], batch["decoder_mask"])]
+        return 1 - sum(mask.sum() for mask in masks) / sum(mask.size for mask in masks)
+
+    (plain,), (few,) = (streams(2000, (2, 3), 4, 1, epochs=2, buckets=n) for n in (1, 5))
+    plain, few = list(plain), list(few)
+    shapes = [episodes.shape(batch)[1:] for batch in few]
+    assert len(set(shapes)) == 5 and len(set(shapes[:20])) > 2  # mixed, not one after the other
+    assert padding(plain) > 0.4 and padding(few) < 0.13
+    half = len(few) // 2
+    for epoch in (few[:half], few[half:]):
+        rows = np.concatenate([_rows(batch).ravel() for batch in epoch])
+        assert len(np.unique(rows)) == len(rows) > 1900
+    counts = _Numbered(range(2000), (10, 12), (0, 0, 0), 0).counts()
+    for batch in few:  # Nothing is cut.
+        for tower, tokens in zip(("encoder", "decoder"), counts, strict=True):
+            assert (batch[f"{tower}_mask"].sum(axis=2) == tokens[_rows(batch)]).all()
+    parts = streams(2000, (2, 3), 4, 1, processes=2, buckets=5)
+    for batch in few[:9]:
+        np.testing.assert_array_equal(_together(parts), _rows(batch))
+    # A bucket that would make no batch is none: here two of a batch's pieces each.
+    assert (
+        len({episodes.shape(batch) for batch in streams(40, (5,), 4, 1, epochs=1, buckets=9)[0]})
+        < 3
+    )
 
 
 @pytest.mark.parametrize(

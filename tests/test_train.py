@@ -4,23 +4,28 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
+from unittest import mock
 
 import datasets
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import world
-from flax import nnx
 
+from larimar_jax import cli, weights
 from larimar_jax import config as configs
-from larimar_jax import decoders, encoders
 from larimar_jax.config import StartConfig
+from larimar_jax.data import edit_records
 from larimar_jax.train import initial, logging, loop, optimizer, sharding
-from larimar_jax.train.step import initialise
-from larimar_jax.weights import Tokenizer, export, model_file
+from larimar_jax.train.step import TrainStep, initialise
+from larimar_jax.weights import model_file
 
 STEPS = world.STEPS
 ALONE = (1, 1, 1)
@@ -125,46 +130,81 @@ def test_sigterm_saves_and_the_run_resumes_bit_for_bit(tiny, whole, tmp_path, mo
 
 @pytest.fixture
 def paper(tmp_path):
-    """`larimar_1b3` from folders laid out as on Hugging Face; sizes and places are all that differs."""
-    lines = world.write(tmp_path / "world.jsonl").read_text().splitlines()
-    texts = [json.loads(line)["text"] for line in lines]
+    """Settings of sizes and places, with which `larimar_1b3` is as small as the others here."""
+    corpus = world.write(tmp_path / "world.jsonl")
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
     rows = [row for i, text in enumerate(texts) for row in (f" = Town {i} = \n", f" {text} \n")]
     sides = {"train": rows[:800], "validation": rows[800:]}
     wikitext = {n: datasets.Dataset.from_dict({"text": side}) for n, side in sides.items()}
     datasets.DatasetDict(wikitext).save_to_disk(tmp_path / "wikitext")
-    tokenizer = Tokenizer.train(texts, 300)
-    sizes = dict(vocab_size=300, width=16, depth=1, heads=2, mlp=32)
-    for name, family, own in (
-        ("encoder", encoders.families()["bert"], tokenizer.framed()),
-        ("decoder", decoders.families()["gpt2"], tokenizer),
-    ):
-        (tmp_path / name).mkdir()
-        module = family(family.CONFIG(**sizes), rngs=nnx.Rngs(0))
-        export.write_tower(tmp_path / name, module, own)
-    towers = [(n, {**sizes, "source": tmp_path / n}) for n in ("encoder", "decoder")]
+    towers = world.towers(tmp_path, corpus).items()
     settings = [f"model.{n}.{key}={value}" for n, tower in towers for key, value in tower.items()]
     settings += [f"data.corpus=hf:{tmp_path}/wikitext:train#text", "train.mesh=[1,2,1]"]
     settings += [f"data.held_out=hf:{tmp_path}/wikitext:validation#text", "data.workers=0"]
     settings += ["data.batch=2", "data.episode=[2]", "memory.slots=8", "model.latent=16"]
-    settings += ["train.steps=6", "train.checkpoint_every=3"]
-    return configs.load("configs/larimar_1b3.py", settings)
+    settings += ["train.edit_records=world:64:0", "train.samples=2", "data.buckets=2"]
+    return [*settings, "train.steps=6", "train.checkpoint_every=3", "train.wandb=larimar"]
 
 
-def test_the_papers_recipe_runs_and_goes_on_without_the_towers_that_its_checkpoint_holds(
+def test_the_papers_command_runs_and_goes_on_without_the_towers_that_its_checkpoint_holds(
     paper, tmp_path, monkeypatch
 ):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    """The command at the head of the config, through the launch script, sizes and places apart."""
+    root, handler = Path(loop.__file__).parents[2], signal.getsignal(signal.SIGTERM)
+    head = (root / "configs/larimar_1b3.py").read_text()
+    script, *words = re.search(r"^command +(.+)$", head, re.M)[1].split()
+    line = ["bash", root / script, "--dry-run", *words, *paper, "--profile", "2"]
+    shown = subprocess.run(line, capture_output=True, text=True, check=True).stdout
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
     monkeypatch.setattr(logging, "peak_flops", lambda kind, dtype: 1e9)
-    assert loop.train(paper, whole, progress=False, profile=2).finished
-    line = [x for x in logging.read_metrics(whole / "metrics.jsonl") if x["kind"] == "train"][-1]
+    tracker = mock.MagicMock()
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    whole, stopped = tmp_path / words[1], tmp_path / "stopped"
+    try:
+        assert cli.main(shlex.split(shown)[1:]) == 0
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    lines = logging.read_metrics(whole / "metrics.jsonl")
+    line = [x for x in lines if x["kind"] == "train"][-1]
     assert line["mfu"] == pytest.approx(1e3 * line["tflops_per_device"]) and line["mfu"] > 0
+    assert line["padding"] < 0.3  # of pieces of a dozen tokens, where there are 64 places
+    record = edit_records.load("world:64:0", 1)[0]
+    samples = [x for x in lines if x["kind"] == "sample"]
+    assert [x["step"] for x in samples] == [6, 6] and samples[0]["prompt"] == record.prompt
+    assert samples[0]["answer"].strip() == record.target_new and samples[0]["edited"]
+    assert lines[0]["kind"] == "evaluation" and 0 <= lines[0]["edit_success"] <= 1
+    logged = tracker.init.return_value.log.call_args_list
+    assert logged[-1].args[0]["evaluation/language"] == lines[-3]["language"]
     # Perfetto's trace, and TensorBoard's.
     assert all(list((whole / "profile").rglob(f"*{end}")) for end in (".json.gz", ".xplane.pb"))
     shutil.copytree(whole, stopped)
     shutil.rmtree(stopped / "checkpoints" / "6")
     monkeypatch.setattr(loop, "initialise", lambda *_: pytest.fail("parameters were made"))
-    assert loop.train(paper, stopped, progress=False).finished
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ModuleNotFoundError, match=r"larimar-jax\[wandb\]"):
+        logging._track(stopped, configs.load(words[0], paper))
+    paper.append("train.wandb=null")
+    assert loop.train(configs.load(words[0], paper), stopped, progress=False).finished
     _same_run(stopped, whole)
+
+
+def test_a_low_rank_run_that_goes_on_loads_only_the_tower_that_its_checkpoint_lacks(
+    paper, monkeypatch
+):
+    lora = 'model.lora={"rank": 2, "modules": "^decoder/layers/attention/query$"}'
+    config = configs.load("configs/larimar_1b3.py", [*paper, lora, 'train.frozen=["^decoder/"]'])
+    mesh = sharding.make_mesh(config.train.mesh)
+    abstract, first = initialise(config, mesh)
+    monkeypatch.setattr(weights, "load_encoder", lambda *_, **__: pytest.fail("it was loaded"))
+    frozen = TrainStep(config, abstract, mesh).frozen
+    again = initialise(config, mesh, frozen)[1]
+    assert first.keys() == again.keys() and frozen
+    for name, leaf in again.items():
+        assert leaf.shape == first[name].shape and leaf.sharding == first[name].sharding
+        assert isinstance(leaf, jax.ShapeDtypeStruct) == name.startswith("encoder/")
+    for name in frozen:
+        np.testing.assert_array_equal(again[name], first[name])
 
 
 def test_a_folder_of_another_config_is_refused_and_harmless_changes_are_not(tiny, whole):

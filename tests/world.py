@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+from flax import nnx
 
 from larimar_jax import config as configs
+from larimar_jax import decoders, encoders
+from larimar_jax.weights import Tokenizer, export
 
 STEPS = 24
 
@@ -40,3 +43,20 @@ def config(corpus: Path, **train) -> configs.Config:
             editing=dict(scope_threshold=0.65),
         )
     )
+
+
+def towers(folder: Path, corpus: Path) -> dict[str, dict]:
+    """Write both towers as folders of Hugging Face, with the corpus' tokens; return their settings."""
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    tokenizer, settings = Tokenizer.train(texts, 300), {}
+    sizes = dict(vocab_size=300, width=16, depth=1, heads=2, mlp=32)
+    for name, family, own in (
+        ("encoder", encoders.families()["bert"], tokenizer.framed()),
+        ("decoder", decoders.families()["gpt2"], tokenizer),
+    ):
+        (folder / name).mkdir(parents=True)
+        module = family(family.CONFIG(**sizes), rngs=nnx.Rngs(0))
+        export.write_tower(folder / name, module, own)
+        kind = family.__module__.rpartition(".")[2]
+        settings[name] = dict(family=kind, source=str(folder / name), **sizes)
+    return settings

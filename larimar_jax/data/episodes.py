@@ -1,15 +1,19 @@
 """Tokenised pieces → a Grain stream of episodes."""
 
 import dataclasses
+import functools
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import grain
 import jax
 import numpy as np
 from absl import flags
+from jaxtyping import Int
 
+from larimar_jax.data.buckets import Bucket, sort_pieces
 from larimar_jax.data.pieces import TokenizedPieces
 
 
@@ -27,6 +31,7 @@ def episodes(
     process: tuple[int, int] | None = None,
     workers: int = 0,
     seeds: int | None = None,
+    buckets: int = 1,
 ) -> grain.IterDataset:
     """Return the stream of batches: B episodes of E different pieces drawn at random (exchangeable, §1).
 
@@ -44,6 +49,8 @@ def episodes(
         workers: processes that read and batch; 0 does it in a thread.
         seeds: so many streams side by side, the i-th in the order of seed + i; their batches have a
             leading axis.
+        buckets: pairs of lengths that pieces are sorted into. All pieces of a batch are of one, which
+            is its S and T; each bucket has the share of batches that it has of pieces.
     Returns:
         Batches {encoder_tokens int32 [B/processes, E, S], encoder_mask bool, decoder_tokens int32
         [B/processes, E, T], decoder_mask bool} as numpy arrays.
@@ -56,10 +63,20 @@ def episodes(
         raise ValueError(f"data.batch is {batch}, which {count} processes do not divide")
     if not sizes or min(sizes) < 1:
         raise ValueError(f"data.episode is {tuple(sizes)}; give at least one size, each above 0")
-    numbers = grain.MapDataset.range(len(pieces))
-    rows = tuple(numbers.seed(seed + i).shuffle() for i in range(seeds or 1))
+    sorted_pieces = [Bucket(pieces.lengths, range(len(pieces)))]
+    if buckets > 1 and len(pieces):
+        sorted_pieces = sort_pieces(*pieces.counts(), pieces.lengths, buckets, sum(sizes) * batch)
+    rows = tuple(
+        tuple(
+            grain.MapDataset.range(len(bucket.pieces)).seed(seed + i).shuffle()
+            for bucket in sorted_pieces
+        )
+        for i in range(seeds or 1)
+    )
     share = range(index * batch // count, (index + 1) * batch // count)
-    take = _Take(rows, pieces, tuple(sizes), batch, share, seed, seeds is None)
+    take = _Take(
+        rows, pieces, tuple(sorted_pieces), tuple(sizes), batch, share, seed, seeds is None
+    )
     if not take.cycles:
         raise TooFewPieces(
             f"{len(pieces)} pieces do not fill one batch of {batch} episodes of each size "
@@ -78,6 +95,11 @@ def episodes(
     return stream
 
 
+def shape(batch: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return E, S and T of a batch: what a program is compiled for."""
+    return (*batch["encoder_tokens"].shape[-2:], batch["decoder_tokens"].shape[-1])
+
+
 def _begin_worker(index: int, count: int) -> None:
     # A scheduler signals all processes of a job; a run that saves then still wants its batches.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -87,15 +109,17 @@ def _begin_worker(index: int, count: int) -> None:
 class _Take:
     """A batch by its number; a class, so that it can be sent to a worker.
 
-    A cycle has one batch of each size, in an order of its own: so an epoch is all its pieces, and
-    where a batch begins is known without counting those before it.
+    A cycle has one batch of each size, in an order of its own, and all of one bucket: so an epoch is all
+    its pieces, and where a batch begins is known without counting those before it.
 
-    rows: of each stream, a permutation of the pieces for each epoch, one after the other. share: the
-    episodes of a batch that this process takes. single: whether there is one stream, without an axis.
+    rows: of each stream and bucket, a permutation of its pieces for each epoch, one after the other.
+    share: the episodes of a batch that this process takes. single: whether there is one stream, without
+    an axis.
     """
 
-    rows: tuple[grain.MapDataset, ...]
+    rows: tuple[tuple[grain.MapDataset, ...], ...]
     pieces: TokenizedPieces
+    buckets: tuple[Bucket, ...]
     sizes: tuple[int, ...]
     batch: int
     share: range
@@ -103,20 +127,37 @@ class _Take:
     single: bool
 
     @property
+    def bounds(self) -> Int[np.ndarray, " n"]:
+        """The numbers of cycles in an epoch, summed up to each bucket."""
+        pieces = sum(self.sizes) * self.batch
+        return np.cumsum([len(bucket.pieces) // pieces for bucket in self.buckets])
+
+    @property
     def cycles(self) -> int:
         """The number of cycles in an epoch."""
-        return len(self.rows[0]) // (sum(self.sizes) * self.batch)
+        return int(self.bounds[-1])
 
     def __call__(self, number: int) -> dict[str, np.ndarray]:
         which, place = divmod(number, len(self.sizes))
         order = np.random.default_rng((self.seed, which)).permutation(len(self.sizes))
         begin, size = sum(self.sizes[k] for k in order[:place]), self.sizes[order[place]]
-        epoch, cycle = divmod(which, self.cycles)
-        first = epoch * len(self.rows[0]) + (cycle * sum(self.sizes) + begin) * self.batch
+        bounds = self.bounds
+        epoch, cycle = divmod(which, int(bounds[-1]))
+        if len(bounds) > 1:
+            cycle = int(_order(self.seed, epoch, int(bounds[-1]))[cycle])
+        at = int(np.searchsorted(bounds, cycle, side="right"))
+        bucket, cycle = self.buckets[at], cycle - int(bounds[at - 1] if at else 0)
+        first = epoch * len(bucket.pieces) + (cycle * sum(self.sizes) + begin) * self.batch
         # Only the share's: looking a row up takes microseconds, and a cycle may have thousands.
         facts = range(first, first + size * self.batch, self.batch)
         chosen = [
-            [[rows[fact + episode] for fact in facts] for episode in self.share]
+            [[bucket.pieces[rows[at][fact + episode]] for fact in facts] for episode in self.share]
             for rows in self.rows
         ]
-        return self.pieces.gather(np.array(chosen[0] if self.single else chosen))
+        return self.pieces.gather(np.array(chosen[0] if self.single else chosen), bucket.lengths)
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, cycles: int) -> Int[np.ndarray, " cycles"]:
+    """Return the order of an epoch's cycles, so that batches of all buckets are mixed."""
+    return np.random.default_rng((seed, epoch, cycles)).permutation(cycles)

@@ -51,17 +51,32 @@ class TokenizedPieces:
         """Return the pieces of these rows as text."""
         return self.dataset[[int(row) for row in rows]]["text"]
 
-    def gather(self, rows: Int[np.ndarray, "*B E"]) -> dict[str, np.ndarray]:
+    def counts(self) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
+        """Return the tokens of each piece in either tower, with those that frame it."""
+        import pyarrow.compute as arrow  # Its kernels are not loaded with pyarrow itself.
+
+        columns = (self.dataset.data.column(name) for name in ("encoder", "decoder"))
+        encoder, decoder = (arrow.list_value_length(column).to_numpy() for column in columns)
+        return encoder, decoder + 2
+
+    def gather(
+        self, rows: Int[np.ndarray, "*B E"], lengths: tuple[int, int] | None = None
+    ) -> dict[str, np.ndarray]:
         """Return the batch of these rows, padded on the right: encoder_tokens int32 [*B, E, S],
-        encoder_mask bool, decoder_tokens int32 [*B, E, T] (`<BOS> text <EOS>`), decoder_mask bool."""
+        encoder_mask bool, decoder_tokens int32 [*B, E, T] (`<BOS> text <EOS>`), decoder_mask bool.
+
+        Args:
+            lengths: S and T, where all these rows fit into less than the pieces' own.
+        """
         table = self.dataset.with_format("arrow")[rows.reshape(-1).tolist()]
         bos, eos, pad = self.special_tokens
-        place, length, ids = _ragged(table["encoder"], self.lengths[0])
+        lengths = lengths or self.lengths
+        place, length, ids = _ragged(table["encoder"], lengths[0])
         encoder_mask = place < length
         encoder = np.zeros(encoder_mask.shape, np.int32)
         encoder[encoder_mask] = ids
-        place, length, ids = _ragged(table["decoder"], self.lengths[1])
-        decoder = np.full((len(length), self.lengths[1]), pad, np.int32)
+        place, length, ids = _ragged(table["decoder"], lengths[1])
+        decoder = np.full((len(length), lengths[1]), pad, np.int32)
         decoder[:, 0] = bos
         decoder[(place >= 1) & (place <= length)] = ids
         decoder[place == length + 1] = eos

@@ -126,7 +126,7 @@ def train(
         raise ValueError("Seeds are trained side by side in one process; start one process alone.")
     data, settings, total = config.data, config.train, config.train.steps
     train_step = SeedStep(config, seeds)
-    order = dict(workers=data.workers, seeds=seeds)
+    order = dict(workers=data.workers, seeds=seeds, buckets=data.buckets)
     stream = episodes.episodes(pieces, data.episode, data.batch, data.seed, **order)
     batches, keys, parameters = iter(stream), train_step.keys(), train_step.parameters()
     frozen = train_step.freeze(parameters)
@@ -144,14 +144,14 @@ def train(
         began, done = time.perf_counter(), first
         for step in range(first + 1, total + 1):
             batch = jax.device_put(next(batches), train_step.batch_shardings)
-            size = batch["encoder_tokens"].shape[2]
-            if size not in programs:
+            shape = episodes.shape(batch)
+            if shape not in programs:
                 start = time.perf_counter()
                 lowered = train_step.step.lower(state, frozen, batch, keys)
-                programs[size] = lowered.compile()
+                programs[shape] = lowered.compile()
                 began, done = time.perf_counter(), step - 1
                 compile_seconds += began - start
-            state, metrics = programs[size](state, frozen, batch, keys)
+            state, metrics = programs[shape](state, frozen, batch, keys)
             stops = stopping(step)
             saves = stops or step == total or step % settings.checkpoint_every == 0
             if saves or step % settings.log_every == 0:

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import functools
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -11,7 +12,7 @@ import platform
 import subprocess
 import time
 import timeit
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from larimar_jax.config import TrainConfig
+from larimar_jax.config import Config, TrainConfig, to_dict
+from larimar_jax.data import episodes
 from larimar_jax.train.step import TrainState, TrainStep
 from larimar_jax.weights import model_file
 
@@ -75,6 +77,7 @@ class Logger:
             self._board = tensorboardX.SummaryWriter(
                 str(run_dir / "tensorboard"), purge_step=step + 1, flush_secs=10
             )
+            self._tracker = _track(run_dir, self._config) if self._config.train.wandb else None
 
     def __enter__(self) -> "Logger":
         return self
@@ -84,6 +87,8 @@ class Logger:
         if self._writes:
             self._file.close()
             self._board.close()
+            if self._tracker is not None:
+                self._tracker.finish()
 
     def train(
         self, step: int, state: TrainState, metrics: Any, batch: Mapping[str, Any], began: float
@@ -113,7 +118,8 @@ class Logger:
         squares = collections.Counter()
         for name, square in zip(self._train_step.trained, metrics["gradient_squares"], strict=True):
             squares[f"gradient_norm_{name.split('/')[0]}"] += float(square)
-        flops = self._train_step.flops(batch["encoder_tokens"].shape[1])
+        flops = self._train_step.flops(*episodes.shape(batch))
+        masks = [batch[f"{tower}_mask"] for tower in ("encoder", "decoder")]
         rate = flops / seconds / self._devices
         values = {
             "loss": float(metrics["loss"]),
@@ -122,6 +128,7 @@ class Logger:
             **{part: square**0.5 for part, square in squares.items()},
             # Of the decoder's texts, padding left out.
             "tokens_per_second": int(batch["decoder_mask"].sum()) * jax.process_count() / seconds,
+            "padding": 1.0 - sum(m.sum() for m in masks) / sum(m.size for m in masks),
             "episodes_per_second": self._config.data.batch / seconds,
             # The share of the devices' rate of products that the model's FLOPs are.
             "utilisation": flops / seconds / self._rate,
@@ -150,6 +157,30 @@ class Logger:
         self._file.flush()  # To the system: what a killed process has written stays.
         for name, value in values.items() if board else ():
             self._board.add_scalar(f"{kind}/{name}", value, step)
+        if board and self._tracker is not None:
+            named = {f"{kind}/{name}": value for name, value in values.items()}
+            self._tracker.log(named | {"step": step})
+
+    def samples(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
+        """Write a line for each edit that `Evaluator.samples` returns, and a text."""
+        for index, texts in enumerate(samples if self._writes else ()):
+            line = {"step": step, "kind": "sample", **texts}
+            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            text = "\n\n".join(f"{name}: {text}" for name, text in texts.items())
+            self._board.add_text(f"sample/{index}", text, step)
+
+
+def _track(run_dir: Path, config: Config) -> Any:
+    """Return a run of Weights & Biases, the same for a run that goes on."""
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "train.wandb needs the package wandb: pip install 'larimar-jax[wandb]', or train.wandb=null"
+        ) from error
+    identity = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
+    place = dict(project=config.train.wandb, name=config.name, dir=str(run_dir))
+    return wandb.init(**place, id=identity, resume="allow", config=to_dict(config))
 
 
 def _truncated(path: Path, step: int) -> Path:

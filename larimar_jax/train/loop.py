@@ -32,7 +32,8 @@ _SLOW = 3600.0
 # rounding.
 _FREE = re.compile(
     r"name|model\.remat|editing\.(ridge|query_noise|scope_threshold)|train\.(mesh|layout|memory_layout|"
-    r"accumulate|on_bad_step|spike|log_every|evaluate_every|edits|checkpoint_every|keep|best|stall)"
+    r"accumulate|vocabulary_multiple|on_bad_step|spike|log_every|evaluate_every|edits|edit_records|"
+    r"samples|wandb|checkpoint_every|keep|best|stall)"
 )
 # What a run and its continuation have to have in common, and the advice where they do not.
 _COMMON = {
@@ -96,9 +97,9 @@ def train(
         # A corpus takes its time: one process writes its pieces, and the others wait for its lock.
         watchdog.ping(math.inf)
         tokenizers, training, held_out = open_text(config, run_dir / "tokenizer.json", progress)
-        batches = iter(
-            episodes.episodes(training, data.episode, data.batch, data.seed, workers=data.workers)
-        )
+        order = dict(workers=data.workers, buckets=data.buckets)
+        stream = episodes.episodes(training, data.episode, data.batch, data.seed, **order)
+        batches = iter(stream)
         if progress:
             texts = settings.steps * data.batch * np.mean(data.episode)
             epochs = texts / len(training)
@@ -106,16 +107,17 @@ def train(
         watchdog.ping(_SLOW)
 
         # 3. Parameters, created or loaded where their sharding rule puts them, unless a checkpoint has
-        # them all. What it does not hold, the frozen ones, has to be what it was when a run is resumed.
+        # them. What it does not hold, the frozen ones, has to be what it was when a run is resumed.
         checkpoints = stack.enter_context(
             checkpoint.Checkpoints(run_dir / "checkpoints", settings.keep, settings.best)
         )
-        frozen, started, state = {}, [], None
-        if train_step.frozen or not checkpoints.steps():
-            _, parameters = initialise(config, mesh)
+        frozen, started, state, resumes = {}, [], None, bool(checkpoints.steps())
+        if train_step.frozen or not resumes:
+            _, parameters = initialise(config, mesh, train_step.frozen if resumes else None)
             parameters, started = start_from(parameters, settings.start_from)
             frozen = train_step.freeze(parameters)
-            state = train_step.init({name: parameters[name] for name in train_step.trained})
+            if not resumes:
+                state = train_step.init({name: parameters[name] for name in train_step.trained})
             del parameters
         evaluator = Evaluator(train_step, held_out, tokenizers)
         meta = {
@@ -148,9 +150,9 @@ def train(
         # 5. Steps, until all are done or the run is to stop.
         while step < total and not stopping(step):
             batch = next(batches)
-            size = batch["encoder_tokens"].shape[1]
-            watchdog.ping(0.0 if size in compiled else _SLOW)
-            compiled.add(size)
+            shape = episodes.shape(batch)
+            watchdog.ping(0.0 if shape in compiled else _SLOW)
+            compiled.add(shape)
             placed = sharding.place_batch(batch, mesh)
             if profile and step == first + 2:  # Compiled, and as fast as it will be.
                 trace.enter_context(
@@ -173,6 +175,8 @@ def train(
             if evaluates:
                 evaluation = evaluator(state, frozen)
                 log.evaluation(step, evaluation)
+                if settings.samples:
+                    log.samples(step, evaluator.samples(state, frozen))
                 watchdog.ping(_SLOW)
             if saves:
                 checkpoints.save(step, state, batches, meta, evaluation if evaluates else None)

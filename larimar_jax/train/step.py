@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -50,23 +50,42 @@ class TrainState(NamedTuple):
         return self.average or self.params
 
 
-def initialise(config: Config, mesh: Mesh) -> tuple[AbstractModel, dict[str, Array]]:
+def initialise(
+    config: Config, mesh: Mesh, needed: Collection[str] | None = None
+) -> tuple[AbstractModel, dict[str, Any]]:
     """Return the model and its parameters, each where its sharding rule puts it.
 
     Without pretrained towers they are created on the devices that will hold them, so that no host
     ever holds the whole model; with them, the files stream onto those devices.
 
+    Args:
+        needed: paths, where a checkpoint has the others: a pretrained tower of which none is needed is
+            not loaded, and its parameters are ShapeDtypeStructs with shardings.
     Raises:
         ShardingRuleError: the rules do not fit the parameters.
         FileNotFoundError: a tower's `source` is not installed.
     """
     key, abstract = jax.random.key(config.train.seed), AbstractModel(model.abstract(config))
     where = sharding.parameter_shardings(config, abstract, mesh)
-    if any(tower.source is not None for tower in (config.model.encoder, config.model.decoder)):
-        built = model.build(config, key, lambda name, _: where[name])
-        return abstract, jax.device_put(dict(model.parameters(built)), where)
-    create = jax.jit(lambda: dict(model.parameters(model.build(config, key))), out_shardings=where)
-    return abstract, create()
+    loaded = [n for n in ("encoder", "decoder") if getattr(config.model, n).source is not None]
+    if not loaded:
+        create = jax.jit(
+            lambda: dict(model.parameters(model.build(config, key))), out_shardings=where
+        )
+        return abstract, create()
+    # Low-rank factors are put into a tower that is there.
+    names = [n for n in abstract.parameters if needed is None or n in needed or "/lora_" in n]
+    shapes = {
+        tower: getattr(abstract.module, tower)
+        for tower in loaded
+        if not any(name.startswith(f"{tower}/") for name in names)
+    }
+    built = model.build(config, key, lambda name, _: where[name], shapes)
+    for tower in shapes:
+        delattr(built, tower)
+    parameters = dict(model.parameters(built))
+    parameters = jax.device_put(parameters, {name: where[name] for name in parameters})
+    return abstract, _placed(abstract.parameters, where) | parameters
 
 
 class TrainStep:
@@ -86,7 +105,7 @@ class TrainStep:
         self._memory = make_memory(config)
         self._optimizer = optimizer.make(config.train)
         self._rate = optimizer.learning_rate(config.train)
-        self._flops: dict[int, int] = {}
+        self._flops: dict[tuple[int, ...], int] = {}
         _check_batch(config, mesh)
         where = sharding.parameter_shardings(config, abstract, mesh)
         # The split is what the optimiser sees: its own state, and the gradients on their way to it.
@@ -132,15 +151,19 @@ class TrainStep:
         shapes = {name: self.abstract.parameters[name] for name in self.trained}
         return _placed(jax.eval_shape(self._init, shapes), self.state_shardings)
 
-    def arguments(self, episode: int) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
-        """Return what `step` takes for episodes of this size, as ShapeDtypeStructs with shardings."""
+    def arguments(
+        self, episode: int, *lengths: int
+    ) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
+        """Return what `step` takes for episodes of this size, as ShapeDtypeStructs with shardings.
+
+        Args:
+            lengths: S and T; none are the largest.
+        """
         data = self.config.data
+        lengths = lengths or (data.encoder_tokens, data.decoder_tokens)
         batch = {
             f"{tower}_{kind}": jax.ShapeDtypeStruct((data.batch, episode, length), dtype)
-            for tower, length in (
-                ("encoder", data.encoder_tokens),
-                ("decoder", data.decoder_tokens),
-            )
+            for tower, length in zip(("encoder", "decoder"), lengths, strict=True)
             for kind, dtype in (("tokens", jnp.int32), ("mask", jnp.bool_))
         }
         shapes = {name: self.abstract.parameters[name] for name in self.frozen}
@@ -148,16 +171,20 @@ class TrainStep:
         frozen = _placed(frozen, self.frozen_shardings)
         return self.abstract_state(), frozen, _placed(batch, self.batch_shardings)
 
-    def flops(self, episode: int) -> int:
-        """Return FLOPs of a step's matrix products on all devices, without what remat repeats."""
-        if episode not in self._flops:
+    def flops(self, *shape: int) -> int:
+        """Return FLOPs of a step's matrix products on all devices, without what remat repeats.
+
+        Args:
+            shape: as of `arguments`.
+        """
+        if shape not in self._flops:
             lean = self
             if self.config.model.remat != "none":
                 plain = dataclasses.replace(self.config.model, remat="none")
                 config = dataclasses.replace(self.config, model=plain)
                 lean = TrainStep(config, AbstractModel(model.abstract(config)), self.mesh)
-            self._flops[episode] = count_flops(lean._step, *lean.arguments(episode))
-        return self._flops[episode]
+            self._flops[shape] = count_flops(lean._step, *lean.arguments(*shape))
+        return self._flops[shape]
 
     def freeze(self, parameters: Mapping[str, Array]) -> dict[str, Array]:
         """Return the frozen ones of all parameters, where and in the dtype that a step wants."""
@@ -240,6 +267,7 @@ class TrainStep:
         def gradients_of(loss, params, frozen, divide, beta, *episodes):
             def loss_of(params: dict[str, Array]):
                 options = dict(divide=divide, product_dtype=config.train.products)
+                options["vocabulary_multiple"] = config.train.vocabulary_multiple
                 return loss(params, frozen, *episodes, config.objective, beta, **options)
 
             return jax.value_and_grad(loss_of, has_aux=True)(params)

@@ -295,7 +295,7 @@ def convert_ibm(
     print(f"{out}: larimar edit PROMPT ANSWER --model {out}")
 
 
-def export_hf(model: str, out: str) -> None:
+def export_hf(model: str, out: str, *, push: str | None = None) -> None:
     """Folders laid out as on Hugging Face.
 
     Writes OUT/encoder and OUT/decoder: config.json, model.safetensors (in parts of at most 5 GB) and the
@@ -304,10 +304,16 @@ def export_hf(model: str, out: str) -> None:
     Args:
       model MODEL: a shipped name, an exported file or a run
       out OUT: the folder to write
+      push ORG/NAME: a repository of Hugging Face that it is uploaded to, a new one being private
     Example: larimar export hf smol towers
     """
     from larimar_jax import convert
+    from larimar_jax.weights import export, huggingface
 
+    if push is not None and ("@" in push or not huggingface.is_id(push)):
+        raise ValueError(f"--push {push!r} is no repository; write it as ORG/NAME")
     print("loading the model and writing its towers", file=sys.stderr)
     convert.to_huggingface(model, out)
     print(f"{out}/encoder and {out}/decoder")
+    if push is not None:
+        print(export.push(out, push))

@@ -94,6 +94,27 @@ def write_tensors(
         _json(folder / "model.safetensors.index.json", index)
 
 
+def push(folder: str | pathlib.Path, repository: str) -> str:
+    """Upload a folder to a repository of Hugging Face, which is made private where it is new.
+
+    Raises:
+      ConnectionError: without a network, or a token that may write there.
+    """
+    # Here and not on top, as in huggingface.py.
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    hub = huggingface_hub.HfApi()
+    try:
+        hub.create_repo(repository, private=True, exist_ok=True)
+        return str(hub.upload_folder(repo_id=repository, folder_path=folder))
+    except (errors.HTTPError, errors.OfflineModeIsEnabled, errors.LocalTokenNotFoundError) as error:
+        raise ConnectionError(
+            f"{folder} is written, and was not uploaded to {repository} ({str(error)[:300]}). Is there a"
+            " network, and a token that may write there? `hf auth login` takes one"
+        ) from error
+
+
 def _framing(tokenizer: Tokenizer) -> hf.Tokenizer:
     """Return the backend, which itself puts prefix and suffix around a text."""
     backend = hf.Tokenizer.from_str(tokenizer.backend.to_str())
