@@ -75,7 +75,7 @@ class Evaluator:
                 cuts = cut_texts(pieces.texts(order[:most].tolist()))
             else:
                 cuts = [
-                    Edit(record.prompt, record.target_new, record.target_true)
+                    JudgedEdit(record.prompt, record.target_new, record.target_true)
                     for record in edit_records.load(records, most)
                     if record.target_true
                 ]
@@ -158,7 +158,7 @@ class Evaluator:
         }
 
 
-class Edit(NamedTuple):
+class JudgedEdit(NamedTuple):
     """A prompt, the ending that is written, and the one that it is compared with.
 
     other: None for the ending of the next edit.
@@ -169,16 +169,16 @@ class Edit(NamedTuple):
     other: str | None
 
 
-def cut_texts(texts: Iterable[str]) -> Iterator[Edit]:
+def cut_texts(texts: Iterable[str]) -> Iterator[JudgedEdit]:
     """Yield each text that has enough words, cut in two."""
     for words in map(str.split, texts):
         at = round(_PROMPT * len(words))
         if len(words) >= _LEAST_WORDS:
-            yield Edit(" ".join(words[:at]), " ".join(words[at:]), None)
+            yield JudgedEdit(" ".join(words[:at]), " ".join(words[at:]), None)
 
 
 def choose_edits(
-    edits: Iterable[Edit],
+    edits: Iterable[JudgedEdit],
     count: int,
     encoder: Tokenizer,
     decoder: Tokenizer,
@@ -196,7 +196,7 @@ def choose_edits(
         is prompt r with its other ending.
     """
 
-    def fits(edit: Edit) -> bool:
+    def fits(edit: JudgedEdit) -> bool:
         text, endings = f"{edit.prompt} {edit.ending}", filter(None, edit[1:])
         sizes = [1 + len(decoder.ids(edit.prompt)), *(len(decoder.following(e)) for e in endings)]
         return encoder.encode([text]).mask.sum() <= encoder_tokens and max(sizes) <= max_tokens // 2
