@@ -53,10 +53,11 @@ class TokenizedPieces:
 
     def counts(self) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
         """Return the tokens of each piece in either tower, with those that frame it."""
-        import pyarrow.compute as arrow  # Its kernels are not loaded with pyarrow itself.
-
-        columns = (self.dataset.data.column(name) for name in ("encoder", "decoder"))
-        encoder, decoder = (arrow.list_value_length(column).to_numpy() for column in columns)
+        columns = (self.dataset.data.column(name).chunks for name in ("encoder", "decoder"))
+        encoder, decoder = (
+            np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])
+            for chunks in columns
+        )
         return encoder, decoder + 2
 
     def gather(
