@@ -113,7 +113,7 @@ def test_nothing_is_longer_than_it_needs_to_be():
     assert {path.name: size for path, size in package.items() if size > 350} == {}
     assert len(list(PACKAGE.glob("*.py"))) <= 24
     assert sum(package.values()) <= 25_240
-    assert sum(lines((ROOT / "tests").rglob("*.py")).values()) <= 16_800
+    assert sum(lines((ROOT / "tests").rglob("*.py")).values()) <= 16_870
     assert sum(lines([ROOT / "README.md"]).values()) <= 160
 
 
