@@ -32,7 +32,7 @@ examples:
   larimar bench counterfact --data counterfact.json --limit 200 --out runs/counterfact
 """
 # Commands that a second call takes up where the first was stopped.
-RESUMABLE = ("bench", "compare", "sweep", "reproduce", "train")
+RESUMABLE = ("bench", "compare", "moments", "sweep", "reproduce", "train")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -328,6 +328,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "bench": bench_commands.bench,
     "train": train_commands.train,
     "plan": train_commands.plan,
+    "moments": bench_commands.moments,
     "sweep": bench_commands.sweep,
     "compare": bench_commands.compare,
     "report": bench_commands.report,

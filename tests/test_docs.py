@@ -12,7 +12,7 @@ import test_memory
 from conftest import tiny_config
 from known_editor import cases, knowedit
 
-from larimar_jax import bench, cli, config, memory
+from larimar_jax import bench, cli, config, editors, memory
 from larimar_jax.bench import compare, report, runner, sweep, systems
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -88,6 +88,21 @@ def test_command_line_runner_and_report_find_it(portability, tiny, tmp_path, mon
     first, second = report.sections([run, run])[1], report.sections([run, run])[3]
     assert first.items[1].title == "portability, 4 cases" and "differs" not in str(second)
     assert "verbatim lookup" in str(first.items[1])
+
+
+def test_an_editor_of_ones_own_is_a_system_of_the_benchmarks(tiny, tmp_path, monkeypatch):
+    saved("editors.md", tmp_path / "embed.py", editors, monkeypatch)
+    path = knowedit(
+        [dataclasses.replace(case, portability=()) for case in cases(3)], tmp_path / "f"
+    )
+    task = bench.tasks()["knowedit"](data=path, editors="embed", tokens=2, chunk=3)
+    results = runner.run(task, tmp_path / "run", editor=tiny, quiet=True)["results"]
+    sys.modules.pop("larimar_jax.editors.embed")
+    by_kind = {entry["kind"]: entry for entry in results if entry["system"] == "embed"}
+    assert by_kind["edit"]["accuracy"]["cases"] == by_kind["edit"]["exact"]["cases"] == 3
+    base = {e["kind"]: e for e in results if e["system"] == "base"}
+    assert base["near"]["kept"]["mean"] == 100.0
+    assert by_kind["near"]["kept"]["mean"] < 100.0
 
 
 def test_the_readmes_results_are_lines_of_the_report():

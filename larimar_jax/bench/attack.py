@@ -11,9 +11,10 @@ import numpy as np
 
 from larimar_jax.bench.fact_store import FactStore, encode_facts, written
 from larimar_jax.bench.forget import UNKNOWN
+from larimar_jax.bench.peers import by_model
 from larimar_jax.bench.queries import SCOPED, SYSTEMS, Queries
 from larimar_jax.bench.systems import case_keys
-from larimar_jax.bench.task import EditTask, Metric, Pivot, Plot, option
+from larimar_jax.bench.task import ComparedTask, Metric, Pivot, Plot, option
 from larimar_jax.data.edit_records import EditRecord
 from larimar_jax.data.paraphrases import Paraphrases
 from larimar_jax.pipeline import Pipeline
@@ -34,7 +35,7 @@ class AttackedFact(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Attack(EditTask):
+class Attack(ComparedTask):
     """Rephrase attack: is an answer that was edited away still drawn from the model (Table 5)?
 
     Facts of CounterFact that the base LM knows: greedy decoding of the prompt gives the whole of
@@ -143,15 +144,17 @@ class Attack(EditTask):
         """The sample of every row by system, each with the row's key."""
 
         def sample(prompts, rows, condition):
-            texts = model.generate(
-                prompts,
-                condition,
-                max_tokens=self.tokens,
-                temperature=self.temperature,
-                rng=rng[np.asarray(rows)],
-                stop=(),
-            )
-            return np.asarray(texts, object)
+            def generate(model, condition, chosen):
+                return model.generate(
+                    [prompts[place] for place in chosen],
+                    condition,
+                    max_tokens=self.tokens,
+                    temperature=self.temperature,
+                    rng=rng[np.asarray([rows[place] for place in chosen])],
+                    stop=(),
+                )
+
+            return np.asarray(by_model(model, prompts, condition, generate), object)
 
         def forced(answer, row):
             return queries.editor.text(answer[: self.tokens])

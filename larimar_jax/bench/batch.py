@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 from larimar_jax.bench.fact_store import FactStore, encode_facts, written
 from larimar_jax.bench.metrics import rewrite_columns
 from larimar_jax.bench.queries import SHARED
-from larimar_jax.bench.task import EditTask, Metric, Pivot, Plot, option
+from larimar_jax.bench.task import ComparedTask, Metric, Pivot, Plot, option
 from larimar_jax.data.edit_records import EditRecord
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Batch(EditTask):
+class Batch(ComparedTask):
     """Batch editing: N facts of CounterFact written at once, each with its own prompt (Fig. 2a).
 
     Rewrite S for every N, protocol `rome`. A case is a fact, evaluated at every N that it is among.

@@ -41,6 +41,41 @@ def bench(**options: Any) -> None:
     runner.run(task, out, part)
 
 
+def moments(
+    *,
+    model: str = "smol",
+    editors: str = "rome",
+    editor_settings: tuple[str, ...] = (),
+    corpus: str = "wikipedia-summaries",
+    tokens: Count = 100_000,
+) -> None:
+    """Compute the second moments of keys that other editors need, and keep them in the cache.
+
+    `larimar bench --editors` computes what is missing from the packaged summaries; this is for another
+    corpus or more of it. Rows are split over all devices. It goes on where it was stopped.
+
+    Args:
+      model MODEL: a shipped name, an exported file or a run
+      editors NAMES: those whose layers are read
+      editor_settings KEY=VALUE: such as rome.layer=9
+      corpus NAME: a name or file as of data.corpus
+      tokens N: at least so many, or the whole corpus
+    Example: larimar moments --model smol --editors rome,memit --tokens 1000000
+    """
+    from larimar_jax import config as configs
+    from larimar_jax import editors as peers
+    from larimar_jax import pipeline
+    from larimar_jax.editors import moments
+
+    configs.cache_programs()
+    chosen = peers.build(editors, editor_settings)
+    loaded = pipeline.load(model)
+    base = peers.BaseLM(loaded.model, loaded.decoder_tokenizer)
+    layers = sorted({layer for each in chosen.values() for layer in each.needs_moments(base)})
+    for layer, sums in moments.load(base, layers, corpus, tokens).items():
+        print(f"layer {layer}: {sums.tokens:,} tokens of {sums.documents:,} documents")
+
+
 def sweep(*, config: str, out: str, overrides: tuple[str, ...] = ()) -> None:
     """Measure every memory over a grid of settings, sizes and noise.
 

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 from larimar_jax.bench.metrics import KINDS, rewrite_columns
 from larimar_jax.bench.summary import harmonic_score
 from larimar_jax.bench.systems import MODE, Mode
-from larimar_jax.bench.task import EditTask, Metric, Pivot, Plot, option
+from larimar_jax.bench.task import ComparedTask, Metric, Pivot, Plot, option
 from larimar_jax.data.edit_records import EditRecord
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CounterFact(EditTask):
+class CounterFact(ComparedTask):
     """CounterFact, one edit at a time: edit, paraphrase and neighbourhood S and M (Table 2).
 
     Mode `rome`, the protocol of the editing literature: the scope decision and the memory query see

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from larimar_jax import scope
+from larimar_jax.bench.peers import by_model
 from larimar_jax.decoding import row_keys
 from larimar_jax.memory.base import Memory, Prepared
 from larimar_jax.model import Condition
@@ -165,18 +166,34 @@ class LarimarEditor:
 
     def score(self, prompts, candidates, condition) -> Float[np.ndarray, "n c"]:
         """Return `scoring.score` of this model."""
-        return self.model.score(prompts, candidates, condition)
+
+        def score(model, condition, rows):
+            chosen = ([each[row] for row in rows] for each in (prompts, candidates))
+            return model.score(*chosen, condition)
+
+        return np.asarray(by_model(self.model, prompts, condition, score), np.float32)
 
     def hits(self, prompts, targets, condition) -> list[Bool[np.ndarray, "_"]]:
         """Return `hits` of `scoring.judge`."""
-        hits = self.model.judge(prompts, [[target] for target in targets], condition).hits[:, 0]
+
+        def judge(model, condition, rows):
+            chosen = [prompts[row] for row in rows], [[targets[row]] for row in rows]
+            return model.judge(*chosen, condition).hits[:, 0]
+
+        hits = by_model(self.model, prompts, condition, judge)
         lengths = [len(self.tokens(target)) for target in targets]
         return [row[:length] for row, length in zip(hits, lengths, strict=True)]
 
     def generate(self, prompts, condition, tokens: Sequence[int]) -> list[str]:
         """Return `generate.generate` of this model, through line breaks: an answer may follow
         one."""
-        return self.model.generate(prompts, condition, max_tokens=tokens, stop=())
+
+        def generate(model, condition, rows):
+            chosen = ([each[row] for row in rows] for each in (prompts, tokens))
+            texts, limits = chosen
+            return model.generate(texts, condition, max_tokens=limits, stop=())
+
+        return by_model(self.model, prompts, condition, generate)
 
     def tokens(self, target: str) -> list[int]:
         """Return a target's tokens as the decoder's tokenizer splits it after a space."""

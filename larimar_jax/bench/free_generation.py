@@ -5,11 +5,11 @@ import re
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from larimar_jax.bench.task import EditTask, Metric, Pivot, option
+from larimar_jax.bench.task import ComparedTask, Metric, Pivot, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FreeGeneration(EditTask):
+class FreeGeneration(ComparedTask):
     """CounterFact, one edit at a time: does free generation give the new answer?
 
     The likeliest continuation of the edit prompt and of its paraphrases, token by token. An answer

@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 
 from larimar_jax.bench import fluency
 from larimar_jax.bench.fact_store import FactStore, encode_facts, written
-from larimar_jax.bench.task import EditTask, Metric, Pivot, Plot, option
+from larimar_jax.bench.queries import MEMORIES
+from larimar_jax.bench.task import ComparedTask, Metric, Pivot, Plot, option
 from larimar_jax.data.corpus import Corpus, open_corpus
 
-MEMORIES = ("larimar", "open")
 _LOSS = dict(scale=1.0, lower=True, weight="tokens", exponential=True)
 
 
@@ -34,7 +34,7 @@ class HeldOutText:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Perplexity(EditTask):
+class Perplexity(ComparedTask):
     """Perplexity of text that no fact is about, with facts in memory: is the language model left alone?
 
     Raises:

@@ -9,6 +9,7 @@
               through: no matrix, and no decoder's say
     larimar   memory-conditioned decoding of the prompts that it lets through
     open      memory-conditioned decoding of every prompt
+    rome …    other editors of the same decoder, those that a run names (peers.py); for every prompt
 
 What is out of scope is decoded by the base LM (protocol `rome`) or with z = 0 (protocol `released`,
 as the authors' code does it).
@@ -27,6 +28,8 @@ from typing import Any, Literal
 import numpy as np
 
 from larimar_jax.bench.editor import Editor
+from larimar_jax.bench.peers import EditedRows
+from larimar_jax.editors import EditedModel
 
 LABELS = {
     "base": "base LM",
@@ -42,6 +45,7 @@ CONTROLS = SYSTEMS[:5]
 # Systems of a memory that many facts share, and those whose queries the scope detector decides about.
 SHARED = (*CONTROLS, "larimar")
 SCOPED = ("lookup", "verbatim", "larimar")
+MEMORIES = ("larimar", "open")
 # What a memory has to be worth more than, as a note names it.
 LOOKUPS = {"lookup": "the lookup", "verbatim": "verbatim lookup"}
 # −ln p of a token that is not the forced one, in nats: finite, and far beyond what a decoder gives.
@@ -61,7 +65,7 @@ class Queries:
     text; None where there is none. nearest: the (prompt, answer) that is nearest to each in the
     memory; None where it is empty. scope_score, in_scope: [R], or [R, c] where c candidates are
     decided apart. condition: positions [n] → what the memory hands to the decoder. outside: the
-    system that decodes what is out of scope.
+    system that decodes what is out of scope. peers: by other editor, the model that decodes each.
     """
 
     editor: Editor
@@ -72,6 +76,7 @@ class Queries:
     in_scope: np.ndarray
     condition: Callable[[np.ndarray], Any]
     outside: Literal["base", "zero"] = "base"
+    peers: Mapping[str, Sequence[EditedModel]] = dataclasses.field(default_factory=dict)
 
     @property
     def prompts(self) -> list[str]:
@@ -175,7 +180,9 @@ class Queries:
             values["larimar"] = values.get("open", outside)
             for name in derived:
                 values[name] = np.where(let, values[name], outside)
-        return {name: values[name] for name in systems}
+        for name, models in self.peers.items():
+            values[name] = measure(prompts, targets, EditedRows(models))
+        return {name: values[name] for name in (*systems, *self.peers)}
 
     def rows(
         self,
@@ -194,7 +201,7 @@ class Queries:
             for system, each in values.items():
                 if system == "prompt" and self.facts[row] is None:
                     continue
-                extra = dict(of_memory[row]) if of_memory and system not in CONTROLS else {}
+                extra = dict(of_memory[row]) if of_memory and system in MEMORIES else {}
                 if system == "larimar":
                     extra |= {name: float(np.mean(value)) for name, value in scope.items()}
                 yield {**fixed, "system": system, **metrics(fixed, each[row]), **extra}
@@ -209,6 +216,7 @@ class Queries:
             scope_score=self.scope_score[rows],
             in_scope=self.in_scope[rows],
             condition=lambda chosen: self.condition(rows[chosen]),
+            peers={name: [each[row] for row in rows] for name, each in self.peers.items()},
         )
 
 

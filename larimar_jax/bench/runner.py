@@ -122,10 +122,12 @@ def start(task: Task, editor: Any = None) -> Work:
     """Return the work of a task: load its model, unless an editor or a pipeline is handed over."""
     edited = None
     if task.needs_model:
-        edited = systems.of_task(task) if editor is None else systems.Systems(editor)
+        edited = systems.of_task(task, editor)
     settings = {"benchmark": task.name, "options": task.options(), "data": task.data_settings()}
     if edited is not None:
         settings["model"] = dict(edited.editor.settings)
+        if edited.peers is not None:
+            settings["editors"] = edited.peers.settings
     return Work(task, edited, task.cases(edited), as_json(settings))
 
 

@@ -1,5 +1,6 @@
 """Wall clock of an edit (Table 1), and of the benchmark.
 
+    rome …               an edit by another editor that the run names, on the untouched model
     write, ask, forget   what a session's user waits for, each with the encoder; base: the same question
                          to the untouched language model
     batched              CounterFact's cases under every system, as `larimar bench counterfact` has it
@@ -17,7 +18,7 @@ import jax
 
 from larimar_jax.bench.counterfact import CounterFact
 from larimar_jax.bench.memory_speed import Turn
-from larimar_jax.bench.task import EditTask, Metric, Pivot, option
+from larimar_jax.bench.task import ComparedTask, Metric, Pivot, option
 from larimar_jax.session import Session
 
 # Facts that are in the session beside the one that is timed.
@@ -26,7 +27,7 @@ TOKENS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Speed(EditTask):
+class Speed(ComparedTask):
     """Wall clock of an edit (Table 1), and of the benchmark.
 
     Raises:
@@ -99,6 +100,7 @@ class Speed(EditTask):
             ask=lambda: session.ask(prompt, max_tokens=TOKENS, stop=()),
             base=lambda: systems.model.generate([prompt], max_tokens=TOKENS, stop=()),
             forget=lambda: session.forget(ids.pop()),
+            **systems.edits_of(facts[BESIDE]),
             batched=lambda: list(task.evaluate(systems, records)),
         )
         return sides, {name: _seconds(side) for name, side in sides.items()} | first

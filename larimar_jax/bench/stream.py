@@ -12,7 +12,7 @@ from larimar_jax.bench.fact_store import EncodedTexts, FactStore, encode_facts, 
 from larimar_jax.bench.metrics import answer_words, first_line, token_f1, token_f1_grace
 from larimar_jax.bench.queries import SHARED
 from larimar_jax.bench.rephrase import Keys, keys_option, with_keys
-from larimar_jax.bench.task import ZSRE, EditTask, Metric, Pivot, Plot, option
+from larimar_jax.bench.task import ZSRE, ComparedTask, Metric, Pivot, Plot, option
 from larimar_jax.data.edit_records import EditRecord, load
 from larimar_jax.memory import rls
 
@@ -46,7 +46,7 @@ class Edits(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stream(EditTask):
+class Stream(ComparedTask):
     """A stream of ZsRE edits, one after the other, with no knowledge of the future (Table 3, Fig.
     2b).
 
@@ -200,7 +200,7 @@ class Stream(EditTask):
                 for case_id, kind, _, prompt, gold, _ in group
             ]
             parts.append((self._after(systems, edits), columns, [case.fact for case in group]))
-        queries = systems.shared_memories(parts)
+        queries = systems.shared_memories(parts, in_turn=True)
         ids = systems.model.decoder_tokenizer.ids
         limits = [len(ids(f" {case.gold}")) + MARGIN for case in cases]
 

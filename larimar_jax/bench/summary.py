@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from larimar_jax import editors
 from larimar_jax.bench import metrics, queries
 from larimar_jax.bench.task import Metric, Task
 
@@ -162,6 +163,8 @@ def by_case(rows: Sequence[Row]) -> dict[Any, list[Row]]:
 
 def label(task: Task, value: Any) -> str:
     """Return the name of a system, kind or factor's value, for people."""
+    if value in (others := editors.names()):
+        return others[value].__name__
     return str(task.labels.get(value, queries.LABELS.get(value, value)))
 
 

@@ -1,5 +1,6 @@
 """The edited model of a run: queries of memories of single facts, and of memories of many."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -7,9 +8,12 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
+from larimar_jax.bench import peers as peer_editors
 from larimar_jax.bench.editor import Editor, LarimarEditor, Recall
 from larimar_jax.bench.fact_store import FactStore
+from larimar_jax.bench.peers import Peers
 from larimar_jax.bench.queries import Queries
+from larimar_jax.editors import EditedModel
 from larimar_jax.pipeline import Pipeline, load
 
 Mode = Literal["rome", "released"]
@@ -23,7 +27,8 @@ MODE = (
 class Systems:
     """The edited model of a run, under every system."""
 
-    def __init__(self, editor: Editor | Pipeline):
+    def __init__(self, editor: Editor | Pipeline, peers: Peers | None = None):
+        self.peers = peers
         self.editor: Any = LarimarEditor(editor) if isinstance(editor, Pipeline) else editor
         self._cache: dict[str, tuple[Any, Any]] = {}
 
@@ -75,7 +80,16 @@ class Systems:
             inside,
             lambda chosen: recall.condition(rows[chosen]),
             "base" if mode == "rome" else "zero",
+            self._each(facts, [len(row) for row in queries]),
         )
+
+    def _each(self, facts, counts: Sequence[int]) -> dict[str, list[EditedModel]]:
+        """By peer, the model with each fact alone, as often as the fact has queries."""
+        edited = {} if self.peers is None else self.peers.each(facts)
+        return {
+            name: [model for model, count in zip(models, counts, strict=True) for _ in range(count)]
+            for name, models in edited.items()
+        }
 
     def _scoped(self, facts, asking, scoped, wordings) -> tuple[Recall, np.ndarray, np.ndarray]:
         """Recall with, behind what the memory of each case is asked, what the scope detector sees
@@ -98,6 +112,7 @@ class Systems:
         parts: Sequence[tuple[FactStore, Sequence[Mapping[str, Any]], Sequence[str | None]]],
         *,
         scoped: bool = True,
+        in_turn: bool = False,
     ) -> Queries:
         """Return the queries of memories of many facts, all in one row.
 
@@ -105,6 +120,7 @@ class Systems:
             parts: memories, each with the columns of its queries and the right fact of each, as a
                 text.
             scoped: whether the scope detector decides; without, all is let through.
+            in_turn: whether other editors edit the facts in one by one, or together.
         """
         reads = [store.read([c["prompt"] for c in columns]) for store, columns, _ in parts]
         latents = np.concatenate([latent for latent, _ in reads])
@@ -122,7 +138,24 @@ class Systems:
             np.concatenate([match.score for match in matches]),
             np.concatenate(inside) if scoped else np.ones(len(latents), bool),
             lambda rows: self.model.condition(latents[rows]),
+            peers=self._after(parts, in_turn),
         )
+
+    def _after(self, parts, in_turn: bool) -> dict[str, list[EditedModel]]:
+        """By peer, the model of all facts of each query's memory."""
+        edited: dict[str, list[EditedModel]] = {}
+        for store, columns, _ in parts if self.peers is not None else ():
+            for name, model in self.peers.after(store.facts, in_turn).items():
+                edited.setdefault(name, []).extend([model] * len(columns))
+        return edited
+
+    def edits_of(self, fact: tuple[str, str]) -> dict[str, Callable[[], Any]]:
+        """Return by peer what edits a fact into the base LM."""
+        if self.peers is None:
+            return {}
+        base, facts = self.peers.base, self.peers.facts([fact])
+        editors = self.peers.editors.items()
+        return {name: functools.partial(each.each, base, facts) for name, each in editors}
 
     def cached(self, name: str, key: Any, make: Callable[[], Any]) -> Any:
         """Return `make()`, or what it returned before under the same name and key; one value a name
@@ -132,9 +165,11 @@ class Systems:
         return self._cache[name][1]
 
 
-def of_task(task: Any) -> Systems:
-    """Return the systems of the model that a task names."""
-    return Systems(load(task.model, task.overrides))
+def of_task(task: Any, editor: Editor | Pipeline | None = None) -> Systems:
+    """Return the systems of a task: of an editor or a pipeline, or of the model that the task names."""
+    editor = load(task.model, task.overrides) if editor is None else editor
+    model = editor if isinstance(editor, Pipeline) else getattr(editor, "model", None)
+    return Systems(editor, peer_editors.of_task(task, model))
 
 
 def case_keys(seed: int, case_ids: Sequence[int]) -> Key[Array, " n"]:

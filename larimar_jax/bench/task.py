@@ -254,6 +254,25 @@ class EditTask(ModelTask):
         return [wordings.unseen(record)[:count] for record in records]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComparedTask(EditTask):
+    """A benchmark of edits that other editors of the same decoder take part in (peers.py)."""
+
+    editors: str = option(
+        "other editors of the same decoder, measured beside Larimar, such as rome,grace (files of "
+        "larimar_jax/editors)",
+        default="",
+        metavar="NAMES",
+        recorded=False,
+    )
+    editor_settings: tuple[str, ...] = option(
+        "settings of these that differ from their defaults, such as rome.layer=9",
+        default=(),
+        metavar="KEY=VALUE",
+        recorded=False,
+    )
+
+
 # The command line
 
 

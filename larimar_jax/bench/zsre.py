@@ -7,12 +7,12 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from larimar_jax.bench.systems import MODE, Mode
-from larimar_jax.bench.task import ZSRE, EditTask, Metric, Pivot, option
+from larimar_jax.bench.task import ZSRE, ComparedTask, Metric, Pivot, option
 from larimar_jax.data.edit_records import EditRecord
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ZsRE(EditTask):
+class ZsRE(ComparedTask):
     """ZsRE, one edit at a time: accuracy of rewrite, paraphrase and neighbourhood (Tables 12–13).
 
     The share of the answer's tokens that are the likeliest where they stand, teacher-forced. Mode
