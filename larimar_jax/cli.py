@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 from larimar_jax.bench import bench_commands
+from larimar_jax.serve import serve_commands
 from larimar_jax.train import train_commands
 
 PACKAGE = Path(__file__).resolve().parent
@@ -55,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nlarimar: stopped. {resume}".rstrip(), file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of a pipe, such as `head`, has ended. What is still buffered goes nowhere, so that
-        # the interpreter does not fail again when it flushes at its end.
+        # The reader of a pipe, such as `head`, has ended: no second failure at the interpreter's flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -162,9 +162,6 @@ def _add_arguments(single: argparse.ArgumentParser, function: Callable, helps: s
         single.add_argument(f"--{flag}", dest=name, required=required, default=default, **settings)
 
 
-# Sessions
-
-
 def demo(*, model: str | None = None, picture: str = "demo.png", world: bool = False) -> None:
     """Edit a real language model and see what changes.
 
@@ -200,10 +197,13 @@ def edit(
     if (file is None) == (answer is None) or (file and prompt):
         raise ValueError("give a prompt and an answer, or --file and neither.")
     from larimar_jax import session_file
+    from larimar_jax.serve import fact_lines
 
-    if file is None:
+    if file is not None:
+        facts = fact_lines.parse(Path(file).read_bytes(), file)
+    else:
         session_file.normalise(prompt, answer, ())  # before a model is loaded
-    facts = [dict(prompt=prompt, answer=answer)] if file is None else session_file.read_facts(file)
+        facts = [dict(prompt=prompt, answer=answer)]
     if model is None:
         try:
             model = session_file.Journal(session).header()["model"]
@@ -325,6 +325,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "ask": ask,
     "forget": forget,
     "list": list_facts,
+    "serve": serve_commands.serve,
     "bench": bench_commands.bench,
     "train": train_commands.train,
     "plan": train_commands.plan,

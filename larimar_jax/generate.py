@@ -7,7 +7,7 @@ prompts ─▶ rows of the decoder, several prompts in each (packing.py) ─▶ 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -36,7 +36,7 @@ class Options:
     top_k: draws among so many of the likeliest only; 0 is all.
     top_p: draws among the fewest of the likeliest that have this much probability together.
     stop: texts that end a continuation where any text stands before them; what follows is cut off with
-      them.
+      them. The name of a special token ends it anywhere.
     stop_after: the first tokens in which no stop counts, of all prompts or of each.
     cut: leave out the beginning of a prompt that has no room, after its first token, and do not raise.
     rng: one key, or one for each prompt, with which it draws the same whatever it stands beside.
@@ -50,6 +50,15 @@ class Options:
     stop_after: int | Sequence[int] = 0
     cut: bool = False
     rng: jax.Array | None = None
+
+
+class Piece(NamedTuple):
+    """What a row has gained. tokens: so far, without the one that ends it. ending: "stop", "length", or
+    None where it goes on."""
+
+    text: str
+    tokens: int
+    ending: str | None
 
 
 def generate(
@@ -90,11 +99,11 @@ def generate(
         decoding = start(rows)
         decoding.advance(max(limits[row] for row in rows) - 1)
         for row, tokens in zip(rows, decoding.tokens, strict=True):
-            texts[row] = reader.text(tokens[: limits[row]], after[row])[0]
+            texts[row] = reader.read(tokens[: limits[row]], after[row])[0]
     return texts
 
 
-def stream(
+def pieces(
     model: LanguageModel,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
@@ -102,7 +111,7 @@ def stream(
     *,
     every: int = 1,
     **options: Any,
-) -> Iterator[list[str]]:
+) -> Iterator[list[Piece]]:
     """As `generate`, yielding what each row has gained after every `every` tokens, all in one batch.
 
     Joined, the pieces of a row are what `generate` returns. A character of several tokens comes
@@ -125,15 +134,15 @@ def stream(
     max_tokens = max(limits)
     decoding, yielded = start(range(len(prompts))), [0] * len(prompts)
     for count in range(1, max_tokens + every, every):  # the first token comes with the prompt
-        last = count >= max_tokens or decoding.finished()
-        pieces = []
+        last, gained = count >= max_tokens or decoding.finished(), []
         for row, tokens in enumerate(decoding.tokens):
-            text, settled = reader.text(tokens[: limits[row]], after[row])
-            end = len(text) if last else max(settled, yielded[row])
-            pieces.append(text[yielded[row] : end])
+            text, settled, length, ended = reader.read(tokens[: limits[row]], after[row])
+            ended |= last and len(tokens) < limits[row]
+            ending = "stop" if ended else "length" if len(tokens) >= limits[row] else None
+            end = len(text) if ending else max(settled, yielded[row])
+            gained.append(Piece(text[yielded[row] : end], length, ending))
             yielded[row] = end
-        if last or any(pieces):
-            yield pieces
+        yield gained
         if last:
             return
         decoding.advance(min(every, max_tokens - count))
@@ -223,7 +232,11 @@ class _Reader:
 
     def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str]):
         self.tokenizer = tokenizer
-        self._stops = tuple(text for text in ((stop,) if isinstance(stop, str) else stop) if text)
+        stops = {text for text in ((stop,) if isinstance(stop, str) else stop) if text}
+        added = tokenizer.backend.get_added_tokens_decoder()
+        special = {token.content: i for i, token in added.items() if token.special}
+        self._ends = {tokenizer.eos, *(special[text] for text in stops & {*special})}
+        self._stops = tuple(sorted(stops - {*special}))
 
     def ids(self, prompts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of each prompt."""
@@ -233,26 +246,29 @@ class _Reader:
 
     def stopping_ids(self) -> tuple[list[int], list[int]]:
         """Return the tokens that hold a stop text, and those that hold any text but blanks."""
-        return _stopping_ids(self.tokenizer, self._stops)
+        stopping, texts = _stopping_ids(self.tokenizer, self._stops)
+        return [*stopping, *self._ends], texts
 
-    def text(self, tokens: Sequence[int], after: int = 0) -> tuple[str, int]:
-        """Return a continuation so far, and how much of it later tokens can't change.
+    def read(self, tokens: Sequence[int], after: int = 0) -> tuple[str, int, int, bool]:
+        """Return a continuation so far, how much of it later tokens can't change, its tokens without the
+        one that ends it, and whether one does.
 
         Args:
           after: tokens at its beginning in which no stop counts.
         """
-        eos = self.tokenizer.eos
-        ended = eos in tokens
-        text = self.tokenizer.decode(tokens[: tokens.index(eos)] if ended else tokens)
+        count = next((n for n, token in enumerate(tokens) if token in self._ends), len(tokens))
+        ended = count < len(tokens)
+        text = self.tokenizer.decode(tokens[:count])
         # Behind the first letter: a stop at the beginning would leave nothing.
         begin = max(len(self.tokenizer.decode(tokens[:after])), len(text) - len(text.lstrip()) + 1)
         cut = min((at for stop in self._stops if (at := text.find(stop, begin)) >= 0), default=None)
         if cut is not None:
-            return text[:cut], cut
+            return text[:cut], cut, count, True
         # An unfinished character decodes to U+FFFD.
         settled = len(text.rstrip("\ufffd"))
         held = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
-        return text, len(text) if ended else min(settled, len(text) - max(held, default=0))
+        settled = len(text) if ended else min(settled, len(text) - max(held, default=0))
+        return text, settled, count, ended
 
 
 @functools.lru_cache(maxsize=16)

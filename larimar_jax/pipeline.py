@@ -267,8 +267,9 @@ class Pipeline:
     def stream(
         self, prompts: Sequence[str], condition: Condition | None = None, **options
     ) -> Iterator[list[str]]:
-        """Yield continuations piece by piece; options as in `generate.stream`."""
-        return generate.stream(self.model, self.decoder_tokenizer, prompts, condition, **options)
+        """Yield continuations piece by piece; options as in `generate.pieces`."""
+        steps = generate.pieces(self.model, self.decoder_tokenizer, prompts, condition, **options)
+        yield from ([piece.text for piece in pieces] for pieces in steps)
 
 
 def _shorten(text: str) -> str:

@@ -31,7 +31,7 @@ from larimar_jax.memory.finite import MemoryNotFinite, NotKept
 from larimar_jax.memory.streaming import StreamingState
 from larimar_jax.model import Condition
 from larimar_jax.pipeline import Pipeline, load
-from larimar_jax.session_file import Answer, Event, Fact, FactRows, Forgotten, Ledger
+from larimar_jax.session_file import Answer, Event, Fact, FactRows, Forgotten, Ledger, Source
 from larimar_jax.weights.journal import Journal
 
 # Cosine of two prompts from which one is easily taken for the other, and of two that are one.
@@ -40,14 +40,19 @@ _NEAR, _SAME = 0.95, 1 - 1e-5
 _NEIGHBOURS = 8
 
 
-class _Recall(NamedTuple):
+class Recalled(NamedTuple):
     """What the memory reads for each prompt: None, and no tokens of an answer, is the base LM's."""
 
     facts: list[int | None]
     scores: list[float]
     tokens: list[int]
-    condition: Condition | None
+    readout: Float[np.ndarray, "n _"]
     milliseconds: dict[str, float]
+
+    def condition(self, model: Pipeline) -> Condition | None:
+        """Return what the decoder is handed; where nothing is in scope None, the base LM's program."""
+        inside = np.asarray([fact is not None for fact in self.facts], bool)
+        return model.condition(self.readout, inside) if inside.any() else None
 
 
 class Session:
@@ -86,12 +91,14 @@ class Session:
         """The memory, solved anew."""
         return rls.to_state(self._rule, self.model.prepared, self._memory)
 
-    def write(self, prompt: str, answer: str, rephrasings: Sequence[str] = ()) -> Fact:
+    def write(
+        self, prompt: str, answer: str, rephrasings: Sequence[str] = (), source: Source = None
+    ) -> Fact:
         """Write a fact (Eqs. 3–4, α = +1): keys are prompts, values prompt + answer.
 
         A prompt that is already written is corrected: its former fact is forgotten first. White space in
         an answer is part of it, around it is not. A prompt that is easily taken for another one is
-        written with a `scope.NearDuplicate` warning.
+        written with a `scope.NearDuplicate` warning. `source` stands in the history.
 
         Raises:
           EmptyFact, NotText, NotUnicode, TextTooLong, EncodingNotFinite, MemoryNotFinite, SaveFailed:
@@ -114,21 +121,21 @@ class Session:
             if former is not None:
                 note = f"replaces {former}"
                 memory, milliseconds = self._without(memory, ledger.rows[former.id])
-                ledger = ledger.without(former, milliseconds)
+                ledger = ledger.without(former, milliseconds, source)
             elif nearest and cosines[order[0]] >= _NEAR:
                 likeness = f"fact {nearest[0]} (cosine {cosines[order[0]]:.2f})"
                 note = f"its prompt is hard to tell from that of {likeness}"
             begin = time.perf_counter()
             memory = finite.write(self._rule, self.model.prepared, memory, rows.key, rows.value)
             fact = Fact(ledger.next_id, prompts[0], answer, prompts[1:])
-            ledger = ledger.with_fact(fact, rows, _since(begin), note)
+            ledger = ledger.with_fact(fact, rows, _since(begin), note, source)
             memory = self._read_back(memory, ledger, [fact.id, *nearest])
             if note and former is None:
                 warnings.warn(scope.NearDuplicate(f"{fact}: {note}"), stacklevel=2)
             self._commit(memory, ledger)
         return fact
 
-    def forget(self, fact_id: int) -> Forgotten:
+    def forget(self, fact_id: int, source: Source = None) -> Forgotten:
         """Take a fact out of the memory (Eqs. 3–4, α = −1), as if it had never been written, and
         certify it.
 
@@ -141,7 +148,7 @@ class Session:
             memory, milliseconds = self._without(self._memory, rows)
             solved = (self._rule, self.model.prepared, self._memory.state, memory.state)
             certificate = diagnostics.certify(*solved, rows.key[:1])
-            self._commit(memory, self._ledger.without(fact, milliseconds))
+            self._commit(memory, self._ledger.without(fact, milliseconds, source))
         return Forgotten(fact, float(certificate.distance), float(certificate.leverage))
 
     def purge(self, fact_id: int | None = None) -> None:
@@ -193,26 +200,20 @@ class Session:
     def _answers(
         self, prompts: Sequence[str], decode: Callable[..., list[str]], options: dict[str, Any]
     ) -> list[Answer]:
-        with self._lock:
-            facts, scores, tokens, condition, milliseconds = self._recall(prompts)
+        facts, scores, tokens, _, times = recall = self.recall(prompts)
         limits = [max(Options.max_tokens, count + 1) for count in tokens]
-        begin = time.perf_counter()
+        begin, condition = time.perf_counter(), recall.condition(self.model)
         texts = decode(condition, **dict(max_tokens=limits, stop_after=tokens, cut=True) | options)
-        milliseconds["decode"] = _since(begin)
-        return [
-            Answer(text, fact is not None, fact, score, milliseconds)
-            for text, fact, score in zip(texts, facts, scores, strict=True)
-        ]
+        times["decode"], rows = _since(begin), zip(texts, facts, scores, strict=True)
+        return [Answer(text, fact is not None, fact, score, times) for text, fact, score in rows]
 
     def score(
         self, prompts: Sequence[str], candidates: Sequence[Sequence[str]]
     ) -> Float[np.ndarray, "n c"]:
         """Return −ln p per token of c candidate answers to each of n prompts, decoded as by `ask`."""
-        with self._lock:
-            condition = self._recall(prompts).condition
-        return self.model.score(prompts, candidates, condition)
+        return self.model.score(prompts, candidates, self.recall(prompts).condition(self.model))
 
-    def _recall(self, prompts: Sequence[str]) -> _Recall:
+    def recall(self, prompts: Sequence[str]) -> Recalled:
         """Return scope decision and readout of each prompt, by its `scope.question`."""
         if isinstance(prompts, str):
             raise TypeError("prompts is a list of texts; ask() takes one")
@@ -220,9 +221,10 @@ class Session:
             session_file.require_text("prompt", prompt)
         if not all(prompt.strip() for prompt in prompts):
             raise session_file.EmptyFact("A question needs text to continue; a prompt is empty.")
-        begin, model, facts = time.perf_counter(), self.model, self._ledger.facts
-        places, keys, written = self._ledger.prompts
-        own_words = scope.by_words(keys)
+        with self._lock:
+            memory, ledger = self._memory, self._ledger
+        begin, (places, keys, written) = time.perf_counter(), ledger.prompts
+        model, facts, own_words = self.model, ledger.facts, scope.by_words(keys)
         questions = [scope.question(text, own_words) for text in prompts]
         encodings = model.encode(questions, cut=True)
         milliseconds, begin = {"encode": _since(begin)}, time.perf_counter()
@@ -230,18 +232,17 @@ class Session:
         match = scope.nearest_key(encodings.embedding, written, allowed)
         inside = match.within(model.scope_threshold)
         matched = [places[k] if near else None for k, near in zip(match.key, inside, strict=True)]
-        # Where nothing is in scope, the very program of the base LM, and not a masked slot.
-        ids, condition = [place and place[0] for place in matched], None
+        ids = [place and place[0] for place in matched]
+        readout = np.zeros((len(prompts), self._rule.latent), np.float32)
         if inside.any():
-            keys = session_file.matched_keys(self._ledger.rows, matched, self._rule.latent)
-            flat = keys.reshape(-1, keys.shape[-1])
-            read = rls.read(self._rule, model.prepared, self._memory, flat)
+            keys = session_file.matched_keys(ledger.rows, matched, self._rule.latent)
+            read = rls.read(self._rule, model.prepared, memory, keys.reshape(-1, keys.shape[-1]))
             read = np.asarray(read).reshape(keys.shape)[: len(prompts)]
             further = read[:, 1:, -model.layout.answer_code :].reshape(len(read), -1)
-            condition = model.condition(np.concatenate([read[:, 0], further], axis=1), inside)
+            readout = np.concatenate([read[:, 0], further], axis=1)
         milliseconds["read"] = _since(begin)
         tokens = [len(model.decoder_tokenizer.following(facts[i].answer)) if i else 0 for i in ids]
-        return _Recall(ids, [*map(float, match.score)], tokens, condition, milliseconds)
+        return Recalled(ids, [*map(float, match.score)], tokens, readout, milliseconds)
 
     def _read_back(self, memory: rls.RLSState, ledger: Ledger, near: Sequence[int]) -> rls.RLSState:
         """Return the memory if it gives back those of the facts near a new one that are in."""

@@ -8,7 +8,6 @@ again.
 import dataclasses
 import datetime
 import functools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from larimar_jax.weights import journal
 from larimar_jax.weights.journal import DamagedSession as DamagedSession
 from larimar_jax.weights.journal import Journal
 from larimar_jax.weights.journal import SaveFailed as SaveFailed
+
+Source = Mapping[str, str] | None
 
 
 class EmptyFact(ValueError):
@@ -113,16 +114,18 @@ class Fact:
 class Event:
     """One line of the history. milliseconds: of the memory operation alone, encoding apart; the first
     of a process and shape includes its compilation. note: the fact that a write replaced, or another
-    that its prompt is hard to tell from."""
+    that its prompt is hard to tell from. source: who did it, from where; any fields."""
 
     kind: str
     fact: Fact
     at: str
     milliseconds: float
     note: str = ""
+    source: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         note = f"  [{self.note}]" if self.note else ""
+        note += "".join(f"  {name}={text}" for name, text in self.source.items())
         return f"{self.at}  {self.kind:7}  {self.fact}  ({self.milliseconds:.1f} ms){note}"
 
 
@@ -201,13 +204,17 @@ class Ledger:
         embeddings = [self.rows[i].embedding for i in self.facts] or [np.zeros((0, 0), np.float32)]
         return [*texts], [*texts.values()], np.concatenate(embeddings)
 
-    def with_fact(self, fact: Fact, rows: FactRows, milliseconds: float, note: str) -> "Ledger":
+    def with_fact(
+        self, fact: Fact, rows: FactRows, milliseconds: float, note: str, source: Source = None
+    ) -> "Ledger":
         """Return the ledger after a write."""
-        return self.after([(Event("write", fact, _now(), milliseconds, note), rows)])
+        event = Event("write", fact, _now(), milliseconds, note, dict(source or {}))
+        return self.after([(event, rows)])
 
-    def without(self, fact: Fact, milliseconds: float) -> "Ledger":
+    def without(self, fact: Fact, milliseconds: float, source: Source = None) -> "Ledger":
         """Return the ledger after a forget."""
-        return self.after([(Event("forget", fact, _now(), milliseconds), None)])
+        event = Event("forget", fact, _now(), milliseconds, "", dict(source or {}))
+        return self.after([(event, None)])
 
     def after(self, records: Iterable[tuple[Event, FactRows | None]]) -> "Ledger":
         """Return the ledger after writes, with the rows that they wrote, and forgets."""
@@ -260,31 +267,6 @@ class Ledger:
             if event.fact not in past
         )
         return dataclasses.replace(self, history=history)
-
-
-def read_facts(name: str) -> list[dict[str, Any]]:
-    """Return the facts of a file of JSON lines, as what `Session.write` takes.
-
-    Raises:
-      ValueError: a line that is no fact.
-    """
-    facts = []
-    for number, line in enumerate(Path(name).read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            fact = json.loads(line.decode("utf-8-sig"))
-            if not isinstance(fact, dict) or not {"prompt", "answer"} <= set(fact) <= _FIELDS:
-                form = '{"prompt": …, "answer": …}, with "rephrasings": […] if any'
-                raise ValueError(f"a fact is {form}.")
-            normalise(**{"rephrasings": [], **fact})
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{name}, line {number}: {error} Nothing is written.") from error
-        facts.append(fact)
-    return facts
-
-
-_FIELDS = {"prompt", "answer", "rephrasings"}
 
 
 def read(file: Journal, ledger: Ledger) -> Ledger:

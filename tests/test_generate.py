@@ -176,10 +176,13 @@ def test_a_stop_text_ends_a_continuation(tiny):
 def test_a_stop_counts_only_after_a_text_and_after_what_is_to_be_whole(tiny):
     tokens = tiny.decoder_tokenizer.ids("\n \nFact\nnew\nis")
     reader, text = generate._Reader(tiny.decoder_tokenizer, "\n"), tiny.decoder_tokenizer.decode
-    assert reader.text(tokens) == ("\n \nFact", 7)
-    assert [reader.text(tokens[:n])[0] for n in range(4)] == [text(tokens[:n]) for n in range(4)]
+    assert reader.read(tokens)[:2] == ("\n \nFact", 7)
+    assert [reader.read(tokens[:n])[0] for n in range(4)] == [text(tokens[:n]) for n in range(4)]
     whole = next(n for n in range(len(tokens)) if text(tokens[:n]).endswith("new"))
-    assert reader.text(tokens, whole)[0] == "\n \nFact\nnew"
+    assert reader.read(tokens, whole)[0] == "\n \nFact\nnew"
+    reader = generate._Reader(tiny.decoder_tokenizer, ("<PAD>", "new"))
+    ended = reader.read([*tokens[:2], tiny.decoder_tokenizer.pad, *tokens])
+    assert ended == (text(tokens[:2]), len(text(tokens[:2])), 2, True), "a special token's name"
 
 
 def test_a_loop_ends_at_a_stop_after_a_text(tiny, monkeypatch):
@@ -222,6 +225,9 @@ def test_streamed_pieces_join_to_the_whole(tiny, condition, every, stop):
     whole = tiny.generate(PROMPTS, condition, **options)
     pieces = list(tiny.stream(PROMPTS, condition, every=every, **options))
     assert ["".join(parts) for parts in zip(*pieces, strict=True)] == whole
+    *_, last = generate.pieces(tiny.model, tiny.decoder_tokenizer, PROMPTS, condition, **options)
+    assert {piece.ending for piece in last} <= {"stop", "length"}
+    assert all(piece.tokens == 14 for piece in last if piece.ending == "length")
     if every == 1 and stop == "":
         assert len(pieces) > 3
 
@@ -256,12 +262,12 @@ def test_bytes_of_no_character_are_held_back_alone(tiny, byte_tokenizer, content
         tokenizer, ids = byte_tokenizer, [2, *(3 + byte for byte in content)]
         expected = "a" + content.decode("utf-8", "replace")
     reader = generate._Reader(tokenizer, stop)
-    whole = reader.text(ids)[0]
+    whole = reader.read(ids)[0]
     ends = [at for text in stops if text and (at := expected.find(text, 1)) > 0]
     assert whole == expected[: min(ends, default=None)]
     before = ""
     for length in range(1, len(ids) + 1):
-        text, settled = reader.text(ids[:length])
+        text, settled, *_ = reader.read(ids[:length])
         assert text[:settled].startswith(before)
         before = text[:settled]
     assert whole.startswith(before)

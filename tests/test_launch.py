@@ -1,15 +1,18 @@
-"""Launch scripts, by what a dry run of them shows."""
+"""Launch scripts, by what a dry run of them shows; and a server's container, by what it runs."""
 
+import json
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from larimar_jax import cli
 
 LAUNCH = Path(__file__).parents[1] / "launch"
-SCRIPTS = sorted(path.name for path in LAUNCH.iterdir())
+SERVER = {"serve.Containerfile", "serve.yaml"}
+SCRIPTS = sorted({path.name for path in LAUNCH.iterdir()} - SERVER)
 ARGUMENTS = {
     "local.sh": ["configs/tiny.py", "runs/a b"],
     "slurm.sbatch": ["configs/tiny.py", "runs/a b"],
@@ -22,6 +25,26 @@ def _run(script, *arguments, **environment):
     environment = {"PATH": "/usr/bin:/bin", **environment}
     line = ["bash", str(LAUNCH / script), *arguments]
     return subprocess.run(line, capture_output=True, text=True, env=environment)
+
+
+def test_a_servers_container_runs_a_command_that_larimar_takes():
+    """Probes ask what needs no token, and what is kept lies in the volume."""
+    lines = (LAUNCH / "serve.Containerfile").read_text().splitlines()
+    entry = json.loads(lines[-1].removeprefix("ENTRYPOINT "))
+    objects = [*yaml.safe_load_all((LAUNCH / "serve.yaml").read_text())]
+    (container,) = objects[-1]["spec"]["template"]["spec"]["containers"]
+    taken = cli.parser().parse_args([*entry[1:], *container["args"]])
+    assert entry[0] == "larimar" and taken.command == "serve"
+    assert (taken.host, taken.data, taken.token_file) == (
+        "0.0.0.0",
+        "/data/memories",
+        "/tokens/tokens",
+    )
+    mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounts == {"/data", "/tokens"} and "VOLUME /data" in lines
+    paths = [container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("readiness", "liveness")]
+    assert paths == ["/healthz/ready", "/healthz"]
+    assert container["ports"][0]["containerPort"] == taken.port
 
 
 def _words(script, output: str) -> list[str]:

@@ -96,14 +96,11 @@ def test_rephrasings_lead_to_the_fact_and_go_with_it(empty):
 
 def test_a_question_is_read_at_the_key_of_the_fact_that_it_matches(written, monkeypatch):
     monkeypatch.setattr(pipeline.Pipeline, "scope_threshold", -1.0)
-    recalled = written._recall(["Says of the capital: Japan"])
+    recalled = written.recall(["Says of the capital: Japan"])
     (fact,) = (fact for fact in written.list() if fact.id == recalled.facts[0])
-    verbatim = written._recall([fact.prompt])
+    verbatim = written.recall([fact.prompt])
     assert recalled.scores[0] < verbatim.scores[0] == pytest.approx(1.0, abs=1e-4)
-    for have, wanted in zip(
-        jax.tree.leaves(recalled.condition), jax.tree.leaves(verbatim.condition), strict=True
-    ):
-        np.testing.assert_array_equal(have, wanted)
+    np.testing.assert_array_equal(recalled.readout, verbatim.readout)
 
 
 def test_another_thing_after_a_mention_is_the_base_models(tiny, written, monkeypatch):
@@ -113,7 +110,7 @@ def test_another_thing_after_a_mention_is_the_base_models(tiny, written, monkeyp
     monkeypatch.setattr(
         tiny, "encode", lambda texts, *a, **o: encoded.extend(texts) or encode(texts, *a, **o)
     )
-    written._recall(["Fact 1 is new. The capital of Japan is", "The capital of Japan. Fact 1 is"])
+    written.recall(["Fact 1 is new. The capital of Japan is", "The capital of Japan. Fact 1 is"])
     assert encoded == ["The capital of Japan is", "Fact 1 is"]
 
 
