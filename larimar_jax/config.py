@@ -19,7 +19,9 @@ import ml_collections
 
 from larimar_jax import decoders, encoders, schema
 from larimar_jax import memory as memories
+from larimar_jax.decoders.reader import ReaderConfig
 from larimar_jax.layers import Remat
+from larimar_jax.lora import LoraConfig
 from larimar_jax.memory import addressing
 from larimar_jax.schema import ConfigError, Count, Fraction, Natural, NonNegative, Positive, Regex
 
@@ -41,15 +43,6 @@ class TowerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank changes of frozen kernels: x W + scale · (x A) B, with A [in, rank], B [rank, out]."""
-
-    rank: Count
-    modules: Regex  # paths of linear maps, such as "^decoder/layers/attention/(query|value)$"
-    scale: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Where encoder, memory and decoder meet (§2)."""
 
@@ -60,6 +53,7 @@ class ModelConfig:
     tied_slots: bool = True  # key and value of such a position are one vector (the paper's way)
     # What a latent reaches the decoder by; the other holds zeros (an ablation of the paper's two ways).
     conditioning: Literal["both", "slots", "embedding"] = "both"
+    reader: ReaderConfig | None = None  # in place of both (decoders/reader.py)
     lora: LoraConfig | None = None  # the decoder's changes act only where a memory conditions it
     # Compute dtype of the towers; parameters and memory algebra are float32.
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -104,6 +98,7 @@ class DataConfig:
     decoder_tokens: Count = 64
     buckets: Count = 1  # pairs of lengths that pieces are sorted into, to pad less; each compiles
     vocabulary: Natural = 0  # byte-pair entries, trained for towers without a tokenizer; else 0
+    phrases: Count = 524_288  # that a reader is fitted on; `batch` is of their places
     workers: Natural = 0  # reading processes per host; 0 for threads, until tokens come too slowly
     seed: int = 0
 
@@ -186,6 +181,7 @@ class EditingConfig:
     scope_threshold: float = 0.68  # least cosine of a query and a written prompt in scope
     key_features: KeyFeaturesConfig | None = None
     answer_code: AnswerCodeConfig | None = None
+    answer_encoding: bool = True  # for the model's reader, where it has one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,6 +239,8 @@ def parse(values: Mapping[str, Any]) -> Config:
         problems.append(f"train.accumulate: {parts} does not divide data.batch ({batch})")
     if not (goal.reconstruction or goal.autoencoding or goal.language):
         problems.append("objective: all three cross-entropies have weight 0; nothing is learned")
+    if config.model.reader and not (config.editing.answer_encoding or config.editing.answer_code):
+        problems.append("editing: without answer_encoding and answer_code a reader reads nothing")
     schema.refuse(problems)
     return config
 
@@ -341,7 +339,7 @@ def cache_programs() -> Path | None:
 
 
 def _processor() -> str:
-    """Return a name of this kind of CPU: its programs run on no other, and JAX's keys ignore that."""
+    """Return a name of this kind of CPU, which JAX's keys ignore."""
     names = [platform.machine(), platform.processor()]
     if (described := Path("/proc/cpuinfo")).is_file():
         lines = described.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -15,9 +15,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from larimar_jax import packing
+from larimar_jax import latent_layout, packing
 from larimar_jax.decoders.decoder import Cache
-from larimar_jax.model import Condition
+from larimar_jax.latent_layout import Condition
 from larimar_jax.packing import ConditionRows, LanguageModel, Packed, Text, Trie, steps_bucket
 from larimar_jax.weights.tokenizer import bucket
 
@@ -106,9 +106,10 @@ class _Loop(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """What stays of every row: the prompt's length, after how many tokens it is done, and in how many
-    of them no stop counts; its condition."""
+    """What stays of every row: the prompt's last token and length, after how many tokens it is done, in
+    how many of them no stop counts; its condition."""
 
+    last: Int[Array, "B"]
     lengths: Int[Array, "B"]
     limits: Int[Array, "B"]
     after: Int[Array, "B"]
@@ -165,11 +166,12 @@ class Decoding:
 
         padded = np.asarray([*rows, *[rows[0]] * (count - len(rows))], np.int32)
         # A row of padding is done at once.
-        tokens_left = [*(limits[row] for row in rows), *[0] * (count - len(rows))]
+        of_rows = [
+            (prompts[row][-1], len(prompts[row]), limits[row] * (place < len(rows)), after[row])
+            for place, row in enumerate(padded)
+        ]
         self._rows = _Rows(
-            jax.device_put(np.asarray([len(prompts[row]) for row in padded], np.int32)),
-            jax.device_put(np.asarray(tokens_left, np.int32)),
-            jax.device_put(np.asarray([after[row] for row in padded], np.int32)),
+            *jax.device_put([*np.asarray(of_rows, np.int32).T]),
             conditions.take(padded),
             None if draw is None else draw._replace(keys=draw.keys[padded]),
             Endings(*jax.device_put(endings[:2]), jnp.int32(endings.eos)),
@@ -258,7 +260,7 @@ def _begin(
 ) -> _Loop:
     """Return the loop with the first token of each row."""
     step = jnp.int32(0)
-    token = _next_token(nnx.merge(graph, state), hidden, step, rows)
+    token = _next_token(nnx.merge(graph, state), hidden, rows.last, step, rows)
     done = (token == rows.endings.eos) | (rows.limits <= 1)
     return _Loop(step + 1, token, cache, rows.endings.texts[token], done)
 
@@ -285,7 +287,7 @@ def _decode(
         loop, tokens = carry
         place = rows.lengths + loop.step - 1
         hidden, cache = model.hidden(loop.token[:, None], rows.condition, loop.cache, place)
-        token = _next_token(model, hidden[:, 0], loop.step, rows)
+        token = _next_token(model, hidden[:, 0], loop.token, loop.step, rows)
         stops, texts, eos = rows.endings
         token = jnp.where(loop.done, eos, token)
         tokens = tokens.at[:, loop.step - first].set(token)
@@ -299,13 +301,11 @@ def _decode(
 
 
 def _next_token(
-    model: LanguageModel, hidden: Float[Array, "B D"], step: Int[Array, ""], rows: _Rows
+    model: LanguageModel, hidden: Float[Array, "B D"], newest: Array, step: Array, rows: _Rows
 ) -> Int[Array, "B"]:
-    logits = model.decoder.logits(hidden)
-    if rows.condition is not None and rows.condition.evidence is not None:
-        depth = jnp.full((len(hidden), 1), step)
-        logits = rows.condition.evidence.add(logits[:, None], depth)[:, 0]
-    return pick(logits, step, rows.draw)
+    read = (None, None) if rows.condition is None else rows.condition.of_answer
+    depth = jnp.full(newest.shape, step)
+    return pick(latent_layout.logits(model, hidden, newest, depth, *read), step, rows.draw)
 
 
 def pick(logits: Float[Array, "B V"], step: Int[Array, ""], draw: Draw | None) -> Int[Array, "B"]:

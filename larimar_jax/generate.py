@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from larimar_jax.decoding import Decoding, Endings, sampling
-from larimar_jax.model import Condition
+from larimar_jax.latent_layout import Condition
 from larimar_jax.packing import ConditionRows, LanguageModel
 from larimar_jax.weights.tokenizer import Tokenizer
 

@@ -1,6 +1,6 @@
-"""The layout of what an edited memory holds of a text: encoding, features of it, code of its answer.
+"""The layout of what an edited memory holds of a text: encoding, features of it, and its answer.
 
-    [ e(text) : C | s·φ(e(text)) : F | answer code : S ]
+    [ e(text) : C | s·φ(e(text)) : F | encoding of the answer : R | answer code : S ]
 
 Linear keys of C dimensions tell at most C facts apart, whatever K is. With random features φ of the
 encoding (`RandomFeatures`) the product of two keys becomes
@@ -9,7 +9,10 @@ encoding (`RandomFeatures`) the product of two keys becomes
 
 and the memory holds about C + F facts before it has to blend them, in max(K, C + F) slots: those of M₀
 beyond C, which an M₀ of C columns cannot use, and as many more as that takes. M₀ is extended so that it
-reads every text back as itself as before. Without features and answer codes all of this is e(text).
+reads every text back as itself as before. Without features and answers all of this is e(text).
+
+A model with a reader (decoders/reader.py) speaks from the encoding of the answer: e of the written text,
+pooled over the answer's own tokens alone, so that R = C.
 
 The code of an answer (§10) is ours, not the paper's. A latent of some hundred numbers holds what a text
 is about, and not how its words are written. So the value of a fact carries its answer behind the
@@ -44,10 +47,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from larimar_jax import layers
 from larimar_jax.config import AnswerCodeConfig, Config, KeyFeaturesConfig
+from larimar_jax.decoders.decoder import Prefix
 from larimar_jax.linalg import dot
 from larimar_jax.memory.addressing import RandomFeatures
 from larimar_jax.memory.base import MemoryParams
+from larimar_jax.weights.tokenizer import Tokenizer
 
 # A place that holds no token.
 NOTHING = -1
@@ -61,16 +67,17 @@ _SILENT = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class LatentLayout:
-    """The sizes of the parts: C, F and S."""
+    """The sizes of the parts: C, F, S and R."""
 
     encoding: int
     key_features: int
     answer_code: int
+    answer_encoding: int = 0
 
     @property
     def size(self) -> int:
-        """The size of a latent, C + F + S."""
-        return self.encoding + self.key_features + self.answer_code
+        """The size of a latent, C + F + R + S."""
+        return self.encoding + self.key_features + self.answer_encoding + self.answer_code
 
 
 def layout(config: Config) -> LatentLayout:
@@ -78,7 +85,8 @@ def layout(config: Config) -> LatentLayout:
     features, code = config.editing.key_features, config.editing.answer_code
     count = 0 if features is None else features.count
     size = 0 if code is None else code.positions * code.width
-    return LatentLayout(config.model.latent, count, size)
+    reads = config.model.reader is not None and config.editing.answer_encoding
+    return LatentLayout(config.model.latent, count, size, config.model.latent if reads else 0)
 
 
 def features(
@@ -148,6 +156,35 @@ class TokenEvidence:
         return logits.at[rows, jnp.arange(logits.shape[1])[:, None], tokens].add(gain)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """All that a read hands to the decoder, one row per sequence.
+
+    prefix: memory slots and embedding made from the latent (§2); a model with a reader has none.
+    evidence: for the tokens of the answer. answer: its encoding, for the reader.
+    """
+
+    prefix: Prefix | None
+    evidence: TokenEvidence | None = None
+    answer: Float[Array, "B R"] | None = None
+
+    @property
+    def count(self) -> int:
+        """The number of rows."""
+        return len(jax.tree.leaves((self.of_answer, self.prefix and self.prefix.active))[0])
+
+    @property
+    def of_answer(self) -> tuple[Array | None, TokenEvidence | None]:
+        """What logits need of it, and no layer."""
+        return self.answer, self.evidence
+
+    def rows(self, index: Int[Array, " R"]) -> "Condition":
+        """Return the condition of chosen rows, in the order of `index`."""
+        # Slots lead with their layer.
+        return jax.tree.map(lambda a: a[:, index] if a.ndim == 5 else a[index], self)
+
+
 def pack_answers(
     config: AnswerCodeConfig, answers: Sequence[Sequence[int] | None], eos: int
 ) -> Int[np.ndarray, "n P"]:
@@ -191,6 +228,49 @@ def decode_answers(
     return TokenEvidence(tokens, jnp.where(active[:, None, None], gain, 0.0))
 
 
+def answer_tokens(
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    answers: Sequence[str | None],
+    mask: Bool[np.ndarray, "n S"],
+) -> Bool[np.ndarray, "n S"]:
+    """Return which tokens of n texts, each of which ends with its answer, are the answer's.
+
+    Args:
+      answers: None for a text without one. mask: of the texts' tokens.
+    """
+    span = np.zeros(mask.shape, bool)
+    for row, (text, answer) in enumerate(zip(texts, answers, strict=True)):
+        if answer is not None:
+            prompt = text.strip().removesuffix(answer.strip()).rstrip()
+            end = mask[row].sum() - len(tokenizer.suffix)
+            count = len(tokenizer.ids(text)) - len(tokenizer.ids(prompt))
+            span[row, max(0, end - count) : end] = True
+    return span
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6))
+def encode(
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    projection: Float[Array, "H H"] | None,
+    tokens: Int[Array, "n S"],
+    mask: Bool[Array, "n S"],
+    span: Bool[Array, "n S"] | None,
+    config: KeyFeaturesConfig | None,
+) -> tuple[Float[Array, "n H"], Float[Array, "n C"], Float[Array, "n H"], Float[Array, "n R"]]:
+    """Return embeddings, encodings with their features, pooled encodings, and encodings of answers."""
+    model = nnx.merge(graph, state)
+    hidden = model.encoder.hidden(tokens, mask)
+    embedding = pooled = model.encoder.pool(hidden, mask)
+    if projection is not None:
+        embedding = jnp.matmul(pooled, projection, precision="highest")
+    latent = model.to_latent(pooled)
+    latent = jnp.concatenate([latent, features(config, latent)], axis=1)
+    answer = latent[:, :0] if span is None else model.to_latent(model.encoder.mean(hidden, span))
+    return embedding, latent, pooled, answer
+
+
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
 def condition(
     graph: nnx.GraphDef,
@@ -200,12 +280,39 @@ def condition(
     layout: LatentLayout,
     config: AnswerCodeConfig | None,
 ) -> Any:
-    """Return a model's condition of readouts, with the evidence in the codes behind their encodings."""
-    model, evidence = nnx.merge(graph, state), None
+    """Return a model's condition of readouts, with what they hold of their answers."""
+    model, answer, evidence = nnx.merge(graph, state), None, None
+    begin = layout.encoding + layout.key_features
+    end = begin + layout.answer_encoding
+    if layout.answer_encoding:
+        answer = jnp.where(active[:, None], readout[:, begin:end], 0.0)
     if config is not None:
-        codes = readout[:, layout.encoding + layout.key_features :]
+        codes = readout[:, end:]
         evidence = decode_answers(config, codes, model.decoder.config.vocab_size, active)
-    return model.condition(readout[:, : layout.encoding], active, evidence)
+    return model.condition(readout[:, : layout.encoding], active, evidence, answer)
+
+
+def logits(
+    model: Any,
+    hidden: Float[Array, "B D"],
+    tokens: Int[Array, " B"],
+    depth: Int[Array, " B"],
+    answer: Float[Array, "B R"] | None,
+    evidence: TokenEvidence | None,
+) -> Float[Array, "B V"]:
+    """Return logits after `tokens`, `depth` tokens into the answer, as what was read of it changes them.
+
+    Args:
+      model: a Larimar, or a decoder alone where there is no `answer`.
+      hidden: the decoder's last hidden states there.
+    """
+    if answer is not None:
+        newest = layers.look_up(model.decoder.word, tokens)
+        hidden = model.reader(answer, hidden, newest, depth)
+    result = model.decoder.logits(hidden)
+    if evidence is not None:
+        result = evidence.add(result[:, None], depth[:, None])[:, 0]
+    return result
 
 
 def _log_likelihood_ratio(cosine: Float[Array, "P k"], width: int) -> Float[Array, "P k"]:

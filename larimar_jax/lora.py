@@ -4,14 +4,25 @@ Those of the decoder belong to its memory: they act on tokens that a memory cond
 stays what it was, to the bit (`layers.Context.adapted`).
 """
 
+import dataclasses
 import re
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from larimar_jax.config import LoraConfig
 from larimar_jax.layers import Context, Dense
+from larimar_jax.schema import Count, Regex
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank changes of frozen kernels: x W + scale · (x A) B, with A [in, rank], B [rank, out]."""
+
+    rank: Count
+    modules: Regex  # paths of linear maps, such as "^decoder/layers/attention/(query|value)$"
+    scale: float = 1.0
+
 
 # Names of the factors; a parameter path that ends in one of them is always trained.
 FACTORS = ("lora_in", "lora_out")

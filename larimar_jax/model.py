@@ -15,36 +15,14 @@ from jaxtyping import Array, Bool, Float, Int
 from larimar_jax import decoders, encoders, lora, weights
 from larimar_jax.config import Config, make_memory
 from larimar_jax.decoders.decoder import Cache, Prefix, Tree
-from larimar_jax.latent_layout import TokenEvidence
+from larimar_jax.decoders.reader import Reader, ReaderConfig
+from larimar_jax.latent_layout import Condition, TokenEvidence
 from larimar_jax.memory.base import MemoryParams
 from larimar_jax.weights import model_file
 
 _KINDS = {"encoder": encoders, "decoder": decoders}
 Towers = Mapping[str, nnx.Module]  # by "encoder" and "decoder"
 NO_TOWERS: Towers = types.MappingProxyType({})
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Condition:
-    """All that a read hands to the decoder, one row per sequence.
-
-    prefix: memory slots and embedding made from the latent (§2). evidence: for the tokens of the answer
-    (latent_layout.py), where the memory holds them.
-    """
-
-    prefix: Prefix
-    evidence: TokenEvidence | None = None
-
-    def rows(self, index: Int[Array, " R"]) -> "Condition":
-        """Return the condition of chosen rows, in the order of `index`."""
-        prefix = Prefix(
-            embedding=self.prefix.embedding[index],
-            key=self.prefix.key[:, index],
-            value=self.prefix.value[:, index],
-            active=self.prefix.active[index],
-        )
-        return Condition(prefix, None if self.evidence is None else self.evidence.rows(index))
 
 
 class PriorMemory(nnx.Module):
@@ -80,6 +58,7 @@ class Larimar(nnx.Module):
         slots_per_layer: int,
         tied_slots: bool,
         conditioning: str = "both",
+        reader: ReaderConfig | None = None,
         rngs: nnx.Rngs,
     ):
         c = decoder.config
@@ -93,10 +72,13 @@ class Larimar(nnx.Module):
         # What goes into the memory is rounded as little as its algebra, on a GPU too.
         exact = dict(precision=jax.lax.Precision.HIGHEST, use_bias=False, rngs=rngs)
         self.to_latent = nnx.Linear(width, latent, kernel_init=draw, **exact)
-        slots = math.prod(self.slot_shape)
-        self.to_slots = nnx.Linear(latent, slots, use_bias=False, rngs=rngs)
-        draw = nnx.initializers.normal(0.02)
-        self.to_embedding = nnx.Linear(latent, c.width, use_bias=False, kernel_init=draw, rngs=rngs)
+        if reader is not None:
+            self.reader = Reader(reader, latent, c.width, rngs)
+        else:
+            size, draw = math.prod(self.slot_shape), nnx.initializers.normal(0.02)
+            self.to_slots = nnx.Linear(latent, size, use_bias=False, rngs=rngs)
+            without = dict(use_bias=False, kernel_init=draw, rngs=rngs)
+            self.to_embedding = nnx.Linear(latent, c.width, **without)
         self.memory = PriorMemory(memory_params)
 
     def embed(
@@ -129,12 +111,15 @@ class Larimar(nnx.Module):
         latent: Float[Array, "B C"],
         active: Bool[Array, " B"] | None = None,
         evidence: TokenEvidence | None = None,
+        answer: Float[Array, "B R"] | None = None,
     ) -> Condition:
-        """Return memory slots and embedding of a latent (§2), with evidence for the answer's tokens.
+        """Return memory slots and embedding of a latent (§2), with what was read of the answer.
 
         A zero latent is the paper's "no memory" (z = 0): the slot is there and holds zeros. A row whose
         `active` is False is decoded as by the untouched base LM (`decoders.decoder.Prefix`).
         """
+        if hasattr(self, "reader"):
+            return Condition(None, evidence, answer)
         rows, dtype = latent.shape[0], self.decoder.dtype
         to_slots, to_embedding = (
             latent if self.conditioning in ("both", way) else jnp.zeros_like(latent)
@@ -147,7 +132,7 @@ class Larimar(nnx.Module):
             value=slots[:, :, :, -1],
             active=jnp.ones((rows,), bool) if active is None else active,
         )
-        return Condition(prefix, evidence)
+        return Condition(prefix, evidence, answer)
 
     def hidden(
         self,
@@ -277,6 +262,7 @@ def _create(config: Config, loaded: Mapping[str, nnx.Module], rngs: nnx.Rngs) ->
         slots_per_layer=config.model.slots_per_layer,
         tied_slots=config.model.tied_slots,
         conditioning=config.model.conditioning,
+        reader=config.model.reader,
         rngs=rngs,
     )
     if config.model.lora is not None:

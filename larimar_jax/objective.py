@@ -11,8 +11,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from larimar_jax import layers
 from larimar_jax.config import ObjectiveConfig
+from larimar_jax.latent_layout import Condition
 from larimar_jax.losses import cross_entropy, fill, weighted_cross_entropy
-from larimar_jax.model import Condition, Larimar
+from larimar_jax.model import Larimar
 
 
 def counts(batch: dict[str, Array], weights: ObjectiveConfig) -> dict[str, Float[Array, ""]]:

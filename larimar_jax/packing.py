@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax.decoders.decoder import Cache, Tree
-from larimar_jax.latent_layout import TokenEvidence
-from larimar_jax.model import Condition
+from larimar_jax.latent_layout import Condition, TokenEvidence
 
 # Lengths and numbers of rows grow in steps of a quarter to a half, so that few shapes are compiled.
 LENGTH_BUCKET = 8
@@ -236,12 +236,12 @@ class ConditionRows:
     """
 
     def __init__(self, condition: Condition | None, prompts: int):
-        if condition is not None and (rows := len(condition.prefix.active)) < prompts:
+        if condition is not None and (rows := condition.count) < prompts:
             raise ValueError(
                 f"the condition has {rows} rows for {prompts} prompts; row i of it belongs to prompt i"
             )
         self._condition = _on_host(condition)
-        self._evidence = _on_host(None if condition is None else condition.evidence)
+        self._of_answers = _on_host((None, None) if condition is None else condition.of_answer)
         self.first: list[int] = []
         rows_by_digest: dict[bytes, int] = {}
         for row in range(prompts):
@@ -253,9 +253,9 @@ class ConditionRows:
         """Return the condition of chosen rows."""
         return _on_device(self._condition, rows)
 
-    def evidence(self, rows: Int[np.ndarray, " R"]) -> TokenEvidence | None:
-        """Return the evidence of chosen rows: slots are large, and logits need none of them."""
-        return _on_device(self._evidence, rows)
+    def of_answers(self, rows: Int[np.ndarray, " R"]) -> tuple[Array | None, TokenEvidence | None]:
+        """Return what chosen rows hold of answers: slots are large, and logits need none of them."""
+        return _on_device(self._of_answers, rows)
 
 
 def _on_host(tree: Any) -> tuple[list[tuple[np.ndarray, int]], Any]:
@@ -277,6 +277,7 @@ def read(
     conditions: ConditionRows,
     limit: int,
     with_cache: bool = False,
+    product_dtype: DTypeLike | None = None,
 ) -> Iterator[tuple[Packed, Float[Array, "B T D"], Cache | None]]:
     """Yield packed rows with the decoder's last hidden states, and with its keys and values if wanted.
 
@@ -285,6 +286,7 @@ def read(
 
     Args:
       limit: the most rows of `ROW` tokens at a time; of longer ones as many as have no more tokens.
+      product_dtype: what the factors of products with kernels are rounded to.
     """
     graph, state = nnx.split(model)
     checks: list[tuple[Packed, Array]] = []
@@ -293,7 +295,8 @@ def read(
         condition = conditions.take(packed.conditions.ravel())
         owner = None if packed.conditions.shape[1] == 1 else packed.owner
         tokens, *parts = jax.device_put((packed.tokens, packed.index, packed.visible, owner))
-        hidden, cache, finite = _hidden(graph, state, tokens, Tree(*parts), condition, with_cache)
+        how = (with_cache, product_dtype)
+        hidden, cache, finite = _hidden(graph, state, tokens, Tree(*parts), condition, *how)
         checks.append((packed, finite))
         yield packed, hidden, cache
     broken = {
@@ -306,10 +309,10 @@ def read(
     unlike = {text.nodes: text for text in texts}
     for text in unlike.values() if len(unlike) > 1 else ():
         if not broken.isdisjoint(text.nodes):
-            yield from read(model, trie, [text], conditions, limit, with_cache)
+            yield from read(model, trie, [text], conditions, limit, with_cache, product_dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
+@functools.partial(jax.jit, static_argnums=(0, 5, 6))
 def _hidden(
     graph: nnx.GraphDef,
     state: nnx.State,
@@ -317,7 +320,9 @@ def _hidden(
     tree: Tree,
     condition: Condition | None,
     with_cache: bool,
+    product_dtype: DTypeLike | None,
 ) -> tuple[Float[Array, "B T D"], Cache | None, Bool[Array, "B T"]]:
     """Return hidden states, keys and values, and which tokens are finite; a row has S conditions."""
-    hidden, cache = nnx.merge(graph, state).hidden(tokens, condition, tree=tree)
+    model = nnx.merge(graph, state)
+    hidden, cache = model.hidden(tokens, condition, tree=tree, product_dtype=product_dtype)
     return hidden, cache if with_cache else None, jnp.isfinite(hidden).all(axis=-1)

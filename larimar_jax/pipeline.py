@@ -18,16 +18,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from larimar_jax import config as configs
 from larimar_jax import generate, latent_layout, scope, scoring, weights
-from larimar_jax.config import Config, KeyFeaturesConfig
+from larimar_jax.config import Config
 from larimar_jax.data import vocabulary
+from larimar_jax.latent_layout import Condition
 from larimar_jax.memory.base import Prepared
 from larimar_jax.memory.dual import Dual
 from larimar_jax.memory.streaming import Streaming
-from larimar_jax.model import Condition, Larimar, load_towers, restore
+from larimar_jax.model import Larimar, load_towers, restore
 from larimar_jax.packing import steps_bucket
 from larimar_jax.weights import model_file
 from larimar_jax.weights.tokenizer import TextTooLong, Tokenizer, bucket
@@ -153,7 +154,11 @@ class Pipeline:
                 f"The text {_shorten(texts[row])!r} has {lengths[row]} tokens and the encoder takes "
                 f"{limit}. Shorten it, or split it into several."
             )
-        sizes = (width, self.layout.encoding + self.layout.key_features, width)
+        spans, parts = None, self.layout
+        if parts.answer_encoding:
+            tokenizer, answers = self.encoder_tokenizer, answers or [None] * len(texts)
+            spans = latent_layout.answer_tokens(tokenizer, texts, answers, batch.mask)
+        sizes = (width, parts.encoding + parts.key_features, width, parts.answer_encoding)
         outputs = [np.zeros((len(texts), size), np.float32) for size in sizes]
         order = np.argsort(lengths, kind="stable")
         for first in range(0, len(texts), _TEXTS):
@@ -163,11 +168,13 @@ class Pipeline:
             padding = ((0, min(_TEXTS, 1 << (len(rows) - 1).bit_length()) - len(rows)), (0, 0))
             ids, mask = batch.ids[rows, :columns], np.pad(batch.mask[rows, :columns], padding)
             ids = np.pad(ids, padding, constant_values=self.encoder_tokenizer.pad)
-            features = self.config.editing.key_features
-            encoded = _encode(self.graph, self.state, self.projection, ids, mask, features)
+            span = None if spans is None else np.pad(spans[rows, :columns], padding)
+            inputs = (self.projection, ids, mask, span, self.config.editing.key_features)
+            encoded = latent_layout.encode(self.graph, self.state, *inputs)
             for output, part in zip(outputs, encoded, strict=True):
                 output[rows] = np.asarray(part)[: len(rows)]
-        embedding, latent, pooled = outputs
+        embedding, latent, pooled, answer = outputs
+        latent = np.concatenate([latent, answer], axis=1)
         finite = np.isfinite(embedding).all(axis=1) & np.isfinite(latent).all(axis=1)
         if not finite.all():
             raise EncodingNotFinite(
@@ -196,7 +203,8 @@ class Pipeline:
         starts = range(0, len(tokens) + 1, size)
         begun = [self.decoder_tokenizer.decode(tokens[:start]).strip() for start in starts]
         texts = [f"{prompt} {text}".strip() for text in begun for prompt in prompts]
-        encodings = self.encode([*texts, *(f"{prompt} {answer}" for prompt in prompts)])
+        whole, answers = [f"{prompt} {answer}" for prompt in prompts], [answer] * len(prompts)
+        encodings = self.encode([*texts, *whole], [None] * len(texts) + answers)
         keys, values = (
             encodings[: len(texts)],
             encodings[[*range(len(texts), len(encodings.latent))] * len(starts)],
@@ -274,24 +282,6 @@ class Pipeline:
 
 def _shorten(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
-
-
-@functools.partial(jax.jit, static_argnums=(0, 5))
-def _encode(
-    graph: nnx.GraphDef,
-    state: nnx.State,
-    projection: Float[Array, "H H"] | None,
-    tokens: Int[Array, "n S"],
-    mask: Bool[Array, "n S"],
-    features: KeyFeaturesConfig | None,
-) -> tuple[Float[Array, "n H"], Float[Array, "n C"], Float[Array, "n H"]]:
-    model = nnx.merge(graph, state)
-    embedding = pooled = model.embed(tokens, mask)
-    if projection is not None:
-        embedding = jnp.matmul(pooled, projection, precision="highest")
-    latent = model.to_latent(pooled)
-    latent = jnp.concatenate([latent, latent_layout.features(features, latent)], axis=1)
-    return embedding, latent, pooled
 
 
 def load(source: str | pathlib.Path = "smol", overrides: Sequence[str] = ()) -> Pipeline:

@@ -11,10 +11,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from larimar_jax import packing
+from larimar_jax import latent_layout, packing
 from larimar_jax.generate import PromptTooLong, prompt_ids
-from larimar_jax.latent_layout import TokenEvidence
-from larimar_jax.model import Condition
+from larimar_jax.latent_layout import Condition, TokenEvidence
 from larimar_jax.packing import ConditionRows, LanguageModel, Text, TokenPlace, Trie, steps_bucket
 from larimar_jax.weights.tokenizer import Tokenizer
 
@@ -174,9 +173,10 @@ def _entropies(
             graph,
             state,
             jax.device_put(np.stack([hidden[place.node] for place in padded])),
+            jax.device_put(np.asarray([trie.token[place.node] for place in padded], np.int32)),
             jax.device_put(np.asarray([place.depth for place in padded], np.int32)),
             jax.device_put(np.asarray([(labels[p] * width)[:width] for p in padded], np.int32)),
-            conditions.evidence(np.asarray([trie.condition[place.node] for place in padded])),
+            *conditions.of_answers(np.asarray([trie.condition[p.node] for p in padded])),
         )
 
     pieces = (places[first : first + HEAD] for first in range(0, len(places), HEAD))
@@ -193,14 +193,15 @@ def _cross_entropies(
     graph: nnx.GraphDef,
     state: nnx.State,
     hidden: Float[Array, "K D"],
+    tokens: Int[Array, " K"],
     depth: Int[Array, " K"],
     labels: Int[Array, "K R"],
+    answer: Float[Array, "K A"] | None,
     evidence: TokenEvidence | None,
 ) -> tuple[Float[Array, "K R"], Bool[Array, "K R"]]:
     """Return −ln p of R labels at each of K places, and whether they are the likeliest there."""
-    logits = nnx.merge(graph, state).decoder.logits(hidden)
-    if evidence is not None:
-        logits = evidence.add(logits[:, None], depth[:, None])[:, 0]
+    model = nnx.merge(graph, state)
+    logits = latent_layout.logits(model, hidden, tokens, depth, answer, evidence)
     chosen = jnp.take_along_axis(logits, labels, axis=-1)
     losses = jax.nn.logsumexp(logits, axis=-1, keepdims=True) - chosen
     return losses, chosen >= jnp.max(logits, axis=-1, keepdims=True)

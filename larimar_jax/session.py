@@ -26,10 +26,10 @@ from jaxtyping import Float
 
 from larimar_jax import scope, session_file
 from larimar_jax.generate import Options
+from larimar_jax.latent_layout import Condition
 from larimar_jax.memory import diagnostics, finite, rls
 from larimar_jax.memory.finite import MemoryNotFinite, NotKept
 from larimar_jax.memory.streaming import StreamingState
-from larimar_jax.model import Condition
 from larimar_jax.pipeline import Pipeline, load
 from larimar_jax.session_file import Answer, Event, Fact, FactRows, Forgotten, Ledger, Source
 from larimar_jax.weights.journal import Journal

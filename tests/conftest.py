@@ -75,7 +75,12 @@ def smollm2():
 
 @pytest.fixture(scope="session")
 def tiny():
-    """A `Pipeline` over tiny random towers and 24 memory slots.
+    """A `Pipeline` over tiny random towers and 24 memory slots."""
+    return tiny_pipeline()
+
+
+def tiny_pipeline(**settings):
+    """Return a `Pipeline` over tiny random towers; settings of `model` differ.
 
     Random encodings are all alike, so its scope lets through what is all but the written prompt.
     """
@@ -93,6 +98,7 @@ def tiny():
     values = tiny_config()
     values["model"]["encoder"] |= dict(normalize=True, **sizes)
     values["model"]["decoder"] |= sizes
+    values["model"] |= settings
     values["editing"] |= dict(
         key_features=dict(count=4, scale=0.5, length=1.0),
         answer_code=dict(positions=3, width=32, limit=20.0),

@@ -190,7 +190,7 @@ def test_a_loop_ends_at_a_stop_after_a_text(tiny, monkeypatch):
     (end,), (word,) = (tiny.decoder_tokenizer.ids(text)[:1] for text in ("\n", "Fact"))
     drawn = jnp.asarray([end, word, end, word, end, word], jnp.int32)
     monkeypatch.setattr(
-        decoding, "_next_token", lambda model, hidden, step, rows: drawn[step] + 0 * rows.limits
+        decoding, "_next_token", lambda model, hidden, last, step, rows: drawn[step] + 0 * last
     )
     for part in ("_begin", "_decode"):
         monkeypatch.setattr(decoding, part, decoding.__dict__[part].__wrapped__)

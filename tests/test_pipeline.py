@@ -8,7 +8,7 @@ import sys
 import pytest
 import session_writer
 
-from larimar_jax import pipeline
+from larimar_jax import latent_layout, pipeline
 from larimar_jax.config import ConfigError
 from larimar_jax.session import Session
 from larimar_jax.weights import load, model_file
@@ -104,13 +104,13 @@ def test_a_model_that_is_not_there_or_damaged_is_named(tmp_path):
 
 def test_a_text_may_fill_all_positions_of_an_encoder(tiny, monkeypatch):
     """30 positions, which no bucket of 8 ends at."""
-    widths, encode = [], pipeline._encode
+    widths, encode = [], latent_layout.encode
 
     def counting(graph, state, projection, ids, *arguments):
         widths.append(ids.shape[1])
         return encode(graph, state, projection, ids, *arguments)
 
-    monkeypatch.setattr(pipeline, "_encode", counting)
+    monkeypatch.setattr(latent_layout, "encode", counting)
     encoder = tiny.model.encoder
     monkeypatch.setattr(encoder, "config", dataclasses.replace(encoder.config, max_length=30))
     full = "0" * 28  # with bos and eos

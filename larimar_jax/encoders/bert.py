@@ -170,14 +170,29 @@ class Bert(nnx.Module):
         product_dtype: DTypeLike | None = None,
     ) -> Float[Array, "B D"]:
         """Return one float32 vector per text (§2), pooled by `BertConfig`; as `hidden`."""
-        x = self.hidden(tokens, mask, product_dtype)
-        if self.config.pooling == "cls":
-            context = Context(mask[:, None, :], product_dtype=product_dtype)
-            pooled = jnp.tanh(self.pooler(x[:, 0], context)).astype(jnp.float32)
-        else:
-            weight = mask.astype(jnp.float32)[:, :, None]
-            total = jnp.sum(x.astype(jnp.float32) * weight, axis=1)
-            pooled = total / jnp.maximum(jnp.sum(weight, axis=1), 1.0)
+        return self.pool(self.hidden(tokens, mask, product_dtype), mask, product_dtype)
+
+    def pool(
+        self,
+        hidden: Float[Array, "B S D"],
+        mask: Bool[Array, "B S"],
+        product_dtype: DTypeLike | None = None,
+    ) -> Float[Array, "B D"]:
+        """Return what `hidden` returned as one float32 vector per text, as a call does."""
+        if self.config.pooling == "mean":
+            return self.mean(hidden, mask)
+        context = Context(mask[:, None, :], product_dtype=product_dtype)
+        return self._scaled(jnp.tanh(self.pooler(hidden[:, 0], context)).astype(jnp.float32))
+
+    def mean(
+        self, hidden: Float[Array, "B S D"], chosen: Bool[Array, "B S"]
+    ) -> Float[Array, "B D"]:
+        """Return the float32 mean over chosen tokens, of length 1 if `normalize`; of none it is 0."""
+        weight = chosen.astype(jnp.float32)[:, :, None]
+        total = jnp.sum(hidden.astype(jnp.float32) * weight, axis=1)
+        return self._scaled(total / jnp.maximum(jnp.sum(weight, axis=1), 1.0))
+
+    def _scaled(self, pooled: Float[Array, "B D"]) -> Float[Array, "B D"]:
         if self.config.normalize:
             square = jnp.sum(jnp.square(pooled), axis=1, keepdims=True)
             pooled = pooled * jax.lax.rsqrt(jnp.maximum(square, 1e-24))

@@ -16,8 +16,9 @@ from larimar_jax.config import EditingConfig
 from larimar_jax.data import edit_records
 from larimar_jax.data.episodes import TooFewPieces
 from larimar_jax.data.pieces import TokenizedPieces
+from larimar_jax.latent_layout import Condition
 from larimar_jax.memory.streaming import Streaming
-from larimar_jax.model import Condition, Larimar
+from larimar_jax.model import Larimar
 from larimar_jax.train import sharding
 from larimar_jax.train.step import TrainState, TrainStep
 from larimar_jax.weights.tokenizer import Tokenizer

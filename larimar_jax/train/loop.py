@@ -47,7 +47,7 @@ _COMMON = {
 }
 # What an export holds in bfloat16: half the size for the largest map, whose products are summed over
 # hundreds of terms.
-_HALVED = {"^to_slots/kernel$": "bfloat16"}
+_HALVED = {r"^(to_slots|reader/\w+)/kernel$": "bfloat16"}
 
 
 class OtherRun(ValueError):
@@ -195,7 +195,7 @@ def train(
         watchdog.ping(_SLOW)
         path, trained = run_dir / "model.safetensors", {*train_step.trained, *started}
         meta |= {"step": step, "evaluation": evaluation}
-        _export(path, config, {**frozen, **state.evaluated}, trained, meta)
+        export(path, config, {**frozen, **state.evaluated}, trained, meta)
         if progress:
             say(f"finished: {step:,} steps, the model is {path}")
         return Outcome(step, True, evaluation)
@@ -268,7 +268,7 @@ def _differences(saved: Mapping[str, Any], values: Mapping[str, Any]) -> list[st
     ]
 
 
-def _export(
+def export(
     path: Path,
     config: Config,
     parameters: Mapping[str, jax.Array],

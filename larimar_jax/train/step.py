@@ -101,6 +101,11 @@ class TrainStep:
     """
 
     def __init__(self, config: Config, abstract: AbstractModel, mesh: Mesh):
+        if config.model.reader is not None:
+            raise ValueError(
+                "model.reader: a reader is fitted to frozen towers (`larimar train` does it) and not "
+                "trained by Eq. 1. Take a config without one."
+            )
         self.config, self.abstract, self.mesh = config, abstract, mesh
         self._memory = make_memory(config)
         self._optimizer = optimizer.make(config.train)

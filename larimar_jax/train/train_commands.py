@@ -48,6 +48,8 @@ def train(
 ) -> int:
     """Train a model, or go on with a run that was stopped.
 
+    By Eq. 1; where the config has a reader (model.reader), it is fitted to frozen towers instead.
+
     SIGTERM saves and ends with exit code 75, which asks to be run again; so does a run whose peers have
     died. Several processes, on one host or on many, are one run: each gets the same command and its
     place, by the last three options, by LARIMAR_COORDINATOR, LARIMAR_PROCESSES and LARIMAR_PROCESS, or
@@ -75,9 +77,10 @@ def train(
     if where is None:
         # Before the first step there is nothing to save.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(distributed.RETRY))
-    from larimar_jax.train import loop
+    from larimar_jax.train import fit_reader, loop
 
-    return exit_code(lambda: loop.train(settings, run, profile=profile))
+    fit = loop.train if settings.model.reader is None else fit_reader.train
+    return exit_code(lambda: fit(settings, run, profile=profile))
 
 
 def exit_code(run: Callable[[], Any]) -> int:

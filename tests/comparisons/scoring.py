@@ -24,7 +24,7 @@ from larimar_jax.bench.systems import Systems
 from larimar_jax.data import atlas
 from larimar_jax.data.edit_records import EditRecord
 from larimar_jax.generate import prompt_ids
-from larimar_jax.model import Condition
+from larimar_jax.latent_layout import Condition
 from larimar_jax.packing import LENGTH_BUCKET, steps_bucket
 from larimar_jax.pipeline import Pipeline
 

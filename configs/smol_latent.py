@@ -1,0 +1,36 @@
+"""A frozen SmolLM2-135M that speaks from encodings alone: a reader between it and a frozen MiniLM.
+
+command   larimar train --config=configs/smol_latent.py --run runs/smol_latent
+          larimar calibrate runs/smol_latent --data counterfact-train.json \
+              --out smol_latent.safetensors --relations
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            name="smol_latent",
+            model=dict(
+                encoder=dict(source="minilm"),
+                decoder=dict(source="smollm2"),
+                latent=384,
+                reader=dict(),
+            ),
+            memory=dict(variant="direct", slots=512, initial_log_variance=-4.6),
+            data=dict(phrases=56 * 4096, batch=1024),
+            train=dict(
+                steps=2000,
+                learning_rate=1e-3,
+                warmup_steps=100,
+                weight_decay=0.01,
+                products="bfloat16",
+                # The encodings are the space of the scope detector as well.
+                frozen=("^(?!reader/)",),
+                evaluate_every=250,
+                checkpoint_every=250,
+            ),
+            editing=dict(ridge=3e-2),
+        )
+    )

@@ -1,0 +1,111 @@
+"""Phrases after prompts: what a reader (decoders/reader.py) learns to say, from the text of any corpus.
+
+A block is the beginning of a sentence and phrases that stand after it. The first phrase is what follows
+in the text; the others are drawn, so that only a memory can know them: names, words and runs of words of
+the corpus, numbers, and invented names.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from larimar_jax.data.corpus import Corpus
+from larimar_jax.data.segments import sentences
+
+# Words of a prompt, at least and at most; the most words of a phrase.
+PROMPT_WORDS, PHRASE_WORDS = (3, 12), 3
+# How often a drawn phrase is a name, a word, a run of words, a number, an invented name.
+_SHARES = (0.45, 0.28, 0.1, 0.05, 0.12)
+_CONSONANTS, _VOWELS = "b c d f g h j k l m n p r s t v w z br cl dr gr kr st tr".split(), "aeiou"
+_EDGES = ".,;:!?()[]\"“”'‘’"
+
+
+class Block(NamedTuple):
+    """A prompt, another one, and the phrases that stand after either of them."""
+
+    prompt: str
+    other: str
+    phrases: tuple[str, ...]
+
+
+class Phrases:
+    """The phrases of a corpus.
+
+    Args:
+        held_out: whether they are of the documents that are held out, or of the others.
+    Raises:
+        ValueError: its documents have no sentence that is long enough.
+    """
+
+    def __init__(self, corpus: Corpus, held_out: bool):
+        documents = list(corpus.side(held_out))
+        texts = [text.split() for document in documents for text in sentences(document.text)]
+        self._sentences = [words for words in texts if len(words) > PROMPT_WORDS[0] + PHRASE_WORDS]
+        if not self._sentences:
+            raise ValueError("the corpus has no sentence of seven words to take prompts from")
+        names = {re.sub(r" \(.*", "", document.title): None for document in documents}
+        words: dict[str, None] = {}
+        for sentence in self._sentences:
+            # A sentence's first word has a capital whatever it is.
+            names.update(dict.fromkeys(_names(sentence[1:])))
+            plain = (word.strip(_EDGES) for word in sentence[1:])
+            words.update(dict.fromkeys(word for word in plain if word.islower() and len(word) > 2))
+        self._names = [name for name in names if 1 < len(name) <= 40]
+        self._words = list(words)
+
+    def blocks(self, phrases: int, seed: int) -> Iterator[Block]:
+        """Yield blocks of so many phrases without end; block i of a seed is always the same."""
+        for number in range(1 << 62):
+            rng = np.random.default_rng((seed, number))
+            (prompt, follows), (other, _) = self._prompt(rng), self._prompt(rng)
+            drawn = [self._phrase(rng) for _ in range(phrases - 1)]
+            yield Block(prompt, other, tuple(dict.fromkeys([follows, *drawn])))
+
+    def _prompt(self, rng: np.random.Generator) -> tuple[str, str]:
+        """Return the beginning of a sentence, and the phrase that follows."""
+        words = _choose(rng, self._sentences)
+        least, most = PROMPT_WORDS
+        cut = int(rng.integers(least, min(most, len(words) - PHRASE_WORDS) + 1))
+        end = cut + int(rng.integers(1, PHRASE_WORDS + 1))
+        return " ".join(words[:cut]), " ".join(words[cut:end]).rstrip(_EDGES) or words[cut]
+
+    def _phrase(self, rng: np.random.Generator) -> str:
+        kind = int(rng.choice(len(_SHARES), p=_SHARES))
+        if kind == 0 and self._names:
+            return _choose(rng, self._names)
+        if kind == 2:
+            return self._prompt(rng)[1]
+        if kind == 3:
+            return str(rng.integers(10 ** rng.integers(1, 5)))
+        if kind == 4:
+            return " ".join(_invented(rng) for _ in range(rng.integers(1, 3)))
+        return _choose(rng, self._words)
+
+
+def _names(words: Sequence[str]) -> Iterator[str]:
+    """Yield runs of words with capitals, of at most PHRASE_WORDS words; punctuation ends one."""
+    run: list[str] = []
+    for word in [*words, ""]:
+        bare = word.strip(_EDGES).removesuffix("'s").removesuffix("’s")
+        capital = bare[:1].isupper()
+        if run and (not capital or word[:1] in _EDGES or len(run) == PHRASE_WORDS):
+            yield " ".join(run)
+            run = []
+        if capital:
+            run.append(bare)
+            if word[-1:] in _EDGES:
+                yield " ".join(run)
+                run = []
+
+
+def _invented(rng: np.random.Generator) -> str:
+    syllables = (
+        _choose(rng, _CONSONANTS) + _choose(rng, _VOWELS) for _ in range(rng.integers(2, 4))
+    )
+    return ("".join(syllables) + _choose(rng, ("", "n", "r", "s", "k"))).capitalize()
+
+
+def _choose(rng: np.random.Generator, items):
+    return items[int(rng.integers(len(items)))]

@@ -1,0 +1,280 @@
+"""A run that fits a reader (decoders/reader.py) to what frozen towers make of phrases in context.
+
+The loss of a place where a token y is to be said is −ln p(y); after the last one it is KL(p_LM ‖ p), as
+the language model goes on by itself. Both are over a step's targets, the vocabulary's first tokens, its
+most frequent ones, and a sample of the rest: the whole vocabulary costs ten times as much. Evaluations
+are over all of it. Noise is added to z, as other facts in a memory add to what is read.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from larimar_jax import config as configs
+from larimar_jax import losses, model
+from larimar_jax.config import Config
+from larimar_jax.data import corpus, vocabulary
+from larimar_jax.data.phrases import Phrases
+from larimar_jax.model import AbstractModel
+from larimar_jax.train import checkpoint, distributed, loop, optimizer, reader_features
+from larimar_jax.train.logging import Bar, say
+from larimar_jax.train.reader_features import LEAVE, FeatureMaker, Features, load
+from larimar_jax.train.step import TrainState
+
+# Tokens of a step's softmax beside its targets: the vocabulary's first, and drawn ones.
+_FIRST, _DRAWN = 2048, 3072
+# The most noise, as a share of z's length.
+_NOISE = 0.5
+# Files of held-out features, and their places that an evaluation is over.
+_HELD_OUT, _JUDGED = 1, 4096
+
+
+class NotAlone(ValueError):
+    """A config that trains more than the reader, or a process that is not the only one."""
+
+
+def train(
+    config: Config, run_dir: str | Path, *, progress: bool = True, profile: int = 0
+) -> loop.Outcome:
+    """Fit the reader until `train.steps`, or until SIGTERM, which saves and returns.
+
+    `run_dir` receives config.json, features/ (what the towers make of `data.phrases`), checkpoints/,
+    metrics.jsonl (an evaluation a line) and at the end model.safetensors. A folder that has any of these
+    is gone on with.
+
+    Args:
+        profile: of so many steps, after the second, a trace is written to run_dir/profile.
+    Raises:
+        OtherRun: the folder belongs to a config that differs; names the keys.
+        NotAlone: the config trains other parameters too, or there are several processes.
+        CheckpointError: there are checkpoints and none is whole.
+    """
+    run_dir, settings = Path(run_dir), config.train
+    if jax.process_count() > 1:
+        raise NotAlone("A reader is fitted in one process, in minutes; start one process alone.")
+
+    # 1. The folder belongs to one config, and nothing but the reader is trained.
+    loop.claim(run_dir, config)
+    documents = corpus.open_corpus(config.data.corpus)
+    larimar = model.build(config, jax.random.key(settings.seed))
+    trained, frozen = optimizer.partition(model.parameters(larimar), settings.frozen)
+    if more := sorted(name for name in trained if not name.startswith("reader/")):
+        raise NotAlone(
+            f"a reader is fitted alone, and train.frozen leaves {', '.join(more)} to be trained. "
+            'Freeze all else: frozen=("^(?!reader/)",).'
+        )
+
+    # 2. Features, of both sides of the corpus, from the folder or made.
+    texts = (document.text for document in documents.side(held_out=False))
+    tokenizers = vocabulary.tokenizers(config, lambda: texts, run_dir / "tokenizer.json")
+    positions = config.model.reader.positions
+    maker = FeatureMaker(larimar, tokenizers, positions, settings.products)
+    size = reader_features.BLOCKS * reader_features.PHRASES
+    files, sides = -(-config.data.phrases // size), []
+    for held_out, count in ((True, _HELD_OUT), (False, files)):
+        name = "held_out" if held_out else "training"
+        with Bar(count, 0, shown=progress) as bar:
+            phrases = Phrases(documents, held_out)
+            folder, title = run_dir / "features" / name, f"{name} features, files"
+            shown = functools.partial(bar.show, text=title)
+            sides.append(load(maker, phrases, config.data.seed, count, folder, shown))
+    held_out, training = (jax.device_put(side) for side in sides)
+    if progress:
+        say(f"{len(training.answer):,} phrases, {len(training.phrase):,} places")
+
+    # 3. The newest readable checkpoint, if any.
+    fit = ReaderFit(config, AbstractModel(larimar))
+    batches = iter(_batches(len(training.phrase), config))
+    meta = {
+        "config": configs.to_dict(config),
+        "tokenizers": {"encoder": tokenizers[0].hash, "decoder": tokenizers[1].hash},
+    }
+    with checkpoint.Checkpoints(run_dir / "checkpoints", settings.keep) as checkpoints:
+        state = fit.init(trained)
+        restored = checkpoints.restore(
+            state, batches, lambda saved: loop.check_same_run(saved, meta, run_dir)
+        )
+        state = state if restored is None else restored[0]
+        step = first = int(state.step)
+        evaluation: dict[str, float] = {}
+
+        # 4. Steps, until all are done or the run is to stop.
+        with (
+            distributed.preemption() as stopping,
+            Bar(settings.steps, first, shown=progress) as bar,
+        ):
+            while step < settings.steps and not stopping(step):
+                rows = next(batches)
+                step += 1
+                state, loss = fit.step(state, frozen, training, rows)
+                if step % settings.log_every == 0:
+                    bar.show(step, f"loss {float(loss):.3f}")
+                if step == settings.steps or step % settings.evaluate_every == 0:
+                    evaluation = fit.evaluate(state, frozen, held_out)
+                    line = json.dumps({"step": step, **evaluation})
+                    with (run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                        file.write(line + "\n")
+                    if progress:
+                        bar.console.print(line)
+                if step == settings.steps or step % settings.checkpoint_every == 0:
+                    checkpoints.save(step, state, batches, meta)
+            if step < settings.steps:
+                checkpoints.save(step, state, batches, meta)
+            checkpoints.wait()
+    if step < settings.steps:
+        say(f"stopped by SIGTERM after step {step}; the same command goes on from here")
+        return loop.Outcome(step, False, evaluation)
+
+    # 5. Export.
+    meta |= {"step": step, "evaluation": evaluation}
+    path = run_dir / "model.safetensors"
+    loop.export(path, config, {**frozen, **state.params}, set(state.params), meta)
+    if progress:
+        say(f"finished: {step:,} steps, the model is {path}")
+    return loop.Outcome(step, True, evaluation)
+
+
+class ReaderFit:
+    """The compiled step and evaluation of a run.
+
+    Attributes:
+        init: the reader's parameters → the state before the first step. step: (state, frozen, features,
+            rows) → (state, loss), compiled; the state is donated. rows: numbers of places, and the
+            step's number is the state's.
+    """
+
+    def __init__(self, config: Config, abstract: AbstractModel):
+        self._abstract, self._seed = abstract, config.train.seed
+        self._optimizer = optimizer.make(config.train)
+        self.step = jax.jit(self._step, donate_argnums=0)
+        self._judge = jax.jit(self._judged)
+
+    def init(self, params: Mapping[str, Array]) -> TrainState:
+        """Return the state before the first step."""
+        zero, loss = jnp.zeros((), jnp.int32), jnp.full((), jnp.inf)
+        # Copied: the step donates its state.
+        params = jax.tree.map(jnp.copy, dict(params))
+        return TrainState(zero, params, self._optimizer.init(params), {}, loss)
+
+    def evaluate(
+        self, state: TrainState, frozen: Mapping[str, Array], features: Features
+    ) -> dict[str, float]:
+        """Return, of held-out places: nats per token, through memory and without; shares of first and of
+        further tokens that are the likeliest; of places after the last, where the likeliest is the
+        language model's."""
+        rows = np.random.default_rng(0).permutation(len(features.phrase))[:_JUDGED]
+        parts = [self._judge(state.params, frozen, features, part) for part in np.split(rows, 16)]
+        loss, base, hit = (np.concatenate([np.asarray(p[n]) for p in parts]) for n in range(3))
+        target, depth = (np.asarray(a)[rows] for a in (features.target, features.depth))
+        answer, first = target != LEAVE, depth == 0
+        return {
+            "nats": float(loss[answer].mean()),
+            "language_model": float(base[answer].mean()),
+            "first": float(hit[answer & first].mean()),
+            "further": float(hit[answer & ~first].mean()),
+            "left": float(hit[~answer].mean()),
+        }
+
+    def _step(self, state, frozen, features, rows):
+        key = jax.random.fold_in(jax.random.key(self._seed), state.step)
+        loss, gradient = jax.value_and_grad(self._loss)(state.params, frozen, features, rows, key)
+        updates, optimised = self._optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, optimised, {}, loss), loss
+
+    def _loss(
+        self,
+        params: Mapping[str, Array],
+        frozen: Mapping[str, Array],
+        features: Features,
+        rows: Int[Array, " B"],
+        key: Key[Array, ""],
+    ) -> Float[Array, ""]:
+        noise_key, size_key, token_key = jax.random.split(key, 3)
+        places = _at(features, rows)
+        length = jnp.linalg.norm(places.answer, axis=1, keepdims=True)
+        size = jax.random.uniform(size_key, length.shape, maxval=_NOISE) * length
+        noise = jax.random.normal(noise_key, places.answer.shape)
+        noise = noise * size / jnp.sqrt(jnp.float32(places.answer.shape[1]))
+        changed, head = self._read(params, frozen, places._replace(answer=places.answer + noise))
+
+        vocabulary = head.kernel.shape[0 if head.tied else 1]
+        first = jnp.arange(min(_FIRST, vocabulary))
+        drawn = jax.random.randint(token_key, (_DRAWN,), 0, vocabulary)
+        tokens = jnp.sort(jnp.concatenate([jnp.maximum(places.target, 0), first, drawn]))
+        again = jnp.concatenate([jnp.zeros(1, bool), tokens[1:] == tokens[:-1]])
+        kernel = head.kernel[tokens] if head.tied else head.kernel[:, tokens]
+        bias = None if head.bias is None else head.bias[tokens]
+        some = losses.Head(kernel, bias, head.tied, head.dtype)
+
+        def log_p(hidden):
+            return jax.nn.log_softmax(jnp.where(again, -jnp.inf, losses.logits(some, hidden)))
+
+        p, base = log_p(changed), jax.lax.stop_gradient(log_p(places.hidden))
+        place = jnp.searchsorted(tokens, jnp.maximum(places.target, 0))
+        spoken = -jnp.take_along_axis(p, place[:, None], axis=1)[:, 0]
+        gap = jnp.where(again, 0.0, base - p)
+        left = (jnp.exp(base) * gap).sum(axis=1)
+        return jnp.where(places.target == LEAVE, left, spoken).mean()
+
+    def _judged(
+        self, params, frozen, features: Features, rows: Int[Array, " B"]
+    ) -> tuple[Float[Array, " B"], Float[Array, " B"], Bool[Array, " B"]]:
+        """Return −ln p of the target with the reader and without, and whether the likeliest token is the
+        target, or the language model's where that is to go on."""
+        places = _at(features, rows)
+        changed, head = self._read(params, frozen, places)
+        logits, base = losses.logits(head, changed), losses.logits(head, places.hidden)
+        target = jnp.where(places.target == LEAVE, base.argmax(axis=1), places.target)
+        nats = (
+            -jnp.take_along_axis(jax.nn.log_softmax(each), target[:, None], axis=1)[:, 0]
+            for each in (logits, base)
+        )
+        return *nats, logits.argmax(axis=1) == target
+
+    def _read(self, params, frozen, places: "_Places") -> tuple[Float[Array, "B D"], losses.Head]:
+        larimar = self._abstract.model({**frozen, **params})
+        token = larimar.decoder.word.embedding[...][places.token]
+        changed = larimar.reader(places.answer, places.hidden, token, places.depth)
+        return changed, larimar.decoder.to_logits
+
+
+class _Places(NamedTuple):
+    answer: Float[Array, "B C"]
+    hidden: Float[Array, "B D"]
+    token: Int[Array, " B"]
+    depth: Int[Array, " B"]
+    target: Int[Array, " B"]
+
+
+def _at(features: Features, rows: Int[Array, " B"]) -> _Places:
+    answer = features.answer[features.phrase[rows]].astype(jnp.float32)
+    hidden = features.hidden[features.state[rows]].astype(jnp.float32)
+    return _Places(
+        answer, hidden, features.token[rows], features.depth[rows], features.target[rows]
+    )
+
+
+def _batches(places: int, config: Config) -> grain.IterDataset:
+    """Return the stream of numbers of places, each once an epoch, whose order is the epoch's own."""
+    batch, seed = config.data.batch, config.data.seed
+    count = max(1, places // batch)
+
+    def rows(number: int) -> Int[np.ndarray, " B"]:
+        epoch, place = divmod(int(number), count)
+        return np.int32(order(epoch)[np.arange(place * batch, (place + 1) * batch) % places])
+
+    @functools.lru_cache(2)
+    def order(epoch: int) -> Int[np.ndarray, " n"]:
+        return np.random.default_rng((seed, epoch)).permutation(places)
+
+    return grain.MapDataset.range(1 << 40).map(rows).to_iter_dataset()

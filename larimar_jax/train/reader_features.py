@@ -1,0 +1,174 @@
+"""What frozen towers make of phrases in context, computed once and kept on disk, to fit a reader on.
+
+A row is a place where a token is to be said: the encoding z of the answer, the language model's last
+hidden state h_t, the newest token x_t, the tokens j of the answer before it, and the target, which after
+the last token of an answer is LEAVE: the language model goes on as it would without memory. z is encoded
+after one prompt, and for every second phrase said after another: a question is seldom asked as it was
+written.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int
+
+from larimar_jax import latent_layout, packing
+from larimar_jax.data.phrases import Block, Phrases
+from larimar_jax.generate import prompt_ids
+from larimar_jax.model import Larimar
+from larimar_jax.packing import ConditionRows, Text, Trie
+from larimar_jax.weights.model_file import replaced
+from larimar_jax.weights.tokenizer import Tokenizer, bucket
+
+LEAVE = -1
+# Blocks of a file, phrases of a block; of so many phrases one has a row after its last token.
+BLOCKS, PHRASES, LEAVES = 256, 16, 4
+# Texts of a call to the encoder, rows of one to the decoder.
+_TEXTS, _ROWS = 64, 32
+
+
+class Features(NamedTuple):
+    """n phrases with their places.
+
+    answer: z. hidden: the m different h_t. Of each of r rows: phrase, state: its z and h_t; token: x_t;
+    depth: j; target: the token to be said, or LEAVE.
+    """
+
+    answer: Float[np.ndarray, "n C"]
+    hidden: Float[np.ndarray, "m D"]
+    phrase: Int[np.ndarray, " r"]
+    state: Int[np.ndarray, " r"]
+    token: Int[np.ndarray, " r"]
+    depth: Int[np.ndarray, " r"]
+    target: Int[np.ndarray, " r"]
+
+
+class FeatureMaker:
+    """Frozen towers with their tokenizers, (encoder's, decoder's).
+
+    Args:
+        positions: places of an answer that a reader can change.
+        products: what the towers' products are rounded to.
+    """
+
+    def __init__(
+        self,
+        model: Larimar,
+        tokenizers: tuple[Tokenizer, Tokenizer],
+        positions: int,
+        products: DTypeLike | None,
+    ):
+        self._model, self._tokenizers = model, tokenizers
+        self._positions, self._products = positions, products
+        self._graph, self._state = nnx.split(model)
+
+    def __call__(self, blocks: Sequence[Block]) -> Features:
+        """Return the features of blocks, in float16."""
+        placed = [
+            (block, phrase, number % 2 == 0)
+            for block in blocks
+            for number, phrase in enumerate(block.phrases)
+        ]
+        contexts = [block.prompt if same else block.other for block, _, same in placed]
+        answer = self._encode(contexts, [phrase for _, phrase, _ in placed])
+        decoder, trie, texts, rows = self._tokenizers[1], Trie(), [], []
+        count = itertools.count()
+        for block in blocks:
+            prompt = prompt_ids(decoder, block.prompt)
+            stem, nodes = trie.path(prompt, 0), set()
+            for phrase in block.phrases:
+                number, ids = next(count), decoder.following(phrase)
+                path = [stem[-1], *trie.path(ids, 0, stem[-1])]
+                places = zip(path, [prompt[-1], *ids], [*ids, LEAVE], strict=True)
+                leaves = number % LEAVES == 0
+                chosen = list(itertools.islice(places, min(len(ids) + leaves, self._positions)))
+                rows += [(number, node, x, j, y) for j, (node, x, y) in enumerate(chosen)]
+                nodes.update(node for node, _, _ in chosen)
+            texts.append(Text(frozenset({*stem, *nodes})))
+        hidden = self._hidden(trie, texts)
+        phrase, node, token, depth, target = np.asarray(rows, np.int32).T
+        used, state = np.unique(node, return_inverse=True)
+        stacked = np.stack([hidden[each] for each in used])
+        return Features(answer, stacked, phrase, np.int32(state), token, depth, target)
+
+    def _encode(self, prompts: Sequence[str], phrases: Sequence[str]) -> Float[np.ndarray, "n C"]:
+        """Return the encodings of phrases after prompts, each pooled over its own tokens."""
+        tokenizer = self._tokenizers[0]
+        texts = [f"{prompt} {phrase}" for prompt, phrase in zip(prompts, phrases, strict=True)]
+        batch = tokenizer.encode(texts)
+        span = latent_layout.answer_tokens(tokenizer, texts, phrases, batch.mask)
+        lengths = batch.mask.sum(axis=1)
+        result = np.zeros((len(texts), self._model.to_latent.out_features), np.float16)
+        order = np.argsort(lengths, kind="stable")
+        for first in range(0, len(texts), _TEXTS):
+            rows = order[first : first + _TEXTS]
+            padded = np.resize(rows, _TEXTS)
+            width = bucket(int(lengths[rows].max()))
+            arrays = (a[padded, :width] for a in (batch.ids, batch.mask, span))
+            encoded = _encode(self._graph, self._state, *arrays, self._products)
+            result[rows] = np.asarray(encoded)[: len(rows)]
+        return result
+
+    def _hidden(self, trie: Trie, texts: Sequence[Text]) -> dict[int, np.ndarray]:
+        conditions, result = ConditionRows(None, 1), {}
+        read = packing.read(
+            self._model.decoder, trie, texts, conditions, _ROWS, product_dtype=self._products
+        )
+        for packed, states, _ in read:
+            for row, where in zip(np.asarray(states, np.float16), packed.where, strict=True):
+                result |= {node: row[at] for node, at in where.items()}
+        return result
+
+
+def load(
+    make: FeatureMaker,
+    phrases: Phrases,
+    seed: int,
+    count: int,
+    folder: Path,
+    done: Callable[[int], Any] = lambda number: None,
+) -> Features:
+    """Return the features of count · BLOCKS blocks, from files in `folder`, where those that are missing
+    are made.
+
+    Args:
+        done: called with the number of files that are there, after each.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    blocks, parts = phrases.blocks(PHRASES, seed), []
+    for number in range(count):
+        path, chosen = folder / f"{number:05}.npz", list(itertools.islice(blocks, BLOCKS))
+        if not path.exists():
+            arrays = make(chosen)._asdict()
+            with replaced(path) as file:
+                np.savez(file, **arrays)
+        with np.load(path) as arrays:
+            parts.append(Features(**arrays))
+        done(number + 1)
+    return join(parts)
+
+
+def join(parts: Sequence[Features]) -> Features:
+    """Return the features of several calls as those of one."""
+    phrases = np.cumsum([0, *(len(part.answer) for part in parts)])
+    states = np.cumsum([0, *(len(part.hidden) for part in parts)])
+    moved = [
+        part._replace(phrase=part.phrase + np.int32(p), state=part.state + np.int32(s))
+        for part, p, s in zip(parts, phrases, states, strict=False)
+    ]
+    return Features(*map(np.concatenate, zip(*moved, strict=True)))
+
+
+def _encode_span(graph, state, tokens, mask, span, products):
+    model = nnx.merge(graph, state)
+    hidden = model.encoder.hidden(tokens, mask, products)
+    return model.to_latent(model.encoder.mean(hidden, span))
+
+
+_encode = jax.jit(_encode_span, static_argnums=(0, 5))
