@@ -43,7 +43,8 @@ class LanguageModel(Protocol):
 
     decoder: Any
     hidden: Any
-    """(tokens, condition, cache, start, tree) → (last hidden states, cache), as `Decoder.hidden`."""
+    """(tokens, condition, cache, start, tree, product_dtype) → (last hidden states, cache), as
+    `Decoder.hidden`."""
 
 
 def steps_bucket(size: int, unit: int) -> int:

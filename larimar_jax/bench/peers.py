@@ -119,8 +119,8 @@ class Peers:
         return edited
 
 
-def of_task(task: Any, model: Pipeline) -> Peers | None:
-    """Return the editors that a task names; None where it names none."""
+def of_task(task: Any, model: Pipeline | None) -> Peers | None:
+    """Return the editors that a task names, of a model's decoder; None where it names none."""
     if not getattr(task, "editors", ""):
         return None
     chosen = editors.build(task.editors, task.editor_settings)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from larimar_jax import losses
@@ -109,6 +110,7 @@ class CodebookDecoder(nnx.Module):
         cache: Cache | None = None,
         start: Int[Array, " B"] | None = None,
         tree: Tree | None = None,
+        product_dtype: DTypeLike | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Return what `Decoder.hidden` returns, without a prefix."""
         index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] if tree is None else tree.index
@@ -120,7 +122,8 @@ class CodebookDecoder(nnx.Module):
             return jnp.where(is_prompt, value.astype(output.dtype), output)
 
         tapped = forward.tap(self.decoder, self.layer, put)
-        return tapped.hidden(tokens, cache=cache, start=start, tree=tree)
+        how = dict(cache=cache, start=start, tree=tree, product_dtype=product_dtype)
+        return tapped.hidden(tokens, **how)
 
 
 @dataclasses.dataclass(frozen=True)
