@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import world
 
 from larimar_jax import config as configs
-from larimar_jax.train import distributed, train_commands
+from larimar_jax.train import distributed, loop, train_commands
 from larimar_jax.train.distributed import RETRY, ProcessPlace
 from larimar_jax.train.logging import read_metrics
 from larimar_jax.weights import model_file
@@ -31,8 +32,16 @@ def values(tmp_path_factory):
     return configs.to_dict(world.config(corpus, mesh=[2, 4, 1], steps=STEPS, **every))
 
 
-@pytest.fixture
-def brief(values):
+@pytest.fixture(scope="module")
+def pretrained(values, tmp_path_factory):
+    """The same with towers that are loaded; of the encoder a part is frozen, and of the decoder none."""
+    folder = tmp_path_factory.mktemp("towers")
+    towers = world.towers(folder, Path(values["data"]["corpus"]))
+    data = values["data"] | {"vocabulary": 0}
+    return values | {"data": data, "model": values["model"] | towers}
+
+
+def _brief(values):
     """The same without evaluations, which change no step."""
     return values | {"train": values["train"] | {"evaluate_every": 100, "edits": 0}}
 
@@ -49,17 +58,17 @@ def _two(values, run, death=None, index=1):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(values, tmp_path_factory):
+def undisturbed(pretrained, tmp_path_factory):
     """The folder of a run of two processes that nothing disturbed."""
     run = tmp_path_factory.mktemp("two") / "run"
-    ends = _two(values, run)
+    ends = _two(pretrained, run)
     assert [code for code, _ in ends] == [0, 0], ends
     return run
 
 
-def test_two_processes_have_the_losses_of_a_single_one(values, undisturbed, tmp_path):
+def test_two_processes_have_the_losses_of_a_single_one(pretrained, undisturbed, tmp_path):
     run = tmp_path / "run"
-    [(code, stderr)] = processes.finish(processes.start(values, run))
+    [(code, stderr)] = processes.finish(processes.start(pretrained, run))
     assert code == 0, stderr
     alone, together = _losses(run), _losses(undisturbed)
     assert list(alone) == list(together) == list(range(1, STEPS + 1))
@@ -72,8 +81,8 @@ def test_two_processes_have_the_losses_of_a_single_one(values, undisturbed, tmp_
         np.testing.assert_allclose(theirs[name], array, atol=3e-3, err_msg=name)
 
 
-def test_a_kill_ends_the_others_and_the_run_resumes_bit_for_bit(brief, undisturbed, tmp_path):
-    began = time.monotonic()
+def test_a_kill_ends_the_others_and_the_run_resumes_bit_for_bit(pretrained, undisturbed, tmp_path):
+    began, brief = time.monotonic(), _brief(pretrained)
     ends = _two(brief, tmp_path, {"step": 11, "signal": "SIGKILL"})
     assert ends[1][0] == -signal.SIGKILL and ends[0][0] in LOST, ends
     assert time.monotonic() - began < 120
@@ -85,7 +94,8 @@ def test_a_kill_ends_the_others_and_the_run_resumes_bit_for_bit(brief, undisturb
     assert all(_losses(tmp_path)[step] == loss for step, loss in before.items())
 
 
-def test_a_hung_process_ends_the_others(brief, tmp_path):
+def test_a_hung_process_ends_the_others(values, tmp_path):
+    brief = _brief(values)
     brief["train"]["stall"] = 8.0
     deaths = {1: {"step": 3, "signal": "SIGSTOP"}}
     started = processes.start(brief, tmp_path, count=2, deaths=deaths)
@@ -96,11 +106,17 @@ def test_a_hung_process_ends_the_others(brief, tmp_path):
     assert code in LOST, stderr
 
 
-def test_sigterm_stops_all_after_the_same_step(brief, tmp_path):
-    ends = _two(brief, tmp_path, {"step": 4, "signal": "SIGTERM"}, index=0)
+def test_sigterm_stops_all_after_the_same_step(values, tmp_path):
+    brief = _brief(values)
+    ends = _two(brief, tmp_path / "two", {"step": 4, "signal": "SIGTERM"}, index=0)
     assert [code for code, _ in ends] == [RETRY] * 2, ends
-    last = max(_losses(tmp_path))
-    assert 4 <= last < STEPS and (tmp_path / "checkpoints" / str(last)).is_dir(), ends
+    losses = _losses(tmp_path / "two")
+    last = max(losses)
+    assert 4 <= last < STEPS and (tmp_path / "two" / "checkpoints" / str(last)).is_dir(), ends
+    # Towers that are made from scratch have the losses of a single process, too.
+    loop.train(configs.parse(brief), tmp_path / "alone", progress=False)
+    alone = _losses(tmp_path / "alone")
+    np.testing.assert_allclose([*losses.values()], [alone[step] for step in losses], rtol=1e-5)
 
 
 # Which process this is ----------------------------------------------------------------------------
