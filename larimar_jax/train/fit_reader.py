@@ -7,6 +7,7 @@ are over all of it. Noise is added to z, as other facts in a memory add to what 
 """
 
 import functools
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,15 +77,18 @@ def train(
     # 2. Features, of both sides of the corpus, from the folder or made.
     texts = (document.text for document in documents.side(held_out=False))
     tokenizers = vocabulary.tokenizers(config, lambda: texts, run_dir / "tokenizer.json")
-    positions = config.model.reader.positions
-    maker = FeatureMaker(larimar, tokenizers, positions, settings.products)
+    maker = FeatureMaker(larimar, tokenizers, config.model.reader.positions, settings.products)
     size = reader_features.BLOCKS * reader_features.PHRASES
     files, sides = -(-config.data.phrases // size), []
+    # Of all that decides them: a folder in which nothing was trained may have those of another config.
+    hashes = [tokenizer.hash for tokenizer in tokenizers]
+    source = (documents.identity, config.data.seed, settings.products, size, config.model, hashes)
+    digest = hashlib.sha256(repr(source).encode()).hexdigest()[:12]
     for held_out, count in ((True, _HELD_OUT), (False, files)):
         name = "held_out" if held_out else "training"
         with Bar(count, 0, shown=progress) as bar:
             phrases = Phrases(documents, held_out)
-            folder, title = run_dir / "features" / name, f"{name} features, files"
+            folder, title = run_dir / "features" / digest / name, f"{name} features, files"
             shown = functools.partial(bar.show, text=title)
             sides.append(load(maker, phrases, config.data.seed, count, folder, shown))
     held_out, training = (jax.device_put(side) for side in sides)

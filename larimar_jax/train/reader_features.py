@@ -7,6 +7,7 @@ after one prompt, and for every second phrase said after another: a question is 
 written.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -117,10 +118,8 @@ class FeatureMaker:
 
     def _hidden(self, trie: Trie, texts: Sequence[Text]) -> dict[int, np.ndarray]:
         conditions, result = ConditionRows(None, 1), {}
-        read = packing.read(
-            self._model.decoder, trie, texts, conditions, _ROWS, product_dtype=self._products
-        )
-        for packed, states, _ in read:
+        decoder, how = self._model.decoder, dict(product_dtype=self._products)
+        for packed, states, _ in packing.read(decoder, trie, texts, conditions, _ROWS, **how):
             for row, where in zip(np.asarray(states, np.float16), packed.where, strict=True):
                 result |= {node: row[at] for node, at in where.items()}
         return result
@@ -145,9 +144,8 @@ def load(
     for number in range(count):
         path, chosen = folder / f"{number:05}.npz", list(itertools.islice(blocks, BLOCKS))
         if not path.exists():
-            arrays = make(chosen)._asdict()
             with replaced(path) as file:
-                np.savez(file, **arrays)
+                np.savez(file, **make(chosen)._asdict())
         with np.load(path) as arrays:
             parts.append(Features(**arrays))
         done(number + 1)
@@ -165,10 +163,8 @@ def join(parts: Sequence[Features]) -> Features:
     return Features(*map(np.concatenate, zip(*moved, strict=True)))
 
 
-def _encode_span(graph, state, tokens, mask, span, products):
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _encode(graph, state, tokens, mask, span, products):
     model = nnx.merge(graph, state)
     hidden = model.encoder.hidden(tokens, mask, products)
     return model.to_latent(model.encoder.mean(hidden, span))
-
-
-_encode = jax.jit(_encode_span, static_argnums=(0, 5))
