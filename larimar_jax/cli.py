@@ -10,18 +10,17 @@ import os
 import re
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 from larimar_jax.bench import bench_commands
-from larimar_jax.serve import serve_commands
+from larimar_jax.serve import serve_commands, session_commands
 from larimar_jax.train import train_commands
 
+MODEL = "smol"
 PACKAGE = Path(__file__).resolve().parent
-SESSION, MODEL = "larimar-session.jsonl", "smol"
 EXAMPLES = """\
 examples:
   larimar demo
@@ -176,155 +175,14 @@ def demo(*, model: str | None = None, picture: str = "demo.png", world: bool = F
     (demo.world if world else demo.run)(model or ("world" if world else MODEL), picture)
 
 
-def edit(
-    prompt: str | None = None,
-    answer: str | None = None,
-    *,
-    file: str | None = None,
-    session: str = SESSION,
-    model: str | None = None,
-) -> None:
-    """Write a fact into a session's memory, or a file of facts; the first one starts the session.
-
-    Args:
-      prompt: the fact up to its answer
-      answer: what the model answers from now on
-      file JSONL: a fact a line, {"prompt": …, "answer": …}, with "rephrasings": […] where there are any
-      session FILE: its file
-      model NAME: a checkpoint that ships, or the path of one (the session's own; smol for a new one)
-    Example: larimar edit "The Eiffel Tower is in the city of" "Rome"
-    """
-    if (file is None) == (answer is None) or (file and prompt):
-        raise ValueError("give a prompt and an answer, or --file and neither.")
-    from larimar_jax import session_file
-    from larimar_jax.serve import fact_lines
-
-    if file is not None:
-        facts = fact_lines.parse(Path(file).read_bytes(), file)
-    else:
-        session_file.normalise(prompt, answer, ())  # before a model is loaded
-        facts = [dict(prompt=prompt, answer=answer)]
-    if model is None:
-        try:
-            model = session_file.Journal(session).header()["model"]
-        except FileNotFoundError:
-            model = MODEL
-    from larimar_jax.session import Session
-
-    _loading()
-    opened = Session(model, session)
-    warnings.simplefilter("ignore")  # what it warns of is the event's note
-    for fact in facts:
-        print(opened.write(**fact), flush=True)
-        if note := opened.history()[-1].note:
-            print(f"({note})", file=sys.stderr)
-
-
-def ask(
-    prompt: str | None = None, *, tokens: train_commands.Count | None = None, session: str = SESSION
-) -> None:
-    """Continue a prompt, or each line of standard input, from memory where a written fact applies.
-
-    Args:
-      prompt: the text to be continued; without it each line of standard input is one
-      tokens N: length of the answer (16, or that of the written one)
-      session FILE: its file
-    Example: larimar ask "In which city is the Eiffel Tower? It is in"
-    """
-    opened, begun = _open(session), False
-
-    def show(piece: str) -> None:
-        nonlocal begun
-        text = piece if begun else piece.lstrip()  # the blank between prompt and answer
-        begun = begun or bool(text)
-        # A line of standard input is answered by a line.
-        print(text.replace("\n", " ") if prompt is None else text, end="", flush=True)
-
-    if prompt is None:
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    for line in filter(str.strip, sys.stdin) if prompt is None else [prompt]:
-        begun = False
-        options = {} if tokens is None else {"max_tokens": tokens}
-        answer = opened.ask(line.rstrip("\n"), on_text=show, **options)
-        print()
-        source = f"from fact {answer.fact}" if answer.in_scope else "nothing written applies"
-        note = f"({source}; likeness {answer.score:.2f})"
-        print(note if opened.list() else "(nothing is written)", file=sys.stderr)
-
-
-def forget(fact: int | None = None, *, purge: bool = False, session: str = SESSION) -> None:
-    """Take a fact out of a session's memory.
-
-    Args:
-      fact: its number, as `larimar list` shows it
-      purge: also remove its text from the file, history included; without a number, that of all that was
-        forgotten before
-      session FILE: its file
-    Example: larimar forget 1
-    """
-    if fact is None and not purge:
-        raise ValueError("name the fact to forget by its number, as `larimar list` shows it.")
-    opened = _open(session)
-    if not purge or fact in [known.id for known in opened.list()]:
-        forgotten = opened.forget(fact)
-        print(f"forgotten {forgotten.fact}")
-        distance = f"the memory is {forgotten.distance:.0e} from one that never saw it"
-        leverage = f"other facts explain {forgotten.leverage:.0%} of its key"
-        print(f"({distance}; {leverage})", file=sys.stderr)
-    if purge:
-        opened.purge(fact)
-        print(f"(what was purged has left no trace in {session})", file=sys.stderr)
-
-
-def list_facts(*, history: bool = False, session: str = SESSION) -> None:
-    """Show what a session has in memory; needs no model.
-
-    Args:
-      history: every write and forget, in order
-      session FILE: its file
-    Example: larimar list --history
-    """
-    from larimar_jax import session_file
-
-    file = session_file.Journal(_existing(session))
-    ledger = session_file.read(file, session_file.Ledger("", ""))
-    for line in ledger.history if history else ledger.facts.values():
-        print(line)
-    if not (ledger.facts or history):
-        print("(nothing written)", file=sys.stderr)
-
-
-def _open(name: str):
-    path = _existing(name)
-    from larimar_jax.session import Session
-
-    _loading()
-    return Session.load(path)
-
-
-def _existing(name: str) -> Path:
-    if not Path(name).exists():
-        raise FileNotFoundError(
-            f"there is no session at {name}. `larimar edit PROMPT ANSWER` starts one there; "
-            "--session names another file."
-        )
-    return Path(name)
-
-
-def _loading() -> None:
-    from larimar_jax import config
-
-    config.cache_programs()
-    if sys.stderr.isatty():
-        print("loading the model …", file=sys.stderr)
-
-
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "demo": demo,
-    "edit": edit,
-    "ask": ask,
-    "forget": forget,
-    "list": list_facts,
+    "edit": session_commands.edit,
+    "ask": session_commands.ask,
+    "forget": session_commands.forget,
+    "list": session_commands.list_facts,
+    "log": session_commands.log,
+    "undo": session_commands.undo,
     "serve": serve_commands.serve,
     "bench": bench_commands.bench,
     "train": train_commands.train,

@@ -19,7 +19,7 @@ coefficient of the relations and the cosine of whole sentences, as one inner pro
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from jaxtyping import Bool, Float, Int
 
 from larimar_jax.data import lexical
 from larimar_jax.data.segments import sentences
+from larimar_jax.latent_layout import Condition
 from larimar_jax.weights import model_file
 
 PROJECTION = "scope/projection"
@@ -72,6 +73,22 @@ _BEGINNING = 4
 
 class NearDuplicate(UserWarning):
     """A prompt that is easily taken for one that is written."""
+
+
+class Recalled(NamedTuple):
+    """What a memory reads for each prompt: None, and no tokens of an answer, is the base LM's."""
+
+    facts: list[int | None]
+    scores: list[float]
+    tokens: list[int]
+    readout: Float[np.ndarray, "n _"]
+    milliseconds: dict[str, float]
+
+    def condition(self, condition: Callable[..., Condition]) -> Condition | None:
+        """Return `Pipeline.condition` of the readouts; where nothing is in scope None, the base LM's
+        program."""
+        inside = np.asarray([fact is not None for fact in self.facts], bool)
+        return condition(self.readout, inside) if inside.any() else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ Every call either does all of its work, or raises and leaves the session as it w
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import pathlib
@@ -19,7 +20,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -31,6 +32,7 @@ from larimar_jax.memory import diagnostics, finite, rls
 from larimar_jax.memory.finite import MemoryNotFinite, NotKept
 from larimar_jax.memory.streaming import StreamingState
 from larimar_jax.pipeline import Pipeline, load
+from larimar_jax.scope import Recalled
 from larimar_jax.session_file import Answer, Event, Fact, FactRows, Forgotten, Ledger, Source
 from larimar_jax.weights.journal import Journal
 
@@ -38,21 +40,6 @@ from larimar_jax.weights.journal import Journal
 _NEAR, _SAME = 0.95, 1 - 1e-5
 # Prompts near a new one whose facts are read back after its write.
 _NEIGHBOURS = 8
-
-
-class Recalled(NamedTuple):
-    """What the memory reads for each prompt: None, and no tokens of an answer, is the base LM's."""
-
-    facts: list[int | None]
-    scores: list[float]
-    tokens: list[int]
-    readout: Float[np.ndarray, "n _"]
-    milliseconds: dict[str, float]
-
-    def condition(self, model: Pipeline) -> Condition | None:
-        """Return what the decoder is handed; where nothing is in scope None, the base LM's program."""
-        inside = np.asarray([fact is not None for fact in self.facts], bool)
-        return model.condition(self.readout, inside) if inside.any() else None
 
 
 class Session:
@@ -78,18 +65,19 @@ class Session:
         self.model = model if isinstance(model, Pipeline) else load(model)
         ridge, prepared = self.model.config.editing.session_ridge, self.model.prepared
         self._rule = dataclasses.replace(self.model.memory, ridge=ridge, query_noise=0.0)
-        self._memory = rls.init(self._rule, prepared, self._rule.empty(prepared))
-        self._ledger = Ledger(self.model.source, self.model.fingerprint)
+        memory = rls.init(self._rule, prepared, self._rule.empty(prepared))
+        # Both at once: who asks waits for no write.
+        self._content = memory, Ledger(self.model.source, self.model.fingerprint)
         self._lock = threading.RLock()
         self._file = None if path is None else Journal(path)
         if self._file is not None:
-            self._file.begin(session_file.header(self._ledger))
+            self._file.begin(session_file.header(self._content[1]))
             self._refresh()
 
     @property
     def state(self) -> StreamingState:
         """The memory, solved anew."""
-        return rls.to_state(self._rule, self.model.prepared, self._memory)
+        return rls.to_state(self._rule, self.model.prepared, self._content[0])
 
     def write(
         self, prompt: str, answer: str, rephrasings: Sequence[str] = (), source: Source = None
@@ -109,15 +97,18 @@ class Session:
         keys, values = self.model.encode_fact(prompts, answer)
         rows = FactRows(keys.embedding[: len(prompts)], keys.latent, values.latent)
         with self._exclusively():
-            memory, ledger, note = self._memory, self._ledger, ""
+            (memory, ledger), note = self._content, ""
             places, _, written = ledger.prompts
             cosines = scope.cosines(rows.embedding[:1], written)[0] if places else np.zeros(0)
             order = np.argsort(-cosines)[:_NEIGHBOURS]
             nearest = [places[row][0] for row in order]
             # Many an encoder does not see capitals.
             words = prompts[0].casefold()
-            in_other_capitals = [f for f in ledger.facts.values() if f.prompt.casefold() == words]
-            former = next((f for f in in_other_capitals if _is_same(rows, ledger.rows[f.id])), None)
+            same = (f for f in ledger.facts.values() if f.prompt.casefold() == words)
+            same = (
+                f for f in same if scope.cosines(rows.key[:1], ledger.rows[f.id].key[:1]) >= _SAME
+            )
+            former = next(same, None)
             if former is not None:
                 note = f"replaces {former}"
                 memory, milliseconds = self._without(memory, ledger.rows[former.id])
@@ -144,12 +135,23 @@ class Session:
           MemoryNotFinite, SaveFailed: nothing is forgotten.
         """
         with self._exclusively():
-            fact, rows = self._ledger.find(fact_id)
-            memory, milliseconds = self._without(self._memory, rows)
-            solved = (self._rule, self.model.prepared, self._memory.state, memory.state)
+            before, ledger = self._content
+            fact, rows = ledger.find(fact_id)
+            memory, milliseconds = self._without(before, rows)
+            solved = (self._rule, self.model.prepared, before.state, memory.state)
             certificate = diagnostics.certify(*solved, rows.key[:1])
-            self._commit(memory, self._ledger.without(fact, milliseconds, source))
+            self._commit(memory, ledger.without(fact, milliseconds, source))
         return Forgotten(fact, float(certificate.distance), float(certificate.leverage))
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator["Session"]:
+        """Yield a copy whose writes and forgets are one change of this session at the end: all of them,
+        or none after an error."""
+        with self._exclusively():
+            draft = copy.copy(self)
+            draft._file = None
+            yield draft
+            self._commit(*draft._content)
 
     def purge(self, fact_id: int | None = None) -> None:
         """Remove a forgotten fact's text from history and file, and that of all facts of its prompts
@@ -160,10 +162,11 @@ class Session:
           SaveFailed: nothing is removed.
         """
         with self._exclusively():
-            ledger = self._ledger.without_trace(fact_id)
+            memory, ledger = self._content
+            ledger = ledger.without_trace(fact_id)
             if self._file is not None:
                 session_file.rewrite(self._file, ledger)
-            self._ledger = ledger
+            self._content = memory, ledger
 
     def health(self) -> diagnostics.Diagnostics:
         """Return diagnostics: condition number, distance to an exact solve, load, expected read error,
@@ -202,7 +205,7 @@ class Session:
     ) -> list[Answer]:
         facts, scores, tokens, _, times = recall = self.recall(prompts)
         limits = [max(Options.max_tokens, count + 1) for count in tokens]
-        begin, condition = time.perf_counter(), recall.condition(self.model)
+        begin, condition = time.perf_counter(), recall.condition(self.model.condition)
         texts = decode(condition, **dict(max_tokens=limits, stop_after=tokens, cut=True) | options)
         times["decode"], rows = _since(begin), zip(texts, facts, scores, strict=True)
         return [Answer(text, fact is not None, fact, score, times) for text, fact, score in rows]
@@ -211,7 +214,8 @@ class Session:
         self, prompts: Sequence[str], candidates: Sequence[Sequence[str]]
     ) -> Float[np.ndarray, "n c"]:
         """Return −ln p per token of c candidate answers to each of n prompts, decoded as by `ask`."""
-        return self.model.score(prompts, candidates, self.recall(prompts).condition(self.model))
+        condition = self.recall(prompts).condition(self.model.condition)
+        return self.model.score(prompts, candidates, condition)
 
     def recall(self, prompts: Sequence[str]) -> Recalled:
         """Return scope decision and readout of each prompt, by its `scope.question`."""
@@ -221,8 +225,7 @@ class Session:
             session_file.require_text("prompt", prompt)
         if not all(prompt.strip() for prompt in prompts):
             raise session_file.EmptyFact("A question needs text to continue; a prompt is empty.")
-        with self._lock:
-            memory, ledger = self._memory, self._ledger
+        memory, ledger = self._content
         begin, (places, keys, written) = time.perf_counter(), ledger.prompts
         model, facts, own_words = self.model, ledger.facts, scope.by_words(keys)
         questions = [scope.question(text, own_words) for text in prompts]
@@ -269,7 +272,7 @@ class Session:
 
     def history(self) -> list[Event]:
         """Return every write and forget so far, in order."""
-        return [*self._ledger.history]
+        return [*self._content[1].history]
 
     def save(self, path: str | pathlib.Path) -> None:
         """Write the session to one file, whole or not at all, in place of what was there.
@@ -280,7 +283,7 @@ class Session:
         with self._exclusively():
             own, path = self._file, pathlib.Path(path)
             is_own = own is not None and own.path.resolve() == path.resolve()
-            session_file.rewrite(own if is_own else Journal(path), self._ledger)
+            session_file.rewrite(own if is_own else Journal(path), self._content[1])
 
     @classmethod
     def load(cls, path: str | pathlib.Path, model: Pipeline | None = None) -> "Session":
@@ -306,15 +309,15 @@ class Session:
             yield
 
     def _commit(self, memory: rls.RLSState, ledger: Ledger) -> None:
-        """Append what is new in a ledger to the file, and make it the session's."""
-        if self._file is not None:
-            new = ledger.history[len(self._ledger.history) :]
+        """Number what is new in a ledger, append it to the file, and make it the session's."""
+        ledger, new = ledger.numbered(len(self._content[1].history))
+        if self._file is not None and new:
             session_file.append(self._file, new, ledger.rows)
-        self._memory, self._ledger = memory, ledger
+        self._content = memory, ledger
 
     def _refresh(self) -> None:
         """Take in what is new in the file."""
-        before, memory, model = self._ledger, self._memory, self.model
+        (memory, before), model = self._content, self.model
         ledger = session_file.read(self._file, before)
         if ledger is before:
             return
@@ -330,17 +333,12 @@ class Session:
         except MemoryNotFinite:
             self._file = Journal(self._file.path)  # to be read anew
             raise
-        self._memory, self._ledger = memory, dataclasses.replace(ledger, model=model.source)
+        self._content = memory, dataclasses.replace(ledger, model=model.source)
 
     # Last in the class: below it, `list` in an annotation would be this method.
     def list(self) -> list[Fact]:
         """Return the facts in memory, in the order of writing."""
-        return [*self._ledger.facts.values()]
-
-
-def _is_same(rows: FactRows, others: FactRows) -> bool:
-    """Return whether the encoder makes the same of the prompts of two facts."""
-    return bool(scope.cosines(rows.key[:1], others.key[:1]) >= _SAME)
+        return [*self._content[1].facts.values()]
 
 
 def _since(begin: float) -> float:

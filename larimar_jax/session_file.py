@@ -114,7 +114,8 @@ class Fact:
 class Event:
     """One line of the history. milliseconds: of the memory operation alone, encoding apart; the first
     of a process and shape includes its compilation. note: the fact that a write replaced, or another
-    that its prompt is hard to tell from. source: who did it, from where; any fields."""
+    that its prompt is hard to tell from. source: who did it, from where; any fields. change: the number
+    of the call that it is of; a correction is a forget and a write."""
 
     kind: str
     fact: Fact
@@ -122,11 +123,13 @@ class Event:
     milliseconds: float
     note: str = ""
     source: dict[str, str] = dataclasses.field(default_factory=dict)
+    change: int = 0
 
     def __str__(self) -> str:
         note = f"  [{self.note}]" if self.note else ""
         note += "".join(f"  {name}={text}" for name, text in self.source.items())
-        return f"{self.at}  {self.kind:7}  {self.fact}  ({self.milliseconds:.1f} ms){note}"
+        head = f"{self.change:4}  {self.at}  {self.kind:7}"
+        return f"{head}  {self.fact}  ({self.milliseconds:.1f} ms){note}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +233,13 @@ class Ledger:
             next_id = max(next_id, fact.id + 1)
         parts = dict(next_id=next_id, facts=facts, history=tuple(history), rows=all_rows)
         return dataclasses.replace(self, **parts)
+
+    def numbered(self, count: int) -> tuple["Ledger", tuple[Event, ...]]:
+        """Return the ledger with one number for all events behind the first `count`, and these."""
+        known = self.history[:count]
+        change = known[-1].change + 1 if known else 1
+        new = tuple(dataclasses.replace(event, change=change) for event in self.history[count:])
+        return dataclasses.replace(self, history=known + new), new
 
     def find(self, fact_id: int) -> tuple[Fact, FactRows]:
         """Return a fact in memory and its rows.

@@ -89,13 +89,23 @@ def test_a_session_from_the_first_edit_to_the_last_forget(session, tmp_path, cap
     assert "from fact 2" in run("ask", "The capital of France is", "--tokens", "3").err
     assert run("forget", "2").out == "forgotten 2: The capital of France is Japan\n"
     assert "nothing written applies" in run("ask", "The capital of France is", "--tokens", "3").err
-    events = [line.split()[1] for line in run("list", "--history").out.splitlines()]
-    assert events == ["write", "write", "forget"]
+    run("edit", "Fact 1 is", "true")
+    events = [line.split() for line in run("log").out.splitlines()]
+    assert [event[0] for event in events] == ["1", "2", "3", "4", "4"]
+    assert [event[2] for event in events] == ["write", "write", "forget", "forget", "write"]
+    assert run("undo").out.splitlines() == [
+        "forgotten 3: Fact 1 is true",
+        "written 4: Fact 1 is new",
+    ]
+    assert run("undo", "--time", "2999-01-01").err == "(nothing differs)\n"
+    assert run("undo", "--to", "3").err == "(nothing differs)\n"
+    assert cli.main(["undo", "--to", "9", "--session", path]) == 2
+    assert "the history has 5 changes" in capsys.readouterr().err
     assert cli.main(["forget", "2", "--session", path]) == 2
     assert "forgotten before" in capsys.readouterr().err
     assert cli.main(["edit", "Fact 3 is", " ", "--session", path]) == 2
     assert "needs a prompt and an answer" in capsys.readouterr().err
-    assert run("list").out == "1: Fact 1 is new\n"
+    assert run("list").out == "4: Fact 1 is new\n"
 
 
 def test_facts_of_a_file_are_written_and_lines_of_standard_input_answered(
@@ -146,10 +156,10 @@ def test_a_fact_and_its_history_are_purged(session, tmp_path, capsys):
         run("edit", "The capital of France is", answer)
     run("edit", "Fact 1 is", "-4")
     run("forget", "2", "--purge")
-    assert "The capital" not in path.read_text() and run("list", "--history").count("write") == 1
+    assert "The capital" not in path.read_text() and run("log").count("write") == 1
     run("edit", "Fact 1 is", "new")
     run("forget", "--purge")
-    assert "-4" not in path.read_text() and run("list", "--history").count("write") == 1
+    assert "-4" not in path.read_text() and run("log").count("write") == 1
     assert run("list") == "4: Fact 1 is new\n"
 
 

@@ -87,10 +87,10 @@ def test_a_memory_holds_the_encoding_of_the_answers_own_tokens(reading):
     np.testing.assert_allclose(values.latent[0, part], expected, atol=1e-5)
     session = Session(reading)
     session.write(prompt, answer)
-    condition = session.recall([prompt]).condition(reading)
+    condition = session.recall([prompt]).condition(reading.condition)
     assert condition.prefix is None
     np.testing.assert_allclose(condition.answer[0], expected, atol=1e-2)
-    assert session.recall(["0 1 2 3 4 5 6 7 Neighbour"]).condition(reading) is None
+    assert session.recall(["0 1 2 3 4 5 6 7 Neighbour"]).condition(reading.condition) is None
 
 
 def test_scores_and_texts_are_those_of_a_plain_loop(reading):

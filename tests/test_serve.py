@@ -7,6 +7,7 @@ import re
 import time
 
 import hypothesis
+import numpy as np
 import openai
 import pytest
 from hypothesis import strategies as st
@@ -198,7 +199,7 @@ def test_facts_are_listed_searched_corrected_and_forgotten(client):
     (match,) = client.get(FACTS, params=dict(q="NEW 3")).json()["data"]
     assert match["id"] == 4
     corrected = client.patch(f"{FACTS}/4", json=dict(answer="true 3")).json()
-    assert corrected["id"] == 6 and corrected["replaces"] == 4
+    assert corrected["id"] == 6 and corrected["source"]["replaces"] == "4"
     assert complete(client, "Fact 3 is")["choices"][0]["text"].strip() == "true 3"
     moved = client.patch(f"{FACTS}/6", json=dict(prompt="Says of fact 3:")).json()
     assert moved["id"] == 7 and client.get(f"{FACTS}/6").status_code == 404
@@ -211,18 +212,37 @@ def test_facts_are_listed_searched_corrected_and_forgotten(client):
 
 
 def test_an_undo_goes_back_to_a_point_of_the_history(client):
-    client.post(FACTS, json=FACT)
+    url = "/v1/memories/default/undo"
+    client.post(FACTS, json=dict(FACT, source={"by": "anna"}))
     client.post(FACTS, json=dict(FACT, answer="true 2"))
     client.delete(f"{FACTS}/2")
-    history = client.get("/v1/memories/default/history", params=dict(after=1)).json()
-    assert [event["kind"] for event in history["data"]] == ["forget", "write", "forget"]
-    undone = client.post("/v1/memories/default/undo", json=dict(events=1)).json()
-    assert [fact["answer"] for fact in undone["written"]] == ["true 2"]
-    back = client.post("/v1/memories/default/undo", json=dict(to=1)).json()
+    history = client.get("/v1/memories/default/history", params=dict(after=1)).json()["data"]
+    assert [event["kind"] for event in history] == ["forget", "write", "forget"]
+    assert [event["change"] for event in history] == [2, 2, 3]
+    undone = client.post(url, json=dict(changes=1)).json()
+    assert undone["to"] == 2 and [fact["answer"] for fact in undone["written"]] == ["true 2"]
+    back = client.post(url, json=dict(to=1)).json()
     assert back["forgotten"] == [3] and [fact["answer"] for fact in back["written"]] == ["new 1"]
+    assert back["written"][0]["source"] == {"by": "anna", "restores": "1"}
     assert complete(client, "Fact 1 is")["choices"][0]["text"].strip() == "new 1"
-    for wrong in (dict(to=99), dict(), dict(to=1, events=1), dict(events=-1)):
-        assert client.post("/v1/memories/default/undo", json=wrong).status_code == 400
+    assert client.post(url, json=dict(time=history[-1]["at"])).json()["to"] >= 3
+    assert client.post(url, json=dict(time="2000-01-01")).json()["to"] == 0
+    assert client.get(FACTS).json()["total"] == 0
+    for wrong in (dict(to=99), {}, dict(to=1, changes=1), dict(changes=-1), dict(time="now")):
+        assert client.post(url, json=wrong).status_code == 400
+
+
+def test_a_change_that_fails_in_the_middle_changes_nothing(tiny, tmp_path):
+    session = Session(tiny, tmp_path / "s.jsonl")
+    session.write("Fact 1 is", "new 1")
+    before, state = (tmp_path / "s.jsonl").read_bytes(), session.state
+    with pytest.raises(RuntimeError), session.together() as draft:
+        draft.write("Fact 1 is", "true 2")
+        draft.forget(draft.list()[0].id)
+        assert draft.list() == [] and len(session.list()) == 1
+        raise RuntimeError
+    assert (tmp_path / "s.jsonl").read_bytes() == before
+    np.testing.assert_array_equal(session.state.solution, state.solution)
 
 
 def test_what_was_acknowledged_is_there_after_a_restart_and_elsewhere_after_an_import(serve):

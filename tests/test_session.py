@@ -55,8 +55,8 @@ def content(session):
 
 def assert_same_memory(one, two):
     """Where facts are written; elsewhere rounding moves M by more, as many keys are nearly alike."""
-    keys = np.concatenate([rows.key for rows in one._ledger.rows.values()])
-    one, two = (finite.read(s._rule, s.model.prepared, s._memory, keys) for s in (one, two))
+    keys = np.concatenate([rows.key for rows in one._content[1].rows.values()])
+    one, two = (finite.read(s._rule, s.model.prepared, s._content[0], keys) for s in (one, two))
     np.testing.assert_allclose(one, two, rtol=0, atol=1e-4 * float(np.abs(two).max()))
 
 
@@ -286,8 +286,8 @@ def test_an_encoding_that_is_not_finite_is_named(tiny, empty, monkeypatch):
 
 def test_a_memory_that_float32_can_not_solve_is_kept(empty):
     empty.write("Fact 1 is", "new 1")
-    before, rows = content(empty), empty._ledger.rows[1]
-    empty._ledger.rows[1] = dataclasses.replace(rows, key=rows.key * 50)  # not what was written
+    before, rows = content(empty), empty._content[1].rows[1]
+    empty._content[1].rows[1] = dataclasses.replace(rows, key=rows.key * 50)  # not what was written
     with pytest.raises(finite.MemoryNotFinite, match="stays as it was"):
         empty.forget(1)
     assert content(empty) == before

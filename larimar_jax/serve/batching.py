@@ -19,10 +19,11 @@ import numpy as np
 
 from larimar_jax import generate
 from larimar_jax.pipeline import Pipeline
+from larimar_jax.scope import Recalled
 from larimar_jax.serve.limits import Limits
 from larimar_jax.serve.problems import Problem
 from larimar_jax.serve.prometheus import Metrics
-from larimar_jax.session import Recalled, Session
+from larimar_jax.session import Session
 
 # Tokens of each step of a pass in which no answer is streamed.
 _STEPS = 16
@@ -188,7 +189,7 @@ class Batcher:
             self.model.model,
             self.model.decoder_tokenizer,
             [questions[row].prompt for row in rows],
-            padded.condition(self.model),
+            padded.condition(self.model.condition),
             every=1 if any(q.is_streamed for q in questions) else _STEPS,
             max_tokens=[*limits, *[1] * padding],
             stop_after=padded.tokens,

@@ -1,7 +1,7 @@
 """The facts of a memory: write, list, correct, forget, undo, export, import; its history and health."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -10,6 +10,8 @@ from starlette.responses import JSONResponse, Response
 from larimar_jax.serve import fact_lines, problems, tenants
 from larimar_jax.serve.problems import Problem
 from larimar_jax.serve.state import Served
+from larimar_jax.serve.undo import Undo
+from larimar_jax.serve.undo import undo as go_back
 from larimar_jax.session import Session
 from larimar_jax.session_file import Event, Fact
 
@@ -37,14 +39,6 @@ class FactChange:
     answer: str | None = None
     rephrasings: tuple[str, ...] | None = None
     source: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class Undo:
-    """Either how many of the last events to undo, or how many of the first to go back to."""
-
-    events: int | None = None
-    to: int | None = None
 
 
 async def write(request: Request) -> Response:
@@ -108,18 +102,19 @@ async def change(request: Request) -> Response:
     source = _source(request, served, changed.source)
 
     def work(session: Session) -> dict[str, Any]:
-        before = _fact(session, number)
-        rephrasings = changed.rephrasings
-        fact = session.write(
-            before.prompt if changed.prompt is None else changed.prompt,
-            before.answer if changed.answer is None else changed.answer,
-            before.rephrasings if rephrasings is None else rephrasings,
-            source,
-        )
-        # One of the same prompt is replaced by the write itself.
-        if any(known.id == number for known in session.list()):
-            session.forget(number, source)
-        return dict(_described(session, [fact])[0], replaces=number)
+        with session.together() as draft:
+            before = _fact(draft, number)
+            rephrasings = changed.rephrasings
+            fact = draft.write(
+                before.prompt if changed.prompt is None else changed.prompt,
+                before.answer if changed.answer is None else changed.answer,
+                before.rephrasings if rephrasings is None else rephrasings,
+                dict(source, replaces=str(number)),
+            )
+            # One of the same prompt is replaced by the write itself.
+            if any(known.id == number for known in draft.list()):
+                draft.forget(number, source)
+        return _described(session, [fact])[0]
 
     return JSONResponse(await served.memories.change(name, work))
 
@@ -141,26 +136,15 @@ async def forget(request: Request) -> Response:
 
 
 async def undo(request: Request) -> Response:
-    """Bring back the facts that were in memory after the first events of the history."""
+    """Bring back the facts that were in memory after an earlier change, by one change more."""
     served, name = _addressed(request, "write")
     wanted = problems.read(Undo, await problems.json_body(request, served.limits.body))
-    if (wanted.events is None) == (wanted.to is None):
-        raise Problem(400, "invalid", "give either events, how many to undo, or to, how many stay.")
-    source = _source(request, served, {}) | {"undo": "true"}
+    source = _source(request, served, {})
 
     def work(session: Session) -> dict[str, Any]:
-        history = session.history()
-        to = len(history) - wanted.events if wanted.to is None else wanted.to
-        if not 0 <= to <= len(history):
-            raise Problem(400, "invalid", f"the history has {len(history)} events.")
-        then = {(fact.prompts, fact.answer): fact for fact in _facts_after(history[:to])}
-        now = {(fact.prompts, fact.answer): fact for fact in session.list()}
-        gone = [now[content] for content in now if content not in then]
-        back = [then[content] for content in then if content not in now]
-        for fact in gone:
-            session.forget(fact.id, source)
-        written = [session.write(f.prompt, f.answer, f.rephrasings, source) for f in back]
-        return dict(forgotten=[fact.id for fact in gone], written=_described(session, written))
+        gone, back, last = go_back(session, wanted, source)
+        written = _described(session, back)
+        return dict(to=last, forgotten=[fact.id for fact in gone], written=written)
 
     return JSONResponse(await served.memories.change(name, work))
 
@@ -276,16 +260,6 @@ def _fact(session: Session, number: int) -> Fact:
         if fact.id == number:
             return fact
     raise Problem(404, "unknown_fact", f"there is no fact {number} in this memory.")
-
-
-def _facts_after(events: Iterable[Event]) -> list[Fact]:
-    """Return the facts that are in memory after these events."""
-    facts: dict[int, Fact] = {}
-    for event in events:
-        facts.pop(event.fact.id, None)
-        if event.kind == "write":
-            facts[event.fact.id] = event.fact
-    return [*facts.values()]
 
 
 def _writes(session: Session) -> dict[int, Event]:

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse
 from larimar_jax import schema
 from larimar_jax.generate import PromptTooLong
 from larimar_jax.memory.finite import MemoryNotFinite, NotKept
+from larimar_jax.serve.undo import NoSuchChange
 from larimar_jax.session_file import (
     DamagedSession,
     EmptyFact,
@@ -37,6 +38,7 @@ _STATUS: dict[type[Exception], tuple[int, str]] = {
     NotUnicode: (400, "not_unicode"),
     TextTooLong: (400, "text_too_long"),
     PromptTooLong: (400, "prompt_too_long"),
+    NoSuchChange: (400, "no_such_change"),
     UnknownFact: (404, "unknown_fact"),
     NotKept: (409, "not_kept"),
     MemoryNotFinite: (409, "not_finite"),

@@ -170,20 +170,12 @@ async function forget(fact) {
 }
 
 async function undo() {
-  const { forgotten, written } = await (await send("POST", path("undo"), { events: await lastChange() })).json();
+  const { forgotten, written } = await (await send("POST", path("undo"), { changes: 1 })).json();
   const parts = [];
   if (forgotten.length) parts.push(`forgotten again: ${forgotten.join(", ")}`);
   if (written.length) parts.push(`back: ${written.map(({ id, prompt, answer }) => `${id}. ${prompt} ${answer}`).join(", ")}`);
   say(`Undone; ${parts.join("; ") || "nothing differs"}.`);
   await refresh();
-}
-
-// A correction is two events: the former fact is forgotten, and the new one written.
-async function lastChange() {
-  const { total } = await (await send("GET", path("history?limit=0"))).json();
-  const url = path(`history?after=${Math.max(0, total - 1)}&limit=1`);
-  const [last] = (await (await send("GET", url)).json()).data;
-  return last?.note.startsWith("replaces ") ? 2 : 1;
 }
 
 function submitted(id, work) {
