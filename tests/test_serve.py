@@ -2,14 +2,18 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import json
 import re
+import threading
 import time
 
+import browser
 import hypothesis
 import numpy as np
 import openai
 import pytest
+import uvicorn
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
@@ -99,9 +103,24 @@ def test_a_stream_joins_to_the_whole_answer(client):
     assert endings[-1] == whole["choices"][0]["finish_reason"]
 
 
-def test_the_client_of_openai_completes_chats_and_streams(client):
-    client.post(FACTS, json=FACT)
-    official = openai.OpenAI(base_url="http://localhost/v1", api_key="none", http_client=client)
+@pytest.fixture
+def address(tiny, tmp_path):
+    """The address of a server that listens."""
+    served = app.build(tiny, tmp_path / "memories", warm_up=False)
+    server = uvicorn.Server(uvicorn.Config(served, port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    yield "http://{}:{}".format(*server.servers[0].sockets[0].getsockname())
+    server.should_exit = True
+    thread.join()
+
+
+def test_the_client_of_openai_completes_chats_and_streams(address):
+    official = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
+    official.post("/memories/default/facts", body=FACT, cast_to=object)
     answer = official.completions.create(model="tiny", prompt="Fact 1 is")
     assert answer.choices[0].text.strip() == "new 1"
     assert answer.choices[0].larimar["fact"] == 1
@@ -445,14 +464,70 @@ def test_a_server_is_ready_once_usual_programs_are_compiled(tiny, tmp_path):
         assert client.get("/v1/memories/default/facts").json()["total"] == 0
 
 
+def test_a_server_whose_programs_can_not_be_compiled_ends_with_a_message(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    def run_out(*_, **__):
+        raise MemoryError("no room for 9 GB")
+
+    monkeypatch.setattr("larimar_jax.generate.pieces", run_out)
+    monkeypatch.setattr("larimar_jax.pipeline.load", lambda source: tiny)
+    monkeypatch.setattr("larimar_jax.config.cache_programs", lambda: None)
+    # Signals are the main thread's, and the test's own.
+    monkeypatch.setattr("uvicorn.Server.capture_signals", contextlib.nullcontext)
+    assert cli.main(["serve", "--data", str(tmp_path), "--port", "0"]) == 2
+    assert "could not be compiled (no room for 9 GB)" in capsys.readouterr().err
+
+
+def test_the_api_is_described_as_it_is(client):
+    document = client.get("/openapi.json").json()
+    routes = {route.path.replace(":path", "") for route in client.app.routes}
+    assert {*document["paths"]} == {r for r in routes if r.startswith(("/v1", "/h", "/metrics"))}
+    write = document["paths"]["/v1/memories/{name}/facts"]["post"]
+    fact, facts = write["requestBody"]["content"]["application/json"]["schema"]["anyOf"]
+    assert fact["required"] == ["prompt", "answer"] and facts["items"] == fact
+    page = client.get("/docs").text
+    assert "PATCH /v1/memories/{name}/facts/{fact}" in page and "max_completion_tokens" in page
+
+
 def test_the_page_loads_nothing_from_elsewhere(client):
     page = client.get("/")
     assert "default-src 'self'" in page.headers["content-security-policy"]
     links = re.findall(r'(?:src|href)="([^"]*)"', page.text)
-    assert sorted(links) == ["/page.css", "/page.js"]
+    assert sorted(links) == ["/docs", "/icon.svg", "/page.css", "/page.js"]
     for link in links:
         text = client.get(link).text
-        assert text and not re.search(r"https?://|@import|eval\(|innerHTML", text)
+        assert text and not re.search(r'(?<!xmlns=")https?://|@import|eval\(|innerHTML', text)
+
+
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium is installed")
+def test_in_a_browser_a_fact_is_written_asked_for_forgotten_and_brought_back(address, tmp_path):
+    page = browser.Browser(tmp_path / "profile")
+    text = "document.getElementById('{}').textContent".format
+    page.send("Page.navigate", url=address)
+    page.wait(f"document.readyState == 'complete' && {text('total')} == '(0)'")
+    page.write("prompt", "Fact 1 is")
+    page.press("Tab")
+    page.send("Input.insertText", text="new 1")
+    page.press("Enter")
+    page.wait(f"{text('total')} == '(1)' && document.activeElement.id == 'question'")
+    page.send("Input.insertText", text="Fact 1 is")
+    page.press("Enter")
+    page.wait(f"{text('match')} == 'from fact 1, cosine 1.000'")
+    page.wait(f"{text('with')}.trim() == 'new 1' && {text('without')} != ''")
+    page.run("document.querySelector('#facts button').click()")
+    page.wait(f"{text('total')} == '(0)' && {text('status')}.startsWith('Fact 1 is forgotten')")
+    page.run("document.getElementById('ask').requestSubmit()")
+    page.wait(f"{text('match')} == 'nothing written applies'")
+    page.wait(f"{text('with')} != '' && !document.querySelector('#ask button').disabled")
+    assert page.run(text("with")) == page.run(text("without"))
+    page.run("document.getElementById('undo').click()")
+    page.wait(f"{text('total')} == '(1)' && {text('status')}.includes('back: 2. Fact 1 is new 1')")
+    page.send("Page.navigate", url=f"{address}/docs")
+    page.wait("document.querySelectorAll('section').length > 10")
+    page.close()
+    assert page.errors == []
+    assert all(asked.startswith((address, "about:")) for asked in page.addresses)
 
 
 def test_a_page_elsewhere_is_let_in_by_name_alone(serve):
@@ -469,12 +544,12 @@ def test_the_command_serves_this_host_alone_unless_another_address_is_named(
     tiny, tmp_path, monkeypatch, capsys
 ):
     runs = []
-    monkeypatch.setattr("uvicorn.run", lambda served, **options: runs.append((served, options)))
+    monkeypatch.setattr("uvicorn.Server.run", lambda server: runs.append(server.config))
     monkeypatch.setattr("larimar_jax.pipeline.load", lambda source: tiny)
     monkeypatch.setattr("larimar_jax.config.cache_programs", lambda: None)
     line = ["serve", "--data", str(tmp_path), "--port", "8001"]
     assert cli.main(line) == 0
-    assert runs[0][1]["host"] == "127.0.0.1" and runs[0][1]["port"] == 8001
+    assert runs[0].host == "127.0.0.1" and runs[0].port == 8001
     shown = capsys.readouterr()
     assert shown.out == "http://127.0.0.1:8001\n" and not shown.err
     assert cli.main([*line, "--host", "0.0.0.0"]) == 0

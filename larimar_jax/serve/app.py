@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -18,18 +19,25 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from larimar_jax.memory.finite import NotKept
 from larimar_jax.pipeline import Pipeline
-from larimar_jax.serve import completions, facts, problems
+from larimar_jax.serve import completions, facts, openapi, problems
 from larimar_jax.serve.access import Access
 from larimar_jax.serve.batching import Batcher, Decoded, PendingQuestion
 from larimar_jax.serve.limits import Limits
+from larimar_jax.serve.openapi import Operation
 from larimar_jax.serve.prometheus import Metrics
 from larimar_jax.serve.state import Served
 from larimar_jax.serve.tenants import DEFAULT, MemoryFolder
+from larimar_jax.serve.undo import Undo
 from larimar_jax.session import Session
 
 _LOG = logging.getLogger("larimar")
 _PAGE = Path(__file__).parent / "page"
-_TYPES = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+_FILES = {
+    "/": ("page.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
+}
 # What the page may load: nothing from elsewhere.
 _POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 # Of no memory: whoever restarts a server has no token.
@@ -127,7 +135,7 @@ async def ready(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    """Return counts and times in Prometheus' text format."""
+    """Show counts and times in Prometheus' text format."""
     served: Served = request.app.state.served
     gauges = [
         ("larimar_queue", {}, float(served.batcher.waiting)),
@@ -139,38 +147,50 @@ async def metrics(request: Request) -> Response:
     return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
 
-def _page(name: str) -> Route:
-    content = (_PAGE / name).read_bytes()
+_LINES, _PLAIN = "application/jsonl", "text/plain"
+_MEMORY = "/v1/memories/{name}"
+_FACTS, _FACT = f"{_MEMORY}/facts", f"{_MEMORY}/facts/{{fact}}"
+_PAGES = ("limit", "after")
+_OPERATIONS = (
+    Operation("POST", "/v1/completions", completions.completions, completions.CompletionRequest),
+    Operation(
+        "POST", "/v1/chat/completions", completions.chat_completions, completions.ChatRequest
+    ),
+    Operation("GET", "/v1/models", models),
+    Operation("POST", _FACTS, facts.write, facts.NewFact, many=True),
+    Operation("GET", _FACTS, facts.list_facts, query=("q", *_PAGES)),
+    Operation("GET", _FACT, facts.show),
+    Operation("PATCH", _FACT, facts.change, facts.FactChange),
+    Operation("DELETE", _FACT, facts.forget, query=("purge",)),
+    Operation("POST", f"{_MEMORY}/undo", facts.undo, Undo),
+    Operation("GET", f"{_MEMORY}/history", facts.history, query=_PAGES),
+    Operation("GET", f"{_MEMORY}/health", facts.health),
+    Operation("GET", f"{_MEMORY}/export", facts.export, media=_LINES),
+    Operation("POST", f"{_MEMORY}/import", facts.import_facts, media=_LINES),
+    Operation("GET", "/healthz", alive),
+    Operation("GET", "/healthz/ready", ready),
+    Operation("GET", "/metrics", metrics, media=_PLAIN),
+)
 
+
+def _page(path: str, content: bytes | str, media_type: str) -> Route:
     async def page(request: Request) -> Response:
         headers = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache"}
         headers |= {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
-        return Response(content, media_type=_TYPES[name], headers=headers)
+        return Response(content, media_type=media_type, headers=headers)
 
-    return Route("/" if name == "page.html" else f"/{name}", page)
+    return Route(path, page)
 
 
 def _routes() -> list[Route]:
-    # Of any characters: what is no name is an error of its own, and reaches no file.
-    memory = "/v1/memories/{name:path}"
-    return [
-        *map(_page, _TYPES),
-        Route("/healthz", alive),
-        Route("/healthz/ready", ready),
-        Route("/metrics", metrics),
-        Route("/v1/models", models),
-        Route("/v1/completions", completions.completions, methods=["POST"]),
-        Route("/v1/chat/completions", completions.chat_completions, methods=["POST"]),
-        Route(f"{memory}/facts", facts.list_facts),
-        Route(f"{memory}/facts", facts.write, methods=["POST"]),
-        Route(f"{memory}/facts/{{fact}}", facts.show),
-        Route(f"{memory}/facts/{{fact}}", facts.change, methods=["PATCH"]),
-        Route(f"{memory}/facts/{{fact}}", facts.forget, methods=["DELETE"]),
-        Route(f"{memory}/undo", facts.undo, methods=["POST"]),
-        Route(f"{memory}/history", facts.history),
-        Route(f"{memory}/health", facts.health),
-        Route(f"{memory}/export", facts.export),
-        Route(f"{memory}/import", facts.import_facts, methods=["POST"]),
+    document = openapi.document(_OPERATIONS)
+    pages = [(path, (_PAGE / name).read_bytes(), kind) for path, (name, kind) in _FILES.items()]
+    pages.append(("/openapi.json", json.dumps(document), "application/json"))
+    pages.append(("/docs", openapi.page(document), "text/html"))
+    # A name of any characters: what is none is an error of its own, and reaches no file.
+    return [_page(*page) for page in pages] + [
+        Route(o.path.replace("{name}", "{name:path}"), o.endpoint, methods=[o.method])
+        for o in _OPERATIONS
     ]
 
 
@@ -223,7 +243,9 @@ async def _warm_up(served: Served) -> None:
                     await question.next()
                     async for _ in question.pieces():
                         pass
-    except Exception:
+    except Exception as error:  # What every request would run into: a server of no use has to end.
         _LOG.exception("the programs of usual requests could not be compiled")
+        served.failure = error
+        served.stop()
     else:
         served.is_ready = True

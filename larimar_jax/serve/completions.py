@@ -19,7 +19,7 @@ from larimar_jax import generate
 from larimar_jax.schema import Count, Natural, NonNegative
 from larimar_jax.serve import problems, tenants
 from larimar_jax.serve.batching import Decoded, Matched, PendingQuestion
-from larimar_jax.serve.problems import Problem
+from larimar_jax.serve.problems import Content, Problem, Texts
 from larimar_jax.serve.state import Served
 from larimar_jax.weights.tokenizer import Tokenizer
 
@@ -52,24 +52,27 @@ class StreamOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CompletionRequest:
-    """Prompts to be continued.
-
-    model: MODEL or MODEL:MEMORY. max_tokens: default as the fact's answer needs, at least 16. memory:
-    whether written facts count; without them the base LM answers.
-    """
+class Drawn:
+    """What completions and chats have in common."""
 
     model: str
-    prompt: tuple[str, ...]
     max_tokens: Count | None = None
     temperature: NonNegative = 0.0
     top_p: NonNegative = 1.0
     top_k: Natural = 0
-    stop: tuple[str, ...] = ()
+    stop: Texts = Texts(())
     seed: int | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     memory: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompletionRequest(Drawn):
+    """prompt: what is to be continued. model: MODEL or MODEL:MEMORY. max_tokens: default as the fact's
+    answer needs, at least 16. memory: whether written facts count; else the base LM answers."""
+
+    prompt: Texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,35 +80,38 @@ class Message:
     """A turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str
+    content: Content
     name: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatRequest(CompletionRequest):
-    """Turns of a chat to be answered."""
+class ChatRequest(Drawn):
+    """messages: turns of a chat, the last of which is answered. Else as of completions;
+    max_completion_tokens is the newer name of max_tokens."""
 
-    prompt: tuple[str, ...] = ()
     messages: tuple[Message, ...]
+    max_completion_tokens: Count | None = None
 
 
 async def completions(request: Request) -> Response:
-    """Continue one prompt or several."""
-    values = await _values(request)
-    if isinstance(values.get("prompt"), str):
-        values["prompt"] = [values["prompt"]]
-    wanted = problems.read(CompletionRequest, values, _NEUTRAL)
+    """Continue one prompt or several, as OpenAI's API does.
+
+    A choice has `larimar` beside its text: whether a written fact is in scope, the number of that fact,
+    and the score of its prompt. With `stream`, events of the server that end with [DONE].
+    """
+    wanted = problems.read(CompletionRequest, await _values(request), _NEUTRAL)
     return await _respond(request, wanted, wanted.prompt, wanted.stop)
 
 
 async def chat_completions(request: Request) -> Response:
-    """Answer the last turn of a chat."""
-    values = await _values(request)
-    if "max_completion_tokens" in values:
-        values["max_tokens"] = values.pop("max_completion_tokens")
-    if isinstance(values.get("messages"), list):
-        values["messages"] = [_message(message) for message in values["messages"]]
-    wanted = problems.read(ChatRequest, values, _NEUTRAL)
+    """Answer the last turn of a chat, as OpenAI's API does.
+
+    A choice has `larimar`, as of completions.
+    """
+    wanted = problems.read(ChatRequest, await _values(request), _NEUTRAL)
+    wanted = dataclasses.replace(
+        wanted, max_tokens=wanted.max_completion_tokens or wanted.max_tokens
+    )
     tokenizer = request.app.state.served.model.decoder_tokenizer
     prompt, stop = chat_prompt(tokenizer, wanted.messages)
     return await _respond(request, wanted, [prompt], (*wanted.stop, *stop))
@@ -128,23 +134,11 @@ async def _values(request: Request) -> dict[str, Any]:
     values = await problems.json_body(request, served.limits.body)
     if not isinstance(values, dict):
         raise Problem(400, "no_object", "the body is an object, such as {'model': …, 'prompt': …}.")
-    if isinstance(values.get("stop"), str):
-        values["stop"] = [values["stop"]]
     return {name: value for name, value in values.items() if name not in _IGNORED}
 
 
-def _message(message: Any) -> Any:
-    """Return a message whose content is one text; what has no texts is left for the check."""
-    if not isinstance(message, dict) or not isinstance(message.get("content"), list):
-        return message
-    parts = message["content"]
-    if not all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts):
-        raise Problem(400, "unsupported", "a message has parts of text alone.")
-    return dict(message, content="\n".join(part["text"] for part in parts))
-
-
 async def _respond(
-    request: Request, wanted: CompletionRequest, prompts: Sequence[str], stop: tuple[str, ...]
+    request: Request, wanted: Drawn, prompts: Sequence[str], stop: tuple[str, ...]
 ) -> Response:
     served: Served = request.app.state.served
     questions = await _questions(served, request, wanted, prompts, stop)
@@ -175,7 +169,7 @@ async def _respond(
 async def _questions(
     served: Served,
     request: Request,
-    wanted: CompletionRequest,
+    wanted: Drawn,
     prompts: Sequence[str],
     stop: tuple[str, ...],
 ) -> list[PendingQuestion]:

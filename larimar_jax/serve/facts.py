@@ -23,7 +23,7 @@ _MOST_SOURCE = 16
 
 @dataclasses.dataclass(frozen=True)
 class NewFact:
-    """A fact to be written; source: who wrote it, from where, any fields."""
+    """rephrasings: further prompts of the answer. source: who wrote it, from where; any fields."""
 
     prompt: str
     answer: str
@@ -33,7 +33,7 @@ class NewFact:
 
 @dataclasses.dataclass(frozen=True)
 class FactChange:
-    """What is to differ in a fact; None stays."""
+    """What is to differ; what is not there stays. source: who corrects it, from where; any fields."""
 
     prompt: str | None = None
     answer: str | None = None
@@ -42,7 +42,10 @@ class FactChange:
 
 
 async def write(request: Request) -> Response:
-    """Write a fact, or a list of facts, one after the other."""
+    """Write a fact, or a list of facts, one after the other; the first one makes the memory.
+
+    Returns 201 and `data`: facts, each with its number `id`, `at`, `note` and `source`.
+    """
     served, name = _addressed(request, "write")
     values = await problems.json_body(request, served.limits.body)
     if isinstance(values, dict) and "facts" in values:
@@ -54,7 +57,7 @@ async def write(request: Request) -> Response:
 
 
 async def import_facts(request: Request) -> Response:
-    """Write the facts of JSON lines, as `export` returns them."""
+    """Write the facts of JSON lines, as `export` returns them; returns as a write does."""
     served, name = _addressed(request, "write")
     content = await problems.body(request, served.limits.body)
     try:
@@ -91,7 +94,10 @@ async def _write(
 
 
 async def change(request: Request) -> Response:
-    """Correct a fact: the new one has a number of its own, and takes the former one's place."""
+    """Correct a fact.
+
+    Returns the new one, which has a number of its own, and the former one's as `replaces` in its source.
+    """
     served, name = _addressed(request, "write")
     number = _number(request)
     values = await problems.json_body(request, served.limits.body)
@@ -120,7 +126,11 @@ async def change(request: Request) -> Response:
 
 
 async def forget(request: Request) -> Response:
-    """Take a fact out of the memory; with ?purge=true also out of its history and file."""
+    """Take a fact out of the memory.
+
+    Returns a `certificate`, with `distance`: of the memory to one that never had the fact, relative; and
+    `leverage`: the share of the fact's key that other facts explain.
+    """
     served, name = _addressed(request, "write")
     number, is_purged = _number(request), request.query_params.get("purge") == "true"
     source = _source(request, served, {})
@@ -136,7 +146,10 @@ async def forget(request: Request) -> Response:
 
 
 async def undo(request: Request) -> Response:
-    """Bring back the facts that were in memory after an earlier change, by one change more."""
+    """Bring back the facts that were in memory after an earlier change, by one change more.
+
+    Returns `to`, the number of that change; `forgotten`, numbers of facts; `written`, facts.
+    """
     served, name = _addressed(request, "write")
     wanted = problems.read(Undo, await problems.json_body(request, served.limits.body))
     source = _source(request, served, {})
@@ -150,7 +163,10 @@ async def undo(request: Request) -> Response:
 
 
 async def list_facts(request: Request) -> Response:
-    """List facts in the order of writing: ?limit= of them ?after= a number, with ?q= in their texts."""
+    """List facts in the order of writing.
+
+    Returns `data`; `total`, how many have `q`; `has_more`, whether some follow.
+    """
     served, name = _addressed(request, "read")
     limit = problems.integer(request, "limit", _PAGE, _LONGEST_PAGE)
     after = problems.integer(request, "after", 0, 10**12)
@@ -174,7 +190,11 @@ async def show(request: Request) -> Response:
 
 
 async def history(request: Request) -> Response:
-    """List events in order, each with its number: ?limit= of them ?after= a number."""
+    """List every write and forget in order.
+
+    Returns `data`: events, each with its `number`, the number of its `change`, which may have several,
+    its `kind`, `fact`, `at`, `note` and `source`; `total`; `has_more`.
+    """
     served, name = _addressed(request, "read")
     limit = problems.integer(request, "limit", _PAGE, _LONGEST_PAGE)
     after = problems.integer(request, "after", 0, 10**12)
@@ -188,7 +208,7 @@ async def history(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
-    """Return the memory's diagnostics: condition number, load, expected error, whether it is full."""
+    """Show the memory's diagnostics: condition number, load, expected error, whether it is full."""
     served, name = _addressed(request, "read")
     session = (await served.memories.get(name)).session
     diagnostics = await served.memories.run(session.health)

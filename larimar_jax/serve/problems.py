@@ -2,8 +2,8 @@
 
 import json
 import logging
-from collections.abc import Iterable
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, NewType, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
@@ -24,6 +24,8 @@ from larimar_jax.session_file import (
 from larimar_jax.weights.tokenizer import TextTooLong
 
 T = TypeVar("T")
+# One text or a list of them; and a chat's, which may also come in parts.
+Texts, Content = NewType("Texts", tuple), NewType("Content", str)
 _LOG = logging.getLogger("larimar")
 # Of a message: a text of a client's is not sent back whole.
 _LONGEST = 500
@@ -138,10 +140,27 @@ def read(kind: type[T], values: Any, neutral: Iterable[tuple[str, Any]] = ()) ->
             message = f"{name} is not supported here: leave it out, or set it to {value!r}."
             raise Problem(400, "unsupported", message)
     problems: list[str] = []
-    parts = schema.fields(kind, values, "", problems, {})
+    parts = schema.fields(kind, values, "", problems, _READERS)
     if problems:
         raise Problem(400, "invalid", "; ".join(problems))
     return kind(**parts)
+
+
+def _texts(value: Any, path: str, problems: list[str]) -> Any:
+    values = [value] if isinstance(value, str) else value
+    return schema.read(tuple[str, ...], values, path, problems, {})
+
+
+def _content(value: Any, path: str, problems: list[str]) -> Any:
+    if isinstance(value, list):
+        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in value):
+            problems.append(f"{path}: a message has parts of text alone")
+            return None
+        value = "\n".join(part["text"] for part in value)
+    return schema.read(str, value, path, problems, {})
+
+
+_READERS: Mapping[Any, schema.Reader] = {Texts: _texts, Content: _content}
 
 
 def integer(request: Request, name: str, default: int, most: int) -> int:

@@ -6,6 +6,10 @@ import warnings
 from pathlib import Path
 
 
+class WarmUpFailed(RuntimeError):
+    """A model whose programs could not be compiled."""
+
+
 def serve(
     *,
     model: str = "smol",
@@ -47,16 +51,18 @@ def serve(
     warnings.simplefilter("ignore", scope.NearDuplicate)  # what it warns of is the event's note
     hosts = ("localhost", "127.0.0.1", host) if local and access.is_open else ("*",)
     options = dict(access=access, hosts=hosts, cors=cors)
-    served = app.build(pipeline.load(model), Path(data), **options)
+    application = app.build(pipeline.load(model), Path(data), **options)
+    served = application.state.served
+    quiet = dict(log_level="warning", server_header=False, timeout_graceful_shutdown=30)
+    server = uvicorn.Server(uvicorn.Config(application, host=host, port=port, **quiet))
+    served.stop = lambda: setattr(server, "should_exit", True)
     print(f"http://{host}:{port}", flush=True)
-    uvicorn.run(
-        served,
-        host=host,
-        port=port,
-        log_level="warning",
-        server_header=False,
-        timeout_graceful_shutdown=30,
-    )
+    server.run()
+    if served.failure is not None:
+        raise WarmUpFailed(
+            f"the programs of usual requests could not be compiled ({served.failure}), and the server "
+            "has ended. Too little memory is likely: free some, or serve a smaller model."
+        ) from served.failure
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,6 +1,7 @@
 """What all requests of a server share."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from larimar_jax import session_file
@@ -15,7 +16,10 @@ from larimar_jax.serve.tenants import DEFAULT, MemoryFolder
 
 @dataclasses.dataclass
 class Served:
-    """A loaded model with its memories, and what is counted. is_ready: usual programs are compiled."""
+    """A loaded model with its memories, and what is counted.
+
+    is_ready: usual programs are compiled. failure: why they could not be; `stop` is called then.
+    """
 
     model: Pipeline
     memories: MemoryFolder
@@ -24,6 +28,8 @@ class Served:
     limits: Limits
     metrics: Metrics
     is_ready: bool = False
+    failure: Exception | None = None
+    stop: Callable[[], None] = lambda: None
 
     @property
     def model_name(self) -> str:

@@ -4,6 +4,7 @@ const at = (id) => document.getElementById(id);
 let model = "";
 let asking = new AbortController();
 let matched = null;
+let names = [];
 
 const memory = () => at("memory").value.trim() || "default";
 const path = (rest) => `/v1/memories/${encodeURIComponent(memory())}/${rest}`;
@@ -70,36 +71,37 @@ function factRow(fact) {
 }
 
 async function refresh() {
-  try {
-    const query = new URLSearchParams({ q: at("search").value, limit: 1000 });
-    const [facts, health] = await Promise.all(
-      [path(`facts?${query}`), path("health")].map(async (url) => (await send("GET", url)).json()),
-    );
-    at("facts").replaceChildren(...facts.data.map(factRow).reverse());
-    at("total").textContent = `(${facts.total})`;
-    at("more").textContent = facts.has_more ? "More than these match: search for some words." : "";
-    at("load").value = health.load ?? 1;
-    const percent = (value) => (value === null ? "–" : `${(100 * value).toFixed(1)} %`);
-    const condition = health.condition === null ? "–" : health.condition.toExponential(1);
-    at("health").textContent =
-      `${health.facts} facts in ${health.slots} slots; load ${percent(health.load)}; expected error ` +
-      `${percent(health.error)}; condition ${condition}${health.full ? "; full" : ""}`;
-  } catch (error) {
-    if (error.status !== 404) throw error;
+  await listMemories();
+  if (!names.includes(memory())) {
     at("facts").replaceChildren();
     at("total").textContent = "(0)";
     at("load").value = 0;
     at("health").textContent = "A new memory: the first fact makes it.";
+    return;
   }
+  const query = new URLSearchParams({ q: at("search").value, limit: 1000 });
+  const [facts, health] = await Promise.all(
+    [path(`facts?${query}`), path("health")].map(async (url) => (await send("GET", url)).json()),
+  );
+  at("facts").replaceChildren(...facts.data.map(factRow).reverse());
+  at("total").textContent = `(${facts.total})`;
+  at("more").textContent = facts.has_more ? "More than these match: search for some words." : "";
+  at("load").value = health.load ?? 1;
+  const percent = (value) => (value === null ? "–" : `${(100 * value).toFixed(1)} %`);
+  const condition = health.condition === null ? "–" : health.condition.toExponential(1);
+  at("health").textContent =
+    `${health.facts} facts in ${health.slots} slots; load ${percent(health.load)}; expected error ` +
+    `${percent(health.error)}; condition ${condition}${health.full ? "; full" : ""}`;
 }
 
 async function listMemories() {
   const { data } = await (await send("GET", "/v1/models")).json();
-  const names = data.map(({ id }) => id.split(":"));
+  const ids = data.map(({ id }) => id.split(":"));
+  model = ids[0]?.[0] ?? "smol";
+  names = ids.map(([, name]) => name ?? "default");
   at("memories").replaceChildren(
-    ...names.map(([, name]) => Object.assign(document.createElement("option"), { value: name ?? "default" })),
+    ...names.map((value) => Object.assign(document.createElement("option"), { value })),
   );
-  model = names[0]?.[0] ?? "smol";
 }
 
 async function* chunks(response) {
@@ -128,7 +130,7 @@ async function stream(text, withMemory, signal, onChoice) {
   const output = at(withMemory ? "with" : "without");
   output.textContent = "";
   for await (const choice of chunks(await send("POST", url, body, signal))) {
-    output.textContent += isChat ? choice.delta.content : choice.text;
+    output.textContent = (output.textContent + (isChat ? choice.delta.content : choice.text)).trimStart();
     if (choice.larimar) onChoice?.(choice.larimar);
   }
 }
@@ -137,7 +139,10 @@ function showMatch({ in_scope, fact, score }) {
   const near = score > -1 ? `; its nearest prompt has cosine ${score.toFixed(3)}` : "";
   at("match").textContent = in_scope ? `from fact ${fact}, cosine ${score.toFixed(3)}` : `nothing written applies${near}`;
   matched = in_scope ? fact : null;
-  for (const row of at("facts").children) row.classList.toggle("matched", row.dataset.fact === String(matched));
+  for (const row of at("facts").children) {
+    const isMatched = row.classList.toggle("matched", row.dataset.fact === String(matched));
+    if (isMatched) at("facts").scrollTop = row.offsetTop;
+  }
 }
 
 async function ask() {
@@ -159,7 +164,7 @@ async function write() {
   say(`Fact ${data[0].id} is written${data[0].note ? `: ${data[0].note}` : ""}.`);
   at("write").reset();
   at("question").focus();
-  await Promise.all([refresh(), listMemories()]);
+  await refresh();
 }
 
 async function forget(fact) {
@@ -199,7 +204,4 @@ at("search").addEventListener("input", () => {
   clearTimeout(typing);
   typing = setTimeout(() => attempt(refresh), 200);
 });
-attempt(async () => {
-  await listMemories();
-  await refresh();
-});
+attempt(refresh);
