@@ -20,6 +20,7 @@ from larimar_jax import bench, cli
 from larimar_jax.bench import metrics, runner, summary
 from larimar_jax.bench.counterfact import CounterFact
 from larimar_jax.bench.runner import Share
+from larimar_jax.bench.task import add_arguments, build
 from larimar_jax.data.edit_records import MalformedRecord
 
 
@@ -65,9 +66,9 @@ def test_benchmarks_are_known_by_their_name():
 
 def test_options_are_the_fields_of_a_task(capsys):
     parser = argparse.ArgumentParser()
-    runner.add_arguments(parser, CounterFact)
+    add_arguments(parser, CounterFact)
     line = "--data x --limit 2 --set editing.ridge=1 --set editing.a=2 b=3 --skip-bad"
-    task = runner.from_arguments(CounterFact, parser.parse_args(line.split()))
+    task = build(CounterFact, vars(parser.parse_args(line.split())))
     assert (task.data, task.limit, task.mode, task.skip_bad) == ("x", 2, "rome", True)
     assert task.overrides == ("editing.ridge=1", "editing.a=2", "b=3") and task.chunk == 25
     for wrong in ("--limit 2", "--data x --mode other", "--data x --limit y"):

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from known_editor import cases, fraction, measured, question, rows, same, saved, values
 
-from larimar_jax.bench import attack, batch, forget, noise, rephrase, runner, summary
+from larimar_jax.bench import attack, batch, forget, noise, rephrase, summary
 from larimar_jax.bench.editor import LarimarEditor
 from larimar_jax.bench.fact_store import FactStore, encode_facts
 from larimar_jax.bench.systems import Systems
+from larimar_jax.bench.task import add_arguments, build
 from larimar_jax.pipeline import Pipeline
 from larimar_jax.session import Session
 
@@ -295,10 +296,10 @@ def test_cells_are_read_and_checked(rephrasing):
     with pytest.raises(ValueError, match="3 records have 3 wordings .* 4x3 writes 4"):
         dataclasses.replace(rephrasing, cells=((4, 3),)).cases(None)
     parser = argparse.ArgumentParser()
-    runner.add_arguments(parser, rephrase.Rephrase)
+    add_arguments(parser, rephrase.Rephrase)
     line = ["--data", "x", "--cells", "2x3", "1x1"]
-    task = runner.from_arguments(rephrase.Rephrase, parser.parse_args(line))
-    assert task.cells == ((2, 3), (1, 1)) and task.queries == 200
+    built = build(rephrase.Rephrase, vars(parser.parse_args(line)))
+    assert built.cells == ((2, 3), (1, 1)) and built.queries == 200
 
 
 # Noise
@@ -369,7 +370,7 @@ def test_the_order_of_cases_changes_no_draw(tiny, noisy, tmp_path):
 
 @pytest.mark.parametrize("sigmas", [(), (-1.0,), (math.inf,)])
 def test_a_width_below_zero_is_refused(sigmas):
-    with pytest.raises(ValueError, match="σ_W is a standard deviation"):
+    with pytest.raises(ValueError, match="must be at least 0, not .*σ_W, a standard deviation"):
         noise.Noise(data="x", sigmas=sigmas)
 
 
@@ -442,5 +443,5 @@ def test_facts_are_attacked_that_the_base_model_knows(tiny, tmp_path):
     path = saved([unknown], tmp_path / "g.json")
     with pytest.raises(ValueError, match="of 1 records the base LM knows 0, and 2 are"):
         attack.Attack(data=path, facts=2, wordings=1).cases(Systems(tiny))
-    with pytest.raises(ValueError, match="0 samples of 10 tokens"):
+    with pytest.raises(ValueError, match="--samples must be at least 1, not 0"):
         attack.Attack(data="x", samples=0)

@@ -68,16 +68,9 @@ class Attack(ComparedTask):
     wordings: int = option("attacked with, of each", default=4)
     samples: int = option("after each wording", default=5)
     tokens: int = option("of a sample", default=10)
-    temperature: float = option("of the samples", default=1.0)
-    seed: int = option("of the samples", default=0)
+    temperature: float = option("of the samples", default=1.0, least=0)
+    seed: int = option("of the samples", default=0, least=0)
     chunk: int = option("cases computed together", default=5)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if min(self.samples, self.tokens) < 1:
-            raise ValueError(
-                f"{self.samples} samples of {self.tokens} tokens: an attack needs one of each"
-            )
 
     def cases(self, systems) -> Sequence[AttackedFact]:
         """Return the first facts that the base LM knows, or that it is taught; ValueError where there

@@ -13,18 +13,18 @@ from larimar_jax.train.train_commands import Count
 
 def add_benchmarks(bench: argparse.ArgumentParser, common: dict[str, Any]) -> None:
     """Add a parser for each benchmark, with the options of its task."""
-    from larimar_jax.bench import runner, tasks
+    from larimar_jax.bench import runner, task, tasks
 
     names = bench.add_subparsers(title="benchmarks", metavar="NAME", dest="name", required=True)
     out = "folder of the run; resumed if it exists"
     part = "compute the Ith of N shares, from 0, in a folder that all N processes see; the one that is "
     part += "done last writes the result"
-    for name, task in tasks().items():
-        if not task.listed:
+    for name, kind in tasks().items():
+        if not kind.listed:
             continue
-        text = inspect.cleandoc(task.__doc__)
+        text = inspect.cleandoc(kind.__doc__)
         single = names.add_parser(name, help=text.partition("\n")[0], description=text, **common)
-        runner.add_arguments(single, task)
+        task.add_arguments(single, kind)
         single.add_argument("--out", required=True, metavar="DIR", help=out)
         single.add_argument("--share", type=runner.share, metavar="I/N", help=part)
 
@@ -34,11 +34,10 @@ def bench(**options: Any) -> None:
 
     Example: larimar bench counterfact --data counterfact.json --limit 200 --out runs/counterfact
     """
-    from larimar_jax.bench import runner, tasks
+    from larimar_jax.bench import runner, task, tasks
 
     name, out, part = (options.pop(key) for key in ("name", "out", "share"))
-    task = runner.from_arguments(tasks()[name], argparse.Namespace(**options))
-    runner.run(task, out, part)
+    runner.run(task.build(tasks()[name], options), out, part)
 
 
 def moments(

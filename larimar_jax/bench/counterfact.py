@@ -43,14 +43,10 @@ class CounterFact(ComparedTask):
     rephrasings: int = option(
         "write a fact in so many more wordings, which are those of other records of the file",
         default=0,
+        least=0,
         metavar="N",
     )
     mode: Mode = option(MODE, default="rome")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.rephrasings < 0:
-            raise ValueError(f"--rephrasings is {self.rephrasings}; give a number from 0 on")
 
     def evaluate(self, systems, cases) -> Iterator[dict[str, Any]]:
         """Yield S and M of every prompt of a chunk of cases, from ℓ of its two answers."""
@@ -75,18 +71,15 @@ class CounterFact(ComparedTask):
 
     def queries(self, case: EditRecord) -> list[dict[str, Any]]:
         """Return the columns of every prompt of a case."""
-        paraphrases = case.paraphrases
-        if self.mode == "released":
-            paraphrases = tuple(prompt.split(". ")[-1] for prompt in paraphrases)
-        prompts = [("edit", case.prompt, case.target_true)]
-        prompts += [("paraphrase", prompt, case.target_true) for prompt in paraphrases]
-        near = zip(case.neighbourhood, case.neighbourhood_targets, strict=True)
-        prompts += [("neighbourhood", *pair) for pair in near]
-        new = case.target_new
-        return [
-            dict(case=case.case_id, kind=kind, prompt=prompt, new=new, true=true)
-            for kind, prompt, true in prompts
-        ]
+        columns = []
+        for kind, prompt, right in case.questions():
+            if kind == "paraphrase" and self.mode == "released":
+                prompt = prompt.split(". ")[-1]
+            true = right if kind == "neighbourhood" else case.target_true
+            columns.append(
+                dict(case=case.case_id, kind=kind, prompt=prompt, new=case.target_new, true=true)
+            )
+        return columns
 
     def _wordings(self) -> dict[int, tuple[str, ...]]:
         wordings = self.other_wordings(self.records, self.rephrasings)

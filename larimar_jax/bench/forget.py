@@ -91,9 +91,9 @@ class Forget(EditTask):
 
     facts: tuple[int, ...] = option("in the memory, N", default=(512, 1024))
     forget: int = option("facts forgotten, one at a time", default=50)
-    others: int = option("other facts evaluated after each of them", default=8)
+    others: int = option("other facts evaluated after each of them", default=8, least=0)
     keys: Keys = keys_option()
-    seed: int = option("which facts", default=0)
+    seed: int = option("which facts", default=0, least=0)
     chunk: int = option("cases computed together", default=5)
 
     def records_needed(self) -> int:

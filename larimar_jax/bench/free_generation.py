@@ -32,13 +32,6 @@ class FreeGeneration(ComparedTask):
     tokens: int = option("decoded after a prompt", default=10)
     chunk: int = option("cases computed together", default=100)
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.tokens < 1:
-            raise ValueError(
-                f"--tokens must be at least 1, not {self.tokens}: so many are decoded."
-            )
-
     def evaluate(self, systems, cases) -> Iterator[dict[str, Any]]:
         """Yield the continuations of a chunk of cases."""
         groups = [

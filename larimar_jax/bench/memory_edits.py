@@ -272,10 +272,8 @@ def _query(kind: str, record: EditRecord, prompt: str, true: str | None = None) 
 
 def _single(records: Sequence[EditRecord], hard: Sequence[EditRecord]) -> Iterator[Query]:
     for record in records:
-        yield _query("edit", record, record.prompt)
-        yield from (_query("paraphrase", record, prompt) for prompt in record.paraphrases)
-        near = zip(record.neighbourhood, record.neighbourhood_targets, strict=True)
-        yield from (_query("neighbourhood", record, *pair) for pair in near)
+        for kind, prompt, right in record.questions():
+            yield _query(kind, record, prompt, right if kind == "neighbourhood" else None)
     for record in hard:
         yield from (_query("hard", record, prompt) for prompt in record.paraphrases)
 

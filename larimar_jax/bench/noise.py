@@ -55,14 +55,11 @@ class Noise(EditTask):
     )
 
     limit: int = option("records", default=100)
-    sigmas: tuple[float, ...] = option("σ_W", default=(0.0, 0.01, 0.03, 0.1, 0.3, 1.0))
+    sigmas: tuple[float, ...] = option(
+        "σ_W, a standard deviation", default=(0.0, 0.01, 0.03, 0.1, 0.3, 1.0), least=0
+    )
     tokens: int = option("of a continuation", default=20)
-    seed: int = option("of the noise", default=0)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.sigmas or not all(0 <= sigma < math.inf for sigma in self.sigmas):
-            raise ValueError(f"σ_W is a standard deviation, at least 0; got {list(self.sigmas)}")
+    seed: int = option("of the noise", default=0, least=0)
 
     def evaluate(self, systems, cases) -> Iterator[dict[str, Any]]:
         """Yield S and the surprise of the continuation under every control and σ_W."""

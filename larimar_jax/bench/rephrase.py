@@ -91,7 +91,7 @@ class Rephrase(EditTask):
         parse=cell,
     )
     queries: int = option("facts evaluated in a cell, in all memories that they fill", default=200)
-    seed: int = option("which facts", default=0)
+    seed: int = option("which facts", default=0, least=0)
     chunk: int = option("cases computed together", default=40)
 
     @functools.cached_property

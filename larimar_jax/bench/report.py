@@ -16,7 +16,7 @@ from larimar_jax import bench
 from larimar_jax.bench import figures, metrics, queries, runner
 from larimar_jax.bench import summary as summaries
 from larimar_jax.bench.tables import Grid, grids, noted, notes, number
-from larimar_jax.bench.task import Metric, Task, from_settings
+from larimar_jax.bench.task import Metric, Task, build
 
 # How many of the worst and of the best cases are shown.
 SHOWN = 3
@@ -91,7 +91,7 @@ def read(folder: str | Path) -> FinishedRun:
             )
         )
     kind = bench.tasks().get(summary["benchmark"])
-    task = None if kind is None else from_settings(kind, summary["settings"])
+    task = None if kind is None else build(kind, summary["settings"].get("options", {}))
     return FinishedRun(folder, summary, runner.read_rows(folder), task)
 
 

@@ -30,7 +30,7 @@ from rich.progress import track
 
 from larimar_jax.bench import metrics, systems, tables
 from larimar_jax.bench import summary as summaries
-from larimar_jax.bench.task import Task, add_arguments, from_arguments  # noqa: F401
+from larimar_jax.bench.task import Task
 from larimar_jax.train.logging import environment
 from larimar_jax.weights.model_file import replace_file
 

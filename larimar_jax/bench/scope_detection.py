@@ -88,7 +88,9 @@ class Scope(EditTask):
     reference = "ESD, pairwise on 3,800 pairs: equal error rate 2.9 %, F1 0.974."
 
     limit: int = option("records", default=1000)
-    others: int = option("questions of other relations to put to each record's subject", default=2)
+    others: int = option(
+        "questions of other relations to put to each record's subject", default=2, least=0
+    )
     chunk: int = option("cases computed together", default=100)
 
     def lower_is_better(self, metric, entry) -> bool:

@@ -98,7 +98,7 @@ class Stream(ComparedTask):
         metavar="N",
     )
     keys: Keys = keys_option()
-    unwritten: int = option("facts after them, never written", default=100)
+    unwritten: int = option("facts after them, never written", default=100, least=0)
     every: int = option("edits between points of the curve", default=50)
     queries: int = option("facts put to the memory at a point of the curve", default=32)
     retained: int | None = option(
@@ -107,15 +107,6 @@ class Stream(ComparedTask):
         metavar="N",
     )
     chunk: int = option("cases computed together", default=128)
-
-    def __post_init__(self):
-        super().__post_init__()
-        retained = 1 if self.retained is None else self.retained
-        if min(self.edits, self.every, self.wordings, retained) < 1 or self.unwritten < 0:
-            raise ValueError(
-                "--edits, --every, --wordings and --retained must be at least 1, and --unwritten not "
-                "less than 0: they are numbers of edits, of wordings and of facts"
-            )
 
     def records_needed(self) -> int | None:
         """Return the facts of the stream; which have enough wordings is known from the whole

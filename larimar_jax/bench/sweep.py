@@ -124,7 +124,7 @@ class Sweep(Task):
     rephrasings: tuple[int, ...] = (0,)
     noises: tuple[float, ...] = (0.0,)
     seeds: tuple[int, ...] = (0,)
-    chunk: int = 16  # cells computed together
+    chunk: schema.Count = 16  # cells computed together
 
     def __post_init__(self):
         super().__post_init__()

@@ -16,6 +16,7 @@ and the differences to both lookups (summary.py), tables, figures, comparisons a
 import argparse
 import dataclasses
 import functools
+import math
 import sys
 import types
 import typing
@@ -37,15 +38,16 @@ def option(
     metavar: str | None = None,
     parse: Callable[[str], Any] | None = None,
     recorded: bool = True,
+    least: int = 1,
 ) -> Any:
     """Return a dataclass field that is an option of the command line.
 
     Args:
         default: without one, the option is required.
         parse: from the text of a value; by default the field's type. recorded: whether it is part
-            of a run's settings.
+            of a run's settings. least: what a number may be, or each of several.
     """
-    metadata = dict(help=help, metavar=metavar, parse=parse, recorded=recorded)
+    metadata = dict(help=help, metavar=metavar, parse=parse, recorded=recorded, least=least)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -133,8 +135,15 @@ class Task:
             cls.name = cls.__module__.rpartition(".")[2]
 
     def __post_init__(self):
-        if self.chunk < 1:
-            raise ValueError(f"--chunk must be at least 1, not {self.chunk}: a number of cases.")
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), field.metadata.get("least", -math.inf)
+            numbers = value if isinstance(value, tuple) else (value,)
+            beyond = [n for n in numbers if type(n) in (int, float) and not least <= n < math.inf]
+            if beyond or value == () != field.default:
+                raise ValueError(
+                    f"--{field.name.replace('_', '-')} must be at least {least}, not {value}: "
+                    f"{field.metadata['help']}"
+                )
 
     def cases(self, systems: Any) -> Sequence[Any]:
         """Return all cases in a fixed order, each with a `case_id` of its own."""
@@ -166,8 +175,8 @@ class Task:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelTask(Task):
-    """A benchmark of a model."""
+class EditTask(Task):
+    """A benchmark of a model with a file of edits."""
 
     needs_model: ClassVar[bool] = True
 
@@ -178,12 +187,6 @@ class ModelTask(Task):
         metavar="KEY=VALUE",
         recorded=False,
     )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EditTask(ModelTask):
-    """A benchmark of a model with a file of edits."""
-
     data: str = option(COUNTERFACT, metavar="FILE", recorded=False)
     skip_bad: bool = option(
         "leave malformed records out, and name them in the settings (default: the first one stops "
@@ -239,15 +242,7 @@ class EditTask(ModelTask):
 
     def other_wordings(self, records: Sequence[EditRecord], count: int) -> list[tuple[str, ...]]:
         """Return at most `count` other wordings of each record's prompt, from all records of the
-        file; none of them is one that the record asks.
-
-        Raises:
-            ValueError: the count is below zero.
-        """
-        if count < 0:
-            raise ValueError(
-                f"--rephrasings must be at least 0, not {count}: it is a number of wordings."
-            )
+        file; none of them is one that the record asks."""
         if not count:
             return [()] * len(records)
         wordings = Paraphrases(self.read(None, [] if self.skip_bad else None))
@@ -311,18 +306,10 @@ def _argument(annotation: Any, parse: Callable | None) -> dict[str, Any]:
     return _argument(parts[0], parse) if parts else {"type": parse or annotation}
 
 
-def from_arguments(task: type[Task], arguments: argparse.Namespace) -> Task:
-    """Return the task of a parsed command line; ValueError where its options make no sense."""
-    return _build(task, vars(arguments))
-
-
-def from_settings(task: type[Task], settings: Mapping[str, Any]) -> Task:
-    """Return the task of a run's settings, for a report; its data and model are not read."""
+def build(task: type[Task], values: Mapping[str, Any]) -> Task:
+    """Return the task of a parsed command line, or of a run's settings for a report, where what
+    names data and model is "" and not read; ValueError where its options make no sense."""
     required = [f.name for f in dataclasses.fields(task) if f.default is dataclasses.MISSING]
-    return _build(task, dict.fromkeys(required, "") | settings.get("options", {}))
-
-
-def _build(task: type[Task], values: Mapping[str, Any]) -> Task:
     names = {field.name for field in dataclasses.fields(task)}
-    values = {name: value for name, value in values.items() if name in names}
+    values = dict.fromkeys(required, "") | {n: v for n, v in values.items() if n in names}
     return task(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})

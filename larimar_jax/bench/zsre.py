@@ -87,13 +87,8 @@ class ZsRE(ComparedTask):
 
 def _queries(case: EditRecord) -> list[dict[str, Any]]:
     """The columns of every prompt of a case."""
-    near = zip(case.neighbourhood, case.neighbourhood_targets, strict=True)
-    prompts = [
-        ("rewrite", case.prompt, case.target_new),
-        *(("paraphrase", prompt, case.target_new) for prompt in case.paraphrases),
-        *(("neighbourhood", *pair) for pair in near),
-    ]
+    kinds = {"edit": "rewrite"}
     return [
-        dict(case=case.case_id, kind=kind, prompt=prompt, target=target)
-        for kind, prompt, target in prompts
+        dict(case=case.case_id, kind=kinds.get(kind, kind), prompt=prompt, target=target)
+        for kind, prompt, target in case.questions()
     ]

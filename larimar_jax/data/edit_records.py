@@ -6,6 +6,7 @@ A schema is recognised by a field that no other has. It says where in a raw reco
 
 import dataclasses
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,13 @@ class EditRecord:
     portability: tuple[tuple[str, str], ...] = ()
     portability_kinds: tuple[str, ...] = ()
     neighbourhood_kinds: tuple[str, ...] = ()
+
+    def questions(self) -> Iterator[tuple[str, str, str]]:
+        """Yield kind, prompt and right answer of the edit, its paraphrases and its neighbourhood."""
+        yield "edit", self.prompt, self.target_new
+        yield from (("paraphrase", prompt, self.target_new) for prompt in self.paraphrases)
+        near = zip(self.neighbourhood, self.neighbourhood_targets, strict=True)
+        yield from (("neighbourhood", *pair) for pair in near)
 
 
 def load(
