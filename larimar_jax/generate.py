@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Int
 
 from larimar_jax.decoding import Decoding, Endings, sampling
 from larimar_jax.latent_layout import Condition
@@ -148,36 +147,6 @@ def pieces(
         decoding.advance(min(every, max_tokens - count))
 
 
-def continue_ids(
-    model: LanguageModel,
-    prompts: Sequence[Sequence[int]],
-    max_tokens: int,
-    condition: Condition | None = None,
-) -> Int[np.ndarray, "n N"]:
-    """Return the max_tokens likeliest tokens after each prompt, whatever they are: no text, no stop.
-
-    Raises:
-      PromptTooLong: as `generate`.
-      ValueError: a prompt without tokens, or an id that the decoder has no row for.
-    """
-    vocab_size = model.decoder.config.vocab_size
-    if not all(len(prompt) for prompt in prompts):
-        raise ValueError("a prompt has no tokens; give it at least its beginning-of-text token")
-    for row, prompt in enumerate(prompts):
-        if not all(0 <= token < vocab_size for token in prompt):
-            raise ValueError(
-                f"prompt {row} has token ids from {min(prompt)} to {max(prompt)}, and the decoder's"
-                f" vocabulary goes from 0 to {vocab_size - 1}; encode it with the decoder's own"
-                " tokenizer"
-            )
-    _, start = _start(model, None, prompts, condition, Options(max_tokens))
-    if not prompts:
-        return np.zeros((0, max_tokens), np.int32)
-    decoding = start(range(len(prompts)))
-    decoding.advance(max_tokens - 1)
-    return np.asarray(decoding.tokens, np.int32).reshape(len(prompts), max_tokens)
-
-
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Return a prompt as the decoder reads it: begin-of-text, and no blank at its end."""
     return [tokenizer.bos, *tokenizer.ids(prompt.rstrip())]
@@ -185,15 +154,12 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 def _start(
     model: LanguageModel,
-    reader: "_Reader | None",
+    reader: "_Reader",
     ids: Sequence[Sequence[int]],
     condition: Condition | None,
     options: Options,
 ) -> tuple[list[int], Callable[[Sequence[int]], Decoding]]:
-    """Return the most tokens of each prompt, and what begins to decode some of the prompts.
-
-    Without a reader no token ends a row.
-    """
+    """Return the most tokens of each prompt, and what begins to decode some of the prompts."""
     count, max_tokens = len(ids), options.max_tokens
     draw = sampling(options.temperature, options.top_k, options.top_p, options.rng, count)
     limits = _each("max_tokens", max_tokens, count)
@@ -212,10 +178,9 @@ def _start(
             )
     conditions = ConditionRows(condition, count)
     stops, texts = np.zeros((2, model.decoder.config.vocab_size), bool)
-    if reader is not None:
-        for mask, tokens in zip((stops, texts), reader.stopping_ids(), strict=True):
-            mask[tokens] = True
-    endings = Endings(stops, texts, -1 if reader is None else reader.tokenizer.eos)
+    for mask, tokens in zip((stops, texts), reader.stopping_ids(), strict=True):
+        mask[tokens] = True
+    endings = Endings(stops, texts, reader.tokenizer.eos)
     return limits, lambda rows: Decoding(model, ids, limits, after, rows, conditions, draw, endings)
 
 

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparisons.generation import continue_ids
 from flax import nnx
 from transformers import AutoConfig
 
-from larimar_jax import decoders, encoders, generate, registry
+from larimar_jax import decoders, encoders, registry
 from larimar_jax.decoders.decoder import Prefix, Tree
 from larimar_jax.weights.huggingface import Folder
 from larimar_jax.weights.key_table import fill
@@ -200,7 +201,7 @@ def test_greedy_text_is_that_of_torch(name):
     """Two prompts of different lengths, packed into one row; torch decoded them alone."""
     prompts = [golden(name)[f"prompt_{i}"].tolist() for i in range(2)]
     want = np.stack([golden(name)[f"greedy_{i}"] for i in range(2)])
-    np.testing.assert_array_equal(generate.continue_ids(tiny(name), prompts, want.shape[1]), want)
+    np.testing.assert_array_equal(continue_ids(tiny(name), prompts, want.shape[1]), want)
 
 
 @pytest.mark.parametrize("name", APART[1:])

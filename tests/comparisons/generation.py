@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from larimar_jax import generate, weights
+from larimar_jax import weights
+from larimar_jax.decoding import Decoding, Endings
+from larimar_jax.packing import ConditionRows
 
 from . import Disagreement, timing, towers
 
@@ -41,7 +43,7 @@ def _ratio(model, theirs, rows: int, prompt: int, tokens: int, repeats: int) -> 
     # Special tokens come first.
     ids = draw.integers(vocabulary // 50, vocabulary, (rows, prompt))
     sides = {
-        "here": lambda: generate.continue_ids(model, ids.tolist(), tokens),
+        "here": lambda: continue_ids(model, ids.tolist(), tokens),
         "beside": lambda: huggingface(theirs, ids, tokens),
     }
     same = float(np.mean(sides["here"]() == sides["beside"]()))
@@ -54,6 +56,16 @@ def _ratio(model, theirs, rows: int, prompt: int, tokens: int, repeats: int) -> 
     name = f"generation, {rows} rows of {tokens} tokens"
     agreement = f"{same:.1%} of tokens equal"
     return timing.Ratio(name, times["beside"], times["here"], BATCHES.get(rows), agreement)
+
+
+def continue_ids(model, prompts, tokens: int, condition=None) -> np.ndarray:
+    """Return the likeliest tokens after each prompt, whatever they are."""
+    count, conditions = len(prompts), ConditionRows(condition, len(prompts))
+    nothing = np.zeros((2, model.decoder.config.vocab_size), bool)
+    rows = ([tokens] * count, [0] * count, range(count))
+    decoding = Decoding(model, prompts, *rows, conditions, None, Endings(*nothing, -1))
+    decoding.advance(tokens - 1)
+    return np.asarray(decoding.tokens, np.int32)
 
 
 def huggingface(model, ids: np.ndarray, tokens: int) -> np.ndarray:
