@@ -182,8 +182,6 @@ def _unwhiten(factor, rows):
 
 
 _cholesky = _serial_on_cpu(functools.partial(jax.lax.linalg.cholesky, symmetrize_input=False))
-_eigenvalues = _serial_on_cpu(lambda matrix: jnp.linalg.eigvalsh(matrix))
-_general_solve = _serial_on_cpu(jnp.linalg.solve)
 
 
 def cholesky(matrix: Float[Array, "K K"]) -> Float[Array, "K K"]:
@@ -199,11 +197,6 @@ def factor_solve(factor: Float[Array, "K K"], right: Float[Array, "K C"]) -> Flo
     """Return (L Lᵀ)⁻¹ right, without a derivative with respect to L."""
     factor = jax.lax.stop_gradient(factor)
     return _unwhiten(factor, _whiten(factor, right.T)).T
-
-
-def eigenvalues(matrix: Float[Array, "K K"]) -> Float[Array, "K"]:
-    """Return the eigenvalues of a symmetric matrix, ascending, without a derivative."""
-    return _eigenvalues(jax.lax.stop_gradient(matrix))
 
 
 def solve_lower(
@@ -284,17 +277,6 @@ def product_solve(factor: Float[Array, "K K"], right: Float[Array, "K C"]) -> Fl
 def _symmetric_solve(multiply, right, solve):
     """Return `solve` of the right-hand side, differentiated through `multiply`."""
     return jax.lax.custom_linear_solve(multiply, right, lambda _, b: solve(b), symmetric=True)
-
-
-def general_solve(matrix: Float[Array, "N N"], right: Float[Array, "N C"]) -> Float[Array, "N C"]:
-    """Return matrix⁻¹ right for any square matrix that has an inverse."""
-    fixed = jax.lax.stop_gradient(matrix)
-    return jax.lax.custom_linear_solve(
-        lambda x: dot(matrix, x),
-        right,
-        lambda _, b: _general_solve(fixed, b),
-        lambda _, b: _general_solve(fixed.T, b),
-    )
 
 
 # What has to be left of a pivot's square, relative to it, for a row to be taken out of a factor.

@@ -132,7 +132,6 @@ def test_factor_solve_and_condition():
     estimate, exact = float(linalg.condition(factor)), np.linalg.cond(gram)
     assert 0.5 * exact < estimate < 1.01 * exact
     assert not linalg.is_positive_definite(linalg.cholesky(-jnp.eye(3)))
-    close(linalg.eigenvalues(jnp.float32(gram)), np.linalg.eigvalsh(gram), 1e-5)
     for side in (a, a.T):
         assert float(linalg.matrix_condition(jnp.float32(side))) == pytest.approx(
             np.linalg.cond(side), rel=1e-4

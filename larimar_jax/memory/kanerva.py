@@ -5,9 +5,8 @@ any facts M ~ N(R, U ⊗ I) with the K x K covariance U shared by all columns:
 
     Σ = w U wᵀ + a,    g = U wᵀ / Σ,    R ← R + g (z − w R),    U ← U − g Σ gᵀ
 
-one by one, or for a block of facts at once with Σ an N x N matrix. With keys from a fixed M_ref, R is
-the M of `streaming` with λ = a and no query noise, and U = a A⁻¹. A fact is then forgotten by the same
-formulas with −a in place of a, their exact inverse.
+one by one. With keys from a fixed M_ref, R is the M of `streaming` with λ = a and no query noise, and
+U = a A⁻¹. A fact is then forgotten by the same formulas with −a in place of a, their exact inverse.
 
 Keys from the current memory are Eq. 4's other form, W_i = Z_i M_{i−1}†, of a memory that is noisy
 (`Addressing.weigh_over`; the pseudo-inverse itself is its limit for a → 0):
@@ -31,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from larimar_jax.linalg import dot, eigenvalues, general_solve
+from larimar_jax.linalg import dot
 from larimar_jax.memory.base import Memory, Prepared, Signs, mask_signs
 from larimar_jax.memory.pytrees import Latents, Real, Weights, pytree, static
 
@@ -56,11 +55,9 @@ class KanervaState:
 class Kanerva(Memory):
     """The posterior over M, mean and covariance.
 
-    observation: a, the variance of a value's noise, in units of the prior's. rule: the facts of a
-    write "sequential", one after the other, or as one "block": the same to rounding with keys from
-    M_ref, except that a block is accepted or refused as a whole. addressed_by: what keys and queries
-    are addressed by, the "reference" memory M_ref, or the "current" one: each key by the memory before
-    its fact (before its block), each query by the memory that is read. Then every forget is refused.
+    observation: a, the variance of a value's noise, in units of the prior's. addressed_by: what keys
+    and queries are addressed by, the "reference" memory M_ref, or the "current" one: each key by the
+    memory before its fact, each query by the memory that is read. Then every forget is refused.
 
     Covariances lose digits where `streaming` does not: forgetting subtracts numbers that agree to a
     share of a / ‖w‖², and what was written and forgotten thousands of times drifts. It is here to be
@@ -68,7 +65,6 @@ class Kanerva(Memory):
     """
 
     observation: Real = dataclasses.field(default=0.1, kw_only=True)
-    rule: Literal["sequential", "block"] = static(default="sequential", kw_only=True)
     addressed_by: Literal["reference", "current"] = static(default="reference", kw_only=True)
 
     @property
@@ -95,24 +91,18 @@ class Kanerva(Memory):
             signs = mask_signs(rows, signs)
             refused = state.refused + jnp.sum(signs < 0).astype(jnp.int32)
             state, signs = dataclasses.replace(state, refused=refused), jnp.maximum(signs, 0.0)
-        if self.rule == "block":
-            return self._block(state, self._weigh(state, rows), values, signs)
 
         def step(state: KanervaState, fact):
             row, z, alpha = fact
-            return self._one(state, self._weigh(state, row[None])[0], z, alpha), None
+            if self.addressed_by == "current":
+                row = self.addressing.weigh_over(state.mean, row[None], self.observation)[0]
+            return self._one(state, row, z, alpha), None
 
         return jax.lax.scan(step, state, (rows, values, signs))[0]
 
     def for_edits(self) -> "Kanerva":
         """Return the memory that addresses by M_ref, by which queries find keys of other values."""
         return dataclasses.replace(self, addressed_by="reference")
-
-    def _weigh(self, state: KanervaState, rows: Float[Array, "N n"]) -> Weights:
-        """Return the weights of keys; rows that M_ref has addressed are weights."""
-        if self.addressed_by == "reference":
-            return rows
-        return self.addressing.weigh_over(state.mean, rows, self.observation)
 
     def _one(self, state: KanervaState, w, z, alpha) -> KanervaState:
         spread = dot(state.covariance, w)
@@ -131,25 +121,6 @@ class Kanerva(Memory):
             state.refused + is_refused.astype(jnp.int32),
         )
 
-    def _block(self, state: KanervaState, w, z, alpha) -> KanervaState:
-        w = jnp.where(alpha[:, None] != 0, w, 0.0)
-        spread = dot(w, state.covariance)
-        noise = jnp.where(alpha == 0, 1.0, alpha * self.observation)
-        total = dot(spread, w.T) + jnp.diag(noise)
-        innovation = z - dot(w, state.mean)
-        solved = general_solve(total, jnp.concatenate([spread, innovation], axis=1))
-        covariance = state.covariance - dot(spread.T, solved[:, : self.slots])
-        mean = state.mean + dot(spread.T, solved[:, self.slots :])
-        # U stays positive where Σ has as many negative eigenvalues as there are forgets (Haynsworth).
-        negative = jnp.sum(eigenvalues(total) < -_LEFT * self.observation)
-        is_sound = jnp.all(jnp.isfinite(mean)) & (negative == jnp.sum(alpha < 0))
-        symmetric = 0.5 * (covariance + covariance.T)
-        count = state.count + jnp.sum(alpha).astype(jnp.int32)
-        written = KanervaState(mean, symmetric, count, state.refused)
-        refused = state.refused + jnp.sum(alpha < 0).astype(jnp.int32)
-        before = dataclasses.replace(state, refused=refused)
-        return jax.tree.map(lambda a, b: jnp.where(is_sound, a, b), written, before)
-
     def query_weights(self, prepared: Prepared, state: KanervaState, queries: Latents) -> Weights:
         """Return W̄ by M_ref, or by R (see `addressed_by`)."""
         if self.addressed_by == "reference":
@@ -164,10 +135,3 @@ class Kanerva(Memory):
     def residual(self, prepared: Prepared, state: KanervaState, weights: Weights) -> Weights:
         """Return w U; U = I where nothing is written."""
         return dot(weights, state.covariance)
-
-    def posterior_variance(
-        self, prepared: Prepared, state: KanervaState, queries: Latents
-    ) -> Float[Array, "N"]:
-        """Return the posterior variance w U wᵀ + a of each number of a readout."""
-        w = self.query_weights(prepared, state, queries)
-        return jnp.sum(dot(w, state.covariance) * w, axis=1) + self.observation
