@@ -9,7 +9,7 @@ import pytest
 from plain import under_every_system
 
 from larimar_jax.bench import runner
-from larimar_jax.bench.editor import Recall, written
+from larimar_jax.bench.editor import LarimarEditor, Recall, written
 from larimar_jax.data.edit_records import EditRecord
 
 
@@ -19,13 +19,16 @@ def fraction(*parts) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
-class KnownEditor:
+class KnownEditor(LarimarEditor):
     """An editor whose base LM scores by hash, and whose memory halves the loss of what is written.
 
     A token is a word.
     """
 
     settings = {"name": "known"}
+
+    def __init__(self):
+        pass
 
     def written(self, prompt, answer):
         return f"{prompt} {answer}."

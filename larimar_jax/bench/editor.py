@@ -1,12 +1,8 @@
-"""The edited model as benchmarks see it: a batch of cases, each with an empty memory of its own.
-
-Benchmarks are written against `Editor`, so that they can be tested on a model whose answers are
-known, and so that another edited model can be put beside Larimar in one file.
-"""
+"""The edited model as benchmarks see it: a batch of cases, each with an empty memory of its own."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,43 +31,6 @@ class Recall:
     condition: Callable[[Int[np.ndarray, " n"]], Any]
 
 
-@runtime_checkable
-class Editor(Protocol):
-    """A language model with a memory that single facts are written into.
-
-    A condition is whatever the decoder is handed, one row a prompt; None is the base LM.
-    """
-
-    settings: Mapping[str, Any]
-    """What decides its numbers, as JSON: weights, thresholds."""
-
-    def written(self, prompt: str, answer: str) -> str:
-        """Return the text that a written fact consists of."""
-
-    def recall(self, facts, queries, wordings=(), by_text=False) -> Recall:
-        """Write (prompt, answer) n into empty memory n, and wordings n with the same answer; read
-        queries n from it. by_text: the scope detector compares with the written text instead of its
-        prompt."""
-
-    def zero(self, rows: int) -> Any:
-        """Return the condition z = 0 for so many rows."""
-
-    def score(self, prompts, candidates, condition) -> Float[np.ndarray, "n c"]:
-        """Return ℓ of c candidates after each of n prompts, in nats."""
-
-    def hits(self, prompts, targets, condition) -> list[Bool[np.ndarray, "_"]]:
-        """Return of each target's tokens, teacher-forced, whether they are the likeliest."""
-
-    def generate(self, prompts, condition, tokens: Sequence[int]) -> list[str]:
-        """Return greedy continuations of n prompts, each of so many tokens at the most."""
-
-    def tokens(self, target: str) -> list[int]:
-        """Return the decoder's tokens of a target that follows a prompt."""
-
-    def text(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens."""
-
-
 def written(prompt: str, answer: str) -> str:
     """Return the text that a written fact consists of: both with one space between them."""
     return f"{prompt.strip()} {answer.strip()}"
@@ -82,7 +41,11 @@ _FACTS, _QUERIES = 8, 4
 
 
 class LarimarEditor:
-    """Larimar with its scope detector: one encoder call, and one vmapped write and read a chunk."""
+    """Larimar with its scope detector: one encoder call, and one vmapped write and read a chunk.
+
+    settings: what decides its numbers, as JSON: weights, thresholds. A condition is what the decoder is
+    handed, a row a prompt; None is the base LM.
+    """
 
     def __init__(self, model: Pipeline):
         self.model = model
@@ -109,6 +72,8 @@ class LarimarEditor:
         its value that of the written text (§4).
 
         Args:
+            wordings: of each case, more prompts that are written with the same answer.
+            by_text: whether the scope detector compares with the written text, and not its prompt.
             rng: a key for every fact, with which W is drawn around its mean with the model's σ_W
                 (Algorithm 1); None reads the mean.
 

@@ -14,9 +14,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from jaxtyping import Float
 
-from larimar_jax import long_context
+from larimar_jax import long_context, scope
 from larimar_jax.bench.fact_store import EncodedTexts, written
 from larimar_jax.bench.queries import SCOPED, SHARED, Queries
 from larimar_jax.bench.task import COUNTERFACT, EditTask, Metric, Pivot, Plot, option
@@ -36,11 +35,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LongContext(EditTask):
-    """Long context: a text of N facts in chunk memories, each fact asked through all of them (Table 6).
-
-    Raises:
-        ValueError: there are fewer records than facts, or more questions than facts.
-    """
+    """Long context: a text of N facts in chunk memories, each asked through all of them (Table 6)."""
 
     factors: ClassVar = ("facts",)
     metrics: ClassVar = {"recall": Metric("recall"), "right_chunk": Metric("right chunk")}
@@ -100,7 +95,8 @@ class LongContext(EditTask):
         return atlas.provenance() if self.data is None else super().data_settings()
 
     def cases(self, systems) -> Sequence[Question]:
-        """Return the questions, spread over each text from its beginning to its end."""
+        """Return the questions, spread over each text from its beginning to its end; ValueError where
+        there are fewer records than facts, or more questions than facts."""
         if len(self.records) < max(self.facts) or self.queries > min(self.facts):
             name = self.data or atlas.provenance()["name"]
             raise ValueError(
@@ -146,8 +142,8 @@ class LongContext(EditTask):
         asking = model.dual, model.prepared, memories, latents.latent
         reading = long_context.read(*asking, by=self.by)
         facts = self._facts(size)
-        keys = _unit(encoded([prompt for prompt, _ in facts]).embedding)
-        nearest = np.argmax(_unit(latents.embedding) @ keys.T, axis=1)
+        keys = encoded([prompt for prompt, _ in facts]).embedding
+        nearest = scope.nearest_key(latents.embedding, keys).key
         queries = Queries(
             systems.editor,
             columns,
@@ -188,7 +184,3 @@ def other_words(record: EditRecord) -> str:
     """Return the last sentence of a fact's first paraphrase, what is before it being about something
     else; its own prompt where there is none."""
     return sentences(record.paraphrases[0])[-1] if record.paraphrases else record.prompt
-
-
-def _unit(rows: Float[np.ndarray, "n H"]) -> Float[np.ndarray, "n H"]:
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)

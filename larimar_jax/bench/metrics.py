@@ -67,12 +67,7 @@ def _wanted_first(kind: str, new: float, true: float) -> tuple[float, float]:
 def estimate(values: Sequence[float] | Float[np.ndarray, " N"], scale: float = 100.0) -> Estimate:
     """Return mean and standard error of per-case values, both times the scale."""
     array = np.asarray(values, np.float64)
-    if array.size == 0:
-        return Estimate(None, None, 0)
-    error = None
-    if array.size > 1:
-        error = float(scale * array.std(ddof=1) / math.sqrt(array.size))
-    return Estimate(float(scale * array.mean()), error, int(array.size))
+    return weighted(array, np.ones_like(array), scale)
 
 
 def weighted(

@@ -35,11 +35,7 @@ class HeldOutText:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Perplexity(ComparedTask):
-    """Perplexity of text that no fact is about, with facts in memory: is the language model left alone?
-
-    Raises:
-        ValueError: there are fewer facts or texts than are asked for, or no words are left to judge.
-    """
+    """Perplexity of text that no fact is about, with facts in memory: is the LM left alone?"""
 
     metrics: ClassVar = {
         "loss": Metric("perplexity", digits=2, **_LOSS),
@@ -103,7 +99,7 @@ class Perplexity(ComparedTask):
         return super().data_settings() | {"corpus_identity": self._corpus.identity}
 
     def cases(self, systems) -> Sequence[HeldOutText]:
-        """Return the texts."""
+        """Return the texts; ValueError where there are fewer, or fewer facts, than are asked for."""
         self.require(self.facts, "are to be in the memory", "--facts")
         return self._texts
 

@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from larimar_jax.bench.editor import Editor
+from larimar_jax.bench.editor import LarimarEditor
 from larimar_jax.bench.peers import EditedRows
 from larimar_jax.editors import EditedModel
 
@@ -68,7 +68,7 @@ class Queries:
     system that decodes what is out of scope. peers: by other editor, the model that decodes each.
     """
 
-    editor: Editor
+    editor: LarimarEditor
     columns: Sequence[Mapping[str, Any]]
     facts: Sequence[str | None]
     nearest: Sequence[tuple[str, str] | None]

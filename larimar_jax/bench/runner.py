@@ -145,7 +145,7 @@ def run(
     Args:
         folder: made where it is missing; an earlier run with the same settings is resumed.
         part: the share of this process; None for all.
-        editor: an `Editor` or a `Pipeline` in the place of the model that the task names.
+        editor: a `LarimarEditor` or a `Pipeline` in the place of the model that the task names.
         quiet: no progress bar and no table.
     Raises:
         DifferentSettings: the folder's run differs in its settings; names each difference.

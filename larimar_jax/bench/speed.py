@@ -28,11 +28,7 @@ TOKENS = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Speed(ComparedTask):
-    """Wall clock of an edit (Table 1), and of the benchmark.
-
-    Raises:
-        ValueError: the file has too few records.
-    """
+    """Wall clock of an edit (Table 1), and of the benchmark."""
 
     metrics: ClassVar = {
         "seconds": Metric("ms", 1e3, median=True, lower=True),
@@ -63,7 +59,7 @@ class Speed(ComparedTask):
         return max(self.scored, BESIDE + 1)
 
     def cases(self, systems) -> Sequence[Turn]:
-        """Return the turns."""
+        """Return the turns; ValueError where the file has too few records."""
         self.require(self.records_needed(), "are needed", "--scored")
         return [Turn(number) for number in range(self.repeats)]
 

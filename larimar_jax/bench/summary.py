@@ -75,8 +75,6 @@ def estimate_of(metric: Metric, values: Values) -> dict[str, Any]:
     if metric.median:
         middle = float(np.median(numbers)) * metric.scale if len(numbers) else None
         return {"mean": middle, "standard_error": None, "cases": len(numbers)}
-    if metric.weight is None and not metric.exponential:
-        return vars(metrics.estimate(numbers, metric.scale))
     return vars(metrics.weighted(numbers, weights, metric.scale, metric.exponential))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from larimar_jax.bench import peers as peer_editors
-from larimar_jax.bench.editor import Editor, LarimarEditor, Recall
+from larimar_jax.bench.editor import LarimarEditor, Recall
 from larimar_jax.bench.fact_store import FactStore
 from larimar_jax.bench.peers import Peers
 from larimar_jax.bench.queries import Queries
@@ -27,9 +27,9 @@ MODE = (
 class Systems:
     """The edited model of a run, under every system."""
 
-    def __init__(self, editor: Editor | Pipeline, peers: Peers | None = None):
+    def __init__(self, editor: LarimarEditor | Pipeline, peers: Peers | None = None):
         self.peers = peers
-        self.editor: Any = LarimarEditor(editor) if isinstance(editor, Pipeline) else editor
+        self.editor = LarimarEditor(editor) if isinstance(editor, Pipeline) else editor
         self._cache: dict[str, tuple[Any, Any]] = {}
 
     @property
@@ -165,7 +165,7 @@ class Systems:
         return self._cache[name][1]
 
 
-def of_task(task: Any, editor: Editor | Pipeline | None = None) -> Systems:
+def of_task(task: Any, editor: LarimarEditor | Pipeline | None = None) -> Systems:
     """Return the systems of a task: of an editor or a pipeline, or of the model that the task names."""
     editor = load(task.model, task.overrides) if editor is None else editor
     model = editor if isinstance(editor, Pipeline) else getattr(editor, "model", None)

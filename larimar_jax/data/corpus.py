@@ -52,7 +52,7 @@ def wikipedia_summaries() -> Corpus:
     Raises:
         FileNotFoundError: the package is not installed; the message names the command.
     """
-    path = packaged.summaries()
+    path = packaged.SUMMARIES.locate()
 
     def read() -> Iterator[Document]:
         entries = json.loads(path.read_text(encoding="utf-8"))

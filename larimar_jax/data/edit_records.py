@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from larimar_jax.data.edit_schemas import SCHEMAS, Target
-from larimar_jax.data.record_files import MalformedRecord, raw_records
-from larimar_jax.data.record_paths import fail, get, require
+from larimar_jax.data.record_files import MalformedRecord, fail, get, raw_records, require
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
-from larimar_jax.data.record_paths import fail
+from larimar_jax.data.record_files import fail
 
 Target = Literal["answer", "alternative"]
 Values = dict[str, Any]

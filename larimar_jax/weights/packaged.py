@@ -97,8 +97,3 @@ class _MiniLM(huggingface.Folder):
 # Names that need no path: how their files are opened, and their pinned content.
 PACKAGED = {"minilm": _MiniLM, "smollm2": lambda: gguf.Gguf(SMOLLM2.locate())}
 PINNED = {"minilm": MINILM_WEIGHTS.sha256, "smollm2": SMOLLM2.sha256}
-
-
-def summaries() -> pathlib.Path:
-    """Return the JSON file of 10,033 English Wikipedia summaries. Raises as `locate`."""
-    return SUMMARIES.locate()
