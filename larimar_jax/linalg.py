@@ -118,19 +118,18 @@ def _tall_pinv_jvp(cutoff, primals, tangents):
     return p, second + third - first
 
 
-def pinv(a: Float[Array, "m n"], cutoff: float | None = None) -> Float[Array, "n m"]:
+def pinv(a: Float[Array, "m n"]) -> Float[Array, "n m"]:
     """Return the Moore-Penrose pseudo-inverse A† (§3), exact, at the cost of the thin side.
 
-    Singular values up to `cutoff` times the largest count as zero (default: the float32 epsilon
-    times the longer side), so zero rows, repeated rows and a zero matrix are all proper inputs. The
-    derivative is that of a perturbation that keeps the rank.
+    Singular values up to the largest times the float32 epsilon times the longer side count as zero, so
+    zero rows, repeated rows and a zero matrix are all proper inputs. The derivative is that of a
+    perturbation that keeps the rank.
     """
     m, n = a.shape
     if min(m, n) == 0:
         return jnp.zeros((n, m), jnp.float32)
     a = a.astype(jnp.float32)
-    if cutoff is None:
-        cutoff = float(jnp.finfo(jnp.float32).eps) * max(m, n)
+    cutoff = float(jnp.finfo(jnp.float32).eps) * max(m, n)
     return _tall_pinv(a, cutoff) if m >= n else _tall_pinv(a.T, cutoff).T
 
 

@@ -123,15 +123,15 @@ def _tokens(
     return ids, answers
 
 
-def _begun_ahead(results: Iterable[T], count: int = 3) -> Iterator[T]:
-    """Yield results in order, each when `count` more are begun: the host packs beside the device.
+def _begun_ahead(results: Iterable[T]) -> Iterator[T]:
+    """Yield results in order, each when three more are begun: the host packs beside the device.
 
     Few at a time: each holds its inputs on the device.
     """
     waiting: collections.deque[T] = collections.deque()
     for result in results:
         waiting.append(result)
-        if len(waiting) > count:
+        if len(waiting) > 3:
             yield waiting.popleft()
     yield from waiting
 

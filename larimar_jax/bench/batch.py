@@ -36,7 +36,6 @@ class Batch(ComparedTask):
     chunk: int = option("cases computed together", default=128)
 
     def records_needed(self) -> int:
-        """Return the largest N."""
         return max(self.facts)
 
     def cases(self, systems) -> Sequence["NumberedRecord"]:

@@ -49,7 +49,6 @@ class CounterFact(ComparedTask):
     mode: Mode = option(MODE, default="rome")
 
     def evaluate(self, systems, cases) -> Iterator[dict[str, Any]]:
-        """Yield S and M of every prompt of a chunk of cases, from ℓ of its two answers."""
         groups = [self.queries(case) for case in cases]
         columns = [column for group in groups for column in group]
         pairs = [(column["new"], column["true"]) for column in columns]

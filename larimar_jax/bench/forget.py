@@ -97,7 +97,6 @@ class Forget(EditTask):
     chunk: int = option("cases computed together", default=5)
 
     def records_needed(self) -> int:
-        """Return the largest N."""
         return max(self.facts)
 
     def lower_is_better(self, metric, entry) -> bool:

@@ -33,7 +33,6 @@ class FreeGeneration(ComparedTask):
     chunk: int = option("cases computed together", default=100)
 
     def evaluate(self, systems, cases) -> Iterator[dict[str, Any]]:
-        """Yield the continuations of a chunk of cases."""
         groups = [
             [
                 dict(case=case.case_id, kind=kind, prompt=prompt, new=case.target_new)

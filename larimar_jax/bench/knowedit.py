@@ -39,7 +39,6 @@ class KnowEdit(ComparedTask):
     tokens: int = option("decoded after a prompt that has to stay", default=10)
 
     def evaluate(self, systems, cases) -> Iterator[dict[str, Any]]:
-        """Yield what each system answers to every question of a chunk of cases."""
         facts = [(case.prompt, case.target_new) for case in cases]
         edits = systems.single_edits(facts, [_queries(case) for case in cases])
         accuracy = edits.accuracy([column["target"] for column in edits.columns])

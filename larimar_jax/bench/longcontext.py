@@ -87,11 +87,9 @@ class LongContext(EditTask):
         return atlas.load(limit) if self.data is None else super().read(limit, skipped)
 
     def records_needed(self) -> int:
-        """Return the facts of the longest text."""
         return max(self.facts)
 
     def data_settings(self) -> dict[str, Any]:
-        """Return what identifies the facts."""
         return atlas.provenance() if self.data is None else super().data_settings()
 
     def cases(self, systems) -> Sequence[Question]:

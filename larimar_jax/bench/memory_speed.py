@@ -91,7 +91,6 @@ class MemorySpeed(Task):
     chunk: int = option("timings computed together", default=1)
 
     def cases(self, systems) -> Sequence[Turn]:
-        """Return the turns."""
         return [Turn(number) for number in range(self.repeats)]
 
     def evaluate(self, systems, cases: Sequence[Turn]) -> Iterator[dict[str, Any]]:

@@ -72,7 +72,6 @@ class Perplexity(ComparedTask):
             )
 
     def records_needed(self) -> int:
-        """Return the number of facts."""
         return self.facts
 
     @functools.cached_property
@@ -95,7 +94,6 @@ class Perplexity(ComparedTask):
         return texts
 
     def data_settings(self) -> dict[str, Any]:
-        """Return what identifies the facts and the texts."""
         return super().data_settings() | {"corpus_identity": self._corpus.identity}
 
     def cases(self, systems) -> Sequence[HeldOutText]:

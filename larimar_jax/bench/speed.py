@@ -55,7 +55,6 @@ class Speed(ComparedTask):
     chunk: int = option("timings computed together", default=1)
 
     def records_needed(self) -> int:
-        """Return the facts that are timed or scored."""
         return max(self.scored, BESIDE + 1)
 
     def cases(self, systems) -> Sequence[Turn]:
@@ -64,7 +63,6 @@ class Speed(ComparedTask):
         return [Turn(number) for number in range(self.repeats)]
 
     def evaluate(self, systems, cases: Sequence[Turn]) -> Iterator[dict]:
-        """Yield the seconds of each side."""
         sides, first = systems.cached("sides", self, lambda: self._compile(systems))
         for case in cases:
             for name, side in sides.items():

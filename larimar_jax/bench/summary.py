@@ -141,11 +141,9 @@ def harmonic_score(
     return entries
 
 
-def case_values(
-    task: Task, rows: Sequence[Row], name: str | None = None
-) -> dict[Any, dict[Key, float]]:
-    """Return {case: {(system, kind, *factors): value}} of a metric, by default the first."""
-    name = name or next(iter(task.metrics))
+def case_values(task: Task, rows: Sequence[Row]) -> dict[Any, dict[Key, float]]:
+    """Return {case: {(system, kind, *factors): value}} of a task's first metric."""
+    name = next(iter(task.metrics))
     cases: dict[Any, dict[Key, float]] = {}
     for key, columns in group(task, rows).items():
         for case, (value, _) in columns[name].items():

@@ -229,7 +229,6 @@ class EditTask(Task):
         return provenance(self.data) | ({"skipped": skipped} if skipped else {})
 
     def cases(self, systems: Any) -> Sequence[Any]:
-        """Return the records."""
         return self.records
 
     def require(self, count: int, why: str, fewer: str) -> None:

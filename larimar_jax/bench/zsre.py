@@ -44,7 +44,6 @@ class ZsRE(ComparedTask):
     mode: Mode = option(MODE, default="rome")
 
     def evaluate(self, systems, cases) -> Iterator[dict[str, Any]]:
-        """Yield the accuracy on every prompt of a chunk of cases."""
         facts = [(case.prompt, case.target_new) for case in cases]
         groups = [_queries(case) for case in cases]
         measure = self._by_prompt if self.mode == "rome" else self._by_token

@@ -104,9 +104,9 @@ _SYLLABLES = _words(
 )
 
 
-def name(rng: Rng, least: int = 3, most: int = 3) -> str:
-    """Return a random name of so many syllables; there are 262,144 of three."""
-    return "".join(rng.choice(_SYLLABLES, rng.integers(least, most + 1))).capitalize()
+def name(rng: Rng, least: int = 3) -> str:
+    """Return a random name of up to three syllables; there are 262,144 of three."""
+    return "".join(rng.choice(_SYLLABLES, rng.integers(least, 4))).capitalize()
 
 
 def _number(rng: Rng) -> str:

@@ -80,7 +80,6 @@ class PseudoInverse(Addressing):
     """W = Z M_ref†: the coordinates of each encoding in the slots of M_ref (Algorithm 1, §4)."""
 
     def prepare(self, reference: Float[Array, "K C"]) -> Float[Array, "C K"]:
-        """Return M_ref†."""
         return pinv(reference)
 
     def prepare_few(self, reference: Float[Array, "K C"]) -> Projector:
@@ -88,7 +87,6 @@ class PseudoInverse(Addressing):
         return projector(reference)
 
     def weigh(self, prepared: Projector | Float[Array, "C K"], encodings: Latents) -> Weights:
-        """Return Z M_ref†."""
         if not isinstance(prepared, Projector):
             return dot(encodings, prepared)
         return jax.lax.cond(
@@ -135,7 +133,6 @@ class BenIsraelCohen(PseudoInverse):
     log_start: float = static(default=-5.0)
 
     def prepare(self, reference: Float[Array, "K C"]) -> Float[Array, "C K"]:
-        """Return X."""
         return newton_schulz_pinv(reference, self.steps, self.log_start)
 
     prepare_few = prepare
@@ -207,7 +204,6 @@ class Linear(Addressing):
     """W = Z M_refᵀ: the slots are the keys themselves, linear keys that are learned as M_ref is."""
 
     def prepare(self, reference: Float[Array, "K C"]) -> Float[Array, "C K"]:
-        """Return M_refᵀ."""
         return reference.T
 
 

@@ -38,7 +38,6 @@ class DeltaRule(Memory):
     rate: Real = dataclasses.field(default=1.0, kw_only=True)
 
     def empty(self, prepared: Prepared) -> DeltaRuleState:
-        """Return M₀."""
         zero, identity = jnp.zeros((), jnp.int32), jnp.eye(self.slots, dtype=jnp.float32)
         return DeltaRuleState(prepared.prior_memory, identity, zero, zero)
 
@@ -50,7 +49,6 @@ class DeltaRule(Memory):
         values: Latents,
         signs: Signs,
     ) -> DeltaRuleState:
-        """Take one step for each fact, in their order."""
 
         def step(state: DeltaRuleState, fact):
             w, z, sign = fact

@@ -67,7 +67,6 @@ class Direct(Rows):
     def solve(
         self, prepared: Prepared, weights: Weights, values: Latents, refused: Int[Array, ""]
     ) -> DirectState:
-        """Solve Algorithm 1's write."""
         inverse, outer, inner = self._factors(weights, values)
         return DirectState(weights, values, inverse, outer, inner, jnp.any(weights != 0), refused)
 

@@ -49,7 +49,6 @@ class Dual(Rows):
     def solve(
         self, prepared: Prepared, weights: Weights, values: Latents, refused: Int[Array, ""]
     ) -> DualState:
-        """Factor S of all facts."""
         gram = dot(weights, weights.T)
         # tr(WWᵀ) and not the sum of all squares of W: that would be another pass over N x K numbers.
         scale = power_of_two_scale(jnp.trace(gram), self.slots)
@@ -64,7 +63,6 @@ class Dual(Rows):
         return dot(shares, state.values) + self._beta(state) * dot(left, prepared.prior_memory)
 
     def residual(self, prepared: Prepared, state: DualState, weights: Weights) -> Weights:
-        """Return w − aW."""
         return weights - dot(self._shares(state, weights), state.weights)
 
     def matrix(self, prepared: Prepared, state: DualState) -> Float[Array, "K C"]:

@@ -21,7 +21,6 @@ class Hopfield(Nearest):
     beta: Real = dataclasses.field(default=32.0, kw_only=True)
 
     def weigh(self, similarity: Float[Array, "Q K"], used: Bool[Array, "K"]) -> Weights:
-        """Return the softmax."""
         scores = jnp.where(used[None, :], self.beta * similarity, -jnp.inf)
         # Where no row is in use the weights are not used, and have to be finite.
         scores = jnp.where(jnp.any(used), scores, 0.0)

@@ -129,7 +129,6 @@ class Kanerva(Memory):
         return self.addressing.weigh(by, queries.astype(jnp.float32))
 
     def matrix(self, prepared: Prepared, state: KanervaState) -> Float[Array, "K C"]:
-        """Return the posterior mean R."""
         return state.mean
 
     def residual(self, prepared: Prepared, state: KanervaState, weights: Weights) -> Weights:

@@ -49,7 +49,6 @@ class Nearest(Memory):
     def update(
         self, prepared: Prepared, state: ListState, keys: Latents, values: Latents, signs: Signs
     ) -> ListState:
-        """Write or forget facts one by one, in their order."""
         signs = jnp.broadcast_to(jnp.asarray(signs, jnp.int32), keys.shape[:1])
         signs = jnp.where(jnp.any(keys != 0, axis=1), signs, 0)
         facts = (keys, values, signs)

@@ -23,18 +23,15 @@ class Nothing(Memory):
     FORGETS = False
 
     def empty(self, prepared: Prepared) -> NothingState:
-        """Return the counters at 0."""
         return NothingState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
     def update(
         self, prepared: Prepared, state: NothingState, keys: Latents, values: Latents, signs: Signs
     ) -> NothingState:
-        """Count the forgets."""
         signs = self.address_facts(prepared, keys, values, signs)[2]
         return NothingState(state.count, state.refused + jnp.sum(signs < 0).astype(jnp.int32))
 
     def matrix(self, prepared: Prepared, state: NothingState) -> Float[Array, "K C"]:
-        """Return M₀."""
         return prepared.prior_memory
 
     def residual(self, prepared: Prepared, state: NothingState, weights: Weights) -> Weights:

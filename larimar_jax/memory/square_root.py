@@ -58,7 +58,6 @@ class SquareRoot(Memory):
         values: Latents,
         signs: Signs,
     ) -> SquareRootState:
-        """Rotate L for each fact."""
         weights, values, signs = self.address_facts(prepared, keys, values, signs)
 
         def rotate(state: SquareRootState, fact):
