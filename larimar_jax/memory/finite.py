@@ -1,6 +1,6 @@
-"""The streaming memory row by row, for sessions: what float32 cannot carry out is an error.
+"""The streaming memory row by row, for sessions: what float32 cannot carry out is `MemoryNotFinite`.
 
-now = finite.replay(memory, prepared, keys, values)             # a memory of these facts alone
+now = finite.load(memory, prepared, empty, keys, values)         # a memory of these facts alone
 now = finite.write(memory, prepared, now, keys, values)         # a few more, one by one
 now = finite.forget(memory, prepared, now, keys, values)
 """
@@ -30,11 +30,7 @@ class NotKept(ValueError):
 def load(
     memory: Streaming, prepared: Prepared, empty: rls.RLSState, keys: Rows, values: Rows
 ) -> rls.RLSState:
-    """Return an empty memory with n rows written, all at once.
-
-    Raises:
-      MemoryNotFinite.
-    """
+    """Return an empty memory with n rows written, all at once."""
     number, size = len(keys), rls.MAX_PENDING
     while size <= number:
         size *= 2
@@ -51,11 +47,7 @@ def load(
 def write(
     memory: Streaming, prepared: Prepared, now: rls.RLSState, keys: Rows, values: Rows
 ) -> rls.RLSState:
-    """Return the memory with n rows written, one by one.
-
-    Raises:
-      MemoryNotFinite.
-    """
+    """Return the memory with n rows written, one by one."""
     for key, value in zip(keys, values, strict=True):
         # The statistics and the solution stay where they are: what moves is a few rows.
         pending, is_due, is_finite = _write(memory, prepared, now, key, value)
@@ -70,11 +62,7 @@ def write(
 def forget(
     memory: Streaming, prepared: Prepared, now: rls.RLSState, keys: Rows, values: Rows
 ) -> rls.RLSState:
-    """Return the memory without n rows, solved.
-
-    Raises:
-      MemoryNotFinite: or a row cannot have been in.
-    """
+    """Return the memory without n rows, solved; MemoryNotFinite too where one cannot have been in."""
     after = rls.forget(memory, prepared, now, _padded(keys), _padded(values))
     if after.state.refused > now.state.refused or not jnp.isfinite(after.state.solution).all():
         raise _not_finite("forget", memory)

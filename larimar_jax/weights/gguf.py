@@ -60,8 +60,8 @@ class Gguf:
 
     Raises:
       FileNotFoundError: no such file.
-      WeightsError: a file that is no GGUF of version 2 or 3, is cut short or damaged, holds tensors
-        of an unknown kind, or a model of another architecture.
+      WeightsError: here or in a method, a file that is no GGUF of version 2 or 3, is cut short or
+        damaged, holds tensors of an unknown kind, or a model or tokenizer that is not computed here.
     """
 
     def __init__(self, path: str | pathlib.Path):
@@ -100,9 +100,6 @@ class Gguf:
         """Return the file's tokenizer, which puts nothing around a text.
 
         The file's own bos and eos are not taken: an instruct model names its chat turns there.
-
-        Raises:
-          WeightsError: a tokenizer of another kind, or a damaged one.
         """
         return Tokenizer.from_backend(gguf_tokenizer.backend(self.metadata, self.path), self.path)
 
@@ -114,12 +111,7 @@ class Gguf:
         }
 
     def read(self, name: str) -> np.ndarray:
-        """Return one tensor, float32, query and key rows in Hugging Face's order.
-
-        Raises:
-          WeightsError: the file was cut short since it was opened, or its head counts are missing or
-            do not fit.
-        """
+        """Return one tensor, float32, query and key rows in Hugging Face's order."""
         values, kind = read_tensor(self.path, self._tensors[name]), self._kinds[name]
         if kind == "copy":
             return values
@@ -148,22 +140,14 @@ class Gguf:
         return pairs.swapaxes(1, 2).reshape(values.shape)
 
     def config(self) -> dict[str, Any]:
-        """Return the metadata as a Hugging Face config.json.
-
-        Raises:
-          WeightsError: a size that is missing or no number, rotary positions by a rule that is not
-            known, or a model of experts.
-        """
+        """Return the metadata as a Hugging Face config.json."""
         if self.metadata.get(f"{self.architecture}.expert_count"):
             raise WeightsError(f"{self.path} holds a mixture of experts, not computed here")
         return self._gpt2() if self.architecture == "gpt2" else self._llama()
 
     def _setting(self, key: str, kind: type, default: Any = None) -> Any:
-        """Return a size (int), number (float) or text (str) of the architecture's metadata.
-
-        Raises:
-          WeightsError: another type; a number below 0 or not finite; nothing, and no default.
-        """
+        """Return a size (int), number (float) or text (str) of the architecture's metadata; a
+        WeightsError for another type, a number below 0 or not finite, or nothing without a default."""
         key = f"{self.architecture}.{key}"
         value = self.metadata.get(key, default)
         if value is None:

@@ -1,6 +1,8 @@
 """Models as Hugging Face has them: folders with config.json, weights and tokenizer, and ids of its hub.
 
-transformers is imported where it is needed and nowhere else: that takes a second or more.
+A file that is not there is a FileNotFoundError with all that were looked for; one that is damaged, or of
+a kind that is not computed here, a WeightsError. transformers is imported where it is needed and nowhere
+else: that takes a second or more.
 """
 
 import contextlib
@@ -28,18 +30,13 @@ _STEPS = ("Transformer", "Pooling", "Normalize")
 
 
 class Folder:
-    """A model folder laid out as on Hugging Face."""
+    """A model folder laid out as on Hugging Face; its methods raise as the head of this file says."""
 
     def __init__(self, path: str | pathlib.Path):
         self.path = pathlib.Path(path)
 
     def config(self) -> dict[str, Any]:
-        """Return the settings of config.json, those that it leaves out included.
-
-        Raises:
-          FileNotFoundError: no config.json.
-          WeightsError: it is damaged, or of a model type that transformers does not know.
-        """
+        """Return the settings of config.json, those that it leaves out included."""
         if self._transformers_config is None:
             raise FileNotFoundError(
                 f"{self.path} has no config.json; a model folder is laid out as on Hugging Face"
@@ -66,24 +63,14 @@ class Folder:
         return config
 
     def tensors(self) -> Source:
-        """Return the folder's weights: safetensors or torch's, in one file or in shards.
-
-        Raises:
-          FileNotFoundError: none of them; names all that were looked for.
-          WeightsError: as the reader of the file that is there.
-        """
+        """Return the folder's weights: safetensors or torch's, in one file or in shards."""
         for name, opened in _WEIGHTS.items():
             if (self.path / name).is_file():
                 return opened(self.path / name)
         raise FileNotFoundError(f"{self.path} has none of {', '.join(_WEIGHTS)}")
 
     def tokenizer(self) -> Tokenizer:
-        """Return the folder's tokenizer, with the special tokens that its configuration names.
-
-        Raises:
-          FileNotFoundError: no file of a tokenizer.
-          WeightsError: files that are no tokenizer.
-        """
+        """Return the folder's tokenizer, with the special tokens that its configuration names."""
         files = [path for name in _TOKENIZERS if (path := self.path / name).is_file()]
         for path in files:
             require_file(path)
@@ -116,9 +103,7 @@ class Folder:
     def pooling(self) -> dict[str, Any]:
         """Return how a sentence-transformers folder pools, as settings of an encoder; else nothing.
 
-        Raises:
-          WeightsError: a pooling other than the mean, or a step that is not computed here, such as a
-            dense layer. ([CLS] as sentence-transformers takes it lacks the tanh layer of the paper's.)
+        Only the mean, without further steps: its [CLS] lacks the tanh layer of the paper's.
         """
         steps = self.json("modules.json", list) or []
         types = (step.get("type", "") if isinstance(step, dict) else step for step in steps)
@@ -139,11 +124,7 @@ class Folder:
         return {"pooling": "mean", "normalize": "Normalize" in kinds}
 
     def json(self, name: str, kind: type = dict) -> Any:
-        """Return the content of a JSON file of the folder, None without one.
-
-        Raises:
-          WeightsError: it is no JSON, or no `kind`.
-        """
+        """Return the content of a JSON file of the folder, a `kind`; None without one."""
         path = self.path / name
         value = read_json(path) if path.is_file() else None
         if value is not None and not isinstance(value, kind):

@@ -1,4 +1,9 @@
-"""Pretrained towers by name, path or hub id, loaded strictly and without torch."""
+"""Pretrained towers by name, path or hub id, loaded strictly and without torch.
+
+What takes a source raises FileNotFoundError where files are not there (for a packaged name with the
+command to install, else with what was looked for), and WeightsError where they are damaged, do not fit,
+or are of a family of the other kind.
+"""
 
 import dataclasses
 import hashlib
@@ -35,10 +40,6 @@ def load_encoder(source: str, **options: Any) -> tuple[nnx.Module, Tokenizer]:
       source: 'minilm', the path of a folder laid out as on Hugging Face, or a hub id. A
         sentence-transformers folder says how it pools; any other gets the paper's tanh pooler (§2).
       options: as of `load_tower`.
-
-    Raises:
-      FileNotFoundError: files that are not there; for a packaged name, with the command to install.
-      WeightsError: files that are damaged or do not fit; a family that is no encoder.
     """
     return load_tower(source, encoders, **options)
 
@@ -53,32 +54,19 @@ def load_decoder(source: str, **options: Any) -> tuple[nnx.Module, Tokenizer]:
     Args:
       source: 'smollm2', a GGUF file, a folder laid out as on Hugging Face, or a hub id.
       options: as of `load_tower`.
-
-    Raises:
-      FileNotFoundError: files that are not there; for a packaged name, with the command to install.
-      WeightsError: files that are damaged or do not fit; a family that is no decoder.
     """
     return load_tower(source, decoders, **options)
 
 
 def load_tokenizer(source: str) -> Tokenizer:
-    """Return the tokenizer of what `load_encoder` and `load_decoder` load, without its parameters.
-
-    Raises:
-      FileNotFoundError, WeightsError: as they do.
-    """
+    """Return the tokenizer of what `load_encoder` and `load_decoder` load, without its parameters."""
     checkpoint = open_checkpoint(source)
     family = registry.by_model_type(decoders.__name__).get(checkpoint.config()["model_type"])
     return _tokenizer(checkpoint, family)
 
 
 def open_checkpoint(source: str) -> Checkpoint:
-    """Return the folder or GGUF file of a source; a hub id's is fetched if the cache lacks it.
-
-    Raises:
-      FileNotFoundError: there is none, or none that can be fetched; says what was looked for.
-      WeightsError: a single file of a folder, or a damaged GGUF file.
-    """
+    """Return the folder or GGUF file of a source; a hub id's is fetched if the cache lacks it."""
     if source in PACKAGED:
         return PACKAGED[source]()
     path = pathlib.Path(source)
@@ -100,14 +88,8 @@ def open_checkpoint(source: str) -> Checkpoint:
 
 
 def sizes(source: str, kind: ModuleType) -> tuple[type, Any]:
-    """Return the family and the sizes of what `load_encoder` and `load_decoder` make, unread.
-
-    Args:
-      kind: `encoders` or `decoders`.
-
-    Raises:
-      FileNotFoundError, WeightsError: as they do.
-    """
+    """Return the family and the sizes of what `load_encoder` and `load_decoder` make, unread; kind is
+    `encoders` or `decoders`."""
     family, config, _, _ = _with_tokenizer(open_checkpoint(source), kind)
     return family, config
 
@@ -116,9 +98,6 @@ def fingerprint(source: str) -> str:
     """Return a sha256 that tells towers apart: of file names, sizes and safetensors headers alone.
 
     A packaged tower's is that of its pinned content. No file is read whole.
-
-    Raises:
-      FileNotFoundError, WeightsError: as `load_decoder`.
     """
     if source in PINNED:
         return PINNED[source]
@@ -136,14 +115,7 @@ def fingerprint(source: str) -> str:
 
 
 def describe(checkpoint: Checkpoint, kind: ModuleType) -> tuple[type, Any]:
-    """Return the family and the sizes of a checkpoint; no tensor is read.
-
-    Args:
-      kind: `encoders` or `decoders`.
-
-    Raises:
-      FileNotFoundError, WeightsError: as `load_decoder`.
-    """
+    """Return family (of `encoders` or `decoders`) and sizes of a checkpoint; no tensor is read."""
     settings, pooling = checkpoint.config(), checkpoint.pooling()
     try:
         family = kind.family(settings["model_type"])

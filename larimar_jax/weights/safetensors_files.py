@@ -21,8 +21,8 @@ class Safetensors:
 
     Raises:
       FileNotFoundError: no such file.
-      WeightsError: a file that is no safetensors file, is cut short, or holds numbers of a kind that
-        is not read here.
+      WeightsError: a file that is no safetensors file, is cut short (seen here, or when a tensor is
+        read), or holds numbers of a kind that is not read here.
     """
 
     def __init__(self, path: str | pathlib.Path):
@@ -43,11 +43,7 @@ class Safetensors:
         return self._shapes
 
     def read(self, name: str) -> np.ndarray:
-        """Return one tensor, in the dtype of the file.
-
-        Raises:
-          WeightsError: the file was cut short since it was opened.
-        """
+        """Return one tensor, in the dtype of the file."""
         with self._opened() as file:
             return file.get_tensor(name)
 
@@ -130,11 +126,7 @@ class Shards:
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """Return the content of a JSON file.
-
-    Raises:
-      WeightsError: it is no JSON.
-    """
+    """Return the content of a JSON file; WeightsError where it is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -58,8 +58,8 @@ class TorchCheckpoint:
 
     Raises:
       FileNotFoundError: no such file.
-      WeightsError: a file that torch did not write, that torch before 1.6 wrote, that is damaged, or
-        that asks for more than tensors.
+      WeightsError: a file that torch did not write, that torch before 1.6 wrote, that is damaged (seen
+        here, or when a tensor is read), or that asks for more than tensors.
     """
 
     def __init__(self, path: str | pathlib.Path):
@@ -84,11 +84,7 @@ class TorchCheckpoint:
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """Return one tensor, in the dtype of the file.
-
-        Raises:
-          WeightsError: its storage is missing, too short, or not what its checksum says.
-        """
+        """Return one tensor, in the dtype of the file."""
         storage, offset, shape, strides = self._tensors[name]
         width = storage.dtype.itemsize
         raw = self._raw(storage)
@@ -245,11 +241,7 @@ class _Unpickler(pickle._Unpickler):
         self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what stands here for a listed name.
-
-        Raises:
-          WeightsError: any other name.
-        """
+        """Return what stands here for a listed name; any other is a WeightsError."""
         full = f"{_PYTHON_2.get(module, module)}.{name}"
         if full in _REBUILD:
             return _REBUILD[full]
