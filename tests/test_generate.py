@@ -388,15 +388,6 @@ def test_a_text_that_can_not_be_decoded_is_named(tiny, monkeypatch):
         tiny.score(["Fact"], [("new",)])
 
 
-def test_token_ids_go_on_without_a_stop(tiny):
-    ids = [generate.prompt_ids(tiny.decoder_tokenizer, prompt) for prompt in PROMPTS]
-    tokens = continue_ids(tiny.model, ids, 8)
-    assert tokens.shape == (3, 8)
-    texts = tiny.generate(PROMPTS, max_tokens=8, stop="")
-    for continuation, text in zip(tokens, texts, strict=True):
-        assert tiny.decoder_tokenizer.decode(continuation).startswith(text)
-
-
 def test_a_bare_decoder_speaks_as_the_base_model(tiny):
     texts = generate.generate(tiny.model.decoder, tiny.decoder_tokenizer, ["Fact is"], max_tokens=6)
     assert texts == tiny.generate(["Fact is"], max_tokens=6)
