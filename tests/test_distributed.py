@@ -183,6 +183,18 @@ def test_a_flag_for_gpus_that_is_set_already_stays():
     )
 
 
+def test_a_task_of_slurm_takes_every_gpu_of_its_node(monkeypatch):
+    task = dict(JOB_ID="1", STEP_NODELIST="a,b", NTASKS="2", PROCID="0", LOCALID="0")
+    for name, value in task.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    done = _python(
+        "import jax; from larimar_jax.train import distributed as d\n"
+        f"d.initialise(d.ProcessPlace('127.0.0.1:{processes.free_port()}', 1, 0))\n"
+        "print(jax.config.values['jax_cuda_visible_devices'])"
+    )
+    assert done.stdout == "all\n", done
+
+
 def test_the_watchdog_ends_a_process_that_does_not_move():
     done = _python(
         "import time; from larimar_jax.train.distributed import Watchdog\n"

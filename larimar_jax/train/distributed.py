@@ -130,6 +130,8 @@ def initialise(
                 where.coordinator,
                 where.count,
                 where.index,
+                # Under SLURM, JAX would give each task the one GPU of its index on the host.
+                cluster_detection_method="deactivate",
                 initialization_timeout=start + 60,
                 heartbeat_timeout_seconds=heartbeat,
             )
