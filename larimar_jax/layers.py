@@ -94,8 +94,9 @@ def product(
     """Return x W in the dtype of x, with factors rounded to `dtype`; so are those of its gradients.
 
     A CPU with bfloat16 instructions multiplies bfloat16 factors, adding up in float32, about twice
-    as fast as float32 ones; norms, activations and sums lose by bfloat16 there. So activations,
-    parameters and gradients stay in the compute dtype, and only what is multiplied is rounded.
+    as fast as float32 ones; norms, activations and sums lose by bfloat16 there. So activations
+    stay in the compute dtype, and only what is multiplied is rounded. The gradient of W has its
+    dtype: that of a float32 parameter is summed in float32, over rows and over devices.
     """
     return _product(jnp.dtype(x.dtype if dtype is None else dtype), x, kernel)
 
@@ -145,14 +146,16 @@ class Dense(nnx.Linear):
     def __call__(self, x: Float[Array, "*rows I"], context: Context) -> Float[Array, "*rows O"]:
         """Apply the map in its compute dtype."""
         y = self.times(x, self.kernel, context)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        if self.bias is None:
+            return y
+        # Rounded after it is spread over the rows, so that its gradient is summed in float32.
+        return y + jnp.broadcast_to(self.bias[...], y.shape).astype(self.dtype)
 
     def times(
         self, x: Float[Array, "*rows I"], factor: nnx.Param, context: Context
     ) -> Float[Array, "*rows O"]:
         """Return x times a parameter, in the compute dtype."""
-        x, factor = x.astype(self.dtype), factor[...].astype(self.dtype)
-        return product(x, factor, context.product_dtype)
+        return product(x.astype(self.dtype), factor[...], context.product_dtype)
 
 
 def attend(query: Float[Array, "B T H d"], parts: Sequence[Part]) -> Float[Array, "B T O"]:
@@ -306,9 +309,7 @@ def gelu(x: Float[Array, "*rows D"], *, approximate: bool) -> Float[Array, "*row
     more to write and to read back than to compute.
     """
 
-    def activation(x: Array) -> Array:
-        return jax.nn.gelu(x, approximate=approximate)
-
+    activation = functools.partial(jax.nn.gelu, approximate=approximate)
     # The scan over layers already separates both passes.
     return jax.checkpoint(activation, prevent_cse=False)(x)
 
