@@ -181,9 +181,6 @@ def test_the_papers_command_runs_and_goes_on_without_the_towers_that_its_checkpo
     shutil.copytree(whole, stopped)
     shutil.rmtree(stopped / "checkpoints" / "6")
     monkeypatch.setattr(loop, "initialise", lambda *_: pytest.fail("parameters were made"))
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ModuleNotFoundError, match=r"larimar-jax\[wandb\]"):
-        logging._track(stopped, configs.load(words[0], paper))
     paper.append("train.wandb=null")
     assert loop.train(configs.load(words[0], paper), stopped, progress=False).finished
     _same_run(stopped, whole)
@@ -235,6 +232,11 @@ def test_what_does_not_fit_is_reported_before_the_corpus_is_read(tiny, tmp_path,
     other = configs.TowerConfig("minilm", "bert", sizes)
     with pytest.raises(ValueError, match="'minilm' are not of the sizes that the config gives"):
         loop.train(_with(tiny, "model", encoder=other), tmp_path, progress=False)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ModuleNotFoundError, match=r"larimar-jax\[wandb\]"):
+        loop.train(_with(tiny, wandb="larimar"), tmp_path, progress=False)
+    with pytest.raises(FileNotFoundError, match="no.json"):
+        loop.train(_with(tiny, edits=2, edit_records="no.json"), tmp_path, progress=False)
     with pytest.raises(ValueError, match="data.vocabulary is 0"):
         loop.train(_with(tiny, "data", vocabulary=0), tmp_path, progress=False)
 
@@ -312,7 +314,7 @@ def test_a_run_is_judged_by_the_corpus_that_is_named(tiny, tmp_path, monkeypatch
     config = _with(_with(tiny, steps=2), "data", held_out=str(path))
     assert loop.train(config, tmp_path / "run").finished
     shown = capfd.readouterr().err
-    assert "2 steps are 32 pieces: 0.1 epochs\n" in shown
+    assert "2 steps are 32 pieces: 0.1 epochs\non 1 of 8 devices: cpu\n" in shown
     assert re.search(r"the first step was done after \d+\.\d s\n", shown)
     assert len(texts) > 2 and all(text[0].isdigit() and "oslo" in text for text in texts)
     gone = _with(config, "data", held_out=str(tmp_path / "no.txt"))

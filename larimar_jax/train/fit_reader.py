@@ -43,9 +43,7 @@ class NotAlone(ValueError):
     """A config that trains more than the reader, or a process that is not the only one."""
 
 
-def train(
-    config: Config, run_dir: str | Path, *, progress: bool = True, profile: int = 0
-) -> loop.Outcome:
+def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> loop.Outcome:
     """Fit the reader until `train.steps`, or until SIGTERM, which saves and returns.
 
     `run_dir` receives config.json, features/ (what the towers make of `data.phrases`), checkpoints/,
@@ -53,7 +51,6 @@ def train(
     is gone on with.
 
     Args:
-        profile: of so many steps, after the second, a trace is written to run_dir/profile.
     Raises:
         OtherRun: the folder belongs to a config that differs; names the keys.
         NotAlone: the config trains other parameters too, or there are several processes.

@@ -170,17 +170,22 @@ class Logger:
             self._board.add_text(f"sample/{index}", text, step)
 
 
-def _track(run_dir: Path, config: Config) -> Any:
-    """Return a run of Weights & Biases, the same for a run that goes on."""
+def find_wandb() -> Any:
+    """Return the module wandb; ModuleNotFoundError says what installs it."""
     try:
         import wandb
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "train.wandb needs the package wandb: pip install 'larimar-jax[wandb]', or train.wandb=null"
         ) from error
+    return wandb
+
+
+def _track(run_dir: Path, config: Config) -> Any:
+    """Return a run of Weights & Biases, the same for a run that goes on."""
     identity = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
     place = dict(project=config.train.wandb, name=config.name, dir=str(run_dir))
-    return wandb.init(**place, id=identity, resume="allow", config=to_dict(config))
+    return find_wandb().init(**place, id=identity, resume="allow", config=to_dict(config))
 
 
 def _truncated(path: Path, step: int) -> Path:

@@ -18,11 +18,11 @@ from jax.experimental import multihost_utils
 from larimar_jax import config as configs
 from larimar_jax import model
 from larimar_jax.config import Config
-from larimar_jax.data import corpus, episodes, pieces, vocabulary
+from larimar_jax.data import corpus, edit_records, episodes, pieces, vocabulary
 from larimar_jax.train import checkpoint, distributed, sharding
 from larimar_jax.train.evaluate import Evaluator
 from larimar_jax.train.initial import start_from
-from larimar_jax.train.logging import Logger, say
+from larimar_jax.train.logging import Logger, find_wandb, say
 from larimar_jax.train.step import TrainStep, initialise
 from larimar_jax.weights import Tokenizer, model_file
 
@@ -76,23 +76,29 @@ def train(
         config: what to train.
         run_dir: the run's folder; created if it is missing.
         progress: a bar and evaluations on stderr.
-        profile: of so many steps, after the second, a trace is written to run_dir/profile.
+        profile: of so many steps, after the second, process 0 writes a trace to run_dir/profile.
     Raises:
         OtherRun: the folder belongs to a config that differs; names the keys.
         BadStep: where train.on_bad_step is "stop"; names what is not finite, or how large a spike.
         CheckpointError: there are checkpoints and none is whole.
     """
     run_dir, settings, data = Path(run_dir), config.train, config.data
-    progress, began_run = progress and jax.process_index() == 0, time.perf_counter()
+    is_first, began_run = jax.process_index() == 0, time.perf_counter()
+    # JAX makes no trace for Perfetto of a folder that several hosts write to.
+    progress, profile = progress and is_first, profile if is_first else 0
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(distributed.Watchdog(settings.stall))
 
         # 1. The folder belongs to one config.
         claim(run_dir, config)
 
-        # 2. Mesh, rules, sizes and tokenizers are checked before any text is read.
+        # 2. All that can be missing or not fit is checked before any text is read.
         mesh = sharding.make_mesh(settings.mesh)
         model.check_sources(config)
+        if settings.wandb:
+            find_wandb()
+        if settings.edits and settings.edit_records:
+            edit_records.load(settings.edit_records, 1)
         train_step = TrainStep(config, model.AbstractModel(model.abstract(config)), mesh)
         # A corpus takes its time: one process writes its pieces, and the others wait for its lock.
         watchdog.ping(math.inf)
@@ -104,6 +110,7 @@ def train(
             texts = settings.steps * data.batch * np.mean(data.episode)
             epochs = texts / len(training)
             say(f"{settings.steps:,} steps are {texts:,.0f} pieces: {epochs:.1f} epochs")
+            say(f"on {mesh.size} of {jax.device_count()} devices: {jax.devices()[0].device_kind}")
         watchdog.ping(_SLOW)
 
         # 3. Parameters, created or loaded where their sharding rule puts them, unless a checkpoint has

@@ -118,10 +118,8 @@ def parameter_shardings(
 
     def fit(name: str, axes: list[Any]) -> NamedSharding:
         for i, axis in enumerate(axes):
-            size, names = (
-                shapes[name][i],
-                axis if isinstance(axis, tuple) else (axis,) if axis else (),
-            )
+            size = shapes[name][i]
+            names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
             if size % math.prod(mesh.shape[a] for a in names):
                 log.info("%s: %d does not divide over %s, kept whole there", name, size, axis)
                 axes[i] = None

@@ -72,6 +72,8 @@ def train(
     where = distributed.place(coordinator, processes, process, os.environ)
     # Before the other processes are met, which would wait for one that has no config.
     settings = configs.load(config, overrides)
+    if profile and settings.model.reader is not None:
+        raise ValueError("--profile: a reader's fit is not traced; leave it out")
     configs.cache_programs()
     distributed.initialise(where)
     if where is None:
@@ -79,8 +81,9 @@ def train(
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(distributed.RETRY))
     from larimar_jax.train import fit_reader, loop
 
-    fit = loop.train if settings.model.reader is None else fit_reader.train
-    return exit_code(lambda: fit(settings, run, profile=profile))
+    if settings.model.reader is not None:
+        return exit_code(lambda: fit_reader.train(settings, run))
+    return exit_code(lambda: loop.train(settings, run, profile=profile))
 
 
 def exit_code(run: Callable[[], Any]) -> int:
