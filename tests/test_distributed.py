@@ -184,9 +184,8 @@ def test_a_flag_for_gpus_that_is_set_already_stays():
 
 
 def test_a_task_of_slurm_takes_every_gpu_of_its_node(monkeypatch):
-    task = dict(JOB_ID="1", STEP_NODELIST="a,b", NTASKS="2", PROCID="0", LOCALID="0")
-    for name, value in task.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
+    for name in ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID"):
+        monkeypatch.setenv(f"SLURM_{name}", "0")
     done = _python(
         "import jax; from larimar_jax.train import distributed as d\n"
         f"d.initialise(d.ProcessPlace('127.0.0.1:{processes.free_port()}', 1, 0))\n"

@@ -35,11 +35,8 @@ def test_a_servers_container_runs_a_command_that_larimar_takes():
     (container,) = objects[-1]["spec"]["template"]["spec"]["containers"]
     taken = cli.parser().parse_args([*entry[1:], *container["args"]])
     assert entry[0] == "larimar" and taken.command == "serve"
-    assert (taken.host, taken.data, taken.token_file) == (
-        "0.0.0.0",
-        "/data/memories",
-        "/tokens/tokens",
-    )
+    places = (taken.host, taken.data, taken.token_file)
+    assert places == ("0.0.0.0", "/data/memories", "/tokens/tokens")
     mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
     assert mounts == {"/data", "/tokens"} and "VOLUME /data" in lines
     paths = [container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("readiness", "liveness")]
@@ -119,22 +116,17 @@ def test_a_missing_argument_is_named(script):
 
 @pytest.mark.parametrize("code, again", [(0, False), (1, False), (75, True), (134, True)])
 def test_slurm_requeues_a_job_that_asks_for_it(tmp_path, code, again):
+    """And names the first node as coordinator."""
     log = tmp_path / "log"
-    scontrol = f'[ "$1" = show ] && echo node7 || echo "$@" > {log}'
-    path = _tools(tmp_path, srun=f"exit {code}", scontrol=scontrol)
+    scontrol = f'[ "$1" = show ] && printf "node7\\nnode8\\n" || echo "$@" > {log}'
+    srun = f"echo $LARIMAR_COORDINATOR; exit {code}"
+    path = _tools(tmp_path, srun=srun, scontrol=scontrol)
     done = _run("slurm.sbatch", *ARGUMENTS["slurm.sbatch"], PATH=path, SLURM_JOB_ID="42")
-    assert done.returncode == code and log.exists() == again
-    assert not again or log.read_text() == "requeue 42\n"
-
-
-def test_slurm_names_the_first_node_as_coordinator(tmp_path):
-    path = _tools(tmp_path, scontrol="printf 'node7\\nnode8\\n'")
-    done = _run("slurm.sbatch", "--dry-run", "a", "b", PATH=path, SLURM_JOB_ID="42")
-    assert done.stdout.startswith("LARIMAR_COORDINATOR=node7:20042\n")
+    assert done.returncode == code and done.stdout == "node7:20042\n"
+    assert log.exists() == again and (not again or log.read_text() == "requeue 42\n")
 
 
 def test_the_jobset_is_a_manifest():
-    yaml = pytest.importorskip("yaml")
     manifest = yaml.safe_load(_run("jobset.sh", "--dry-run", *ARGUMENTS["jobset.sh"]).stdout)
     job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert manifest["kind"] == "JobSet" and job["parallelism"] == job["completions"] == 4

@@ -62,9 +62,7 @@ def _exported(run: Path) -> dict[str, np.ndarray]:
 def _same_run(run: Path, reference: Path) -> None:
     """Every loss of every step, and every trained number at the end, to the last bit."""
     assert _losses(run) == _losses(reference)
-    first, second = _exported(run), _exported(reference)
-    for name in second:
-        np.testing.assert_array_equal(first[name], second[name])
+    jax.tree.map(np.testing.assert_array_equal, _exported(run), _exported(reference))
 
 
 def _terminating(monkeypatch, at: int):
@@ -288,8 +286,7 @@ def test_another_runs_frozen_parameters_survive_a_resume(tiny, whole, tmp_path, 
     assert again.finished and again.evaluation == evaluation
     _same_run(stopped, straight)
     arrays = _exported(source)
-    decoder = [name for name in arrays if name.startswith("decoder/")]
-    assert decoder
+    assert (decoder := [name for name in arrays if name.startswith("decoder/")])
     for name in decoder:
         np.testing.assert_array_equal(_exported(stopped)[name], arrays[name])
     # A source that has changed since is not taken for what it was.

@@ -320,9 +320,8 @@ def environment() -> dict[str, Any]:
     root, revision = Path(__file__).resolve().parents[2], None
     if (root / ".git").exists():
         line = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*"]
-        with contextlib.suppress(
-            OSError, subprocess.CalledProcessError
-        ):  # No git, or another's clone.
+        # No git, or another's clone.
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
             done = subprocess.run([*line, "--dirty=+changes"], capture_output=True, check=True)
             revision = done.stdout.decode().strip()
     versions: dict[str, str | None] = dict.fromkeys(_PACKAGES.split())

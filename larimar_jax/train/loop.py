@@ -28,8 +28,7 @@ from larimar_jax.weights import Tokenizer, model_file
 
 # Seconds that compiling, an evaluation or a save may take beyond `train.stall`.
 _SLOW = 3600.0
-# What may differ between a run and its continuation: none of these changes a step's result beyond
-# rounding.
+# What may differ between a run and its continuation: no step's result changes beyond rounding.
 _FREE = re.compile(
     r"name|model\.remat|editing\.(ridge|query_noise|scope_threshold)|train\.(mesh|layout|memory_layout|"
     r"accumulate|vocabulary_multiple|on_bad_step|spike|log_every|evaluate_every|edits|edit_records|"
@@ -140,8 +139,7 @@ def train(
             batches,
             lambda saved: check_same_run(saved, meta, checkpoints.directory),
         )
-        if restored is not None:
-            state = restored[0]
+        state = state if restored is None else restored[0]
         first, total = int(state.step), settings.steps
         if progress and first:
             say(f"going on from the checkpoint of step {first:,}")

@@ -75,7 +75,6 @@ def learning_rate(train: TrainConfig) -> Schedule:
 # memory, where it would pull σ_W to 1, and M₀, which cancels in a read (§3), away from its start.
 _UNDECAYED = re.compile(r"(^memory/|(^|/)(bias|scale)$)")
 
-
 # What maps hidden states to hidden states: no embedding, and no map to logits.
 _ORTHOGONAL = re.compile(r"(?<!/head)/kernel$")
 

@@ -53,8 +53,6 @@ def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None)
             f"the mesh {dict(zip(AXES, sizes, strict=True))} needs {needed} devices and there are "
             f"{len(devices)} ({devices[0].platform}). Change train.mesh, or start with more."
         )
-    if needed < len(devices):
-        log.info("the mesh takes %d of %d devices", needed, len(devices))
     # Auto axes: XLA propagates the annotations of inputs and outputs; nothing inside names a mesh.
     return jax.make_mesh(
         tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:needed]
