@@ -6,7 +6,8 @@
 # Needs the JobSet controller. IMAGE has the package and CONFIG; the claim LARIMAR_CLAIM (default
 # larimar) is mounted at /data for RUN and the cache. Parameters are split over the GPUs of a node, whose
 # links are fast, and the nodes split the batch (train.mesh); BATCH_PER_NODE=8 makes data.batch 8 for each
-# node, and train.steps and train.learning_rate are then yours to change. --dry-run prints the manifest and applies nothing.
+# node, and train.steps and train.learning_rate are then yours to change. GPUS_PER_NODE is what a node
+# has (default 8). --dry-run prints the manifest and applies nothing.
 set -euo pipefail
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p;}' "$0"; }
 dry=
@@ -75,7 +76,7 @@ spec:
                       value: "0.92"
                   resources:
                     limits:
-                      nvidia.com/gpu: 8
+                      nvidia.com/gpu: ${GPUS_PER_NODE:-8}
                   volumeMounts:
                     - name: data
                       mountPath: /data

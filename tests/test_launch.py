@@ -127,7 +127,8 @@ def test_slurm_requeues_a_job_that_asks_for_it(tmp_path, code, again):
 
 
 def test_the_jobset_is_a_manifest():
-    manifest = yaml.safe_load(_run("jobset.sh", "--dry-run", *ARGUMENTS["jobset.sh"]).stdout)
+    shown = _run("jobset.sh", "--dry-run", *ARGUMENTS["jobset.sh"], GPUS_PER_NODE="4").stdout
+    manifest = yaml.safe_load(shown)
     job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert manifest["kind"] == "JobSet" and job["parallelism"] == job["completions"] == 4
     assert 75 in job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"]
@@ -135,4 +136,4 @@ def test_the_jobset_is_a_manifest():
     names = {entry["name"]: entry.get("value") for entry in container["env"]}
     assert names["LARIMAR_PROCESSES"] == "4" and "LARIMAR_PROCESS" in names
     assert names["LARIMAR_COORDINATOR"] == "larimar-node-0-0.larimar:12345"
-    assert container["args"][0] == "train"
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 4}

@@ -57,9 +57,8 @@ def test_gradients_of_a_bfloat16_map_are_summed_in_float32():
     graph, state = nnx.split(linear)
     x, slope = (numbers(i, 450, n).astype(jnp.bfloat16) for i, n in enumerate((24, 7)))
     context = Context(jnp.ones((1, 1, 1), bool))
-    y, back = jax.vjp(lambda state: nnx.merge(graph, state)(x, context), state)
+    _, back = jax.vjp(lambda state: nnx.merge(graph, state)(x, context), state)
     (gradient,), (a, g) = back(slope), (np.float64(x), np.float64(slope))
-    assert y.dtype == jnp.bfloat16
     for name, want in dict(kernel=a.T @ g, bias=g.sum(axis=0)).items():
         np.testing.assert_allclose(gradient[name][...], want, rtol=1e-5, atol=1e-4)
 
