@@ -82,7 +82,7 @@ class Pipeline:
         self.encoder_tokenizer, self.decoder_tokenizer = encoder_tokenizer, decoder_tokenizer
         self.source, self.fingerprint = source, fingerprint
         self.projection = None if projection is None else jax.device_put(projection)
-        self.relations = relations
+        self.relations = None if relations is None else jax.device_put(relations)
         editing, self.layout = config.editing, latent_layout.layout(config)
         params = latent_layout.extend_prior(model.memory.params(), self.layout)
         sizes = dict(slots=len(params.prior_memory), latent=self.layout.size)
@@ -137,9 +137,13 @@ class Pipeline:
         # Of one call: a few more texts of a batch take hardly longer.
         answers = None if answers is None else [*answers, *[None] * len(frames)]
         both = self._encode_texts([*texts, *frames], answers, cut)
-        pooled, framed = both.pooled[:count], both.pooled[count:][places]
-        embedding = scope.relation_embedding(pooled, framed, *self.relations)
-        return Encodings(embedding, both.latent[:count], pooled)
+        of_relations = self.relations.relations.shape[1]
+        parts = (
+            both.embedding[count:, :of_relations][places],
+            both.embedding[:count, of_relations:],
+        )
+        embedding = np.concatenate(parts, axis=1)
+        return Encodings(embedding, both.latent[:count], both.pooled[:count])
 
     def _encode_texts(self, texts: Sequence[str], answers: Any, cut: bool) -> Encodings:
         limit, width = self.model.encoder.config.max_length, self.model.encoder.config.width
@@ -158,7 +162,9 @@ class Pipeline:
         if parts.answer_encoding:
             tokenizer, answers = self.encoder_tokenizer, answers or [None] * len(texts)
             spans = latent_layout.answer_tokens(tokenizer, texts, answers, batch.mask)
-        sizes = (width, parts.encoding + parts.key_features, width, parts.answer_encoding)
+        detector = self.projection if self.relations is None else self.relations
+        compared = width + (0 if self.relations is None else self.relations.relations.shape[1])
+        sizes = (compared, parts.encoding + parts.key_features, width, parts.answer_encoding)
         outputs = [np.zeros((len(texts), size), np.float32) for size in sizes]
         order = np.argsort(lengths, kind="stable")
         for first in range(0, len(texts), _TEXTS):
@@ -169,7 +175,7 @@ class Pipeline:
             ids, mask = batch.ids[rows, :columns], np.pad(batch.mask[rows, :columns], padding)
             ids = np.pad(ids, padding, constant_values=self.encoder_tokenizer.pad)
             span = None if spans is None else np.pad(spans[rows, :columns], padding)
-            inputs = (self.projection, ids, mask, span, self.config.editing.key_features)
+            inputs = (detector, ids, mask, span, self.config.editing.key_features)
             encoded = latent_layout.encode(self.graph, self.state, *inputs)
             for output, part in zip(outputs, encoded, strict=True):
                 output[rows] = np.asarray(part)[: len(rows)]

@@ -18,14 +18,17 @@ coefficient of the relations and the cosine of whole sentences, as one inner pro
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax.data import lexical
 from larimar_jax.data.segments import sentences
@@ -216,23 +219,26 @@ def frames(texts: Sequence[str]) -> tuple[list[str], list[int]]:
     return list(places), [places[frame] for frame in each]
 
 
+@jax.jit
 def relation_embedding(
-    texts: Float[np.ndarray, "n H"],
-    frames: Float[np.ndarray, "n H"],
-    wordings: Float[np.ndarray, "T H"],
-    relations: Float[np.ndarray, "T R"],
-) -> Float[np.ndarray, "n RH"]:
-    """Return vectors whose inner product is the score of two sentences.
+    texts: Float[Array, "n H"],
+    frames: Float[Array, "n H"],
+    wordings: Float[Array, "T H"],
+    relations: Float[Array, "T R"],
+) -> Float[Array, "n RH"]:
+    """Return vectors whose inner product is the score of two sentences: R numbers are of their frames,
+    H of their texts.
 
     Args:
       texts, frames: encodings of sentences and of their frames.
       wordings, relations: of a `RelationDetector`.
     """
-    likeness = SHARPNESS * (_unit(frames) @ wordings.T)
-    weights = np.exp(likeness - likeness.max(axis=1, keepdims=True, initial=-np.inf))
-    shares = weights / weights.sum(axis=1, keepdims=True) @ relations
-    parts = (np.sqrt(1 - WHOLE) * np.sqrt(shares), np.sqrt(WHOLE) * _unit(texts))
-    return np.concatenate(parts, axis=1).astype(np.float32)
+    texts, frames = (
+        x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-9) for x in (texts, frames)
+    )
+    shares = jax.nn.softmax(SHARPNESS * (frames @ wordings.T), axis=1) @ relations
+    parts = (math.sqrt(1 - WHOLE) * jnp.sqrt(shares), math.sqrt(WHOLE) * texts)
+    return jnp.concatenate(parts, axis=1)
 
 
 def _unit(vectors: Float[np.ndarray, "n H"]) -> Float[np.ndarray, "n H"]:

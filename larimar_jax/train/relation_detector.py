@@ -65,7 +65,7 @@ def train(encode: Encode, paraphrases: Paraphrases) -> RelationTraining:
         inside = fold[labels] != number
         part = _detector(own[inside], labels[inside], more, counts)
         held_out, names = own[~inside], labels[~inside]
-        embedding = scope.relation_embedding(held_out, held_out, *part)
+        embedding = np.asarray(scope.relation_embedding(held_out, held_out, *part))
         scores = embedding @ embedding.T
         first, second = np.triu_indices(len(names), 1)
         alike = names[first] == names[second]

@@ -3,6 +3,7 @@
     python tests/long/session_of_many.py ZSRE --count 1000
 
 Half of the facts are about people, half are of ZSRE, a file of KnowEdit, on which nothing was trained.
+With --session FILE a run that was stopped goes on with the facts that are in.
 """
 
 import argparse
@@ -33,12 +34,15 @@ def facts(path: Path, count: int) -> list[tuple[str, str, str]]:
     return [*people[: count // 2], *{fact[0]: fact for fact in zsre}.values()][:count]
 
 
-def main(path: Path, count: int) -> None:
+def main(path: Path, count: int, session: Path | None) -> None:
     warnings.simplefilter("ignore")
     model, refused, seconds = Session("smol").model, 0, []
-    file = Path(tempfile.mkdtemp()) / "session.jsonl"
+    file = session or Path(tempfile.mkdtemp()) / "session.jsonl"
     session = Session(model, file)
+    before = {fact.prompt for fact in session.list()}
     for prompt, answer, _ in (mixed := facts(path, count)):
+        if prompt in before:
+            continue
         begin = time.process_time()
         try:
             session.write(prompt, answer)
@@ -60,7 +64,8 @@ def main(path: Path, count: int) -> None:
         ]
         inside = sum(have.in_scope for have in results)
         print(
-            f"{kind}: {inside} in scope of {len(asks)}, own fact {sum(matched)}, right {sum(right)}"
+            f"{kind}: {inside} in scope of {len(asks)}, own fact {sum(matched)}, right {sum(right)}",
+            flush=True,
         )
 
     def report(call: str, seconds: list[float]) -> None:
@@ -72,7 +77,8 @@ def main(path: Path, count: int) -> None:
         function(*arguments)
         return time.process_time() - begin
 
-    report("write", seconds[-50:])
+    if seconds:
+        report("write", seconds[-50:])
     report("ask, verbatim", [timed(session.ask, fact[0]) for fact in mixed[:20]])
     report("open", [timed(Session, model, file) for _ in range(3)])
     report("forget", [timed(session.forget, own) for own, _ in [*answers.values()][:5]])
@@ -82,4 +88,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path", type=Path)
     parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--session", type=Path)
     main(**vars(parser.parse_args()))
