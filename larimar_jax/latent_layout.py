@@ -53,7 +53,6 @@ from larimar_jax.decoders.decoder import Prefix
 from larimar_jax.linalg import dot
 from larimar_jax.memory.addressing import RandomFeatures
 from larimar_jax.memory.base import MemoryParams
-from larimar_jax.scope import RelationDetector, relation_embedding
 from larimar_jax.weights.tokenizer import Tokenizer
 
 # A place that holds no token.
@@ -254,24 +253,18 @@ def answer_tokens(
 def encode(
     graph: nnx.GraphDef,
     state: nnx.State,
-    detector: Float[Array, "H H"] | RelationDetector | None,
+    projection: Float[Array, "H H"] | None,
     tokens: Int[Array, "n S"],
     mask: Bool[Array, "n S"],
     span: Bool[Array, "n S"] | None,
     config: KeyFeaturesConfig | None,
-) -> tuple[Float[Array, "n E"], Float[Array, "n C"], Float[Array, "n H"], Float[Array, "n R"]]:
-    """Return embeddings, encodings with their features, pooled encodings, and encodings of answers.
-
-    Args:
-      detector: of scope; one of relations takes each text for its own frame.
-    """
+) -> tuple[Float[Array, "n H"], Float[Array, "n C"], Float[Array, "n H"], Float[Array, "n R"]]:
+    """Return embeddings, encodings with their features, pooled encodings, and encodings of answers."""
     model = nnx.merge(graph, state)
     hidden = model.encoder.hidden(tokens, mask)
     embedding = pooled = model.encoder.pool(hidden, mask)
-    if isinstance(detector, RelationDetector):
-        embedding = relation_embedding(pooled, pooled, *detector)
-    elif detector is not None:
-        embedding = jnp.matmul(pooled, detector, precision="highest")
+    if projection is not None:
+        embedding = jnp.matmul(pooled, projection, precision="highest")
     latent = model.to_latent(pooled)
     latent = jnp.concatenate([latent, features(config, latent)], axis=1)
     answer = latent[:, :0] if span is None else model.to_latent(model.encoder.mean(hidden, span))

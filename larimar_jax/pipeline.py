@@ -137,13 +137,11 @@ class Pipeline:
         # Of one call: a few more texts of a batch take hardly longer.
         answers = None if answers is None else [*answers, *[None] * len(frames)]
         both = self._encode_texts([*texts, *frames], answers, cut)
-        of_relations = self.relations.relations.shape[1]
-        parts = (
-            both.embedding[count:, :of_relations][places],
-            both.embedding[:count, of_relations:],
-        )
-        embedding = np.concatenate(parts, axis=1)
-        return Encodings(embedding, both.latent[:count], both.pooled[:count])
+        pooled, framed = both.pooled[:count], both.pooled[count:][places]
+        padding = ((0, (1 << max(count - 1, 0).bit_length()) - count), (0, 0))
+        padded = (np.pad(rows, padding) for rows in (pooled, framed))
+        embedding = scope.relation_embedding(*padded, *self.relations)
+        return Encodings(np.asarray(embedding)[:count], both.latent[:count], pooled)
 
     def _encode_texts(self, texts: Sequence[str], answers: Any, cut: bool) -> Encodings:
         limit, width = self.model.encoder.config.max_length, self.model.encoder.config.width
@@ -162,9 +160,7 @@ class Pipeline:
         if parts.answer_encoding:
             tokenizer, answers = self.encoder_tokenizer, answers or [None] * len(texts)
             spans = latent_layout.answer_tokens(tokenizer, texts, answers, batch.mask)
-        detector = self.projection if self.relations is None else self.relations
-        compared = width + (0 if self.relations is None else self.relations.relations.shape[1])
-        sizes = (compared, parts.encoding + parts.key_features, width, parts.answer_encoding)
+        sizes = (width, parts.encoding + parts.key_features, width, parts.answer_encoding)
         outputs = [np.zeros((len(texts), size), np.float32) for size in sizes]
         order = np.argsort(lengths, kind="stable")
         for first in range(0, len(texts), _TEXTS):
@@ -175,7 +171,7 @@ class Pipeline:
             ids, mask = batch.ids[rows, :columns], np.pad(batch.mask[rows, :columns], padding)
             ids = np.pad(ids, padding, constant_values=self.encoder_tokenizer.pad)
             span = None if spans is None else np.pad(spans[rows, :columns], padding)
-            inputs = (detector, ids, mask, span, self.config.editing.key_features)
+            inputs = (self.projection, ids, mask, span, self.config.editing.key_features)
             encoded = latent_layout.encode(self.graph, self.state, *inputs)
             for output, part in zip(outputs, encoded, strict=True):
                 output[rows] = np.asarray(part)[: len(rows)]

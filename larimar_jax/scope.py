@@ -175,7 +175,8 @@ def cosines(
     embeddings: Float[np.ndarray, "Q H"], written: Float[np.ndarray, "N H"]
 ) -> Float[np.ndarray, "Q N"]:
     """Return the cosine of each query with each written key."""
-    return _unit(embeddings) @ _unit(written).T
+    # A product of BLAS would wake threads, which takes longer than this does where others are at work.
+    return np.einsum("qh,nh->qn", _unit(embeddings), _unit(written))
 
 
 class RelationDetector(NamedTuple):
@@ -226,8 +227,7 @@ def relation_embedding(
     wordings: Float[Array, "T H"],
     relations: Float[Array, "T R"],
 ) -> Float[Array, "n RH"]:
-    """Return vectors whose inner product is the score of two sentences: R numbers are of their frames,
-    H of their texts.
+    """Return vectors whose inner product is the score of two sentences.
 
     Args:
       texts, frames: encodings of sentences and of their frames.

@@ -238,24 +238,12 @@ unchecked = inspect.unwrap(Session.write)
     "call, error, words",
     [
         (lambda s: s.write("", "x"), session_file.EmptyFact, "needs a prompt and an answer"),
-        (
-            lambda s: s.write("Fact 9 is", "  \n"),
-            session_file.EmptyFact,
-            "needs a prompt and an answer",
-        ),
+        (lambda s: s.write("Fact 9 is", "  \n"), session_file.EmptyFact, "needs a prompt and an"),
         (lambda s: s.write("Fact 9 is", "x", [""]), session_file.EmptyFact, "needs a prompt"),
         (lambda s: s.write("Fact 9 is", "new", "other words"), TypeError, "list of texts"),
         (lambda s: s.write("word " * 90, "x"), TextTooLong, "the encoder takes 128"),
-        (
-            lambda s: s.write("Fact 9 is", "word " * 90),
-            TextTooLong,
-            "tokens and the encoder takes 128",
-        ),
-        (
-            lambda s: s.forget(77),
-            session_file.UnknownFact,
-            "never written. Facts in memory: 1, 3, 4, 5",
-        ),
+        (lambda s: s.write("Fact 9 is", "word " * 90), TextTooLong, "and the encoder takes 128"),
+        (lambda s: s.forget(77), session_file.UnknownFact, "never written. .*: 1, 3, 4, 5"),
         (lambda s: s.forget(2), session_file.UnknownFact, "forgotten before"),
         (lambda s: s.ask(" "), session_file.EmptyFact, "empty"),
         (lambda s: s.ask_all("Fact 1 is"), TypeError, "list of texts"),

@@ -3,15 +3,18 @@
 An encoder puts "room 101" beside "room 102", and "is open" beside "is not open". Words tell them apart.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
+import operator
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Int
 
 from larimar_jax.data import relations
 
@@ -66,7 +69,8 @@ class Evidence:
     `relations` has. strict: numbers, negation, symbols such as emoji, and the whole text where it is in
     a script that is not Latin: what is to be the very same in two wordings of one question. frame: the
     sentence with `PLACEHOLDER` for its names and numbers. proper: those of the names that nothing but
-    their capital can explain. sequence: all words, in order.
+    their capital can explain. sequence: all words, in order. poles: those of `contraries.txt` that its
+    words without capitals are of, and contraries: the others of the same lines.
     """
 
     sequence: tuple[str, ...]
@@ -75,6 +79,26 @@ class Evidence:
     proper: frozenset[str]
     strict: tuple[str, ...]
     frame: str
+    poles: frozenset[str]
+    contraries: frozenset[str]
+
+
+@functools.cache
+def _poles() -> tuple[dict[str, frozenset[str]], dict[str, frozenset[str]]]:
+    """Return the poles of each word of `contraries.txt`, and the others on the line of each pole.
+
+    A line has words that exclude each other, such as north and south; words of one pole are between two
+    slashes. Words with a capital count with it alone.
+    """
+    of_word, others = collections.defaultdict(frozenset), {}
+    text = Path(__file__).with_name("contraries.txt").read_text(encoding="utf-8")
+    for number, line in enumerate(text.splitlines()):
+        poles = {f"{number}/{place}": pole.split() for place, pole in enumerate(line.split("/"))}
+        for name, words in poles.items():
+            others[name] = frozenset(poles) - {name}
+            for word in words:
+                of_word[word] |= {name}
+    return dict(of_word), others
 
 
 @functools.lru_cache(1 << 16)
@@ -124,6 +148,12 @@ def evidence(text: str) -> Evidence:
         name and has_capitals and word != low and low not in known
         for word, low, name in zip(words[1:], lower[1:], is_name[1:], strict=True)
     ]
+    of_word, others = _poles()
+    small = [n == 0 or not has_capitals or word == word.lower() for n, word in enumerate(words)]
+    of_words = [
+        of_word.get(word, frozenset()) for word in (*words, *itertools.compress(folded, small))
+    ]
+    poles = frozenset().union(*of_words)
     return Evidence(
         folded,
         frozenset(folded),
@@ -131,6 +161,8 @@ def evidence(text: str) -> Evidence:
         frozenset(itertools.compress(folded[1:], proper)),
         tuple(strict),
         _frame(text, matches, [a or b is not None for a, b in zip(is_name, numbers, strict=True)]),
+        poles,
+        frozenset().union(*map(others.get, poles)) - poles,
     )
 
 
@@ -187,34 +219,47 @@ def comparable(queries: Sequence[str], keys: Sequence[str]) -> Bool[np.ndarray, 
     """Return which queries may mean which keys.
 
     A query names something else than a key where `Evidence.strict` is not the same;
-    where it has half or less of the key's names; where each has a name that the other lacks; or where
-    one that the key lacks comes after all of the key's ("Ada's boat is red and Per's car is").
+    where it has half or less of the key's names; where each has a name that the other lacks; where
+    one that the key lacks comes after all of the key's ("Ada's boat is red and Per's car is"); or where
+    each has a contrary of the other's words ("the oldest", "the youngest").
     """
     query_side, written = [*map(evidence, queries)], [*map(evidence, keys)]
-    # Of words only those of queries count, so that few are looked up in many keys.
-    known = {word: place for place, word in enumerate(set().union(*(e.words for e in query_side)))}
 
-    def indicators(sets: Iterable[frozenset[str]]) -> Float[np.ndarray, "n u"]:
-        sets = [*sets]
-        result = np.zeros((len(sets), len(known)), np.float32)
-        for row, words in zip(result, sets, strict=True):
-            row[[known[word] for word in words if word in known]] = 1
-        return result
+    def shared(of_queries: Callable, of_keys: Callable) -> Int[np.ndarray, "Q N"]:
+        return _shared([*map(of_queries, query_side)], [*map(of_keys, written)])
 
-    names, key_names = ([len(e.names) for e in side] for side in (query_side, written))
-    absent = (
-        key_names - indicators(e.words for e in query_side) @ indicators(e.names for e in written).T
+    words, named, poles, contraries = map(
+        operator.attrgetter, ("words", "names", "poles", "contraries")
     )
-    beyond = np.array(names, int)[:, None] - (
-        indicators(e.names for e in query_side) @ indicators(e.words for e in written).T
+    names, key_names = (
+        np.array([len(e.names) for e in side], int) for side in (query_side, written)
     )
-    strict, key_strict = (
-        np.array([hash(e.strict) for e in side], int) for side in (query_side, written)
-    )
+    absent, beyond = key_names - shared(words, named), names[:, None] - shared(named, words)
     is_other = (absent > 0) & ((2 * absent >= key_names) | (beyond > 0))
     for query, key in zip(*np.nonzero((absent <= 0) & (beyond > 0)), strict=True):
         is_other[query, key] = _turns_to_another(query_side[query], written[key])
+    is_other |= (shared(contraries, poles) > 0) & (shared(poles, contraries) > 0)
+    strict, key_strict = (
+        np.array([hash(e.strict) for e in side], int) for side in (query_side, written)
+    )
     return ~is_other & (strict[:, None] == key_strict)
+
+
+def _shared(
+    queries: Sequence[frozenset[str]], keys: Sequence[frozenset[str]]
+) -> Int[np.ndarray, "Q N"]:
+    """Count what each query has in common with each key."""
+    places = {word: place for place, word in enumerate(frozenset().union(*queries))}
+    if not places:
+        return np.zeros((len(queries), len(keys)), int)
+    has = np.zeros((len(queries), len(places)), int)
+    for row, words in zip(has, queries, strict=True):
+        row[[places[word] for word in words]] = 1
+    columns = [[places[word] for word in words if word in places] for words in keys]
+    ends = np.cumsum([0, *map(len, columns)])
+    sums = np.zeros((len(queries), ends[-1] + 1), int)
+    np.cumsum(has[:, [*itertools.chain(*columns)]], axis=1, out=sums[:, 1:])
+    return np.diff(sums[:, ends])
 
 
 def _turns_to_another(query: Evidence, key: Evidence) -> bool:
