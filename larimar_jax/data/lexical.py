@@ -150,10 +150,8 @@ def evidence(text: str) -> Evidence:
     ]
     of_word, others = _poles()
     small = [n == 0 or not has_capitals or word == word.lower() for n, word in enumerate(words)]
-    of_words = [
-        of_word.get(word, frozenset()) for word in (*words, *itertools.compress(folded, small))
-    ]
-    poles = frozenset().union(*of_words)
+    looked_up = (*words, *itertools.compress(folded, small))
+    poles = frozenset().union(*(of_word.get(word, ()) for word in looked_up))
     return Evidence(
         folded,
         frozenset(folded),
@@ -228,9 +226,8 @@ def comparable(queries: Sequence[str], keys: Sequence[str]) -> Bool[np.ndarray, 
     def shared(of_queries: Callable, of_keys: Callable) -> Int[np.ndarray, "Q N"]:
         return _shared([*map(of_queries, query_side)], [*map(of_keys, written)])
 
-    words, named, poles, contraries = map(
-        operator.attrgetter, ("words", "names", "poles", "contraries")
-    )
+    get = operator.attrgetter
+    words, named, poles, contraries = map(get, ("words", "names", "poles", "contraries"))
     names, key_names = (
         np.array([len(e.names) for e in side], int) for side in (query_side, written)
     )

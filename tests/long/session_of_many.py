@@ -3,7 +3,7 @@
     python tests/long/session_of_many.py ZSRE --count 1000
 
 Half of the facts are about people, half are of ZSRE, a file of KnowEdit, on which nothing was trained.
-With --session FILE a run that was stopped goes on with the facts that are in.
+With --session FILE a run goes on.
 """
 
 import argparse
@@ -58,10 +58,8 @@ def main(path: Path, count: int, session: Path | None) -> None:
         for start in range(0, len(asks), BATCH):
             results += session.ask_all([ask[0] for ask in asks[start : start + BATCH]])
         matched = [have.fact == own for have, (_, own, _) in zip(results, asks, strict=True)]
-        right = [
-            have.fact == own and have.text.strip() == answer
-            for have, (_, own, answer) in zip(results, asks, strict=True)
-        ]
+        pairs = zip(results, asks, strict=True)
+        right = [h.fact == own and h.text.strip() == answer for h, (_, own, answer) in pairs]
         inside = sum(have.in_scope for have in results)
         print(
             f"{kind}: {inside} in scope of {len(asks)}, own fact {sum(matched)}, right {sum(right)}",
