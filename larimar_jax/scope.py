@@ -14,7 +14,8 @@ relation that is asked for. It is compared with encodings u_t of many wordings, 
 
 and the score is (1 − ω) Σ_r √(p(r | query) p(r | key)) + ω cos(query, key): the Bhattacharyya
 coefficient of the relations and the cosine of whole sentences, as one inner product of
-`relation_embedding`s. Names, numbers and negation are compared as words (`data/lexical.comparable`).
+`relation_embedding`s. Names, numbers, negation and opposites are compared as words
+(`data/lexical.comparable`).
 """
 
 import dataclasses
