@@ -34,6 +34,7 @@ from jaxtyping import Array, Bool, Float, Int
 from larimar_jax.data import lexical
 from larimar_jax.data.segments import sentences
 from larimar_jax.latent_layout import Condition
+from larimar_jax.linalg import dot
 from larimar_jax.weights import model_file
 
 PROJECTION = "scope/projection"
@@ -237,7 +238,7 @@ def relation_embedding(
     texts, frames = (
         x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-9) for x in (texts, frames)
     )
-    shares = jax.nn.softmax(SHARPNESS * (frames @ wordings.T), axis=1) @ relations
+    shares = dot(jax.nn.softmax(SHARPNESS * dot(frames, wordings.T), axis=1), relations)
     parts = (math.sqrt(1 - WHOLE) * jnp.sqrt(shares), math.sqrt(WHOLE) * texts)
     return jnp.concatenate(parts, axis=1)
 
