@@ -52,11 +52,11 @@ class Options:
 
 
 class Piece(NamedTuple):
-    """What a row has gained. tokens: so far, without the one that ends it. ending: "stop", "length", or
-    None where it goes on."""
+    """What a row has gained. tokens: all so far, without the one that ends it. ending: "stop", "length",
+    or None where it goes on."""
 
     text: str
-    tokens: int
+    tokens: list[int]
     ending: str | None
 
 
@@ -139,7 +139,7 @@ def pieces(
             ended |= last and len(tokens) < limits[row]
             ending = "stop" if ended else "length" if len(tokens) >= limits[row] else None
             end = len(text) if ending else max(settled, yielded[row])
-            gained.append(Piece(text[yielded[row] : end], length, ending))
+            gained.append(Piece(text[yielded[row] : end], tokens[:length], ending))
             yielded[row] = end
         yield gained
         if last:
@@ -150,6 +150,11 @@ def pieces(
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Return a prompt as the decoder reads it: begin-of-text, and no blank at its end."""
     return [tokenizer.bos, *tokenizer.ids(prompt.rstrip())]
+
+
+def without_beginning(ids: Sequence[int], room: int) -> list[int]:
+    """Return at most `room` tokens of a prompt: its first, and its end."""
+    return [*ids] if len(ids) <= room else [ids[0], *ids[len(ids) - room + 1 :]]
 
 
 def _start(
@@ -170,7 +175,7 @@ def _start(
     for row, (prompt, more) in enumerate(zip(ids, limits, strict=True)):
         room = positions - more
         if len(prompt) > room and options.cut and room > 0:
-            ids[row] = [prompt[0], *prompt[len(prompt) - room + 1 :]]
+            ids[row] = without_beginning(prompt, room)
         elif len(prompt) > room:
             raise PromptTooLong(
                 f"Prompt {row} has {len(prompt)} tokens; with {more} more it exceeds the "

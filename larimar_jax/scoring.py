@@ -3,7 +3,7 @@
 import collections
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from larimar_jax.weights.tokenizer import Tokenizer
 
 # How many places go through the vocabulary's product at a time.
 HEAD = 64
+# Of likeliest tokens.
+TOP = 20
 
 T = TypeVar("T")
 
@@ -96,6 +98,47 @@ def judge(
     return Scores(loss, accuracy, hits)
 
 
+class TokenScores(NamedTuple):
+    """Of n tokens of an answer, ln p each, and the likeliest tokens in each one's place with theirs."""
+
+    log_p: Float[np.ndarray, " n"]
+    top: Int[np.ndarray, "n k"]
+    top_log_p: Float[np.ndarray, "n k"]
+
+
+def token_scores(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    condition: Condition | None = None,
+    *,
+    batch: int = 16,
+) -> list[TokenScores]:
+    """Return ln p(token | prompt, answer so far, condition) of all tokens of an answer to each prompt.
+
+    Args:
+      prompts, answers: tokens; together they fit the decoder's positions. No answer is empty.
+    """
+    conditions, trie = ConditionRows(condition, len(prompts)), Trie()
+    texts = [
+        trie.add(prompt, [answer], conditions.first[row])
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+    ]
+    steps = [step for text in texts for step in text.paths[0]]
+    places, tokens = [place for place, _ in steps], np.asarray([[token] for _, token in steps])
+    hidden = _hidden(model, trie, texts, {place.node for place in places}, conditions, batch)
+    graph, state = nnx.split(model)
+    pieces = []
+    for at, (count, arrays) in enumerate(_heads(trie, places, hidden, conditions)):
+        own = tokens[at * HEAD :][:count]
+        own = np.pad(own, ((0, len(arrays[0]) - count), (0, 0)))
+        scored = _log_probabilities(graph, state, jax.device_put(own.astype(np.int32)), *arrays)
+        pieces.append([np.asarray(values)[:count] for values in scored])
+    ends = np.cumsum([len(answer) for answer in answers])[:-1]
+    rows = (np.split(np.concatenate(values), ends) for values in zip(*pieces, strict=True))
+    return [TokenScores(own[:, 0], *top) for own, *top in zip(*rows, strict=True)]
+
+
 def _tokens(
     model: LanguageModel, tokenizer: Tokenizer, prompt: str, targets: Sequence[str]
 ) -> tuple[list[int], list[list[int]]]:
@@ -166,36 +209,62 @@ def _entropies(
     # One width for the whole call, so that only the number of places makes for another compilation.
     width = steps_bucket(max(map(len, labels.values())), 2)
 
-    def entropies(piece: list[TokenPlace]) -> tuple[int, Array, Array]:
-        # Padding repeats a place, and a label.
-        padded = piece + [piece[0]] * (steps_bucket(len(piece), 2) - len(piece))
-        return len(piece), *_cross_entropies(
-            graph,
-            state,
-            jax.device_put(np.stack([hidden[place.node] for place in padded])),
-            jax.device_put(np.asarray([trie.token[place.node] for place in padded], np.int32)),
-            jax.device_put(np.asarray([place.depth for place in padded], np.int32)),
-            jax.device_put(np.asarray([(labels[p] * width)[:width] for p in padded], np.int32)),
-            *conditions.of_answers(np.asarray([trie.condition[p.node] for p in padded])),
-        )
+    def entropies(count: int, arrays: tuple, first: int) -> tuple[int, Array, Array]:
+        rows = [(labels[p] * width)[:width] for p in places[first : first + count]]
+        rows += [rows[0]] * (len(arrays[0]) - count)
+        wanted = jax.device_put(np.asarray(rows, np.int32))
+        return count, *_cross_entropies(graph, state, wanted, *arrays)
 
-    pieces = (places[first : first + HEAD] for first in range(0, len(places), HEAD))
+    heads = enumerate(_heads(trie, places, hidden, conditions))
     results = [
         [np.asarray(values)[:count] for values in arrays]
-        for count, *arrays in _begun_ahead(map(entropies, pieces))
+        for count, *arrays in _begun_ahead(entropies(*head, at * HEAD) for at, head in heads)
     ]
     losses, likeliest = map(np.concatenate, zip(*results, strict=True))
     return losses, likeliest
+
+
+def _heads(
+    trie: Trie,
+    places: Sequence[TokenPlace],
+    hidden: dict[int, Float[np.ndarray, "D"]],
+    conditions: ConditionRows,
+) -> Iterator[tuple[int, tuple]]:
+    """Yield what `latent_layout.logits` takes at up to `HEAD` places at a time, and of how many of them;
+    padding repeats the first."""
+    for first in range(0, len(places), HEAD):
+        piece = places[first : first + HEAD]
+        padded = [*piece, *[piece[0]] * (steps_bucket(len(piece), 2) - len(piece))]
+        yield (
+            len(piece),
+            (
+                jax.device_put(np.stack([hidden[place.node] for place in padded])),
+                jax.device_put(np.asarray([trie.token[place.node] for place in padded], np.int32)),
+                jax.device_put(np.asarray([place.depth for place in padded], np.int32)),
+                *conditions.of_answers(np.asarray([trie.condition[p.node] for p in padded])),
+            ),
+        )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _log_probabilities(
+    graph: nnx.GraphDef, state: nnx.State, tokens: Int[Array, "K 1"], *arrays: Any
+) -> tuple[Float[Array, "K 1"], Int[Array, "K k"], Float[Array, "K k"]]:
+    """Return ln p of a token at each of K places, and the likeliest tokens there with theirs."""
+    logits = latent_layout.logits(nnx.merge(graph, state), *arrays)
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    values, top = jax.lax.top_k(log_p, TOP)
+    return jnp.take_along_axis(log_p, tokens, axis=-1), top, values
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _cross_entropies(
     graph: nnx.GraphDef,
     state: nnx.State,
+    labels: Int[Array, "K R"],
     hidden: Float[Array, "K D"],
     tokens: Int[Array, " K"],
     depth: Int[Array, " K"],
-    labels: Int[Array, "K R"],
     answer: Float[Array, "K A"] | None,
     evidence: TokenEvidence | None,
 ) -> tuple[Float[Array, "K R"], Bool[Array, "K R"]]:

@@ -10,11 +10,11 @@ import time
 
 import browser
 import hypothesis
+import malformed
 import numpy as np
 import openai
 import pytest
 import uvicorn
-from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from larimar_jax import cli
@@ -131,8 +131,36 @@ def test_the_client_of_openai_completes_chats_and_streams(address):
     pieces = [chunk.choices[0].delta.content for chunk in stream]
     assert "".join(pieces) == "new 1"
     assert [model.id for model in official.models.list()] == ["tiny"]
-    with pytest.raises(openai.BadRequestError, match="logprobs is not supported"):
-        official.completions.create(model="tiny", prompt="Fact 1 is", logprobs=1)
+    chat = official.chat.completions.create(
+        model="tiny", messages=turns, logprobs=True, top_logprobs=2
+    )
+    tokens = chat.choices[0].logprobs.content
+    assert "".join(token.token for token in tokens).strip() == "new 1"
+    assert [len(token.top_logprobs) for token in tokens] == [2] * len(tokens)
+    with pytest.raises(openai.BadRequestError, match="n is not supported"):
+        official.completions.create(model="tiny", prompt="Fact 1 is", n=2)
+
+
+def test_log_probabilities_are_those_of_the_answer_under_its_memory(client, tiny):
+    client.post(FACTS, json=FACT)
+    prompts = ["Fact 1 is", "The capital of France is"]
+    session = Session(tiny)
+    session.write(**FACT)
+    for choice in complete(client, prompts, logprobs=3, max_tokens=5)["choices"]:
+        likely, prompt = choice["logprobs"], prompts[choice["index"]]
+        assert "".join(likely["tokens"]) == choice["text"]
+        for place, token in enumerate(likely["tokens"]):
+            assert choice["text"][likely["text_offset"][place] :].startswith(token)
+        # The likeliest is what was drawn.
+        firsts = [max(top.values()) for top in likely["top_logprobs"]]
+        assert firsts == likely["token_logprobs"]
+        tokens = tiny.decoder_tokenizer.following(choice["text"].strip())
+        if len(tokens) == len(firsts):
+            (wanted,) = session.score([prompt], [[choice["text"]]])[0]
+            assert -np.mean(firsts) == pytest.approx(wanted, rel=1e-4)
+    body = dict(model="tiny", prompt=prompts[0], logprobs=0, stream=True)
+    *_, last = events(client.post("/v1/completions", json=body))
+    assert len(last["choices"][0]["logprobs"]["tokens"]) > 1
 
 
 def test_a_seed_draws_the_same_again(client):
@@ -172,6 +200,32 @@ def test_memories_of_one_pass_do_not_see_each_other(tiny):
     assert (first, second) == ((1, "new 1"), (1, "Japan city of France"))
     assert without == (None, tiny.generate(["Fact 1 is"], stop="")[0].strip())
     assert "larimar_passes_total 1\n" in metrics.text([])
+
+
+def test_a_short_answer_does_not_wait_for_the_end_of_a_long_one(tiny, monkeypatch):
+    monkeypatch.setattr(batching, "_SHORT", 1)
+    batcher, ended = batching.Batcher(tiny, Limits(), prometheus.Metrics()), []
+
+    async def ask(tokens, stop):
+        decoded = batching.Decoded(stop=(stop,))
+        question = batching.PendingQuestion("Japan is", None, decoded, max_tokens=tokens)
+        batcher.submit([question])
+        await question.next()
+        texts = [piece.text async for piece in question.pieces()]
+        ended.append(tokens)
+        return "".join(texts)
+
+    async def answers():
+        asks = [asyncio.create_task(ask(*each)) for each in ((60, "?a"), (5, "?b"))]
+        await asyncio.sleep(0)
+        batcher.start()
+        return await asyncio.gather(*asks)
+
+    long, short = asyncio.run(answers())
+    batcher.stop()
+    assert ended == [5, 60]
+    assert long == tiny.generate(["Japan is"], max_tokens=60, stop="?a")[0]
+    assert short == tiny.generate(["Japan is"], max_tokens=5, stop="?b")[0]
 
 
 def test_clients_at_the_same_time_get_their_own_answers(client):
@@ -348,7 +402,7 @@ CHAT = dict(model="tiny", messages=[dict(role="user", content="Fact 1 is")])
         ("completions", dict(ASK, prompt="\ud800"), 400, "not UTF-8"),
         ("completions", dict(ASK, max_tokens=99), 400, "max_tokens is at most 9"),
         ("completions", dict(ASK, n=2), 400, "n is not supported"),
-        ("completions", dict(ASK, logprobs=0), 400, "logprobs is not supported"),
+        ("completions", dict(ASK, logprobs=21), 400, "the 20 likeliest at most"),
         ("completions", dict(ASK, temperature=-1), 400, "temperature"),
         ("completions", dict(ASK, stop=["a"] * 17), 400, "at most 16 texts"),
         ("completions", dict(ASK, stopp="a"), 400, "did you mean stop?"),
@@ -395,42 +449,17 @@ def test_a_full_line_of_questions_asks_to_come_again(serve):
     assert response.status_code == 429 and response.headers["retry-after"] == "1"
 
 
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner),
-    max_leaves=8,
-)
-FIELDS = (
-    "prompt messages max_tokens temperature top_p top_k stop seed stream stream_options n".split()
-)
-
-
 @hypothesis.settings(max_examples=60, suppress_health_check=[*hypothesis.HealthCheck])
-@hypothesis.given(
-    path=st.sampled_from(
-        [
-            "completions",
-            "chat/completions",
-            *(f"memories/m/{p}" for p in ("facts", "import", "undo")),
-        ]
-    ),
-    body=st.dictionaries(st.sampled_from([*FIELDS, "answer", "events", "to", "source"]), VALUES)
-    | VALUES,
-)
-def test_no_body_is_an_error_of_the_server(fuzzed, path, body):
-    if isinstance(body, dict) and "completions" in path:
-        body = dict(body, model="tiny")
-    response = fuzzed.post(f"/v1/{path}", content=json.dumps(body), headers=JSON)
-    assert response.status_code < 500, response.text
-    if response.status_code >= 400:
-        assert response.json()["error"]["message"]
+@hypothesis.given(request=malformed.requests("tiny"))
+def test_a_malformed_request_is_refused_with_a_sentence(fuzzed, request):
+    method, path, headers, content = request
+    response = fuzzed.request(method, path, headers=headers, content=content)
+    malformed.require_refused(response.status_code, response.content)
 
 
 @pytest.fixture(scope="module")
 def fuzzed(tiny, tmp_path_factory):
-    # What is well formed would go on to the model, and compile for every length.
-    limits = Limits(prompt=0)
-    served = app.build(tiny, tmp_path_factory.mktemp("fuzzed"), warm_up=False, limits=limits)
+    served = app.build(tiny, tmp_path_factory.mktemp("fuzzed"), warm_up=False)
     with TestClient(served, base_url="http://localhost", raise_server_exceptions=False) as client:
         yield client
 

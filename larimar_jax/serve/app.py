@@ -197,7 +197,9 @@ def _routes() -> list[Route]:
 async def _http_error(request: Request, error: Exception) -> Response:
     """Answer for a path or a method that is not there, in the same form as any error."""
     assert isinstance(error, HTTPException)
-    problem = problems.Problem(error.status_code, "http_error", f"{error.detail}.")
+    problem = problems.Problem(
+        error.status_code, "http_error", f"{error.detail}: /docs lists what there is."
+    )
     problem.headers = dict(error.headers or {})
     return problems.response(problem)
 

@@ -3,7 +3,9 @@
 Questions wait in line. A thread takes the first one and all that are decoded alike (stops, temperature),
 reads each memory at its own questions, and decodes them together, so that what one pass costs is shared.
 Numbers of rows are padded to powers of four: few programs are compiled. What comes meanwhile is in the
-next pass. A question of one memory is never read in another: rows of a pass do not see each other.
+next pass, which begins at the end of the one before, or beside it after its first `_SHORT` tokens: from
+there on passes go on in turn. A question of one memory is never read in another: rows of a pass do not
+see each other.
 """
 
 import asyncio
@@ -11,22 +13,25 @@ import collections
 import dataclasses
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from larimar_jax import generate
+from larimar_jax import generate, scoring
 from larimar_jax.pipeline import Pipeline
 from larimar_jax.scope import Recalled
+from larimar_jax.scoring import TokenScores
 from larimar_jax.serve.limits import Limits
 from larimar_jax.serve.problems import Problem
 from larimar_jax.serve.prometheus import Metrics
 from larimar_jax.session import Session
 
-# Tokens of each step of a pass in which no answer is streamed.
-_STEPS = 16
+# Tokens of a pass's turn, and its first ones, in which none begins beside it: most answers end there.
+_TURN, _SHORT = 16, 33
+# Passes at a time: each has a cache.
+_PASSES = 4
 # How long the first question waits for others that are sent at the same time.
 _GATHER = 0.005
 
@@ -52,7 +57,8 @@ class Matched:
 class PendingQuestion:
     """A prompt in line, and what comes of it: `Matched`, then pieces, or an error.
 
-    session: None is the base LM. max_tokens: None takes what the fact's answer needs.
+    session: None is the base LM. max_tokens: None takes what the fact's answer needs. scores: of its
+    tokens, at the last piece, where it is to be scored.
     """
 
     def __init__(
@@ -64,9 +70,12 @@ class PendingQuestion:
         max_tokens: int | None = None,
         seed: int = 0,
         is_streamed: bool = False,
+        is_scored: bool = False,
     ):
         self.prompt, self.session, self.decoded = prompt, session, decoded
         self.max_tokens, self.seed, self.is_streamed = max_tokens, seed, is_streamed
+        self.is_scored = is_scored
+        self.scores: TokenScores | None = None
         self.begin, self.is_over = time.monotonic(), False
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Matched | generate.Piece | Exception] = asyncio.Queue()
@@ -98,6 +107,27 @@ class PendingQuestion:
                 ending = piece.ending
         finally:
             self.is_over = True
+
+
+class _Pass:
+    """A pass on its way. tokens: how many of each answer it has decoded, at the most."""
+
+    def __init__(self, questions: Sequence[PendingQuestion], steps: Iterator[int]):
+        self.questions, self.steps, self.tokens = questions, steps, 0
+
+    def go_on(self) -> bool:
+        """Decode a turn's tokens, and return whether there may be more."""
+        end = self.tokens + _TURN
+        try:
+            while self.tokens < end:
+                self.tokens += next(self.steps)
+        except StopIteration:
+            return False
+        except Exception as error:  # Of this pass; each of its questions raises it.
+            for question in self.questions:
+                question.put(error)
+            return False
+        return True
 
 
 class Batcher:
@@ -144,30 +174,28 @@ class Batcher:
             self._changed.notify()
 
     def _run(self) -> None:
-        while questions := self._take():
-            try:
-                self._answer(questions)
-            except Exception as error:  # Of this pass; each of its questions raises it.
-                for question in questions:
-                    question.put(error)
+        passes: list[_Pass] = []
+        while not self._is_stopped:
+            if len(passes) < _PASSES and all(own.tokens >= _SHORT for own in passes):
+                if questions := self._take(is_idle=not passes):
+                    passes.append(_Pass(questions, self._answer(questions)))
+            passes = [own for own in passes if own.go_on()]
 
-    def _take(self) -> list[PendingQuestion]:
-        """Return the first question in line and those that are decoded alike; none at the end."""
-        while True:
+    def _take(self, is_idle: bool) -> list[PendingQuestion]:
+        """Return the first question in line and those that are decoded alike; if idle, wait for one."""
+        if is_idle:
             with self._changed:
                 self._changed.wait_for(lambda: self._line or self._is_stopped)
-                if self._is_stopped:
-                    return []
             time.sleep(_GATHER)
-            with self._changed:
-                line = [question for question in self._line if not question.is_over]
-                alike = [question for question in line if question.decoded == line[0].decoded]
-                chosen = alike[: self.limits.batch]
-                self._line = collections.deque(q for q in line if q not in chosen)
-            if chosen:
-                return chosen
+        with self._changed:
+            line = [question for question in self._line if not question.is_over]
+            alike = [question for question in line if question.decoded == line[0].decoded]
+            chosen = alike[: self.limits.batch]
+            self._line = collections.deque(q for q in line if q not in chosen)
+        return chosen
 
-    def _answer(self, questions: Sequence[PendingQuestion]) -> None:
+    def _answer(self, questions: Sequence[PendingQuestion]) -> Iterator[int]:
+        """Answer questions in one pass, yielding after every few tokens how many."""
         recall, questions = self._recall(questions)
         if not questions:
             return
@@ -190,24 +218,38 @@ class Batcher:
             self.model.decoder_tokenizer,
             [questions[row].prompt for row in rows],
             padded.condition(self.model.condition),
-            every=1 if any(q.is_streamed for q in questions) else _STEPS,
+            every=(every := 1 if any(q.is_streamed for q in questions) else _TURN),
             max_tokens=[*limits, *[1] * padding],
             stop_after=padded.tokens,
             **options,
         )
         self.metrics.count("larimar_passes_total")
         for pieces in steps:
-            for question, piece in zip(questions, pieces, strict=False):
+            for row, (question, piece) in enumerate(zip(questions, pieces, strict=False)):
+                if question.is_scored and piece.ending and piece.tokens:
+                    question.scores = self._scores(question, piece.tokens, limits[row], recall, row)
                 self._hand_over(question, piece)
-            if self._is_stopped or all(question.is_over for question in questions):
+            if all(question.is_over for question in questions):
                 break
+            yield every
+
+    def _scores(
+        self, question: PendingQuestion, tokens: list[int], limit: int, recall: Recalled, row: int
+    ) -> TokenScores:
+        """Return the log probabilities of an answer's tokens, as they were decoded."""
+        model, room = self.model.model, self.model.model.decoder.config.max_length - 1 - limit
+        ids = generate.prompt_ids(self.model.decoder_tokenizer, question.prompt)
+        ids = generate.without_beginning(ids, room)
+        own = Recalled(*([part[row]] for part in recall[:3]), recall.readout[row : row + 1], {})
+        condition = own.condition(self.model.condition)
+        return scoring.token_scores(model, [ids], [tokens], condition)[0]
 
     def _hand_over(self, question: PendingQuestion, piece: generate.Piece) -> None:
         if question.is_over:
             return
         question.put(piece)
         if piece.ending:
-            self.metrics.count("larimar_tokens_total", piece.tokens)
+            self.metrics.count("larimar_tokens_total", len(piece.tokens))
             self.metrics.observe("larimar_ask_seconds", time.monotonic() - question.begin)
 
     def _recall(

@@ -5,19 +5,20 @@ number of the fact that it matches, and how near its prompt is.
 """
 
 import dataclasses
+import functools
 import json
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from larimar_jax import generate
+from larimar_jax import generate, scoring
 from larimar_jax.schema import Count, Natural, NonNegative
-from larimar_jax.serve import problems, tenants
+from larimar_jax.serve import log_probabilities, problems, tenants
 from larimar_jax.serve.batching import Decoded, Matched, PendingQuestion
 from larimar_jax.serve.problems import Content, Problem, Texts
 from larimar_jax.serve.state import Served
@@ -31,8 +32,6 @@ _NEUTRAL: tuple[tuple[str, Any], ...] = (
     ("best_of", 1),
     ("echo", False),
     ("suffix", ""),
-    ("logprobs", False),
-    ("top_logprobs", 0),
     ("presence_penalty", 0),
     ("frequency_penalty", 0),
     ("logit_bias", {}),
@@ -70,9 +69,11 @@ class Drawn:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompletionRequest(Drawn):
     """prompt: what is to be continued. model: MODEL or MODEL:MEMORY. max_tokens: default as the fact's
-    answer needs, at least 16. memory: whether written facts count; else the base LM answers."""
+    answer needs, at least 16. memory: whether written facts count; else the base LM answers. logprobs:
+    those of each token, and of so many of the likeliest there."""
 
     prompt: Texts
+    logprobs: Natural | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,8 @@ class ChatRequest(Drawn):
 
     messages: tuple[Message, ...]
     max_completion_tokens: Count | None = None
+    logprobs: bool = False
+    top_logprobs: Natural = 0
 
 
 async def completions(request: Request) -> Response:
@@ -100,7 +103,7 @@ async def completions(request: Request) -> Response:
     and the score of its prompt. With `stream`, events of the server that end with [DONE].
     """
     wanted = problems.read(CompletionRequest, await _values(request), _NEUTRAL)
-    return await _respond(request, wanted, wanted.prompt, wanted.stop)
+    return await _respond(request, wanted, wanted.prompt, wanted.stop, wanted.logprobs)
 
 
 async def chat_completions(request: Request) -> Response:
@@ -114,7 +117,8 @@ async def chat_completions(request: Request) -> Response:
     )
     tokenizer = request.app.state.served.model.decoder_tokenizer
     prompt, stop = chat_prompt(tokenizer, wanted.messages)
-    return await _respond(request, wanted, [prompt], (*wanted.stop, *stop))
+    likeliest = wanted.top_logprobs if wanted.logprobs else None
+    return await _respond(request, wanted, [prompt], (*wanted.stop, *stop), likeliest)
 
 
 def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[str, tuple[str, ...]]:
@@ -138,31 +142,44 @@ async def _values(request: Request) -> dict[str, Any]:
 
 
 async def _respond(
-    request: Request, wanted: Drawn, prompts: Sequence[str], stop: tuple[str, ...]
+    request: Request,
+    wanted: Drawn,
+    prompts: Sequence[str],
+    stop: tuple[str, ...],
+    likeliest: int | None,
 ) -> Response:
     served: Served = request.app.state.served
-    questions = await _questions(served, request, wanted, prompts, stop)
+    if (likeliest or 0) > scoring.TOP:
+        raise Problem(
+            400, "invalid", f"log probabilities are of the {scoring.TOP} likeliest at most."
+        )
+    questions = await _questions(served, request, wanted, prompts, stop, likeliest is not None)
     served.batcher.submit(questions)
     # An error of these is the response's status.
     matches = [await question.next() for question in questions]
     answers = [*zip(questions, matches, strict=True)]
     is_chat, tokenizer = isinstance(wanted, ChatRequest), served.model.decoder_tokenizer
+    likely = None
+    if likeliest is not None:
+        options = dict(likeliest=likeliest, is_chat=is_chat)
+        likely = functools.partial(log_probabilities.as_sent, tokenizer, **options)
     head = dict(id=uuid.uuid4().hex, created=int(time.time()), model=wanted.model)
     head["object"] = "chat.completion" if is_chat else "text_completion"
     tokens = sum(len(generate.prompt_ids(tokenizer, prompt)) for prompt in prompts)
     if wanted.stream:
         head["object"] += ".chunk" if is_chat else ""
         usage = tokens if wanted.stream_options.include_usage else None
-        events = _events(head, is_chat, answers, usage)
+        events = _events(head, is_chat, answers, usage, likely)
         return StreamingResponse(events, media_type="text/event-stream")
     choices, more = [], 0
     for place, (question, match) in enumerate(answers):
         pieces = [piece async for piece in question.pieces()]
-        text, more = "".join(piece.text for piece in pieces), more + pieces[-1].tokens
+        text, more = "".join(piece.text for piece in pieces), more + len(pieces[-1].tokens)
         content = dict(text=text)
         if is_chat:
             content = dict(message=dict(role="assistant", content=text.strip(), refusal=None))
-        choices.append(_choice(content, place, pieces[-1].ending, match))
+        scores = likely and likely(text, pieces[-1].tokens, question.scores)
+        choices.append(_choice(content, place, pieces[-1].ending, match, scores))
     return JSONResponse(dict(head, choices=choices, usage=_usage(tokens, more)))
 
 
@@ -172,6 +189,7 @@ async def _questions(
     wanted: Drawn,
     prompts: Sequence[str],
     stop: tuple[str, ...],
+    is_scored: bool,
 ) -> list[PendingQuestion]:
     """Return a request's questions.
 
@@ -212,6 +230,7 @@ async def _questions(
             max_tokens=wanted.max_tokens,
             seed=(seed + place) % 2**31,
             is_streamed=wanted.stream,
+            is_scored=is_scored,
         )
         for place, prompt in enumerate(prompts)
     ]
@@ -222,12 +241,15 @@ async def _events(
     is_chat: bool,
     answers: Sequence[tuple[PendingQuestion, Matched]],
     usage: int | None,
+    likely: Callable[..., dict[str, Any]] | None,
 ) -> AsyncIterator[str]:
-    """Yield server-sent events: the pieces of each answer in turn, and the usage where it is wanted."""
+    """Yield server-sent events: the pieces of each answer in turn, and the usage where it is wanted; log
+    probabilities with the last piece."""
     tokens = 0
     try:
         for place, (question, match) in enumerate(answers):
             first: Matched | None = match
+            whole = ""
             async for piece in question.pieces():
                 content: dict[str, Any] = dict(text=piece.text)
                 if is_chat:
@@ -235,11 +257,14 @@ async def _events(
                     role = dict(role="assistant") if first else {}
                     text = piece.text.lstrip() if first else piece.text
                     content = dict(delta=dict(role, content=text))
+                whole += piece.text
                 if piece.text or piece.ending:
-                    choice = _choice(content, place, piece.ending, first)
+                    is_last = likely and piece.ending
+                    scores = likely(whole, piece.tokens, question.scores) if is_last else None
+                    choice = _choice(content, place, piece.ending, first, scores)
                     yield _event(dict(head, choices=[choice]))
                     first = None
-            tokens += piece.tokens
+            tokens += len(piece.tokens)
         if usage is not None:
             yield _event(dict(head, choices=[], usage=_usage(usage, tokens)))
         yield "data: [DONE]\n\n"
@@ -255,9 +280,13 @@ def _event(content: Mapping[str, Any]) -> str:
 
 
 def _choice(
-    content: dict[str, Any], place: int, ending: str | None, match: Matched | None
+    content: dict[str, Any],
+    place: int,
+    ending: str | None,
+    match: Matched | None,
+    scores: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    choice = dict(content, index=place, logprobs=None, finish_reason=ending)
+    choice = dict(content, index=place, logprobs=scores, finish_reason=ending)
     if match is not None:
         in_scope = match.fact is not None
         choice["larimar"] = dict(in_scope=in_scope, fact=match.fact, score=match.score)

@@ -142,7 +142,7 @@ def read(kind: type[T], values: Any, neutral: Iterable[tuple[str, Any]] = ()) ->
     problems: list[str] = []
     parts = schema.fields(kind, values, "", problems, _READERS)
     if problems:
-        raise Problem(400, "invalid", "; ".join(problems))
+        raise Problem(400, "invalid", f"the body does not fit: {'; '.join(problems)}.")
     return kind(**parts)
 
 
