@@ -228,7 +228,7 @@ def test_streamed_pieces_join_to_the_whole(tiny, condition, every, stop):
     assert ["".join(parts) for parts in zip(*pieces, strict=True)] == whole
     *_, last = generate.pieces(tiny.model, tiny.decoder_tokenizer, PROMPTS, condition, **options)
     assert {piece.ending for piece in last} <= {"stop", "length"}
-    assert all(piece.tokens == 14 for piece in last if piece.ending == "length")
+    assert all(len(piece.tokens) == 14 for piece in last if piece.ending == "length")
     if every == 1 and stop == "":
         assert len(pieces) > 3
 
