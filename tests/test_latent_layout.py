@@ -129,9 +129,9 @@ def test_a_session_answers_what_was_written_and_no_more_once_forgotten(tiny):
     texts = [session.ask(prompt, max_tokens=3).text for prompt in prompts]
     tokens = [tiny.decoder_tokenizer.following(answer)[:3] for answer in answers]
     assert texts == [tiny.decoder_tokenizer.decode(ids) for ids in tokens]
-    recalled = session.recall(prompts).condition(tiny).evidence
+    recalled = session.recall(prompts).condition(tiny.condition).evidence
     session.forget(facts[0].id)
-    after = session.recall([prompts[1]]).condition(tiny).evidence
+    after = session.recall([prompts[1]]).condition(tiny.condition).evidence
     # Three tokens and the end; nothing is written beyond.
     np.testing.assert_array_equal(after.tokens[0, :4, 0], recalled.tokens[1, :4, 0])
     assert session.ask(prompts[0], max_tokens=3).text != texts[0]

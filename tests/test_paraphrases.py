@@ -79,4 +79,4 @@ def test_what_is_written_in_more_wordings_is_what_a_session_writes(tiny, tmp_pat
         loss = float(session.score([case.prompt], [[case.target_true]])[0, 0])
         assert losses[case.case_id]["larimar"][0] == pytest.approx(loss, rel=2e-4)
     with pytest.raises(ValueError, match="--rephrasings must be at least 0, not -1"):
-        task.other_wordings(task.records, -1)
+        dataclasses.replace(task, rephrasings=-1)
