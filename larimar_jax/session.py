@@ -38,8 +38,6 @@ from larimar_jax.weights.journal import Journal
 
 # Cosine of two prompts from which one is easily taken for the other, and of two that are one.
 _NEAR, _SAME = 0.95, 1 - 1e-5
-# Prompts near a new one whose facts are read back after its write.
-_NEIGHBOURS = 8
 
 
 class Session:
@@ -91,7 +89,7 @@ class Session:
         Raises:
           EmptyFact, NotText, NotUnicode, TextTooLong, EncodingNotFinite, MemoryNotFinite, SaveFailed:
             nothing is written.
-          NotKept: it would not be read back, or a neighbour no more; nothing is written.
+          NotKept: it would not be read back, or another fact no more; nothing is written.
         """
         prompts, answer = session_file.normalise(prompt, answer, rephrasings)
         keys, values = self.model.encode_fact(prompts, answer)
@@ -100,8 +98,7 @@ class Session:
             (memory, ledger), note = self._content, ""
             places, _, written = ledger.prompts
             cosines = scope.cosines(rows.embedding[:1], written)[0] if places else np.zeros(0)
-            order = np.argsort(-cosines)[:_NEIGHBOURS]
-            nearest = [places[row][0] for row in order]
+            nearest = int(cosines.argmax()) if places else 0
             # Many an encoder does not see capitals.
             words = prompts[0].casefold()
             same = (f for f in ledger.facts.values() if f.prompt.casefold() == words)
@@ -113,14 +110,14 @@ class Session:
                 note = f"replaces {former}"
                 memory, milliseconds = self._without(memory, ledger.rows[former.id])
                 ledger = ledger.without(former, milliseconds, source)
-            elif nearest and cosines[order[0]] >= _NEAR:
-                likeness = f"fact {nearest[0]} (cosine {cosines[order[0]]:.2f})"
+            elif places and cosines[nearest] >= _NEAR:
+                likeness = f"fact {places[nearest][0]} (cosine {cosines[nearest]:.2f})"
                 note = f"its prompt is hard to tell from that of {likeness}"
             begin = time.perf_counter()
             memory = finite.write(self._rule, self.model.prepared, memory, rows.key, rows.value)
             fact = Fact(ledger.next_id, prompts[0], answer, prompts[1:])
             ledger = ledger.with_fact(fact, rows, _since(begin), note, source)
-            memory = self._read_back(memory, ledger, [fact.id, *nearest])
+            memory = self._read_back(memory, ledger)
             if note and former is None:
                 warnings.warn(scope.NearDuplicate(f"{fact}: {note}"), stacklevel=2)
             self._commit(memory, ledger)
@@ -247,15 +244,14 @@ class Session:
         tokens = [len(model.decoder_tokenizer.following(facts[i].answer)) if i else 0 for i in ids]
         return Recalled(ids, [*map(float, match.score)], tokens, readout, milliseconds)
 
-    def _read_back(self, memory: rls.RLSState, ledger: Ledger, near: Sequence[int]) -> rls.RLSState:
-        """Return the memory if it gives back those of the facts near a new one that are in."""
-        by_id = {fact_id: ledger.rows[fact_id] for fact_id in near if fact_id in ledger.rows}
-        rows, code = session_file.join([*by_id.values()]), self.model.config.editing.answer_code
+    def _read_back(self, memory: rls.RLSState, ledger: Ledger) -> rls.RLSState:
+        """Return the memory if it gives back all facts: a crowded one may lose any of them."""
+        rows, code = session_file.join([*ledger.rows.values()]), self.model.config.editing.answer_code
         parts = (code.positions, code.width) if code else (1, rows.key.shape[1])
         content = (rows.key, rows.value, parts)
         memory, lost = finite.read_back(self._rule, self.model.prepared, memory, *content)
         if lost.any():
-            owners = np.repeat([*by_id], [len(own.key) for own in by_id.values()])
+            owners = np.repeat([*ledger.rows], [len(own.key) for own in ledger.rows.values()])
             fact = ledger.facts[int(owners[lost.argmax()])]
             raise NotKept(
                 f"With this fact in, the memory would not give back {str(fact)!r}; nothing is written. "

@@ -17,6 +17,8 @@ from larimar_jax.memory.base import Prepared
 from larimar_jax.memory.streaming import Streaming
 
 Rows = Float[np.ndarray, "n C"]
+# Rows of a read.
+_ROWS = 128
 
 
 class MemoryNotFinite(FloatingPointError):
@@ -71,7 +73,9 @@ def forget(
 
 def read(memory: Streaming, prepared: Prepared, now: rls.RLSState, keys: Rows) -> Rows:
     """Read at n keys."""
-    return np.asarray(rls.read(memory, prepared, now, _padded(keys)))[: len(keys)]
+    # A number of rows at a time, so that it is compiled for few, however many there are.
+    parts = [_padded(keys[at : at + _ROWS]) for at in range(0, len(keys), _ROWS)]
+    return np.concatenate([rls.read(memory, prepared, now, part) for part in parts])[: len(keys)]
 
 
 def read_back(
