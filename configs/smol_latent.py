@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
                 reader=dict(),
             ),
             memory=dict(variant="direct", slots=512, initial_log_variance=-4.6),
-            data=dict(phrases=56 * 4096, batch=1024),
+            data=dict(phrases=56 * 4096, batch=256),
             train=dict(
                 steps=2000,
                 learning_rate=1e-3,

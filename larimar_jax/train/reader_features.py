@@ -1,10 +1,10 @@
 """What frozen towers make of phrases in context, computed once and kept on disk, to fit a reader on.
 
-A row is a place where a token is to be said: the encoding z of the answer, the language model's last
-hidden state h_t, the newest token x_t, the tokens j of the answer before it, and the target, which after
-the last token of an answer is LEAVE: the language model goes on as it would without memory. z is encoded
-after one prompt, and for every second phrase said after another: a question is seldom asked as it was
-written.
+A row is a place where a token is to be said: what the encoder makes of the answer's tokens, the
+language model's last hidden state h_t, the newest token x_t, the tokens j of the answer before it, and
+the target, which after the last token of an answer is LEAVE: the language model goes on as it would
+without memory. An answer is encoded after one prompt, and for every second phrase said after another: a
+question is seldom asked as it was written.
 """
 
 import functools
@@ -35,13 +35,15 @@ _TEXTS, _ROWS = 64, 32
 
 
 class Features(NamedTuple):
-    """n phrases with their places.
+    """n phrases with their places; b = n + 1.
 
-    answer: z. hidden: the m different h_t. Of each of r rows: phrase, state: its z and h_t; token: x_t;
-    depth: j; target: the token to be said, or LEAVE.
+    pieces: the encoder's last hidden states of the phrases' own tokens, one phrase after the other;
+    begin: the first of each, and the end of all. hidden: the m different h_t. Of each of r rows: phrase,
+    state: its phrase and h_t; token: x_t; depth: j; target: the token to be said, or LEAVE.
     """
 
-    answer: Float[np.ndarray, "n C"]
+    pieces: Float[np.ndarray, "t H"]
+    begin: Int[np.ndarray, " b"]
     hidden: Float[np.ndarray, "m D"]
     phrase: Int[np.ndarray, " r"]
     state: Int[np.ndarray, " r"]
@@ -77,7 +79,7 @@ class FeatureMaker:
             for number, phrase in enumerate(block.phrases)
         ]
         contexts = [block.prompt if same else block.other for block, _, same in placed]
-        answer = self._encode(contexts, [phrase for _, phrase, _ in placed])
+        pieces, begin = self._encode(contexts, [phrase for _, phrase, _ in placed])
         decoder, trie, texts, rows = self._tokenizers[1], Trie(), [], []
         count = itertools.count()
         for block in blocks:
@@ -96,25 +98,29 @@ class FeatureMaker:
         phrase, node, token, depth, target = np.asarray(rows, np.int32).T
         used, state = np.unique(node, return_inverse=True)
         stacked = np.stack([hidden[each] for each in used])
-        return Features(answer, stacked, phrase, np.int32(state), token, depth, target)
+        return Features(pieces, begin, stacked, phrase, np.int32(state), token, depth, target)
 
-    def _encode(self, prompts: Sequence[str], phrases: Sequence[str]) -> Float[np.ndarray, "n C"]:
-        """Return the encodings of phrases after prompts, each pooled over its own tokens."""
+    def _encode(
+        self, prompts: Sequence[str], phrases: Sequence[str]
+    ) -> tuple[Float[np.ndarray, "t H"], Int[np.ndarray, " b"]]:
+        """Return the hidden states of n phrases' own tokens after prompts, and the n + 1 = b bounds."""
         tokenizer = self._tokenizers[0]
         texts = [f"{prompt} {phrase}" for prompt, phrase in zip(prompts, phrases, strict=True)]
         batch = tokenizer.encode(texts)
         span = latent_layout.answer_tokens(tokenizer, texts, phrases, batch.mask)
         lengths = batch.mask.sum(axis=1)
-        result = np.zeros((len(texts), self._model.to_latent.out_features), np.float16)
+        begin = np.concatenate([np.zeros(1, np.int32), np.cumsum(span.sum(axis=1), dtype=np.int32)])
+        pieces = np.zeros((begin[-1], self._model.encoder.config.width), np.float16)
         order = np.argsort(lengths, kind="stable")
         for first in range(0, len(texts), _TEXTS):
             rows = order[first : first + _TEXTS]
             padded = np.resize(rows, _TEXTS)
             width = bucket(int(lengths[rows].max()))
-            arrays = (a[padded, :width] for a in (batch.ids, batch.mask, span))
-            encoded = _encode(self._graph, self._state, *arrays, self._products)
-            result[rows] = np.asarray(encoded)[: len(rows)]
-        return result
+            arrays = (a[padded, :width] for a in (batch.ids, batch.mask))
+            hidden = np.asarray(_encode(self._graph, self._state, *arrays, self._products))
+            for row, states in zip(rows, hidden, strict=False):
+                pieces[begin[row] : begin[row + 1]] = states[span[row, :width]]
+        return pieces, begin
 
     def _hidden(self, trie: Trie, texts: Sequence[Text]) -> dict[int, np.ndarray]:
         conditions, result = ConditionRows(None, 1), {}
@@ -154,17 +160,24 @@ def load(
 
 def join(parts: Sequence[Features]) -> Features:
     """Return the features of several calls as those of one."""
-    phrases = np.cumsum([0, *(len(part.answer) for part in parts)])
-    states = np.cumsum([0, *(len(part.hidden) for part in parts)])
+    pieces, hidden, phrases = (
+        np.cumsum([0, *counts], dtype=np.int32)
+        for counts in zip(
+            *((len(p.pieces), len(p.hidden), len(p.begin) - 1) for p in parts), strict=True
+        )
+    )
     moved = [
-        part._replace(phrase=part.phrase + np.int32(p), state=part.state + np.int32(s))
-        for part, p, s in zip(parts, phrases, states, strict=False)
+        part._replace(
+            begin=part.begin[:-1] + pieces[n],
+            state=part.state + hidden[n],
+            phrase=part.phrase + phrases[n],
+        )
+        for n, part in enumerate(parts)
     ]
-    return Features(*map(np.concatenate, zip(*moved, strict=True)))
+    whole = Features(*map(np.concatenate, zip(*moved, strict=True)))
+    return whole._replace(begin=np.append(whole.begin, pieces[-1]))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
-def _encode(graph, state, tokens, mask, span, products):
-    model = nnx.merge(graph, state)
-    hidden = model.encoder.hidden(tokens, mask, products)
-    return model.to_latent(model.encoder.mean(hidden, span))
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _encode(graph, state, tokens, mask, products):
+    return nnx.merge(graph, state).encoder.hidden(tokens, mask, products)
