@@ -152,7 +152,8 @@ def test_phrases_of_a_corpus_are_the_same_again_and_of_one_side(corpus):
             _, words = block.prompt.rstrip("?").split(maxsplit=1)
             assert any(words in text for text in sides[side])
             assert any(f"{words} {block.phrases[0]}" in text for text in sides[side])
-            assert all(0 < len(phrase.split()) <= PHRASE_WORDS for phrase in block.phrases)
+            assert 0 < len(block.phrases[0].split()) <= PHRASE_WORDS
+            assert all(0 < len(phrase.split()) < 2 * PHRASE_WORDS for phrase in block.phrases)
     with pytest.raises(ValueError, match="no sentence of seven words"):
         Phrases(Corpus("short", lambda: iter([Document("a", "Too short.")])), False)
 
@@ -169,7 +170,7 @@ def test_features_are_what_the_towers_make_of_each_text_alone(reading, corpus):
             number += 1
             ids = decoder.following(phrase)
             hidden = reading.model.decoder.hidden(jnp.asarray([[*begin, *ids]]))[0][0]
-            rows = np.flatnonzero(features.phrase == number)
+            rows = np.arange(*features.first_row[number : number + 2])
             leaves = number % reader_features.LEAVES == 0
             targets = [*ids, *[reader_features.LEAVE] * leaves][:3]
             assert features.target[rows].tolist() == targets
@@ -179,7 +180,7 @@ def test_features_are_what_the_towers_make_of_each_text_alone(reading, corpus):
             prompt = block.other if place % 2 else block.prompt
             latent = reading.encode([f"{prompt} {phrase}"], [phrase]).latent[0]
             part = latent[reading.layout.encoding + reading.layout.key_features :][:16]
-            pieces = features.pieces[features.begin[number] : features.begin[number + 1]]
+            pieces = features.pieces[slice(*features.first_piece[number : number + 2])]
             expected = encoded(reading.model.reader, np.float64(pieces))
             np.testing.assert_allclose(part, expected, atol=5e-3)
 

@@ -79,25 +79,26 @@ def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> loop
     tokenizers = vocabulary.tokenizers(config, lambda: texts, run_dir / "tokenizer.json")
     maker = FeatureMaker(larimar, tokenizers, config.model.reader.positions, settings.products)
     size = reader_features.BLOCKS * reader_features.PHRASES
-    files, sides = -(-config.data.phrases // size), []
+    files, sides, words = -(-config.data.phrases // size), [], tokenizers[1].words()
     # Of all that decides them: a folder in which nothing was trained may have those of another config.
     hashes = [tokenizer.hash for tokenizer in tokenizers]
-    source = (documents.identity, config.data.seed, settings.products, size, config.model, hashes)
+    of_model = config.model.encoder, config.model.decoder, config.model.reader.positions
+    source = (documents.identity, config.data.seed, settings.products, size, of_model, hashes)
     digest = hashlib.sha256(repr(source).encode()).hexdigest()[:12]
     for held_out, count in ((True, _HELD_OUT), (False, files)):
         name = "held_out" if held_out else "training"
         with Bar(count, 0, shown=progress) as bar:
-            phrases = Phrases(documents, held_out)
+            phrases = Phrases(documents, held_out, words)
             folder, title = run_dir / "features" / digest / name, f"{name} features, files"
             shown = functools.partial(bar.show, text=title)
             sides.append(load(maker, phrases, config.data.seed, count, folder, shown))
     held_out, training = (jax.device_put(side) for side in sides)
     if progress:
-        say(f"{len(training.begin) - 1:,} phrases, {len(training.phrase):,} places")
+        say(f"{len(training.first_row) - 1:,} phrases, {len(training.state):,} places")
 
     # 3. The newest readable checkpoint, if any.
     fit = ReaderFit(config, AbstractModel(larimar))
-    batches = iter(_batches(len(training.begin) - 1, config))
+    batches = iter(_batches(len(training.first_row) - 1, config))
     meta = {
         "config": configs.to_dict(config),
         "tokenizers": {"encoder": tokenizers[0].hash, "decoder": tokenizers[1].hash},
@@ -175,7 +176,7 @@ class ReaderFit:
         """Return, of held-out places: nats per token, through memory and without; shares of first and of
         further tokens that are the likeliest; of places after the last, where the likeliest is the
         language model's."""
-        chosen = np.random.default_rng(0).permutation(len(features.begin) - 1)[:_JUDGED]
+        chosen = np.random.default_rng(0).permutation(len(features.first_row) - 1)[:_JUDGED]
         parts = [
             self._judge(state.params, frozen, features, np.int32(part))
             for part in chosen.reshape(-1, min(_TOGETHER, len(chosen)))
@@ -232,12 +233,16 @@ class ReaderFit:
         def log_p(hidden):
             return jax.nn.log_softmax(jnp.where(again, -jnp.inf, losses.logits(some, hidden)))
 
-        p, base = log_p(changed), jax.lax.stop_gradient(log_p(places.hidden))
+        p, spoken = log_p(changed), places.target != LEAVE
         place = jnp.searchsorted(tokens, jnp.maximum(places.target, 0))
-        spoken = -jnp.take_along_axis(p, place[:, None], axis=1)[:, 0]
-        gap = jnp.where(again, 0.0, base - p)
+        total = -jnp.take_along_axis(p, place[:, None], axis=1)[:, 0]
+        total = total.sum(where=places.real & spoken)
+        # A phrase has at most one place after it, and few phrases have one.
+        (after,) = jnp.nonzero(places.real & ~spoken, size=places.count // 2, fill_value=-1)
+        base = log_p(places.hidden[after])
+        gap = jnp.where(again, 0.0, base - p[after])
         left = (jnp.exp(base) * gap).sum(axis=1)
-        return jnp.where(places.target == LEAVE, left, spoken).mean(where=places.real)
+        return (total + left.sum(where=after >= 0)) / places.real.sum()
 
     def _judged(
         self, params, frozen, features: Features, phrases: Int[Array, " N"]
@@ -284,7 +289,7 @@ class _Places(NamedTuple):
 
 
 def _places(features: Features, phrases: Int[Array, " N"]) -> _Places:
-    count, whole = len(phrases), len(features.begin) - 1
+    count, whole = len(phrases), len(features.first_row) - 1
 
     def spread(begin: Int[Array, " b"], things: int) -> tuple[Array, Array, Array]:
         """Return of each thing its phrase, N for padding, its number, and its place in the phrase."""
@@ -296,9 +301,8 @@ def _places(features: Features, phrases: Int[Array, " N"]) -> _Places:
         place = number - (ends - counts)[inside]
         return of, jnp.minimum(begin[phrases[inside]] + place, things - 1), place
 
-    of, piece, at = spread(features.begin, len(features.pieces))
-    first = jnp.searchsorted(features.phrase, jnp.arange(whole + 1))
-    phrase, row, _ = spread(first, len(features.phrase))
+    of, piece, at = spread(features.first_piece, len(features.pieces))
+    phrase, row, _ = spread(features.first_row, len(features.state))
     return _Places(
         count,
         features.pieces[piece].astype(jnp.float32),
