@@ -154,6 +154,11 @@ def test_phrases_of_a_corpus_are_the_same_again_and_of_one_side(corpus):
             assert any(f"{words} {block.phrases[0]}" in text for text in sides[side])
             assert 0 < len(block.phrases[0].split()) <= PHRASE_WORDS
             assert all(0 < len(phrase.split()) < 2 * PHRASE_WORDS for phrase in block.phrases)
+    named = Phrases(corpus, False, ["Zyx", "qwv"]).blocks(16, 0)
+    drawn = {
+        word for block in itertools.islice(named, 200) for p in block.phrases for word in p.split()
+    }
+    assert {"Zyx", "qwv"} <= drawn
     with pytest.raises(ValueError, match="no sentence of seven words"):
         Phrases(Corpus("short", lambda: iter([Document("a", "Too short.")])), False)
 
@@ -183,6 +188,14 @@ def test_features_are_what_the_towers_make_of_each_text_alone(reading, corpus):
             pieces = features.pieces[slice(*features.first_piece[number : number + 2])]
             expected = encoded(reading.model.reader, np.float64(pieces))
             np.testing.assert_allclose(part, expected, atol=5e-3)
+    # Of what the language model does not read only its states are missing.
+    unread, said = make(blocks, read=False), features.target != reader_features.LEAVE
+    np.testing.assert_array_equal(unread.pieces, features.pieces)
+    assert not unread.hidden.any() and not unread.state.any()
+    for name in ("token", "depth", "target"):
+        np.testing.assert_array_equal(getattr(unread, name), getattr(features, name)[said])
+    left = np.add.reduceat(~said, features.first_row[:-1])
+    assert (np.diff(unread.first_row) == np.diff(features.first_row) - left).all()
 
 
 @pytest.fixture
