@@ -44,8 +44,8 @@ class Features(NamedTuple):
 
     pieces: the encoder's last hidden states of the phrases' own tokens, one phrase after the other.
     hidden: the m different h_t. Of each of r rows, one phrase after the other: state: its h_t; token:
-    x_t; depth: j; target: the token to be said, or LEAVE. first_piece, first_row: of each phrase, and the
-    end of all.
+    x_t; depth: j; target: the token to be said, or LEAVE. first_piece, first_row: of each phrase, and
+    the end of all.
     """
 
     pieces: Float[np.ndarray, "t H"]
