@@ -98,7 +98,7 @@ class DataConfig:
     decoder_tokens: Count = 64
     buckets: Count = 1  # pairs of lengths that pieces are sorted into, to pad less; each compiles
     vocabulary: Natural = 0  # byte-pair entries, trained for towers without a tokenizer; else 0
-    phrases: Count = 524_288  # that a reader is fitted on; `batch` is of their places
+    phrases: Count = 524_288  # that a reader is fitted on; `batch` is of them
     workers: Natural = 0  # reading processes per host; 0 for threads, until tokens come too slowly
     seed: int = 0
 

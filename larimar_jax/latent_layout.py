@@ -11,8 +11,8 @@ and the memory holds about C + F facts before it has to blend them, in max(K, C 
 beyond C, which an M₀ of C columns cannot use, and as many more as that takes. M₀ is extended so that it
 reads every text back as itself as before. Without features and answers all of this is e(text).
 
-A model with a reader (decoders/reader.py) speaks from the encoding of the answer: e of the written text,
-pooled over the answer's own tokens alone, so that R = C.
+A model with a reader (decoders/reader.py) speaks from the encoding of the answer, which it makes of the
+answer's own tokens in the written text alone; R = C.
 
 The code of an answer (§10) is ours, not the paper's. A latent of some hundred numbers holds what a text
 is about, and not how its words are written. So the value of a fact carries its answer behind the
@@ -267,7 +267,7 @@ def encode(
         embedding = jnp.matmul(pooled, projection, precision="highest")
     latent = model.to_latent(pooled)
     latent = jnp.concatenate([latent, features(config, latent)], axis=1)
-    answer = latent[:, :0] if span is None else model.to_latent(model.encoder.mean(hidden, span))
+    answer = latent[:, :0] if span is None else model.reader.encode(hidden, span)
     return embedding, latent, pooled, answer
 
 

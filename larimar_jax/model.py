@@ -73,7 +73,7 @@ class Larimar(nnx.Module):
         exact = dict(precision=jax.lax.Precision.HIGHEST, use_bias=False, rngs=rngs)
         self.to_latent = nnx.Linear(width, latent, kernel_init=draw, **exact)
         if reader is not None:
-            self.reader = Reader(reader, latent, c.width, rngs)
+            self.reader = Reader(reader, width, latent, c.width, rngs)
         else:
             size, draw = math.prod(self.slot_shape), nnx.initializers.normal(0.02)
             self.to_slots = nnx.Linear(latent, size, use_bias=False, rngs=rngs)

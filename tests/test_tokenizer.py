@@ -154,6 +154,13 @@ def test_an_answer_follows_its_prompt_after_one_blank():
         assert [*tokenizer.ids("The quick brown"), *tokenizer.following("fox jumps")] == whole
 
 
+def test_words_are_tokens_of_letters_after_a_blank(smol):
+    words = smol.words()
+    assert {"city", "Rome"} <= {*words} and len(words) == len({*words})
+    assert all(word.isalpha() and len(word) > 1 for word in words)
+    assert all(len(smol.following(word)) == 1 for word in words[::500])
+
+
 def test_special_tokens_come_after_the_vocabulary_in_their_order():
     plain = folder("gpt2")
     before, size = plain.to_json(), plain.vocab_size

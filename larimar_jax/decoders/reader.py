@@ -1,8 +1,10 @@
 """A late route: the decoder speaks from the encoding of an answer by a change of its last hidden state.
 
+    z = Σ_i f(e_i, i), of length 1
     h'_t = h_t + r(z, h_t, x_t, j),        p(x_{t+1}) = softmax(h'_t Wᵀ)
 
-z is what a memory reads of an answer's encoding (latent_layout.py), h_t the frozen language model's last
+e_i is what the frozen encoder makes of the answer's i-th token in its context, and z the answer's
+encoding, which a memory holds and reads (latent_layout.py). h_t is the frozen language model's last
 hidden state, x_t the newest token, j how many tokens of the answer stand before, and W the frozen map to
 logits. What attends to what stays the language model's own, whatever z is, so that its keys and values
 of a prompt are computed once for all z; and z = 0 leaves it as it is, to the bit. The route is ours: the
@@ -10,11 +12,12 @@ paper's two (§2) act in every layer.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import layers
 
@@ -28,19 +31,32 @@ class ReaderConfig:
 
 
 class Reader(nnx.Module):
-    """r: a multi-layer perceptron of the normalised z, h_t and embedding of x_t, and of j.
+    """f, a multi-layer perceptron of the normalised e_i and of i, and r, one of the normalised z, h_t
+    and embedding of x_t, and of j.
 
     Args:
-      latent: C. width: D, the decoder's.
+      inputs: H, the encoder's width. latent: C. width: D, the decoder's.
     """
 
-    def __init__(self, config: ReaderConfig, latent: int, width: int, rngs: nnx.Rngs):
+    def __init__(self, config: ReaderConfig, inputs: int, latent: int, width: int, rngs: nnx.Rngs):
         self.config = config
 
-        def linear(inputs: int, outputs: int, scale: float = 1.0) -> nnx.Linear:
+        def linear(inputs: int, outputs: int, scale: float = 1.0, **how: Any) -> nnx.Linear:
             draw = nnx.initializers.variance_scaling(scale, "fan_in", "normal")
-            return nnx.Linear(inputs, outputs, use_bias=False, kernel_init=draw, rngs=rngs)
+            how = dict(use_bias=False, kernel_init=draw, rngs=rngs) | how
+            return nnx.Linear(inputs, outputs, **how)
 
+        # What goes into the memory is rounded as little as its algebra, on a GPU too.
+        exact = dict(precision=jax.lax.Precision.HIGHEST)
+        half = config.width // 2
+        self.of_piece = linear(inputs, half, **exact)
+        self.piece_place = nnx.Embed(
+            config.positions, half, embedding_init=nnx.initializers.normal(0.5), rngs=rngs
+        )
+        # e_i's own way to z: the mean of e_i is a good beginning.
+        kept = dict(kernel_init=lambda *_: jnp.eye(inputs)) if inputs == latent else {}
+        self.piece = linear(inputs, latent, **exact, **kept)
+        self.to_latent = linear(half, latent, 0.1, **exact)
         self.of_latent = linear(latent, config.width)
         self.of_hidden = linear(width, config.width)
         self.of_token = linear(width, config.width)
@@ -50,6 +66,25 @@ class Reader(nnx.Module):
         self.output = linear(config.width, width, 0.1)
         self.past = linear(latent, width, 0.1)  # z's own way to the output
         self.size = linear(config.width, 1, 0.01)
+
+    def encode(
+        self, hidden: Float[Array, "*n S H"], own: Bool[Array, "*n S"]
+    ) -> Float[Array, "*n C"]:
+        """Return z of texts; `own` are their answers' tokens, and where there are none z is 0."""
+        terms = self.terms(hidden, jnp.cumsum(own, axis=-1) - 1)
+        return self.scale(jnp.where(own[..., None], terms, 0.0).sum(axis=-2))
+
+    def terms(self, hidden: Float[Array, "*n H"], place: Int[Array, "*n"]) -> Float[Array, "*n C"]:
+        """Return f of the tokens of answers, which are at these places, 0 and up."""
+        pieces = _normalise(hidden.astype(jnp.float32))
+        place = jnp.clip(place, 0, self.config.positions - 1)
+        wide = jax.nn.gelu(self.of_piece(pieces) + layers.look_up(self.piece_place, place))
+        return self.piece(pieces) + self.to_latent(wide)
+
+    def scale(self, total: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
+        """Return z of the sums of answers' terms."""
+        square = jnp.square(total).sum(axis=-1, keepdims=True)
+        return total * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
 
     def __call__(
         self,

@@ -9,6 +9,7 @@ are over all of it. Noise is added to z, as other facts in a memory add to what 
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -35,8 +36,10 @@ from larimar_jax.train.step import TrainState
 _FIRST, _DRAWN = 2048, 3072
 # The most noise, as a share of z's length.
 _NOISE = 0.5
-# Files of held-out features, and their places that an evaluation is over.
-_HELD_OUT, _JUDGED = 1, 4096
+# Files of held-out features, their phrases that an evaluation is over, and how many at a time.
+_HELD_OUT, _JUDGED, _TOGETHER = 1, 1024, 64
+# Places and tokens of phrases for which a step has room, of those that so many have on average.
+_ROOM = 1.15
 
 
 class NotAlone(ValueError):
@@ -76,25 +79,26 @@ def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> loop
     tokenizers = vocabulary.tokenizers(config, lambda: texts, run_dir / "tokenizer.json")
     maker = FeatureMaker(larimar, tokenizers, config.model.reader.positions, settings.products)
     size = reader_features.BLOCKS * reader_features.PHRASES
-    files, sides = -(-config.data.phrases // size), []
+    files, sides, words = -(-config.data.phrases // size), [], tokenizers[1].words()
     # Of all that decides them: a folder in which nothing was trained may have those of another config.
     hashes = [tokenizer.hash for tokenizer in tokenizers]
-    source = (documents.identity, config.data.seed, settings.products, size, config.model, hashes)
+    of_model = config.model.encoder, config.model.decoder, config.model.reader.positions
+    source = (documents.identity, config.data.seed, settings.products, size, of_model, hashes)
     digest = hashlib.sha256(repr(source).encode()).hexdigest()[:12]
     for held_out, count in ((True, _HELD_OUT), (False, files)):
         name = "held_out" if held_out else "training"
         with Bar(count, 0, shown=progress) as bar:
-            phrases = Phrases(documents, held_out)
+            phrases = Phrases(documents, held_out, words)
             folder, title = run_dir / "features" / digest / name, f"{name} features, files"
             shown = functools.partial(bar.show, text=title)
             sides.append(load(maker, phrases, config.data.seed, count, folder, shown))
     held_out, training = (jax.device_put(side) for side in sides)
     if progress:
-        say(f"{len(training.answer):,} phrases, {len(training.phrase):,} places")
+        say(f"{len(training.first_row) - 1:,} phrases, {len(training.state):,} places")
 
     # 3. The newest readable checkpoint, if any.
     fit = ReaderFit(config, AbstractModel(larimar))
-    batches = iter(_batches(len(training.phrase), config))
+    batches = iter(_batches(len(training.first_row) - 1, config))
     meta = {
         "config": configs.to_dict(config),
         "tokenizers": {"encoder": tokenizers[0].hash, "decoder": tokenizers[1].hash},
@@ -114,9 +118,9 @@ def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> loop
             Bar(settings.steps, first, shown=progress) as bar,
         ):
             while step < settings.steps and not stopping(step):
-                rows = next(batches)
+                phrases = next(batches)
                 step += 1
-                state, loss = fit.step(state, frozen, training, rows)
+                state, loss = fit.step(state, frozen, training, phrases)
                 if step % settings.log_every == 0:
                     bar.show(step, f"loss {float(loss):.3f}")
                 if step == settings.steps or step % settings.evaluate_every == 0:
@@ -149,7 +153,7 @@ class ReaderFit:
 
     Attributes:
         init: the reader's parameters → the state before the first step. step: (state, frozen, features,
-            rows) → (state, loss), compiled; the state is donated. rows: numbers of places, and the
+            phrases) → (state, loss), compiled; the state is donated. phrases: their numbers, and the
             step's number is the state's.
     """
 
@@ -172,22 +176,29 @@ class ReaderFit:
         """Return, of held-out places: nats per token, through memory and without; shares of first and of
         further tokens that are the likeliest; of places after the last, where the likeliest is the
         language model's."""
-        rows = np.random.default_rng(0).permutation(len(features.phrase))[:_JUDGED]
-        parts = [self._judge(state.params, frozen, features, part) for part in np.split(rows, 16)]
-        loss, base, hit = (np.concatenate([np.asarray(p[n]) for p in parts]) for n in range(3))
-        target, depth = (np.asarray(a)[rows] for a in (features.target, features.depth))
-        answer, first = target != LEAVE, depth == 0
+        chosen = np.random.default_rng(0).permutation(len(features.first_row) - 1)[:_JUDGED]
+        parts = [
+            self._judge(state.params, frozen, features, np.int32(part))
+            for part in chosen.reshape(-1, min(_TOGETHER, len(chosen)))
+        ]
+        loss, base, hit, target, depth, real = (
+            np.concatenate([np.asarray(array) for array in arrays])
+            for arrays in zip(*parts, strict=True)
+        )
+        answer, first = real & (target != LEAVE), depth == 0
         return {
             "nats": float(loss[answer].mean()),
             "language_model": float(base[answer].mean()),
             "first": float(hit[answer & first].mean()),
             "further": float(hit[answer & ~first].mean()),
-            "left": float(hit[~answer].mean()),
+            "left": float(hit[real & ~answer].mean()),
         }
 
-    def _step(self, state, frozen, features, rows):
+    def _step(self, state, frozen, features, phrases):
         key = jax.random.fold_in(jax.random.key(self._seed), state.step)
-        loss, gradient = jax.value_and_grad(self._loss)(state.params, frozen, features, rows, key)
+        loss, gradient = jax.value_and_grad(self._loss)(
+            state.params, frozen, features, phrases, key
+        )
         updates, optimised = self._optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, optimised, {}, loss), loss
@@ -197,16 +208,18 @@ class ReaderFit:
         params: Mapping[str, Array],
         frozen: Mapping[str, Array],
         features: Features,
-        rows: Int[Array, " B"],
+        phrases: Int[Array, " N"],
         key: Key[Array, ""],
     ) -> Float[Array, ""]:
         noise_key, size_key, token_key = jax.random.split(key, 3)
-        places = _at(features, rows)
-        length = jnp.linalg.norm(places.answer, axis=1, keepdims=True)
-        size = jax.random.uniform(size_key, length.shape, maxval=_NOISE) * length
-        noise = jax.random.normal(noise_key, places.answer.shape)
-        noise = noise * size / jnp.sqrt(jnp.float32(places.answer.shape[1]))
-        changed, head = self._read(params, frozen, places._replace(answer=places.answer + noise))
+        places = _places(features, phrases)
+
+        def noisy(answer):
+            size = jax.random.uniform(size_key, (len(answer), 1), maxval=_NOISE)
+            noise = jax.random.normal(noise_key, answer.shape)
+            return answer + noise * size / jnp.sqrt(jnp.float32(answer.shape[1]))
+
+        changed, head = self._read(params, frozen, places, noisy)
 
         vocabulary = head.kernel.shape[0 if head.tied else 1]
         first = jnp.arange(min(_FIRST, vocabulary))
@@ -220,19 +233,24 @@ class ReaderFit:
         def log_p(hidden):
             return jax.nn.log_softmax(jnp.where(again, -jnp.inf, losses.logits(some, hidden)))
 
-        p, base = log_p(changed), jax.lax.stop_gradient(log_p(places.hidden))
+        p, spoken = log_p(changed), places.target != LEAVE
         place = jnp.searchsorted(tokens, jnp.maximum(places.target, 0))
-        spoken = -jnp.take_along_axis(p, place[:, None], axis=1)[:, 0]
-        gap = jnp.where(again, 0.0, base - p)
+        total = -jnp.take_along_axis(p, place[:, None], axis=1)[:, 0]
+        total = total.sum(where=places.real & spoken)
+        # A phrase has at most one place after it, and few phrases have one.
+        (after,) = jnp.nonzero(places.real & ~spoken, size=places.count // 2, fill_value=-1)
+        base = log_p(places.hidden[after])
+        gap = jnp.where(again, 0.0, base - p[after])
         left = (jnp.exp(base) * gap).sum(axis=1)
-        return jnp.where(places.target == LEAVE, left, spoken).mean()
+        return (total + left.sum(where=after >= 0)) / places.real.sum()
 
     def _judged(
-        self, params, frozen, features: Features, rows: Int[Array, " B"]
-    ) -> tuple[Float[Array, " B"], Float[Array, " B"], Bool[Array, " B"]]:
-        """Return −ln p of the target with the reader and without, and whether the likeliest token is the
-        target, or the language model's where that is to go on."""
-        places = _at(features, rows)
+        self, params, frozen, features: Features, phrases: Int[Array, " N"]
+    ) -> tuple[Array, ...]:
+        """Return, of the B places of N phrases, −ln p of the target with the reader and without, whether
+        the likeliest token is the target, or the language model's where that is to go on; targets and
+        depths; and whether it is a place."""
+        places = _places(features, phrases)
         changed, head = self._read(params, frozen, places)
         logits, base = losses.logits(head, changed), losses.logits(head, places.hidden)
         target = jnp.where(places.target == LEAVE, base.argmax(axis=1), places.target)
@@ -240,42 +258,76 @@ class ReaderFit:
             -jnp.take_along_axis(jax.nn.log_softmax(each), target[:, None], axis=1)[:, 0]
             for each in (logits, base)
         )
-        return *nats, logits.argmax(axis=1) == target
+        hit = logits.argmax(axis=1) == target
+        return *nats, hit, places.target, places.depth, places.real
 
-    def _read(self, params, frozen, places: "_Places") -> tuple[Float[Array, "B D"], losses.Head]:
+    def _read(
+        self, params, frozen, places: "_Places", noisy=lambda answer: answer
+    ) -> tuple[Float[Array, "B D"], losses.Head]:
         larimar = self._abstract.model({**frozen, **params})
         token = larimar.decoder.word.embedding[...][places.token]
-        changed = larimar.reader(places.answer, places.hidden, token, places.depth)
+        terms = larimar.reader.terms(places.pieces, places.at)
+        total = jnp.zeros((places.count, terms.shape[1]), terms.dtype).at[places.of].add(terms)
+        answer = noisy(larimar.reader.scale(total))[places.phrase]
+        changed = larimar.reader(answer, places.hidden, token, places.depth)
         return changed, larimar.decoder.to_logits
 
 
 class _Places(NamedTuple):
-    answer: Float[Array, "B C"]
+    """The places of N phrases, with the encoder's T tokens of these; real: not padding."""
+
+    count: int  # N
+    pieces: Float[Array, "T H"]
+    at: Int[Array, " T"]  # place in its phrase
+    of: Int[Array, " T"]  # its phrase; N for padding
+    phrase: Int[Array, " B"]
     hidden: Float[Array, "B D"]
     token: Int[Array, " B"]
     depth: Int[Array, " B"]
     target: Int[Array, " B"]
+    real: Bool[Array, " B"]
 
 
-def _at(features: Features, rows: Int[Array, " B"]) -> _Places:
-    answer = features.answer[features.phrase[rows]].astype(jnp.float32)
-    hidden = features.hidden[features.state[rows]].astype(jnp.float32)
+def _places(features: Features, phrases: Int[Array, " N"]) -> _Places:
+    count, whole = len(phrases), len(features.first_row) - 1
+
+    def spread(begin: Int[Array, " b"], things: int) -> tuple[Array, Array, Array]:
+        """Return of each thing its phrase, N for padding, its number, and its place in the phrase."""
+        counts = begin[phrases + 1] - begin[phrases]
+        ends = jnp.cumsum(counts)
+        number = jnp.arange(math.ceil(_ROOM * things * count / whole / 64) * 64)
+        of = jnp.searchsorted(ends, number, side="right").astype(jnp.int32)
+        inside = jnp.minimum(of, count - 1)
+        place = number - (ends - counts)[inside]
+        return of, jnp.minimum(begin[phrases[inside]] + place, things - 1), place
+
+    of, piece, at = spread(features.first_piece, len(features.pieces))
+    phrase, row, _ = spread(features.first_row, len(features.state))
     return _Places(
-        answer, hidden, features.token[rows], features.depth[rows], features.target[rows]
+        count,
+        features.pieces[piece].astype(jnp.float32),
+        at,
+        of,
+        jnp.minimum(phrase, count - 1),
+        features.hidden[features.state[row]].astype(jnp.float32),
+        features.token[row],
+        features.depth[row],
+        features.target[row],
+        phrase < count,
     )
 
 
-def _batches(places: int, config: Config) -> grain.IterDataset:
-    """Return the stream of numbers of places, each once an epoch, whose order is the epoch's own."""
+def _batches(phrases: int, config: Config) -> grain.IterDataset:
+    """Return the stream of numbers of phrases, each once an epoch, whose order is the epoch's own."""
     batch, seed = config.data.batch, config.data.seed
-    count = max(1, places // batch)
+    count = max(1, phrases // batch)
 
-    def rows(number: int) -> Int[np.ndarray, " B"]:
+    def chosen(number: int) -> Int[np.ndarray, " N"]:
         epoch, place = divmod(int(number), count)
-        return np.int32(order(epoch)[np.arange(place * batch, (place + 1) * batch) % places])
+        return np.int32(order(epoch)[np.arange(place * batch, (place + 1) * batch) % phrases])
 
     @functools.lru_cache(2)
     def order(epoch: int) -> Int[np.ndarray, " n"]:
-        return np.random.default_rng((seed, epoch)).permutation(places)
+        return np.random.default_rng((seed, epoch)).permutation(phrases)
 
-    return grain.MapDataset.range(1 << 40).map(rows).to_iter_dataset()
+    return grain.MapDataset.range(1 << 40).map(chosen).to_iter_dataset()

@@ -231,6 +231,11 @@ class Tokenizer:
         text = bytes(self._bytes[i] for i in run).decode("utf-8", "replace")
         return (self.backend.token_to_id(f"<0x{byte:02X}>") for byte in text.encode())
 
+    def words(self) -> list[str]:
+        """Return the tokens that are a word of two letters or more after a blank."""
+        texts = (self.decode([token]) for token in range(self.vocab_size))
+        return [text[1:] for text in texts if text[:1] == " " and text[1:].isalpha() and text[2:]]
+
     @functools.cached_property
     def vocab_size(self) -> int:
         """1 + the largest id, special tokens included: the rows that a table needs."""
