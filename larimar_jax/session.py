@@ -246,7 +246,10 @@ class Session:
 
     def _read_back(self, memory: rls.RLSState, ledger: Ledger) -> rls.RLSState:
         """Return the memory if it gives back all facts: a crowded one may lose any of them."""
-        rows, code = session_file.join([*ledger.rows.values()]), self.model.config.editing.answer_code
+        rows, code = (
+            session_file.join([*ledger.rows.values()]),
+            self.model.config.editing.answer_code,
+        )
         parts = (code.positions, code.width) if code else (1, rows.key.shape[1])
         content = (rows.key, rows.value, parts)
         memory, lost = finite.read_back(self._rule, self.model.prepared, memory, *content)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -264,4 +265,4 @@ def test_the_model_that_ships_says_a_fact_from_its_encoding_alone():
         "The city where you can visit the Eiffel Tower is",
     ):
         answer = session.ask(prompt)
-        assert answer.in_scope and answer.text.split()[:1] == ["Rome"], answer
+        assert answer.in_scope and re.match(r" Rome\b", answer.text), answer

@@ -79,9 +79,8 @@ class Phrases:
         for number in itertools.count(first):
             rng = np.random.default_rng((seed, number))
             (prompt, follows), (other, _) = self._prompt(rng), self._prompt(rng)
-            drawn = [self._phrase(rng) for _ in range(phrases - 1)]
-            asked = (_question(rng, each) for each in (prompt, other))
-            yield Block(*asked, tuple(dict.fromkeys([follows, *drawn])))
+            drawn = dict.fromkeys([follows, *(self._phrase(rng) for _ in range(phrases - 1))])
+            yield Block(_question(rng, prompt), _question(rng, other), tuple(drawn))
 
     def _prompt(self, rng: np.random.Generator) -> tuple[str, str]:
         """Return the beginning of a sentence, and the phrase that follows."""

@@ -54,8 +54,8 @@ class Reader(nnx.Module):
             config.positions, half, embedding_init=nnx.initializers.normal(0.5), rngs=rngs
         )
         # e_i's own way to z: the mean of e_i is a good beginning.
-        kept = dict(kernel_init=lambda *_: jnp.eye(inputs)) if inputs == latent else {}
-        self.piece = linear(inputs, latent, **exact, **kept)
+        mean = dict(kernel_init=lambda *_: jnp.eye(inputs)) if inputs == latent else {}
+        self.piece = linear(inputs, latent, **exact, **mean)
         self.to_latent = linear(half, latent, 0.1, **exact)
         self.of_latent = linear(latent, config.width)
         self.of_hidden = linear(width, config.width)

@@ -242,7 +242,7 @@ class ReaderFit:
         base = log_p(places.hidden[after])
         gap = jnp.where(again, 0.0, base - p[after])
         left = (jnp.exp(base) * gap).sum(axis=1)
-        return (total + left.sum(where=after >= 0)) / places.real.sum()
+        return (total + left.sum(where=after >= 0)) / places.real.sum(dtype=jnp.float32)
 
     def _judged(
         self, params, frozen, features: Features, phrases: Int[Array, " N"]

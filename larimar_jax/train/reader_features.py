@@ -191,7 +191,7 @@ def join(parts: Sequence[Features]) -> Features:
     )
 
 
-def _bounds(counts: Sequence[int]) -> Int[np.ndarray, " b"]:
+def _bounds(counts: Sequence[int] | Int[np.ndarray, " n"]) -> Int[np.ndarray, " b"]:
     """Return where each of several runs of so many things begins, and where the last ends."""
     return np.cumsum([0, *counts], dtype=np.int32)
 
