@@ -5,9 +5,9 @@ command   larimar train --config=configs/smol_latent.py --run runs/smol_latent
               --out smol_latent.safetensors --relations
 hardware  2 CPU cores
 time      49 minutes for features of 1,048,372 phrases, 22 for the steps
-expected  held-out phrases: 3.02 nats a token, 9.63 without the memory; 1,000 records each of CounterFact:
-          edit S 97.9, paraphrase S 96.1 (base LM 31.7 and 32.8); of ZsRE: rewrite 58.8, paraphrase 55.2
-          (22.2 and 22.0)
+expected  held-out phrases: 3.02 nats a token, 9.63 without the memory; CounterFact, 1,000 records: edit
+          S 97.9, paraphrase S 96.1 (base LM 31.7 and 32.8); ZsRE, 1,000 records: rewrite 58.8,
+          paraphrase 55.2 (base LM 22.2 and 22.0)
 """
 
 from ml_collections import ConfigDict
