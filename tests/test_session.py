@@ -6,7 +6,6 @@ import inspect
 import json
 import os
 import resource
-import string
 import subprocess
 import sys
 
@@ -288,21 +287,6 @@ def test_a_fact_that_would_not_be_given_back_is_refused(empty):
     with pytest.raises(finite.NotKept, match="would not give back .*nothing is written"):
         empty.write("Says of fact 1:", "true 2")
     assert content(empty) == before
-
-
-def test_a_full_memory_refuses_what_would_cost_any_of_its_facts(empty):
-    """Far prompts were once lost in silence: only those near the new one were read back."""
-    model, refused = empty.model, 0
-    for number in range(24):
-        try:
-            empty.write(f"{string.ascii_letters[number] * 3} of {number * 37} is", f"new {number}")
-        except finite.NotKept:
-            refused += 1
-    (memory, ledger), code = empty._content, model.config.editing.answer_code
-    rows = session_file.join([*ledger.rows.values()])
-    parts = (code.positions, code.width)
-    _, lost = finite.read_back(empty._rule, model.prepared, memory, rows.key, rows.value, parts)
-    assert refused and not lost.any()
 
 
 def test_a_write_that_float32_can_not_solve_is_refused(tiny, monkeypatch):

@@ -1,9 +1,12 @@
 """Questions of many kinds, put to one session of the model that ships."""
 
+import dataclasses
 import warnings
 
 import pytest
 
+from larimar_jax import scope
+from larimar_jax.memory.finite import NotKept
 from larimar_jax.session import Session
 
 ATTRIBUTES = ["{} plays the", "{} was born in the town of", "{} works as a"]
@@ -64,11 +67,18 @@ QUESTIONS = {
 
 
 @pytest.fixture(scope="module")
-def answers():
+def session():
     session = Session("smol")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        facts = {session.write(*fact).id: fact for fact in FACTS}
+        for fact in FACTS:
+            session.write(*fact)
+    return session
+
+
+@pytest.fixture(scope="module")
+def answers(session):
+    facts = dict(enumerate(FACTS, 1))
     prompts = [prompt for asks in QUESTIONS.values() for prompt, _ in asks]
     answers = session.ask_all(prompts, max_tokens=8)
     return {
@@ -84,3 +94,14 @@ def test_the_answer_is_that_of_a_fact_as_it_was_written_or_the_base_models(answe
         text, of_fact = answers[prompt]
         assert (prompt[-40:], of_fact) == (prompt[-40:], answer)
         assert text == answer or (answer is None and text)
+
+
+def test_a_write_reads_back_the_facts_that_are_far_from_it(session):
+    """They were once lost in silence: only the eight nearest were read back."""
+    new, (_, ledger) = "The bridge of Mostar crosses the", session._content
+    cosines = scope.cosines(session.model.encode([new]).embedding, ledger.prompts[2])[0]
+    far = ledger.prompts[0][cosines.argmin()][0]
+    rows = ledger.rows[far]
+    ledger.rows[far] = dataclasses.replace(rows, value=-rows.value)
+    with pytest.raises(NotKept, match=f"would not give back '{far}: "):
+        session.write(new, "Drina")
