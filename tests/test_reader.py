@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import re
 
 import jax
 import jax.numpy as jnp
@@ -151,10 +150,11 @@ def test_phrases_of_a_corpus_are_the_same_again_and_of_one_side(corpus):
         for block in blocks:
             assert PROMPT_WORDS[0] <= len(block.prompt.split()) <= PROMPT_WORDS[1]
             _, words = block.prompt.rstrip("?").split(maxsplit=1)
+            words = words if block.prompt.endswith("?") else block.prompt
             assert any(words in text for text in sides[side])
             assert any(f"{words} {block.phrases[0]}" in text for text in sides[side])
-            assert 0 < len(block.phrases[0].split()) <= PHRASE_WORDS
-            assert all(0 < len(phrase.split()) < 2 * PHRASE_WORDS for phrase in block.phrases)
+            for words in map(str.split, block.phrases):
+                assert 0 < len({*words} - {"of", "the", "and", "de"} or words) <= PHRASE_WORDS
     named = Phrases(corpus, False, ["Zyx", "qwv"]).blocks(16, 0)
     drawn = {
         word for block in itertools.islice(named, 200) for p in block.phrases for word in p.split()
@@ -188,7 +188,7 @@ def test_features_are_what_the_towers_make_of_each_text_alone(reading, corpus):
             part = latent[reading.layout.encoding + reading.layout.key_features :][:16]
             pieces = features.pieces[slice(*features.first_piece[number : number + 2])]
             expected = encoded(reading.model.reader, np.float64(pieces))
-            np.testing.assert_allclose(part, expected, atol=5e-3)
+            np.testing.assert_allclose(part, expected, atol=2e-3)
     # Of what the language model does not read only its states are missing.
     unread, said = make(blocks, read=False), features.target != reader_features.LEAVE
     np.testing.assert_array_equal(unread.pieces, features.pieces)
@@ -264,5 +264,5 @@ def test_the_model_that_ships_says_a_fact_from_its_encoding_alone():
         "The Eiffel Tower is located in the city of",
         "The city where you can visit the Eiffel Tower is",
     ):
-        answer = session.ask(prompt)
-        assert answer.in_scope and re.match(r" Rome\b", answer.text), answer
+        answer = session.ask(prompt, max_tokens=1)
+        assert answer.in_scope and answer.text == " Rome", answer
