@@ -66,6 +66,7 @@ class Session:
         memory = rls.init(self._rule, prepared, self._rule.empty(prepared))
         # Both at once: who asks waits for no write.
         self._content = memory, Ledger(self.model.source, self.model.fingerprint)
+        self._room = 0.0  # how far a write may move what is read before a fact may be lost
         self._lock = threading.RLock()
         self._file = None if path is None else Journal(path)
         if self._file is not None:
@@ -95,7 +96,7 @@ class Session:
         keys, values = self.model.encode_fact(prompts, answer)
         rows = FactRows(keys.embedding[: len(prompts)], keys.latent, values.latent)
         with self._exclusively():
-            (memory, ledger), note = self._content, ""
+            (memory, ledger), room, note = self._content, self._room, ""
             places, _, written = ledger.prompts
             cosines = scope.cosines(rows.embedding[:1], written)[0] if places else np.zeros(0)
             nearest = int(cosines.argmax()) if places else 0
@@ -109,18 +110,19 @@ class Session:
             if former is not None:
                 note = f"replaces {former}"
                 memory, milliseconds = self._without(memory, ledger.rows[former.id])
-                ledger = ledger.without(former, milliseconds, source)
+                ledger, room = ledger.without(former, milliseconds, source), 0.0
             elif places and cosines[nearest] >= _NEAR:
                 likeness = f"fact {places[nearest][0]} (cosine {cosines[nearest]:.2f})"
                 note = f"its prompt is hard to tell from that of {likeness}"
             begin = time.perf_counter()
-            memory = finite.write(self._rule, self.model.prepared, memory, rows.key, rows.value)
+            content = (memory, rows.key, rows.value)
+            memory, moved = finite.write(self._rule, self.model.prepared, *content)
             fact = Fact(ledger.next_id, prompts[0], answer, prompts[1:])
             ledger = ledger.with_fact(fact, rows, _since(begin), note, source)
-            memory = self._read_back(memory, ledger)
+            memory, room = self._read_back(memory, ledger, fact, room - moved)
             if note and former is None:
                 warnings.warn(scope.NearDuplicate(f"{fact}: {note}"), stacklevel=2)
-            self._commit(memory, ledger)
+            self._commit(memory, ledger, room)
         return fact
 
     def forget(self, fact_id: int, source: Source = None) -> Forgotten:
@@ -148,7 +150,7 @@ class Session:
             draft = copy.copy(self)
             draft._file = None
             yield draft
-            self._commit(*draft._content)
+            self._commit(*draft._content, draft._room)
 
     def purge(self, fact_id: int | None = None) -> None:
         """Remove a forgotten fact's text from history and file, and that of all facts of its prompts
@@ -244,24 +246,26 @@ class Session:
         tokens = [len(model.decoder_tokenizer.following(facts[i].answer)) if i else 0 for i in ids]
         return Recalled(ids, [*map(float, match.score)], tokens, readout, milliseconds)
 
-    def _read_back(self, memory: rls.RLSState, ledger: Ledger) -> rls.RLSState:
-        """Return the memory if it gives back all facts: a crowded one may lose any of them."""
-        rows, code = (
-            session_file.join([*ledger.rows.values()]),
-            self.model.config.editing.answer_code,
-        )
-        parts = (code.positions, code.width) if code else (1, rows.key.shape[1])
-        content = (rows.key, rows.value, parts)
-        memory, lost = finite.read_back(self._rule, self.model.prepared, memory, *content)
-        if lost.any():
-            owners = np.repeat([*ledger.rows], [len(own.key) for own in ledger.rows.values()])
-            fact = ledger.facts[int(owners[lost.argmax()])]
+    def _read_back(
+        self, memory: rls.RLSState, ledger: Ledger, new: Fact, room: float
+    ) -> tuple[rls.RLSState, float]:
+        """Return the memory if it gives back all facts, and how far they may move. A crowded one loses
+        any of them: while there is room for what writes have moved, only the new one is read."""
+        ids = [*ledger.rows] if room < 0 else [new.id]
+        rows = session_file.join([ledger.rows[i] for i in ids])
+        code = self.model.config.editing.answer_code
+        parts = (code.positions, code.width) if code else (1, self._rule.latent)
+        content = (memory, rows.key, rows.value, parts)
+        memory, left = finite.read_back(self._rule, self.model.prepared, *content)
+        if left.min() < 0:
+            owners = np.repeat(ids, [len(ledger.rows[i].key) for i in ids])
+            fact = ledger.facts[int(owners[left.argmin()])]
             raise NotKept(
-                f"With this fact in, the memory would not give back {str(fact)!r}; nothing is written. "
-                f"It holds about {self._rule.slots} prompts, less of such as are alike: word the prompt "
-                "in another way, forget facts, or write to another session."
+                f"With this fact in, the memory would not give back {str(fact)!r}; nothing is "
+                f"written. It holds about {self._rule.slots} prompts, less of such as are alike: word "
+                "the prompt in another way, forget facts, or write to another session."
             )
-        return memory
+        return memory, float(left.min() if room < 0 else min(left.min(), room))
 
     def _without(self, memory: rls.RLSState, rows: FactRows) -> tuple[rls.RLSState, float]:
         """Return the memory without a fact's rows, solved, and the milliseconds that forgetting took."""
@@ -307,12 +311,12 @@ class Session:
                 self._refresh()
             yield
 
-    def _commit(self, memory: rls.RLSState, ledger: Ledger) -> None:
+    def _commit(self, memory: rls.RLSState, ledger: Ledger, room: float = 0.0) -> None:
         """Number what is new in a ledger, append it to the file, and make it the session's."""
         ledger, new = ledger.numbered(len(self._content[1].history))
         if self._file is not None and new:
             session_file.append(self._file, new, ledger.rows)
-        self._content = memory, ledger
+        self._content, self._room = (memory, ledger), room
 
     def _refresh(self) -> None:
         """Take in what is new in the file."""
@@ -327,12 +331,13 @@ class Session:
             if gone:
                 memory, _ = self._without(memory, session_file.join(gone))
             if new:
-                rows, add = session_file.join(new), finite.write if before.facts else finite.load
-                memory = add(self._rule, model.prepared, memory, rows.key, rows.value)
+                rows = session_file.join(new)
+                content = (self._rule, model.prepared, memory, rows.key, rows.value)
+                memory = finite.write(*content)[0] if before.facts else finite.load(*content)
         except MemoryNotFinite:
             self._file = Journal(self._file.path)  # to be read anew
             raise
-        self._content = memory, dataclasses.replace(ledger, model=model.source)
+        self._content, self._room = (memory, dataclasses.replace(ledger, model=model.source)), 0.0
 
     # Last in the class: below it, `list` in an annotation would be this method.
     def list(self) -> list[Fact]:

@@ -218,6 +218,20 @@ def test_facts_that_are_loaded_at_once_are_as_if_written_one_by_one(slots, numbe
         read = rls.read(variant, prepared, now, keys[:count])
         assert int(now.count) == count
         assert not count or distance(read, weights @ want) < 3e-5
-        now = finite.write(
-            variant, prepared, now, keys[count : count + 2], values[count : count + 2]
-        )
+        new = slice(count, count + 2)
+        now, _ = finite.write(variant, prepared, now, keys[new], values[new])
+
+
+def test_a_write_moves_what_is_read_at_written_keys_by_no_more_than_it_says():
+    """The last keys are next to written ones, where it moves most: by more than half of the bound."""
+    variant, prepared = built(1e-3, 0.0)
+    keys, values = (np.float32(unit(seed, IN + 6)) for seed in (1, 2))
+    keys[IN + 3 :] = keys[:3] + 0.05 * keys[IN + 3 :]
+    now, shares = rls.init(variant, prepared, variant.empty(prepared)), []
+    for at in range(IN + 6):
+        before = finite.read(variant, prepared, now, keys)
+        now, bound = finite.write(variant, prepared, now, keys[at : at + 1], values[at : at + 1])
+        change = finite.read(variant, prepared, now, keys)[:at] - before[:at]
+        shares.append(np.linalg.norm(change, axis=1).max(initial=0.0) / bound)
+    assert max(shares) <= 1 + 1e-4
+    assert min(shares[IN + 3 :]) > 0.5

@@ -97,7 +97,9 @@ def test_the_answer_is_that_of_a_fact_as_it_was_written_or_the_base_models(answe
 
 
 def test_a_write_reads_back_the_facts_that_are_far_from_it(session):
-    """They were once lost in silence: only the eight nearest were read back."""
+    """They were once lost in silence: only the eight nearest were read back. After a forget they are all
+    read, and then whenever writes may have moved one too far."""
+    session.forget(session.write("The bridge of Visegrad crosses the", "Drina").id)
     new, (_, ledger) = "The bridge of Mostar crosses the", session._content
     cosines = scope.cosines(session.model.encode([new]).embedding, ledger.prompts[2])[0]
     far = ledger.prompts[0][cosines.argmin()][0]

@@ -1,7 +1,7 @@
 """The streaming memory row by row, for sessions: what float32 cannot carry out is `MemoryNotFinite`.
 
 now = finite.load(memory, prepared, empty, keys, values)         # a memory of these facts alone
-now = finite.write(memory, prepared, now, keys, values)         # a few more, one by one
+now, moved = finite.write(memory, prepared, now, keys, values)  # a few more, one by one
 now = finite.forget(memory, prepared, now, keys, values)
 """
 
@@ -48,17 +48,25 @@ def load(
 
 def write(
     memory: Streaming, prepared: Prepared, now: rls.RLSState, keys: Rows, values: Rows
-) -> rls.RLSState:
-    """Return the memory with n rows written, one by one."""
+) -> tuple[rls.RLSState, float]:
+    """Return the memory with n rows written, one by one, and how far that moves at the most what is
+    read at any key that was in it before.
+
+    A write adds g (z − wM) / (1 + ℓ) to M, g = A⁻¹wᵀ and ℓ = w g. At a key v of what is in, v A⁻¹ vᵀ ≤ 1
+    and so |v g| ≤ √ℓ.
+    """
+    moved = 0.0
     for key, value in zip(keys, values, strict=True):
         # The statistics and the solution stay where they are: what moves is a few rows.
-        pending, is_due, is_finite = _write(memory, prepared, now, key, value)
+        pending, step, is_due, is_finite = _write(memory, prepared, now, key, value)
         now = dataclasses.replace(now, pending=pending)
+        leverage = max(0.0, float(step.leverage))
+        moved += leverage**0.5 * float(step.innovation) / (1 + leverage)
         if is_due:
             now = _refactorized(memory, prepared, now)
         elif not is_finite:
             raise _not_finite("write", memory)
-    return now
+    return now, moved
 
 
 def forget(
@@ -85,8 +93,9 @@ def read_back(
     keys: Rows,
     values: Rows,
     parts: tuple[int, int],
-) -> tuple[rls.RLSState, Bool[np.ndarray, " n"]]:
-    """Return the memory, solved anew where it rounds too much row by row, and which of n rows it loses.
+) -> tuple[rls.RLSState, Float[np.ndarray, " n"]]:
+    """Return the memory, solved anew where it rounds too much row by row, and how much farther each of n
+    rows may move until it is lost; below zero where it is.
 
     A row is lost where any part of it is read with more than half of the largest part as error.
 
@@ -96,14 +105,14 @@ def read_back(
     values = values[:, values.shape[1] - parts[0] * parts[1] :]
     sizes = np.linalg.norm(values.reshape(-1, *parts), axis=2).max(axis=1)
 
-    def lost(now: rls.RLSState) -> Bool[np.ndarray, " n"]:
+    def room(now: rls.RLSState) -> Float[np.ndarray, " n"]:
         errors = read(memory, prepared, now, keys)[:, -values.shape[1] :] - values
-        return np.linalg.norm(errors.reshape(-1, *parts), axis=2).max(axis=1) > 0.5 * sizes
+        return 0.5 * sizes - np.linalg.norm(errors.reshape(-1, *parts), axis=2).max(axis=1)
 
-    if (gone := lost(now)).any():
+    if (left := room(now)).min() < 0:
         now = rls.refactorize(memory, prepared, now)
-        gone = lost(now)
-    return now, gone
+        left = room(now)
+    return now, left
 
 
 def _padded(rows: Rows) -> Float[np.ndarray, "m C"]:
@@ -118,14 +127,14 @@ def _write(
     now: rls.RLSState,
     key: Float[Array, "C"],
     value: Float[Array, "C"],
-) -> tuple[rls.Pending, Bool[Array, ""], Bool[Array, ""]]:
-    """Return the pending writes with this one, whether to factorise, and whether all is finite.
+) -> tuple[rls.Pending, rls.Step, Bool[Array, ""], Bool[Array, ""]]:
+    """Return the pending writes with this one, its effect, whether to factorise, and if all is finite.
 
     Compiled as one, `rls.write` does not return copies of the arrays that a write leaves as they are.
     """
-    written, _, is_due = rls.write(memory, prepared, now, key, value)
+    written, step, is_due = rls.write(memory, prepared, now, key, value)
     finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(written.pending)]
-    return written.pending, is_due, jnp.stack(finite).all()
+    return written.pending, step, is_due, jnp.stack(finite).all()
 
 
 def _refactorized(memory: Streaming, prepared: Prepared, now: rls.RLSState) -> rls.RLSState:

@@ -47,9 +47,53 @@ QUESTIONS = [
     "Please write a poem.",
     "Why is the sky blue?",
 ]
+Pair = tuple[str, str]
 FILLER = (
     "The market was open, and people stood in front of the stalls with their baskets until noon. "
 )
+
+
+# A prompt, and others that ask for something else: another number, an opposite, a negation.
+OTHERS = [
+    ("The code of room {n} is", "The code of room {m} is"),
+    ("In {n} the prize of {place} went to", "In {m} the prize of {place} went to"),
+    (
+        "The ferry to {place} leaves at {h}:30 from pier",
+        "The ferry to {place} leaves at {i}:30 from pier",
+    ),
+    ("The third song of {name} is called", "The fourth song of {name} is called"),
+    ("The first wife of {name} was", "The second wife of {name} was"),
+]
+OPPOSITES = [
+    ("The oldest pupil of {name} is", "The youngest pupil of {name} is"),
+    ("The north gate of {place} is named", "The south gate of {place} is named"),
+    ("The best friend of {name} is", "The worst enemy of {name} is"),
+    ("The museum of {place} is open on", "The museum of {place} is closed on"),
+    ("The longest street of {place} is called", "The shortest street of {place} is called"),
+]
+NEGATIONS = [
+    ("{name} plays the", "{name} does not play the"),
+    ("{name} was born in the town of", "{name} was not born in the town of"),
+    ("{name} works as a", "{name} never worked as a"),
+    ("The museum of {place} is open on", "The museum of {place} is not open on"),
+    ("{name} can speak", "{name} cannot speak"),
+]
+UNWRITTEN = [
+    "The shoe size of {} is",
+    "The brother of {} is called",
+    "{} is allergic to",
+    "The favourite colour of {} is",
+    "{} died in the year",
+]
+# Of other languages a written prompt, and the same of another entity.
+LANGUAGES = [
+    ("La capitale de {} est", "Aldovie Borginie Carvanie Drusie"),
+    ("Die Hauptstadt von {} ist", "Aldowien Borgenland Karwanien Drusien"),
+    ("La capital de {} es", "Aldovia Borginia Carvania Drusia"),
+    ("Столица {} —", "Франции Японии Канады Китая"),
+    ("{}的首都是", "法国 日本 加拿大 德国"),
+]
+BLANKS = ["a\nb", "x = 1\n\n\ty = 2", "one  two", "\\t\n-"]
 
 
 def main(count: int, people: int) -> None:
@@ -60,35 +104,33 @@ def main(count: int, people: int) -> None:
     def names(number: int) -> list[str]:
         return draw.sample([f"{a} {b}" for a in FIRST for b in FAMILY], number)
 
-    def session(facts: Iterable[tuple[str, str]]) -> tuple[Session, int]:
-        """Return a session with these facts, and how many it refused."""
-        opened, refused = Session(first.model), 0
+    def report(kind: str, facts: Iterable[Pair], asks: Iterable[tuple[str, str | None]]) -> Session:
+        """Ask a session of these facts prompts whose answers are known; None is the base LM's, and not
+        empty."""
+        opened, refused, asks = Session(first.model), 0, list(asks)
         for fact in facts:
             try:
                 opened.write(*fact)
             except NotKept:
                 refused += 1
-        return opened, refused
-
-    def report(kind: str, opened: Session, asks: Iterable[tuple[str, str | None]], note="") -> None:
-        """Ask prompts whose answers are known; None is the base LM's, and not empty."""
-        asks = list(asks)
         answers = opened.ask_all([prompt for prompt, _ in asks])
         wrong = [
             (prompt[-60:], wanted, have.fact, have.text)
             for (prompt, wanted), have in zip(asks, answers, strict=True)
             if not is_right(have, wanted)
         ]
-        print(f"{kind:42} {len(asks) - len(wrong):4} of {len(asks):4}  {note}", flush=True)
+        right = f"{len(asks) - len(wrong):4} of {len(asks):4}"
+        print(f"{kind:42} {right}" + (f"  {refused} refused" if refused else ""), flush=True)
         for line in wrong[:6]:
             print("     ", line)
+        return opened
 
     def is_right(have: Answer, wanted: str | None) -> bool:
         if wanted is None:
             return not have.in_scope and have.text.strip() != ""
         return have.in_scope and have.text.strip() == wanted
 
-    def table(subjects: Iterable[str], form: int = 0) -> list[tuple[str, str]]:
+    def table(subjects: Iterable[str], form: int = 0) -> list[Pair]:
         """Return facts about all attributes of subjects, by one of the two wordings."""
         drawn = random.Random(1)
         return [
@@ -97,31 +139,53 @@ def main(count: int, people: int) -> None:
             for row in ATTRIBUTES
         ]
 
-    subjects = names(people)
-    facts = table(subjects)
-    opened, refused = session(facts)
-    report(f"{len(facts)} facts, verbatim", opened, facts, f"{refused} refused at the write")
-    report("the same, capitals only", opened, [(p.upper(), a) for p, a in facts[:count]])
+    facts = table(names(people))
+    report(f"{len(facts)} facts, verbatim", facts, facts)
+    report("the same, capitals only", facts, [(p.upper(), a) for p, a in facts[:count]])
 
     subjects = names(10)
-    opened, _ = session(table(subjects))
-    asks = table(subjects, 1)
-    report("10 people x 5, in other words", opened, asks)
+    facts, asks = table(subjects), table(subjects, 1)
+    opened = report("10 people x 5, in other words", facts, asks)
     matched = [answer.fact for answer in opened.ask_all([p for p, _ in asks], max_tokens=1)]
     own = [fact.id for fact in opened.list()]
     print(f"      .fact is right {sum(a == b for a, b in zip(matched, own, strict=True))} times")
+    elsewhere = [draw.choice(UNWRITTEN).format(draw.choice(subjects)) for _ in range(count)]
+    report("what is not written of them", facts, [(ask, None) for ask in elsewhere])
+    strangers = [name for name in names(2 * count) if name not in subjects][:count]
+    asks = [draw.choice(ATTRIBUTES)[at % 2].format(name) for at, name in enumerate(strangers)]
+    report("the same of other people", facts, [(ask, None) for ask in asks])
+
+    for kind, pairs in (
+        ("another number", OTHERS),
+        ("an opposite", OPPOSITES),
+        ("a negation", NEGATIONS),
+    ):
+        facts, asks = [], []
+        for at, name in enumerate(names(count)):
+            n, hour = draw.randrange(100, 2000), draw.randrange(1, 12)
+            m, other = n + draw.choice((-1, 1, 10, 100)), 1 + hour % 12
+            words = dict(name=name, place=draw.choice(PLACES), n=n, m=m, h=hour, i=other)
+            prompt, ask = (text.format(**words) for text in pairs[at % len(pairs)])
+            facts.append((prompt, draw.choice(PLACES)))
+            asks.append((ask, None))
+        written = [*dict(facts).items()]
+        asks = [ask for ask in asks if ask[0] not in dict(facts)]
+        report(f"{kind}, and what is written", written, [*asks, *written])
+
+    facts, asks = [], []
+    for prompt, words in LANGUAGES:
+        known, *others = words.split()
+        facts.append((prompt.format(known), draw.choice(PLACES)))
+        asks += [facts[-1], *((prompt.format(other), None) for other in others)]
+    report("other languages: written, other entities", facts, asks)
 
     places = [
         (f"The capital of {place} is", name.split()[1])
         for place, name in zip(PLACES, names(12), strict=True)
     ]
-    opened, _ = session(places)
     some_places = [draw.choice(places) for _ in range(count)]
-
-    def asks_of(form: Callable[[str, str], tuple[str, str | None]]) -> list[tuple[str, str | None]]:
-        return [form(*fact) for fact in some_places]
-
-    forms = {
+    end = "My favourite dish is"
+    forms: dict[str, Callable[[str, str], tuple[str, str | None]]] = {
         "another thing after a mention": lambda p, a: (
             f"Last year we saw {p[15:-3]}. {draw.choice(ELSEWHERE)}",
             None,
@@ -135,68 +199,37 @@ def main(count: int, people: int) -> None:
             f"What is the capital of {p[15:-3]}? It is",
             a,
         ),
+        "a question of other things": lambda p, a: (draw.choice(QUESTIONS), None),
+        "the fact in chat markup": lambda p, a: (draw.choice(CHAT).format(p), a),
+        "another question in chat markup": lambda p, a: (
+            draw.choice(CHAT).format(draw.choice(QUESTIONS)),
+            None,
+        ),
+        "700 tokens, then the fact": lambda p, a: (FILLER * 35 + p, a),
+        "700 tokens, then another thing": lambda p, a: (f"{p} {a}. {FILLER * 35}{end}", None),
     }
     for kind, form in forms.items():
-        report(kind, opened, asks_of(form))
-    report(
-        "a question of other things", opened, [(draw.choice(QUESTIONS), None) for _ in range(count)]
-    )
-    report(
-        "the fact in chat markup", opened, asks_of(lambda p, a: (draw.choice(CHAT).format(p), a))
-    )
-    report(
-        "another question in chat markup",
-        opened,
-        asks_of(lambda p, a: (draw.choice(CHAT).format(draw.choice(QUESTIONS)), None)),
-    )
-    report(
-        "700 tokens, then the fact",
-        opened,
-        asks_of(lambda p, a: (FILLER * 35 + p, a))[: count // 4],
-    )
-    report(
-        "700 tokens, then another thing",
-        opened,
-        asks_of(lambda p, a: (p + f" {a}. " + FILLER * 35 + "My favourite dish is", None))[
-            : count // 4
-        ],
-    )
+        report(kind, places, (form(*fact) for fact in some_places))
 
     long = []
     for number, name in enumerate(names(count)):
         digits = " ".join(str(draw.randrange(10**4, 10**5)) for _ in range(1 + number % 4))
-        link = (
-            f"https://{name.split()[0].lower()}.example.net/p?id={draw.randrange(10**6)}&q={number}"
-        )
-        story = f"a {draw.choice(PLACES)} expedition of {draw.randrange(1700, 2000)}, " * (
-            1 + number
-        )
+        link = f"p?id={draw.randrange(10**6)}&q={number}"
+        trip = f"a {draw.choice(PLACES)} expedition of {draw.randrange(1700, 2000)}, "
         long += [
             (f"The telephone number of {name} is", f"+47 {digits}"),
-            (f"The page of {name} is at", link),
-            (f"{name} is remembered for", story.rstrip(", ")),
+            (f"The page of {name} is at", f"https://{name.split()[0].lower()}.example.net/{link}"),
+            (f"{name} is remembered for", (trip * (1 + number)).rstrip(", ")),
         ]
-    opened, refused = session(long)
-    report("numbers, links, up to 300 tokens, whole", opened, long, f"{refused} refused")
-    blank = [
-        (
-            f"The script of {name} is",
-            draw.choice(["a\nb", "x = 1\n\n\ty = 2", "one  two", "\\t\n-"]),
-        )
-        for name in names(count)
-    ]
-    opened, refused = session(blank)
-    report("white space in answers", opened, blank, f"{refused} refused")
+    report("numbers, links, up to 300 tokens, whole", long, long)
+    blank = [(f"The script of {name} is", draw.choice(BLANKS)) for name in names(count)]
+    report("white space in answers", blank, blank)
     again = [
-        (place, answer)
-        for place, (_, answer) in zip((p.lower() for p, _ in places), places[::-1], strict=True)
+        (place.lower(), answer)
+        for (place, _), (_, answer) in zip(places, places[::-1], strict=True)
     ]
-    opened, _ = session([*places, *again])
-    report(
-        "corrected in lower case",
-        opened,
-        [(p, a) for (p, _), (_, a) in zip(places, again, strict=True)],
-    )
+    asks = [(place, answer) for (place, _), (_, answer) in zip(places, again, strict=True)]
+    report("corrected in lower case", [*places, *again], asks)
 
 
 if __name__ == "__main__":
