@@ -63,10 +63,12 @@ class Session:
         self.model = model if isinstance(model, Pipeline) else load(model)
         ridge, prepared = self.model.config.editing.session_ridge, self.model.prepared
         self._rule = dataclasses.replace(self.model.memory, ridge=ridge, query_noise=0.0)
-        memory = rls.init(self._rule, prepared, self._rule.empty(prepared))
+        self._solver = self._rule, prepared
+        memory = rls.init(*self._solver, self._rule.empty(prepared))
         # Both at once: who asks waits for no write.
         self._content = memory, Ledger(self.model.source, self.model.fingerprint)
-        self._room = 0.0  # how far a write may move what is read before a fact may be lost
+        # By fact, how far writes may yet move what is read of it until it may be lost.
+        self._room: dict[int, float] = {}
         self._lock = threading.RLock()
         self._file = None if path is None else Journal(path)
         if self._file is not None:
@@ -76,7 +78,7 @@ class Session:
     @property
     def state(self) -> StreamingState:
         """The memory, solved anew."""
-        return rls.to_state(self._rule, self.model.prepared, self._content[0])
+        return rls.to_state(*self._solver, self._content[0])
 
     def write(
         self, prompt: str, answer: str, rephrasings: Sequence[str] = (), source: Source = None
@@ -101,25 +103,23 @@ class Session:
             cosines = scope.cosines(rows.embedding[:1], written)[0] if places else np.zeros(0)
             nearest = int(cosines.argmax()) if places else 0
             # Many an encoder does not see capitals.
-            words = prompts[0].casefold()
+            key, words = rows.key[:1], prompts[0].casefold()
             same = (f for f in ledger.facts.values() if f.prompt.casefold() == words)
-            same = (
-                f for f in same if scope.cosines(rows.key[:1], ledger.rows[f.id].key[:1]) >= _SAME
-            )
-            former = next(same, None)
+            alike = (f for f in same if scope.cosines(key, ledger.rows[f.id].key[:1]) >= _SAME)
+            former = next(alike, None)
             if former is not None:
                 note = f"replaces {former}"
                 memory, milliseconds = self._without(memory, ledger.rows[former.id])
-                ledger, room = ledger.without(former, milliseconds, source), 0.0
+                ledger, room = ledger.without(former, milliseconds, source), {}
             elif places and cosines[nearest] >= _NEAR:
                 likeness = f"fact {places[nearest][0]} (cosine {cosines[nearest]:.2f})"
                 note = f"its prompt is hard to tell from that of {likeness}"
             begin = time.perf_counter()
-            content = (memory, rows.key, rows.value)
-            memory, moved = finite.write(self._rule, self.model.prepared, *content)
+            memory, moved = finite.write(*self._solver, memory, rows.key, rows.value)
             fact = Fact(ledger.next_id, prompts[0], answer, prompts[1:])
             ledger = ledger.with_fact(fact, rows, _since(begin), note, source)
-            memory, room = self._read_back(memory, ledger, fact, room - moved)
+            room = {of: left - moved for of, left in room.items()}
+            memory, room = self._read_back(memory, ledger, room)
             if note and former is None:
                 warnings.warn(scope.NearDuplicate(f"{fact}: {note}"), stacklevel=2)
             self._commit(memory, ledger, room)
@@ -137,9 +137,9 @@ class Session:
             before, ledger = self._content
             fact, rows = ledger.find(fact_id)
             memory, milliseconds = self._without(before, rows)
-            solved = (self._rule, self.model.prepared, before.state, memory.state)
-            certificate = diagnostics.certify(*solved, rows.key[:1])
-            self._commit(memory, ledger.without(fact, milliseconds, source))
+            states = before.state, memory.state
+            certificate = diagnostics.certify(*self._solver, *states, rows.key[:1])
+            self._commit(memory, ledger.without(fact, milliseconds, source), {})
         return Forgotten(fact, float(certificate.distance), float(certificate.leverage))
 
     @contextlib.contextmanager
@@ -170,7 +170,7 @@ class Session:
     def health(self) -> diagnostics.Diagnostics:
         """Return diagnostics: condition number, distance to an exact solve, load, expected read error,
         and whether the memory is full."""
-        values = diagnostics.diagnose(self._rule, self.model.prepared, self.state)
+        values = diagnostics.diagnose(*self._solver, self.state)
         return diagnostics.Diagnostics(*(np.asarray(value).item() for value in values))
 
     def ask(
@@ -238,7 +238,7 @@ class Session:
         readout = np.zeros((len(prompts), self._rule.latent), np.float32)
         if inside.any():
             keys = session_file.matched_keys(ledger.rows, matched, self._rule.latent)
-            read = rls.read(self._rule, model.prepared, memory, keys.reshape(-1, keys.shape[-1]))
+            read = rls.read(*self._solver, memory, keys.reshape(-1, keys.shape[-1]))
             read = np.asarray(read).reshape(keys.shape)[: len(prompts)]
             further = read[:, 1:, -model.layout.answer_code :].reshape(len(read), -1)
             readout = np.concatenate([read[:, 0], further], axis=1)
@@ -247,30 +247,30 @@ class Session:
         return Recalled(ids, [*map(float, match.score)], tokens, readout, milliseconds)
 
     def _read_back(
-        self, memory: rls.RLSState, ledger: Ledger, new: Fact, room: float
-    ) -> tuple[rls.RLSState, float]:
+        self, memory: rls.RLSState, ledger: Ledger, room: dict[int, float]
+    ) -> tuple[rls.RLSState, dict[int, float]]:
         """Return the memory if it gives back all facts, and how far they may move. A crowded one loses
-        any of them: while there is room for what writes have moved, only the new one is read."""
-        ids = [*ledger.rows] if room < 0 else [new.id]
+        any of them: those are read that may have moved too far."""
+        ids = [i for i in ledger.rows if room.get(i, -1.0) < 0]
         rows = session_file.join([ledger.rows[i] for i in ids])
         code = self.model.config.editing.answer_code
         parts = (code.positions, code.width) if code else (1, self._rule.latent)
-        content = (memory, rows.key, rows.value, parts)
-        memory, left = finite.read_back(self._rule, self.model.prepared, *content)
+        memory, left = finite.read_back(*self._solver, memory, rows.key, rows.value, parts)
+        ends = np.cumsum([len(ledger.rows[i].key) for i in ids])
+        least = dict(zip(ids, (float(own.min()) for own in np.split(left, ends[:-1])), strict=True))
         if left.min() < 0:
-            owners = np.repeat(ids, [len(ledger.rows[i].key) for i in ids])
-            fact = ledger.facts[int(owners[left.argmin()])]
+            fact = ledger.facts[min(ids, key=least.__getitem__)]
             raise NotKept(
                 f"With this fact in, the memory would not give back {str(fact)!r}; nothing is "
                 f"written. It holds about {self._rule.slots} prompts, less of such as are alike: word "
                 "the prompt in another way, forget facts, or write to another session."
             )
-        return memory, float(left.min() if room < 0 else min(left.min(), room))
+        return memory, room | least
 
     def _without(self, memory: rls.RLSState, rows: FactRows) -> tuple[rls.RLSState, float]:
         """Return the memory without a fact's rows, solved, and the milliseconds that forgetting took."""
         begin = time.perf_counter()
-        memory = finite.forget(self._rule, self.model.prepared, memory, rows.key, rows.value)
+        memory = finite.forget(*self._solver, memory, rows.key, rows.value)
         return memory, _since(begin)
 
     def history(self) -> list[Event]:
@@ -311,7 +311,7 @@ class Session:
                 self._refresh()
             yield
 
-    def _commit(self, memory: rls.RLSState, ledger: Ledger, room: float = 0.0) -> None:
+    def _commit(self, memory: rls.RLSState, ledger: Ledger, room: dict[int, float]) -> None:
         """Number what is new in a ledger, append it to the file, and make it the session's."""
         ledger, new = ledger.numbered(len(self._content[1].history))
         if self._file is not None and new:
@@ -332,12 +332,12 @@ class Session:
                 memory, _ = self._without(memory, session_file.join(gone))
             if new:
                 rows = session_file.join(new)
-                content = (self._rule, model.prepared, memory, rows.key, rows.value)
+                content = (*self._solver, memory, rows.key, rows.value)
                 memory = finite.write(*content)[0] if before.facts else finite.load(*content)
         except MemoryNotFinite:
             self._file = Journal(self._file.path)  # to be read anew
             raise
-        self._content, self._room = (memory, dataclasses.replace(ledger, model=model.source)), 0.0
+        self._content, self._room = (memory, dataclasses.replace(ledger, model=model.source)), {}
 
     # Last in the class: below it, `list` in an annotation would be this method.
     def list(self) -> list[Fact]:
