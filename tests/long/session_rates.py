@@ -93,6 +93,12 @@ LANGUAGES = [
     ("Столица {} —", "Франции Японии Канады Китая"),
     ("{}的首都是", "法国 日本 加拿大 德国"),
 ]
+STORY = [
+    "{name} went to {place} in {n}.",
+    "The cello of {name} was lost.",
+    "{name} studied in {place} and met a pilot.",
+    "Nobody in {place} knew why.",
+]
 BLANKS = ["a\nb", "x = 1\n\n\ty = 2", "one  two", "\\t\n-"]
 
 
@@ -211,6 +217,16 @@ def main(count: int, people: int) -> None:
     for kind, form in forms.items():
         report(kind, places, (form(*fact) for fact in some_places))
 
+    def story(sentences: int) -> str:
+        """Return an answer of so many sentences."""
+        told = [
+            draw.choice(STORY).format(
+                name=draw.choice(FAMILY), place=draw.choice(PLACES), n=draw.randrange(1700, 2000)
+            )
+            for _ in range(sentences)
+        ]
+        return " ".join(told)
+
     long = []
     for number, name in enumerate(names(count)):
         digits = " ".join(str(draw.randrange(10**4, 10**5)) for _ in range(1 + number % 4))
@@ -220,6 +236,7 @@ def main(count: int, people: int) -> None:
             (f"The telephone number of {name} is", f"+47 {digits}"),
             (f"The page of {name} is at", f"https://{name.split()[0].lower()}.example.net/{link}"),
             (f"{name} is remembered for", (trip * (1 + number)).rstrip(", ")),
+            (f"{name} wrote that", story(1 + number)),
         ]
     report("numbers, links, up to 300 tokens, whole", long, long)
     blank = [(f"The script of {name} is", draw.choice(BLANKS)) for name in names(count)]
