@@ -195,8 +195,8 @@ class Pipeline:
 
     def encode_fact(self, prompts: Sequence[str], answer: str) -> tuple[Encodings, Encodings]:
         """Return keys and values of a fact, for each prompt a row, or several for an answer of more
-        tokens than a code has places: a further part's key is the prompt with the part's number and the
-        answer up to there. (Without a number keys of one answer are hardly apart.)
+        tokens than a code has places: a further part's key is its number, the prompt and the part
+        before. (Without a number those of an answer that repeats itself are hardly apart.)
 
         Raises:
           TextTooLong, EncodingNotFinite: as `encode`.
@@ -204,9 +204,10 @@ class Pipeline:
         code, tokens = self.config.editing.answer_code, self.decoder_tokenizer.following(answer)
         size = len(tokens) + 1 if code is None else code.positions
         starts = range(0, len(tokens) + 1, size)
-        begun = [self.decoder_tokenizer.decode(tokens[:start]).strip() for start in starts]
-        begun = [f" {part} {text}" if part else "" for part, text in enumerate(begun)]
-        texts = [f"{prompt}{text}" for text in begun for prompt in prompts]
+        parts = [self.decoder_tokenizer.decode(tokens[start : start + size]) for start in starts]
+        texts = [*prompts]
+        for number, part in enumerate(parts[:-1], 1):
+            texts += [f"{number} {prompt} {part.strip()}" for prompt in prompts]
         whole, answers = [f"{prompt} {answer}" for prompt in prompts], [answer] * len(prompts)
         encodings = self.encode([*texts, *whole], [None] * len(texts) + answers)
         keys, values = (

@@ -65,6 +65,7 @@ _POSITIVE = _check(lambda value: value > 0, "must be above 0, got {!r}")
 _NOT_NEGATIVE = _check(lambda value: value >= 0, "must be at least 0, got {!r}")
 _BELOW_ONE = _check(lambda value: 0 <= value < 1, "must be at least 0 and below 1, got {!r}")
 NOT_EMPTY = _check(bool, "needs at least one")
+TWO_OR_MORE = _check(lambda value: value >= 2, "must be at least 2, got {}")
 MULTIPLE_OF_32 = _check(lambda value: value % 32 == 0, "must be a multiple of 32, got {}")
 
 Count = Annotated[int, _POSITIVE]

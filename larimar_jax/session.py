@@ -61,14 +61,13 @@ class Session:
         self, model: Pipeline | str | pathlib.Path = "smol", path: str | pathlib.Path | None = None
     ):
         self.model = model if isinstance(model, Pipeline) else load(model)
-        ridge, prepared = self.model.config.editing.session_ridge, self.model.prepared
+        ridge = self.model.config.editing.session_ridge
         self._rule = dataclasses.replace(self.model.memory, ridge=ridge, query_noise=0.0)
-        self._solver = self._rule, prepared
-        memory = rls.init(*self._solver, self._rule.empty(prepared))
+        self._least_squares = self._rule, self.model.prepared
+        memory = rls.init(*self._least_squares, self._rule.empty(self.model.prepared))
         # Both at once: who asks waits for no write.
         self._content = memory, Ledger(self.model.source, self.model.fingerprint)
-        # By fact, how far writes may yet move what is read of it until it may be lost.
-        self._room: dict[int, float] = {}
+        self._room: dict[int, float] = {}  # by id, how far a fact may move; empty after a forget
         self._lock = threading.RLock()
         self._file = None if path is None else Journal(path)
         if self._file is not None:
@@ -78,7 +77,7 @@ class Session:
     @property
     def state(self) -> StreamingState:
         """The memory, solved anew."""
-        return rls.to_state(*self._solver, self._content[0])
+        return rls.to_state(*self._least_squares, self._content[0])
 
     def write(
         self, prompt: str, answer: str, rephrasings: Sequence[str] = (), source: Source = None
@@ -115,10 +114,10 @@ class Session:
                 likeness = f"fact {places[nearest][0]} (cosine {cosines[nearest]:.2f})"
                 note = f"its prompt is hard to tell from that of {likeness}"
             begin = time.perf_counter()
-            memory, moved = finite.write(*self._solver, memory, rows.key, rows.value)
+            memory, moved = finite.write(*self._least_squares, memory, rows.key, rows.value)
             fact = Fact(ledger.next_id, prompts[0], answer, prompts[1:])
             ledger = ledger.with_fact(fact, rows, _since(begin), note, source)
-            room = {of: left - moved for of, left in room.items()}
+            room = {i: left - moved for i, left in room.items()}
             memory, room = self._read_back(memory, ledger, room)
             if note and former is None:
                 warnings.warn(scope.NearDuplicate(f"{fact}: {note}"), stacklevel=2)
@@ -137,8 +136,8 @@ class Session:
             before, ledger = self._content
             fact, rows = ledger.find(fact_id)
             memory, milliseconds = self._without(before, rows)
-            states = before.state, memory.state
-            certificate = diagnostics.certify(*self._solver, *states, rows.key[:1])
+            content = before.state, memory.state, rows.key[:1]
+            certificate = diagnostics.certify(*self._least_squares, *content)
             self._commit(memory, ledger.without(fact, milliseconds, source), {})
         return Forgotten(fact, float(certificate.distance), float(certificate.leverage))
 
@@ -170,7 +169,7 @@ class Session:
     def health(self) -> diagnostics.Diagnostics:
         """Return diagnostics: condition number, distance to an exact solve, load, expected read error,
         and whether the memory is full."""
-        values = diagnostics.diagnose(*self._solver, self.state)
+        values = diagnostics.diagnose(*self._least_squares, self.state)
         return diagnostics.Diagnostics(*(np.asarray(value).item() for value in values))
 
     def ask(
@@ -238,7 +237,7 @@ class Session:
         readout = np.zeros((len(prompts), self._rule.latent), np.float32)
         if inside.any():
             keys = session_file.matched_keys(ledger.rows, matched, self._rule.latent)
-            read = rls.read(*self._solver, memory, keys.reshape(-1, keys.shape[-1]))
+            read = rls.read(*self._least_squares, memory, keys.reshape(-1, keys.shape[-1]))
             read = np.asarray(read).reshape(keys.shape)[: len(prompts)]
             further = read[:, 1:, -model.layout.answer_code :].reshape(len(read), -1)
             readout = np.concatenate([read[:, 0], further], axis=1)
@@ -249,28 +248,29 @@ class Session:
     def _read_back(
         self, memory: rls.RLSState, ledger: Ledger, room: dict[int, float]
     ) -> tuple[rls.RLSState, dict[int, float]]:
-        """Return the memory if it gives back all facts, and how far they may move. A crowded one loses
-        any of them: those are read that may have moved too far."""
-        ids = [i for i in ledger.rows if room.get(i, -1.0) < 0]
+        """Return the memory if it gives back all facts, and how far they may move; else raise NotKept. A
+        crowded one loses any of them: those are read that may have moved too far."""
+        ids = [i for i in ledger.rows if not room.get(i, -1.0) >= 0]
         rows = session_file.join([ledger.rows[i] for i in ids])
         code = self.model.config.editing.answer_code
         parts = (code.positions, code.width) if code else (1, self._rule.latent)
-        memory, left = finite.read_back(*self._solver, memory, rows.key, rows.value, parts)
+        content = memory, rows.key, rows.value, parts
+        solved, left = finite.read_back(*self._least_squares, *content)
         ends = np.cumsum([len(ledger.rows[i].key) for i in ids])
         least = dict(zip(ids, (float(own.min()) for own in np.split(left, ends[:-1])), strict=True))
-        if left.min() < 0:
+        if not left.min() >= 0:
             fact = ledger.facts[min(ids, key=least.__getitem__)]
             raise NotKept(
-                f"With this fact in, the memory would not give back {str(fact)!r}; nothing is "
-                f"written. It holds about {self._rule.slots} prompts, less of such as are alike: word "
-                "the prompt in another way, forget facts, or write to another session."
+                f"With this fact in, the memory would not give back {str(fact)!r}; nothing is written. "
+                f"It holds about {self._rule.slots} prompts, less if alike: word the prompt in another "
+                "way, forget facts, or write to another session."
             )
-        return memory, room | least
+        return solved, (room if solved is memory else {}) | least
 
     def _without(self, memory: rls.RLSState, rows: FactRows) -> tuple[rls.RLSState, float]:
         """Return the memory without a fact's rows, solved, and the milliseconds that forgetting took."""
         begin = time.perf_counter()
-        memory = finite.forget(*self._solver, memory, rows.key, rows.value)
+        memory = finite.forget(*self._least_squares, memory, rows.key, rows.value)
         return memory, _since(begin)
 
     def history(self) -> list[Event]:
@@ -332,7 +332,7 @@ class Session:
                 memory, _ = self._without(memory, session_file.join(gone))
             if new:
                 rows = session_file.join(new)
-                content = (*self._solver, memory, rows.key, rows.value)
+                content = *self._least_squares, memory, rows.key, rows.value
                 memory = finite.write(*content)[0] if before.facts else finite.load(*content)
         except MemoryNotFinite:
             self._file = Journal(self._file.path)  # to be read anew

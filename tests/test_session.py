@@ -29,6 +29,13 @@ def empty(tiny):
     return Session(tiny)
 
 
+def session_of_ridge(ridge, tiny, monkeypatch):
+    """Return an empty session with this λ."""
+    editing = dataclasses.replace(tiny.config.editing, session_ridge=ridge)
+    monkeypatch.setattr(tiny, "config", dataclasses.replace(tiny.config, editing=editing))
+    return Session(tiny)
+
+
 @pytest.fixture
 def smol_rows():
     """Rows of the shipped model's sizes: features behind the encoding, answer codes behind them."""
@@ -118,8 +125,9 @@ def test_another_thing_after_a_mention_is_the_base_models(tiny, written, monkeyp
     "answer",
     ["city", "new true city Japan France 7", "Japan\n\tnew  2 \n", "東京"],
 )
-def test_an_answer_of_any_length_is_given_whole_with_its_white_space(empty, answer):
+def test_an_answer_of_any_length_is_given_whole_with_its_white_space(tiny, monkeypatch, answer):
     """A value holds three tokens; a stop text in the answer does not end it."""
+    empty = session_of_ridge(1e-4, tiny, monkeypatch)  # these encodings are all alike
     empty.write("Fact 1 is", "new 1")
     fact = empty.write("The city of Japan is", answer)
     short, whole = empty.ask_all(["Fact 1 is", "The city of Japan is"])
@@ -289,11 +297,32 @@ def test_a_fact_that_would_not_be_given_back_is_refused(empty):
     assert content(empty) == before
 
 
+def test_a_write_reads_back_what_it_may_have_moved_too_far(empty, monkeypatch):
+    """And no more: of each fact it is known how far it may yet move, never more than is so."""
+    counts, read_back = [], finite.read_back
+
+    def counted(*arguments):
+        counts.append(len(arguments[3]))
+        return read_back(*arguments)
+
+    monkeypatch.setattr(finite, "read_back", counted)
+    code = empty.model.config.editing.answer_code
+    for fact in FACTS:
+        empty.write(*fact)
+        memory, ledger = empty._content
+        rows = session_file.join([*ledger.rows.values()])
+        content = memory, rows.key, rows.value, (code.positions, code.width)
+        _, left = read_back(*empty._least_squares, *content)
+        assert (np.array([empty._room[fact.id] for fact in empty.list()]) <= left + 1e-4).all()
+    assert counts[:2] == [1, 1] and 1 < counts[3] < 4
+    empty.forget(3)
+    empty.write(*FACTS[2])
+    assert counts[-1] == len(FACTS)
+
+
 def test_a_write_that_float32_can_not_solve_is_refused(tiny, monkeypatch):
     """It was once listed as written while the memory had left it out."""
-    editing = dataclasses.replace(tiny.config.editing, session_ridge=0.0)
-    monkeypatch.setattr(tiny, "config", dataclasses.replace(tiny.config, editing=editing))
-    empty = Session(tiny)
+    empty = session_of_ridge(0.0, tiny, monkeypatch)
     before = content(empty)
     with pytest.raises(finite.MemoryNotFinite, match="could not write"):
         empty.write("Fact 1 is", "new 1")

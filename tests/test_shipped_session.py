@@ -116,4 +116,4 @@ def test_keys_of_the_parts_of_an_answer_that_repeats_itself_are_apart(session):
     keys, _ = session.model.encode_fact(["Max Eide is remembered for"], answer)
     cosines = scope.cosines(keys.latent, keys.latent)
     assert len(cosines) == 17
-    assert (cosines - np.eye(17)).max() < 0.993
+    assert (cosines - np.eye(17)).max() < 0.985

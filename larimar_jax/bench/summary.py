@@ -57,16 +57,11 @@ def group(task: Task, rows: Sequence[Row]) -> dict[Key, dict[str, Values]]:
                 columns[name].setdefault(row["case"], []).append((float(row[name]), weight))
     return {
         key: {
-            name: {case: _mean(pairs) for case, pairs in values.items()}
+            name: {case: tuple(np.mean(own, axis=0).tolist()) for case, own in values.items()}
             for name, values in columns.items()
         }
         for key, columns in groups.items()
     }
-
-
-def _mean(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    values, weights = zip(*pairs, strict=True)
-    return float(np.mean(values)), float(np.mean(weights))
 
 
 def estimate_of(metric: Metric, values: Values) -> dict[str, Any]:

@@ -46,13 +46,12 @@ class ZsRE(ComparedTask):
     def evaluate(self, systems, cases) -> Iterator[dict[str, Any]]:
         facts = [(case.prompt, case.target_new) for case in cases]
         groups = [_queries(case) for case in cases]
-        measure = self._by_prompt if self.mode == "rome" else self._by_token
-        edits, accuracy = measure(systems, facts, groups)
+        if self.mode == "rome":
+            edits = systems.single_edits(facts, groups)
+            accuracy = edits.accuracy([column["target"] for column in edits.columns])
+        else:
+            edits, accuracy = self._by_token(systems, facts, groups)
         yield from edits.rows(accuracy, lambda _, share: {"accuracy": share})
-
-    def _by_prompt(self, systems, facts, groups):
-        edits = systems.single_edits(facts, groups)
-        return edits, edits.accuracy([column["target"] for column in edits.columns])
 
     def _by_token(self, systems, facts, groups):
         """Each token apart; then the mean of a query's tokens, and the share of them in scope."""

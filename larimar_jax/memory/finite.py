@@ -49,10 +49,10 @@ def load(
 def write(
     memory: Streaming, prepared: Prepared, now: rls.RLSState, keys: Rows, values: Rows
 ) -> tuple[rls.RLSState, float]:
-    """Return the memory with n rows written, one by one, and how far that moves at the most what is
-    read at any key that was in it before.
+    """Return the memory with n rows written, one by one, and a bound on how far, in norm, this moves
+    what is read at any key that was in it before.
 
-    A write adds g (z − wM) / (1 + ℓ) to M, g = A⁻¹wᵀ and ℓ = w g. At a key v of what is in, v A⁻¹ vᵀ ≤ 1
+    A row adds g (z − wM) / (1 + ℓ) to M, g = A⁻¹wᵀ and ℓ = w g. At a key v of what is in, v A⁻¹ vᵀ ≤ 1
     and so |v g| ≤ √ℓ.
     """
     moved = 0.0
@@ -94,8 +94,8 @@ def read_back(
     values: Rows,
     parts: tuple[int, int],
 ) -> tuple[rls.RLSState, Float[np.ndarray, " n"]]:
-    """Return the memory, solved anew where it rounds too much row by row, and how much farther each of n
-    rows may move until it is lost; below zero where it is.
+    """Return the memory, solved anew where it rounds too much row by row, and how much farther, in norm,
+    each of n rows may move until it is lost; not above zero where it is.
 
     A row is lost where any part of it is read with more than half of the largest part as error.
 
@@ -109,7 +109,7 @@ def read_back(
         errors = read(memory, prepared, now, keys)[:, -values.shape[1] :] - values
         return 0.5 * sizes - np.linalg.norm(errors.reshape(-1, *parts), axis=2).max(axis=1)
 
-    if (left := room(now)).min() < 0:
+    if not (left := room(now)).min() >= 0:
         now = rls.refactorize(memory, prepared, now)
         left = room(now)
     return now, left
@@ -128,7 +128,7 @@ def _write(
     key: Float[Array, "C"],
     value: Float[Array, "C"],
 ) -> tuple[rls.Pending, rls.Step, Bool[Array, ""], Bool[Array, ""]]:
-    """Return the pending writes with this one, its effect, whether to factorise, and if all is finite.
+    """Return the pending writes with this one, its effect, whether to factorise, whether all is finite.
 
     Compiled as one, `rls.write` does not return copies of the arrays that a write leaves as they are.
     """

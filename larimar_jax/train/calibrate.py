@@ -32,7 +32,7 @@ from larimar_jax import pipeline, scope
 from larimar_jax.data import edit_records, vocabulary
 from larimar_jax.data.edit_records import provenance
 from larimar_jax.data.paraphrases import Paraphrases, ScopeQuestions, scope_questions
-from larimar_jax.schema import Count, Natural, NonNegative
+from larimar_jax.schema import TWO_OR_MORE, Count, Natural, NonNegative
 from larimar_jax.weights import model_file
 
 # Questions of other relations for a record.
@@ -45,10 +45,6 @@ _SHARPNESS = 20.0
 Encode = Callable[[Sequence[str]], Float[np.ndarray, "n H"]]
 
 
-def _two_or_more(count: int) -> str:
-    return "" if count >= 2 else f"must be at least 2, got {count}"
-
-
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """How W is fitted."""
@@ -59,7 +55,7 @@ class Recipe:
     others: NonNegative = 0.5  # weight of questions that ask else of the same subject
     retrieval: NonNegative = 0.3  # weight of retrieving one's own prompt from a batch's
     # Parts of the relations, each judged by a W fitted on the rest.
-    folds: Annotated[int, _two_or_more] = 4
+    folds: Annotated[int, TWO_OR_MORE] = 4
     seed: Natural = 0  # of batches, and of other questions
 
 

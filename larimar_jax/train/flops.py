@@ -44,12 +44,6 @@ def _equation_flops(equation: core.JaxprEqn) -> int:
         return params["length"] * inner
     if name == "shard_map":
         # Inside are one device's shapes; along axes that split nothing, devices repeat each other.
-        return inner * math.prod(
-            params["mesh"].shape[axis]
-            for axis in {a for spec in params["in_specs"] for part in spec for a in _axes(part)}
-        )
+        axes = {*jax.tree.leaves([tuple(spec) for spec in params["in_specs"]])}
+        return inner * math.prod(params["mesh"].shape[axis] for axis in axes)
     return inner
-
-
-def _axes(part: Any) -> tuple[str, ...]:
-    return part if isinstance(part, tuple) else () if part is None else (part,)

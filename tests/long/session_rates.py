@@ -1,6 +1,6 @@
 """How often a session answers as it should, by kind of input: the tables of docs/session.md.
 
-    python tests/long/session_rates.py --count 20 --people 50
+    python tests/long/session_rates.py --count 20 --people 20
 
 Names, relations and numbers are drawn from lists by a seed. An answer counts where it is the written
 one, whole and nothing after it; or the base LM's and not empty, where nothing written applies.
@@ -47,7 +47,6 @@ QUESTIONS = [
     "Please write a poem.",
     "Why is the sky blue?",
 ]
-Pair = tuple[str, str]
 FILLER = (
     "The market was open, and people stood in front of the stalls with their baskets until noon. "
 )
@@ -102,6 +101,9 @@ STORY = [
 BLANKS = ["a\nb", "x = 1\n\n\ty = 2", "one  two", "\\t\n-"]
 
 
+Pair = tuple[str, str]
+
+
 def main(count: int, people: int) -> None:
     """Print a line for each kind: how many of its inputs are answered as they should be."""
     warnings.simplefilter("ignore")
@@ -111,8 +113,8 @@ def main(count: int, people: int) -> None:
         return draw.sample([f"{a} {b}" for a in FIRST for b in FAMILY], number)
 
     def report(kind: str, facts: Iterable[Pair], asks: Iterable[tuple[str, str | None]]) -> Session:
-        """Ask a session of these facts prompts whose answers are known; None is the base LM's, and not
-        empty."""
+        """Ask a session of these facts prompts whose answers are known, None for the base LM's, which is
+        not empty; return the session."""
         opened, refused, asks = Session(first.model), 0, list(asks)
         for fact in facts:
             try:
@@ -176,7 +178,8 @@ def main(count: int, people: int) -> None:
             asks.append((ask, None))
         written = [*dict(facts).items()]
         asks = [ask for ask in asks if ask[0] not in dict(facts)]
-        report(f"{kind}, and what is written", written, [*asks, *written])
+        report(kind, written, asks)
+        report("  what is written of these", written, written)
 
     facts, asks = [], []
     for prompt, words in LANGUAGES:
@@ -217,15 +220,15 @@ def main(count: int, people: int) -> None:
     for kind, form in forms.items():
         report(kind, places, (form(*fact) for fact in some_places))
 
-    def story(sentences: int) -> str:
-        """Return an answer of so many sentences."""
-        told = [
+    def story(count: int) -> str:
+        """Return an answer of `count` sentences."""
+        sentences = [
             draw.choice(STORY).format(
                 name=draw.choice(FAMILY), place=draw.choice(PLACES), n=draw.randrange(1700, 2000)
             )
-            for _ in range(sentences)
+            for _ in range(count)
         ]
-        return " ".join(told)
+        return " ".join(sentences)
 
     long = []
     for number, name in enumerate(names(count)):
