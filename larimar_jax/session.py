@@ -63,8 +63,8 @@ class Session:
         self.model = model if isinstance(model, Pipeline) else load(model)
         ridge = self.model.config.editing.session_ridge
         self._rule = dataclasses.replace(self.model.memory, ridge=ridge, query_noise=0.0)
-        self._least_squares = self._rule, self.model.prepared
-        memory = rls.init(*self._least_squares, self._rule.empty(self.model.prepared))
+        self._rls = self._rule, self.model.prepared
+        memory = rls.init(*self._rls, self._rule.empty(self.model.prepared))
         # Both at once: who asks waits for no write.
         self._content = memory, Ledger(self.model.source, self.model.fingerprint)
         self._room: dict[int, float] = {}  # by id, how far a fact may move; empty after a forget
@@ -77,7 +77,7 @@ class Session:
     @property
     def state(self) -> StreamingState:
         """The memory, solved anew."""
-        return rls.to_state(*self._least_squares, self._content[0])
+        return rls.to_state(*self._rls, self._content[0])
 
     def write(
         self, prompt: str, answer: str, rephrasings: Sequence[str] = (), source: Source = None
@@ -114,7 +114,7 @@ class Session:
                 likeness = f"fact {places[nearest][0]} (cosine {cosines[nearest]:.2f})"
                 note = f"its prompt is hard to tell from that of {likeness}"
             begin = time.perf_counter()
-            memory, moved = finite.write(*self._least_squares, memory, rows.key, rows.value)
+            memory, moved = finite.write(*self._rls, memory, rows.key, rows.value)
             fact = Fact(ledger.next_id, prompts[0], answer, prompts[1:])
             ledger = ledger.with_fact(fact, rows, _since(begin), note, source)
             room = {i: left - moved for i, left in room.items()}
@@ -136,8 +136,7 @@ class Session:
             before, ledger = self._content
             fact, rows = ledger.find(fact_id)
             memory, milliseconds = self._without(before, rows)
-            content = before.state, memory.state, rows.key[:1]
-            certificate = diagnostics.certify(*self._least_squares, *content)
+            certificate = diagnostics.certify(*self._rls, before.state, memory.state, rows.key[:1])
             self._commit(memory, ledger.without(fact, milliseconds, source), {})
         return Forgotten(fact, float(certificate.distance), float(certificate.leverage))
 
@@ -169,7 +168,7 @@ class Session:
     def health(self) -> diagnostics.Diagnostics:
         """Return diagnostics: condition number, distance to an exact solve, load, expected read error,
         and whether the memory is full."""
-        values = diagnostics.diagnose(*self._least_squares, self.state)
+        values = diagnostics.diagnose(*self._rls, self.state)
         return diagnostics.Diagnostics(*(np.asarray(value).item() for value in values))
 
     def ask(
@@ -237,7 +236,7 @@ class Session:
         readout = np.zeros((len(prompts), self._rule.latent), np.float32)
         if inside.any():
             keys = session_file.matched_keys(ledger.rows, matched, self._rule.latent)
-            read = rls.read(*self._least_squares, memory, keys.reshape(-1, keys.shape[-1]))
+            read = rls.read(*self._rls, memory, keys.reshape(-1, keys.shape[-1]))
             read = np.asarray(read).reshape(keys.shape)[: len(prompts)]
             further = read[:, 1:, -model.layout.answer_code :].reshape(len(read), -1)
             readout = np.concatenate([read[:, 0], further], axis=1)
@@ -254,8 +253,7 @@ class Session:
         rows = session_file.join([ledger.rows[i] for i in ids])
         code = self.model.config.editing.answer_code
         parts = (code.positions, code.width) if code else (1, self._rule.latent)
-        content = memory, rows.key, rows.value, parts
-        solved, left = finite.read_back(*self._least_squares, *content)
+        solved, left = finite.read_back(*self._rls, memory, rows.key, rows.value, parts)
         ends = np.cumsum([len(ledger.rows[i].key) for i in ids])
         least = dict(zip(ids, (float(own.min()) for own in np.split(left, ends[:-1])), strict=True))
         if not left.min() >= 0:
@@ -270,7 +268,7 @@ class Session:
     def _without(self, memory: rls.RLSState, rows: FactRows) -> tuple[rls.RLSState, float]:
         """Return the memory without a fact's rows, solved, and the milliseconds that forgetting took."""
         begin = time.perf_counter()
-        memory = finite.forget(*self._least_squares, memory, rows.key, rows.value)
+        memory = finite.forget(*self._rls, memory, rows.key, rows.value)
         return memory, _since(begin)
 
     def history(self) -> list[Event]:
@@ -332,8 +330,9 @@ class Session:
                 memory, _ = self._without(memory, session_file.join(gone))
             if new:
                 rows = session_file.join(new)
-                content = *self._least_squares, memory, rows.key, rows.value
-                memory = finite.write(*content)[0] if before.facts else finite.load(*content)
+                content = *self._rls, memory, rows.key, rows.value
+                is_one = before.facts or len(new) == 1  # as its writer did, to the bit
+                memory = finite.write(*content)[0] if is_one else finite.load(*content)
         except MemoryNotFinite:
             self._file = Journal(self._file.path)  # to be read anew
             raise

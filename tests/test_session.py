@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -312,12 +313,35 @@ def test_a_write_reads_back_what_it_may_have_moved_too_far(empty, monkeypatch):
         memory, ledger = empty._content
         rows = session_file.join([*ledger.rows.values()])
         content = memory, rows.key, rows.value, (code.positions, code.width)
-        _, left = read_back(*empty._least_squares, *content)
+        _, left = read_back(*empty._rls, *content)
         assert (np.array([empty._room[fact.id] for fact in empty.list()]) <= left + 1e-4).all()
     assert counts[:2] == [1, 1] and 1 < counts[3] < 4
     empty.forget(3)
     empty.write(*FACTS[2])
     assert counts[-1] == len(FACTS)
+
+
+def test_a_journal_taken_in_change_by_change_gives_the_same_memory_to_the_bit(tiny, tmp_path):
+    """And so the same certificates."""
+    own, other = (Session(tiny, tmp_path / "facts.jsonl") for _ in range(2))
+
+    def changed(session, call, *arguments):
+        result = call(*arguments)
+        for one in (own, other):
+            if one is not session:
+                with one.together():  # takes in the change
+                    pass
+        return result
+
+    for fact in FACTS[:4]:
+        changed(own, own.write, *fact)
+    changed(other, other.forget, 2)
+    changed(own, own.write, FACTS[3][0], "true 2")
+    for one, two in zip(*(jax.tree.leaves(s._content[0]) for s in (own, other)), strict=True):
+        np.testing.assert_array_equal(one, two)
+    copy = Session(tiny, shutil.copy(tmp_path / "facts.jsonl", tmp_path / "copy.jsonl"))
+    copy._content = other._content
+    assert copy.forget(3) == own.forget(3)
 
 
 def test_a_write_that_float32_can_not_solve_is_refused(tiny, monkeypatch):

@@ -9,7 +9,7 @@ one, whole and nothing after it; or the base LM's and not empty, where nothing w
 import argparse
 import random
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from larimar_jax.session import NotKept, Session
 from larimar_jax.session_file import Answer
@@ -52,31 +52,27 @@ FILLER = (
 )
 
 
-# A prompt, and others that ask for something else: another number, an opposite, a negation.
-OTHERS = [
-    ("The code of room {n} is", "The code of room {m} is"),
-    ("In {n} the prize of {place} went to", "In {m} the prize of {place} went to"),
-    (
-        "The ferry to {place} leaves at {h}:30 from pier",
-        "The ferry to {place} leaves at {i}:30 from pier",
-    ),
-    ("The third song of {name} is called", "The fourth song of {name} is called"),
-    ("The first wife of {name} was", "The second wife of {name} was"),
-]
-OPPOSITES = [
-    ("The oldest pupil of {name} is", "The youngest pupil of {name} is"),
-    ("The north gate of {place} is named", "The south gate of {place} is named"),
-    ("The best friend of {name} is", "The worst enemy of {name} is"),
-    ("The museum of {place} is open on", "The museum of {place} is closed on"),
-    ("The longest street of {place} is called", "The shortest street of {place} is called"),
-]
-NEGATIONS = [
-    ("{name} plays the", "{name} does not play the"),
-    ("{name} was born in the town of", "{name} was not born in the town of"),
-    ("{name} works as a", "{name} never worked as a"),
-    ("The museum of {place} is open on", "The museum of {place} is not open on"),
-    ("{name} can speak", "{name} cannot speak"),
-]
+# By kind a prompt, and one that asks for something else.
+OTHERS = {
+    "another number": """
+        The code of room {n} is | The code of room {m} is
+        In {n} the prize of {place} went to | In {m} the prize of {place} went to
+        The ferry to {place} leaves at {h}:30 from | The ferry to {place} leaves at {i}:30 from
+        The third song of {name} is called | The fourth song of {name} is called
+        The first wife of {name} was | The second wife of {name} was""",
+    "an opposite": """
+        The oldest pupil of {name} is | The youngest pupil of {name} is
+        The north gate of {place} is named | The south gate of {place} is named
+        The best friend of {name} is | The worst enemy of {name} is
+        The museum of {place} is open on | The museum of {place} is closed on
+        The longest street of {place} is called | The shortest street of {place} is called""",
+    "a negation": """
+        {name} plays the | {name} does not play the
+        {name} was born in the town of | {name} was not born in the town of
+        {name} works as a | {name} never worked as a
+        The museum of {place} is open on | The museum of {place} is not open on
+        {name} can speak | {name} cannot speak""",
+}
 UNWRITTEN = [
     "The shoe size of {} is",
     "The brother of {} is called",
@@ -84,7 +80,7 @@ UNWRITTEN = [
     "The favourite colour of {} is",
     "{} died in the year",
 ]
-# Of other languages a written prompt, and the same of another entity.
+# Of other languages a written prompt, and entities, of which the first is written.
 LANGUAGES = [
     ("La capitale de {} est", "Aldovie Borginie Carvanie Drusie"),
     ("Die Hauptstadt von {} ist", "Aldowien Borgenland Karwanien Drusien"),
@@ -163,23 +159,19 @@ def main(count: int, people: int) -> None:
     asks = [draw.choice(ATTRIBUTES)[at % 2].format(name) for at, name in enumerate(strangers)]
     report("the same of other people", facts, [(ask, None) for ask in asks])
 
-    for kind, pairs in (
-        ("another number", OTHERS),
-        ("an opposite", OPPOSITES),
-        ("a negation", NEGATIONS),
-    ):
-        facts, asks = [], []
+    for kind, lines in OTHERS.items():
+        pairs = [line.strip().split(" | ") for line in lines.strip().splitlines()]
+        written, asks = {}, []
         for at, name in enumerate(names(count)):
             n, hour = draw.randrange(100, 2000), draw.randrange(1, 12)
             m, other = n + draw.choice((-1, 1, 10, 100)), 1 + hour % 12
             words = dict(name=name, place=draw.choice(PLACES), n=n, m=m, h=hour, i=other)
             prompt, ask = (text.format(**words) for text in pairs[at % len(pairs)])
-            facts.append((prompt, draw.choice(PLACES)))
+            written[prompt] = draw.choice(PLACES)
             asks.append((ask, None))
-        written = [*dict(facts).items()]
-        asks = [ask for ask in asks if ask[0] not in dict(facts)]
-        report(kind, written, asks)
-        report("  what is written of these", written, written)
+        asks = [ask for ask in asks if ask[0] not in written]
+        report(kind, written.items(), asks)
+        report("  what is written of these", written.items(), written.items())
 
     facts, asks = [], []
     for prompt, words in LANGUAGES:
@@ -194,41 +186,31 @@ def main(count: int, people: int) -> None:
     ]
     some_places = [draw.choice(places) for _ in range(count)]
     end = "My favourite dish is"
-    forms: dict[str, Callable[[str, str], tuple[str, str | None]]] = {
-        "another thing after a mention": lambda p, a: (
-            f"Last year we saw {p[15:-3]}. {draw.choice(ELSEWHERE)}",
-            None,
-        ),
-        "another thing after the very fact": lambda p, a: (
-            f"{p} {a}. {draw.choice(ELSEWHERE)}",
-            None,
-        ),
-        "the fact after another thing": lambda p, a: (f"{draw.choice(ELSEWHERE)} late. {p}", a),
-        "a sentence that refers back": lambda p, a: (
-            f"What is the capital of {p[15:-3]}? It is",
-            a,
-        ),
-        "a question of other things": lambda p, a: (draw.choice(QUESTIONS), None),
-        "the fact in chat markup": lambda p, a: (draw.choice(CHAT).format(p), a),
-        "another question in chat markup": lambda p, a: (
-            draw.choice(CHAT).format(draw.choice(QUESTIONS)),
-            None,
-        ),
-        "700 tokens, then the fact": lambda p, a: (FILLER * 35 + p, a),
-        "700 tokens, then another thing": lambda p, a: (f"{p} {a}. {FILLER * 35}{end}", None),
-    }
-    for kind, form in forms.items():
-        report(kind, places, (form(*fact) for fact in some_places))
+
+    def asks_of(place: str, prompt: str, answer: str) -> dict[str, tuple[str, str | None]]:
+        """Return by kind a question after the fact of a place was written, and its answer."""
+        elsewhere, chat = draw.choice(ELSEWHERE), draw.choice(CHAT)
+        other = draw.choice(QUESTIONS)
+        return {
+            "another thing after a mention": (f"Last year we saw {place}. {elsewhere}", None),
+            "another thing after the very fact": (f"{prompt} {answer}. {elsewhere}", None),
+            "the fact after another thing": (f"{elsewhere} late. {prompt}", answer),
+            "a sentence that refers back": (f"What is the capital of {place}? It is", answer),
+            "a question of other things": (other, None),
+            "the fact in chat markup": (chat.format(prompt), answer),
+            "another question in chat markup": (chat.format(other), None),
+            "700 tokens, then the fact": (FILLER * 35 + prompt, answer),
+            "700 tokens, then another thing": (f"{prompt} {answer}. {FILLER * 35}{end}", None),
+        }
+
+    asks = [asks_of(prompt[15:-3], prompt, answer) for prompt, answer in some_places]
+    for kind in asks[0]:
+        report(kind, places, [ask[kind] for ask in asks])
 
     def story(count: int) -> str:
         """Return an answer of `count` sentences."""
-        sentences = [
-            draw.choice(STORY).format(
-                name=draw.choice(FAMILY), place=draw.choice(PLACES), n=draw.randrange(1700, 2000)
-            )
-            for _ in range(count)
-        ]
-        return " ".join(sentences)
+        words = dict(name=draw.choice(FAMILY), place=draw.choice(PLACES), n=draw.randrange(2000))
+        return " ".join(draw.choice(STORY).format(**words) for _ in range(count))
 
     long = []
     for number, name in enumerate(names(count)):
