@@ -205,9 +205,8 @@ class Pipeline:
         size = len(tokens) + 1 if code is None else code.positions
         starts = range(0, len(tokens) + 1, size)
         parts = [self.decoder_tokenizer.decode(tokens[start : start + size]) for start in starts]
-        texts = [*prompts]
-        for number, part in enumerate(parts[:-1], 1):
-            texts += [f"{number} {prompt} {part.strip()}" for prompt in prompts]
+        further = enumerate(parts[:-1], 1)
+        texts = [*prompts, *(f"{n} {p} {part.strip()}" for n, part in further for p in prompts)]
         whole, answers = [f"{prompt} {answer}" for prompt in prompts], [answer] * len(prompts)
         encodings = self.encode([*texts, *whole], [None] * len(texts) + answers)
         keys, values = (

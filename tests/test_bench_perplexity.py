@@ -1,6 +1,5 @@
 """Perplexity with facts in memory against a session, and how free text reads."""
 
-import dataclasses
 import math
 
 import numpy as np
@@ -9,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from known_editor import cases, measured, question, saved
 
-from larimar_jax import cli
+from larimar_jax import cli, scope
 from larimar_jax.bench import fluency, queries, report
 from larimar_jax.bench.fact_store import FactStore, encode_facts
 from larimar_jax.bench.fluency import words
@@ -87,14 +86,15 @@ def test_texts_are_compared_with_the_lookups_at_one_length(folder):
     has no entropy."""
     long = "a port by the sea a port by the sea a port"
 
-    @dataclasses.dataclass
     class Known:
-        facts: list | None = None
         editor = type("Editor", (), {"tokens": staticmethod(str.split)})
-        nearest, in_scope = [("x", "y")] * 2, np.zeros(2)
+        in_scope = np.zeros(2)
 
         def cached(self, name, key, make):
-            return fluency.TfIdf([words("by the river")])
+            return self if name == "store" else fluency.TfIdf([words("by the river")])
+
+        def nearest(self, prompts):
+            return ["x y"] * len(prompts)
 
         def shared_memories(self, parts):
             return self
@@ -117,6 +117,17 @@ def test_texts_are_compared_with_the_lookups_at_one_length(folder):
     for name in ("entropy", "entropy_gain"):
         assert entries["larimar"][name]["mean"] is None
     assert (entries["larimar"]["words"]["mean"], entries["base"]["words"]["mean"]) == (1.0, 12.0)
+
+
+def test_a_text_that_no_fact_is_comparable_to_has_one_in_front(tiny, folder, monkeypatch):
+    """It once ended the benchmark."""
+    monkeypatch.setattr(
+        scope, "comparable", lambda _, texts, facts: np.zeros((len(texts), len(facts)), bool)
+    )
+    facts = [(record.prompt, record.target_new) for record in task(folder).records]
+    store = FactStore(encode_facts(tiny, facts, ["In 1999 Oslo"]), facts)
+    assert list(store.read(["In 1999 Oslo"])[1].key) == [-1]
+    assert store.nearest(["In 1999 Oslo"])[0] in store.texts
 
 
 def test_words_that_leave_nothing_to_judge_are_refused(folder, tmp_path, capsys):

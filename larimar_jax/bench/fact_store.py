@@ -135,6 +135,11 @@ class FactStore:
         readout = _read(self.model.memory, self.model.prepared, self.state, padded)
         return np.asarray(readout)[: len(latent)], match
 
+    def nearest(self, queries: Sequence[str]) -> list[str]:
+        """Return the fact whose prompt is nearest to each query, be it of another relation."""
+        match = scope.nearest_key(self._encoded(queries).embedding, self._embedding)
+        return [self.texts[key] for key in match.key]
+
 
 @jax.jit
 def _read(

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 from larimar_jax.bench import fluency
-from larimar_jax.bench.fact_store import FactStore, encode_facts, written
+from larimar_jax.bench.fact_store import FactStore, encode_facts
 from larimar_jax.bench.queries import MEMORIES
 from larimar_jax.bench.task import ComparedTask, Metric, Pivot, Plot, option
 from larimar_jax.data.corpus import Corpus, open_corpus
@@ -107,9 +107,8 @@ class Perplexity(ComparedTask):
         rests = [fluency.words(text.rest) for text in self._texts]
         tfidf = systems.cached("tfidf", self.texts, lambda: fluency.TfIdf(rests))
         columns = [{"prompt": text.prompt} for text in cases]
-        queries = systems.shared_memories([(store, columns, [None] * len(columns))])
-        near = [written(*fact) for fact in queries.nearest]
-        queries = dataclasses.replace(queries, facts=near)
+        near = store.nearest([text.prompt for text in cases])
+        queries = systems.shared_memories([(store, columns, near)])
         losses = queries.score([[text.rest] for text in cases])
         decoded = queries.generate(self.tokens)
         for row, text in enumerate(cases):

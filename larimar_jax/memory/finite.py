@@ -33,9 +33,8 @@ def load(
     memory: Streaming, prepared: Prepared, empty: rls.RLSState, keys: Rows, values: Rows
 ) -> rls.RLSState:
     """Return an empty memory with n rows written, all at once."""
-    number, size = len(keys), rls.MAX_PENDING
-    while size <= number:
-        size *= 2
+    number = len(keys)
+    size = max(rls.MAX_PENDING, 1 << number.bit_length())
     keys, values = (np.pad(rows, ((0, size - number), (0, 0))) for rows in (keys, values))
     signs = (np.arange(size) < number).astype(np.int32)
     if number < memory.slots:
