@@ -325,18 +325,12 @@ def test_a_journal_taken_in_change_by_change_gives_the_same_memory_to_the_bit(ti
     """And so the same certificates."""
     own, other = (Session(tiny, tmp_path / "facts.jsonl") for _ in range(2))
 
-    def changed(session, call, *arguments):
-        result = call(*arguments)
-        for one in (own, other):
-            if one is not session:
-                with one.together():  # takes in the change
-                    pass
-        return result
-
-    for fact in FACTS[:4]:
-        changed(own, own.write, *fact)
-    changed(other, other.forget, 2)
-    changed(own, own.write, FACTS[3][0], "true 2")
+    calls = [(own.write, *fact) for fact in FACTS[:4]]
+    for call, *arguments in [*calls, (other.forget, 2), (own.write, FACTS[3][0], "true 2")]:
+        call(*arguments)
+        for session in (own, other):
+            with session.together():  # takes in the change
+                pass
     for one, two in zip(*(jax.tree.leaves(s._content[0]) for s in (own, other)), strict=True):
         np.testing.assert_array_equal(one, two)
     copy = Session(tiny, shutil.copy(tmp_path / "facts.jsonl", tmp_path / "copy.jsonl"))
