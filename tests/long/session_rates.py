@@ -73,13 +73,10 @@ OTHERS = {
         The museum of {place} is open on | The museum of {place} is not open on
         {name} can speak | {name} cannot speak""",
 }
-UNWRITTEN = [
-    "The shoe size of {} is",
-    "The brother of {} is called",
-    "{} is allergic to",
-    "The favourite colour of {} is",
-    "{} died in the year",
-]
+UNWRITTEN = (
+    "The shoe size of {} is|The brother of {} is called|{} is allergic to|"
+    "The favourite colour of {} is|{} died in the year"
+).split("|")
 # Of other languages a written prompt, and entities, of which the first is written.
 LANGUAGES = [
     ("La capitale de {} est", "Aldovie Borginie Carvanie Drusie"),
@@ -189,8 +186,7 @@ def main(count: int, people: int) -> None:
 
     def asks_of(place: str, prompt: str, answer: str) -> dict[str, tuple[str, str | None]]:
         """Return by kind a question after the fact of a place was written, and its answer."""
-        elsewhere, chat = draw.choice(ELSEWHERE), draw.choice(CHAT)
-        other = draw.choice(QUESTIONS)
+        elsewhere, chat, other = map(draw.choice, (ELSEWHERE, CHAT, QUESTIONS))
         return {
             "another thing after a mention": (f"Last year we saw {place}. {elsewhere}", None),
             "another thing after the very fact": (f"{prompt} {answer}. {elsewhere}", None),
