@@ -331,8 +331,8 @@ class Session:
             if new:
                 rows = session_file.join(new)
                 content = *self._rls, memory, rows.key, rows.value
-                is_one = before.facts or len(new) == 1  # as its writer did, to the bit
-                memory = finite.write(*content)[0] if is_one else finite.load(*content)
+                at_once = not before.facts and len(new) > 1  # One is written as its writer did.
+                memory = finite.load(*content) if at_once else finite.write(*content)[0]
         except MemoryNotFinite:
             self._file = Journal(self._file.path)  # to be read anew
             raise

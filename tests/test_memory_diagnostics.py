@@ -89,15 +89,12 @@ def test_a_certificate_is_near_the_measured_error(ridge, noise):
     want, _ = exact(variant, prepared, k, v, [row for row in range(n) if row != 3])
     assert 0.1 < float(certificate.distance) / distance(after.solution, want) < 10
     assert not bool(certificate.refused)
-    # Not what its statistics imply: the estimate shows by how much, above what a solve rounds.
-    rounding = 1e-7 * float(variant.condition(after))
+    # A memory that is not what its statistics imply: the estimate shows by how much.
     for size in (1e-5, 1e-3, 1e-1):
         error = size * np.random.default_rng(0).standard_normal(m0.shape).astype(np.float32)
         bad = dataclasses.replace(after, solution=after.solution + error)
         estimate = float(diagnostics.distance(variant, prepared, bad))
-        measured = distance(bad.solution, want)
-        factor = 2 if measured > rounding else 10
-        assert 1 / factor < estimate / measured < factor
+        assert 0.5 < estimate / distance(bad.solution, want) < 2
     # What was never in is refused, and the certificate shows it.
     again, second = diagnostics.forget(variant, prepared, after, k[30:31], v[30:31])
     if noise == 0.0 and ridge < 1.0:

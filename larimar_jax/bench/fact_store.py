@@ -137,8 +137,8 @@ class FactStore:
 
     def nearest(self, queries: Sequence[str]) -> list[str]:
         """Return the fact whose prompt is nearest to each query, be it of another relation."""
-        match = scope.nearest_key(self._encoded(queries).embedding, self._embedding)
-        return [self.texts[key] for key in match.key]
+        embedding = self._encoded(queries).embedding
+        return [self.texts[key] for key in scope.nearest_key(embedding, self._embedding).key]
 
 
 @jax.jit

@@ -57,7 +57,7 @@ def rank_update(
     """
     signed = (weights if rows is None else rows) * sign[:, None]
     gram, cross = sums
-    for_gram, for_cross = _product(signed, weights), _product(signed, errors)
+    for_gram, for_cross = product(signed, weights), product(signed, errors)
     for part in for_gram:
         gram = gram.plus(part)
     for part in for_cross:
@@ -65,7 +65,7 @@ def rank_update(
     return gram, cross
 
 
-def _product(left: Float[Array, "N K"], right: Float[Array, "N C"]):
+def product(left: Float[Array, "N K"], right: Float[Array, "N C"]):
     """Return leftᵀ right as two matrices to be added up: the product of the leading bits, which is
     exact (sums of integers below 2²⁴), and all the rest."""
     left_coarse, right_coarse = _coarse(left), _coarse(right)

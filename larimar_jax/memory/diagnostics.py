@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax.linalg import condition, dot, factor_solve, lower_inverse, solve_lower
 from larimar_jax.memory.base import Prepared, share
+from larimar_jax.memory.compensated import product
 from larimar_jax.memory.pytrees import Latents
 from larimar_jax.memory.streaming import Streaming, StreamingState
 
@@ -96,17 +97,17 @@ def certainty(
 @jax.jit
 def distance(memory: Streaming, prepared: Prepared, state: StreamingState) -> Float[Array, ""]:
     """Estimate ‖M − M*‖ / ‖M*‖: M* is the exact solution of the statistics, whose factor the state
-    holds (as after `update` and `solve`; `accumulate` leaves a stale one).
-
-    Below about 1e-7 κ(A) it is the rounding of a solve, which a fresh one would have as well.
+    holds (as after `update` and `solve`; `accumulate` leaves a stale one). Below about 1e-7 κ(A) it
+    is the rounding of a solve, which a fresh one would have as well.
     """
     probes = jax.random.normal(jax.random.key(0), (memory.latent, _PROBES), jnp.float32)
     change = dot(state.solution - prepared.prior_memory, probes)
-    # The two halves of the sums apart: their total would be rounded to what is to be measured.
-    right = dot(state.cross.high, probes) + dot(state.cross.low, probes)
-    right = right - memory.shrink(state.gram.total()) * dot(prepared.prior_memory, probes)
-    left = dot(state.gram.high, change) + dot(state.gram.low, change)
-    residual = right - left - memory.total_ridge(state) * change
+    # Halves of sums and parts of products apart: rounded together they would hide what is measured.
+    right, more = product(state.cross.high.T, probes)
+    left, less = product(state.gram.high, change)
+    low = dot(state.cross.low, probes) - dot(state.gram.low, change)
+    low = low - memory.shrink(state.gram.total()) * dot(prepared.prior_memory, probes)
+    residual = right - left + (more - less + low - memory.total_ridge(state) * change)
     error = factor_solve(state.factor, residual)
     return jnp.linalg.norm(error) / jnp.sqrt(float(_PROBES)) / jnp.linalg.norm(state.solution)
 

@@ -49,10 +49,8 @@ def write(
     memory: Streaming, prepared: Prepared, now: rls.RLSState, keys: Rows, values: Rows
 ) -> tuple[rls.RLSState, float]:
     """Return the memory with n rows written, one by one, and a bound on how far, in norm, this moves
-    what is read at any key that was in it before.
-
-    A row adds g (z − wM) / (1 + ℓ) to M, g = A⁻¹wᵀ and ℓ = w g. At a key v of what is in, v A⁻¹ vᵀ ≤ 1
-    and so |v g| ≤ √ℓ.
+    what is read at any key that was in it before: a row adds g (z − wM) / (1 + ℓ) to M, g = A⁻¹wᵀ and
+    ℓ = w g, and at a key v of what is in, v A⁻¹ vᵀ ≤ 1 and so |v g| ≤ √ℓ.
     """
     moved = 0.0
     for key, value in zip(keys, values, strict=True):
@@ -94,7 +92,7 @@ def read_back(
     parts: tuple[int, int],
 ) -> tuple[rls.RLSState, Float[np.ndarray, " n"]]:
     """Return the memory, solved anew where it rounds too much row by row, and how much farther, in norm,
-    each of n rows may move until it is lost; not above zero where it is.
+    each of n rows may move until it is lost; below zero where it is.
 
     A row is lost where any part of it is read with more than half of the largest part as error.
 
