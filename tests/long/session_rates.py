@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterable
 
 from larimar_jax.session import NotKept, Session
-from larimar_jax.session_file import Answer
 
 FIRST = "Ida Jon Lea Max Nia Otto Pia Rolf Siv Tage Una Vito Wim Yara Zeno".split()
 FAMILY = "Abel Borg Cruz Dahl Eide Falk Grau Holm Iten Jung Kohl Lutz Moen Nagy Orts Pohl".split()
@@ -33,20 +32,14 @@ CHAT = [
     "### Instruction:\n{}\n\n### Response:\n",
     "Q: How deep is the sea? A: Deep. Q: {} A:",
 ]
-ELSEWHERE = [
-    "My neighbour was hungry. She ate her",
-    "The largest planet is",
-    "Water boils at a temperature of",
-    "I opened the window because the room was",
-    "The first month of the year is",
-]
-QUESTIONS = [
-    "Who painted the ceiling?",
-    "How many wheels does a cart have?",
-    "What is the colour of snow?",
-    "Please write a poem.",
-    "Why is the sky blue?",
-]
+ELSEWHERE = (
+    "My neighbour was hungry. She ate her|The largest planet is|Water boils at a temperature "
+    "of|I opened the window because the room was|The first month of the year is"
+).split("|")
+QUESTIONS = (
+    "Who painted the ceiling?|How many wheels does a cart have?|What is the colour of "
+    "snow?|Please write a poem.|Why is the sky blue?"
+).split("|")
 FILLER = (
     "The market was open, and people stood in front of the stalls with their baskets until noon. "
 )
@@ -85,12 +78,10 @@ LANGUAGES = [
     ("Столица {} —", "Франции Японии Канады Китая"),
     ("{}的首都是", "法国 日本 加拿大 德国"),
 ]
-STORY = [
-    "{name} went to {place} in {n}.",
-    "The cello of {name} was lost.",
-    "{name} studied in {place} and met a pilot.",
-    "Nobody in {place} knew why.",
-]
+STORY = (
+    "{name} went to {place} in {n}.|The cello of {name} was lost.|{name} studied in {place} "
+    "and met a pilot.|Nobody in {place} knew why."
+).split("|")
 BLANKS = ["a\nb", "x = 1\n\n\ty = 2", "one  two", "\\t\n-"]
 
 
@@ -118,18 +109,13 @@ def main(count: int, people: int) -> None:
         wrong = [
             (prompt[-60:], wanted, have.fact, have.text)
             for (prompt, wanted), have in zip(asks, answers, strict=True)
-            if not is_right(have, wanted)
+            if (have.text.strip() if have.in_scope else None) != wanted or not have.text.strip()
         ]
         right = f"{len(asks) - len(wrong):4} of {len(asks):4}"
         print(f"{kind:42} {right}" + (f"  {refused} refused" if refused else ""), flush=True)
         for line in wrong[:6]:
             print("     ", line)
         return opened
-
-    def is_right(have: Answer, wanted: str | None) -> bool:
-        if wanted is None:
-            return not have.in_scope and have.text.strip() != ""
-        return have.in_scope and have.text.strip() == wanted
 
     def table(subjects: Iterable[str], form: int = 0) -> list[Pair]:
         """Return facts about all attributes of subjects, by one of the two wordings."""
