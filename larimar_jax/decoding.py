@@ -1,11 +1,12 @@
-"""The compiled loop of decoding: prompts in a cache, then a token for every row a step; drawing a token.
+"""The compiled loop of decoding: prompts in a cache, then a token for every row a step.
 
-Shapes are padded to buckets, the numbers of sampling are data, and a piece of the loop has a length that
-is data too: another prompt, another number of prompts or another temperature seldom compiles anything.
+Shapes are padded to buckets, and a piece of the loop has a length that is data: another prompt, or
+another number of prompts, seldom compiles anything. Rows are independent: between two pieces those that
+have ended leave, and others that were begun elsewhere join.
 """
 
+import copy
 import functools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax import latent_layout, packing
 from larimar_jax.decoders.decoder import Cache
+from larimar_jax.decoders.sampling import Draw, pick
 from larimar_jax.latent_layout import Condition
 from larimar_jax.packing import ConditionRows, LanguageModel, Packed, Text, Trie, steps_bucket
 from larimar_jax.weights.tokenizer import bucket
@@ -25,65 +27,6 @@ CACHE_BUCKET = 32
 PIECE_BUCKET = 16
 # How many rows of packing.ROW tokens the decoder reads at a time.
 PREFILL_ROWS = 16
-LEAST_TEMPERATURE = 1e-6
-
-
-class Draw(NamedTuple):
-    """How tokens are drawn, as data of the compiled loop.
-
-    truncation: top_k and top_p, or None where neither leaves anything out. keys: one for each row.
-    """
-
-    temperature: Float[Array, ""]
-    truncation: tuple[Int[Array, ""], Float[Array, ""]] | None
-    keys: Key[Array, "B"]
-
-
-def sampling(
-    temperature: float, top_k: int, top_p: float, rng: jax.Array | None, rows: int
-) -> Draw | None:
-    """Return how so many rows draw, by `generate.Options`; None takes the likeliest.
-
-    Raises:
-      ValueError: a number out of its range, one that draws nothing, drawing without `rng`, or keys but
-        not one a row.
-    """
-    # Logits are divided by it: by less they overflow, and what is drawn is NaN.
-    drawn = LEAST_TEMPERATURE <= temperature < math.inf
-    if not (temperature == 0 or drawn) or top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(
-            f"temperature {temperature}, top_k {top_k}, top_p {top_p}: the first two are at least 0,"
-            f" the temperature 0 or finite and at least {LEAST_TEMPERATURE}, top_p is above 0 and at"
-            " most 1"
-        )
-    if not drawn:
-        if top_k or top_p < 1:
-            raise ValueError("top_k and top_p choose among draws; set a temperature above 0")
-        return None
-    if rng is None:
-        raise ValueError("Sampling (temperature > 0) needs rng; pass jax.random.key(seed).")
-    truncation = (jnp.int32(top_k), jnp.float32(top_p)) if top_k > 0 or top_p < 1 else None
-    return Draw(jnp.float32(temperature), truncation, row_keys(rng, rows, steps_bucket(rows, 1)))
-
-
-def row_keys(rng: jax.Array, rows: int, padded: int) -> Key[Array, " padded"]:
-    """Return a key a row, with more for the rows that pad them; of one key, row i has `fold_in(rng, i)`.
-
-    Raises:
-      ValueError: keys, but not one a row.
-    """
-    typed = jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
-    keys = rng if typed else jax.random.wrap_key_data(rng)
-    if not rows:
-        keys = jax.random.key(0)
-    if not keys.ndim:
-        return jax.vmap(jax.random.fold_in, (None, 0))(keys, jnp.arange(padded))
-    if keys.shape != (rows,):
-        raise ValueError(
-            f"rng has shape {keys.shape} for {rows} rows; pass a key for each of them"
-            f" (jax.random.split(key, {rows}))"
-        )
-    return keys[np.arange(padded) % rows]
 
 
 class Endings(NamedTuple):
@@ -95,10 +38,10 @@ class Endings(NamedTuple):
 
 
 class _Loop(NamedTuple):
-    """What the compiled loop carries: the newest tokens, which the cache does not hold yet, and which
-    rows have any text, and are done."""
+    """What the compiled loop carries: of each row its tokens so far and the newest, which the cache does
+    not hold yet, and whether it has any text, and is done."""
 
-    step: Int[Array, ""]  # tokens so far
+    step: Int[Array, "B"]
     token: Int[Array, "B"]
     cache: Cache
     begun: Bool[Array, "B"]
@@ -106,10 +49,9 @@ class _Loop(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """What stays of every row: the prompt's last token and length, after how many tokens it is done, in
-    how many of them no stop counts; its condition."""
+    """What stays of every row: the prompt's length, after how many tokens it is done, in how many of
+    them no stop counts; its condition."""
 
-    last: Int[Array, "B"]
     lengths: Int[Array, "B"]
     limits: Int[Array, "B"]
     after: Int[Array, "B"]
@@ -154,9 +96,9 @@ class Decoding:
         endings: Endings,
     ):
         self._graph, self._state = nnx.split(model)
-        longest = max(len(prompts[row]) + limits[row] for row in rows)
-        space = min(steps_bucket(longest, CACHE_BUCKET), model.decoder.config.max_length - 1)
-        count = steps_bucket(len(rows), 1)
+        self._most = model.decoder.config.max_length - 1
+        self._ends = [len(prompts[row]) + limits[row] for row in rows]
+        space, count = self._space(self._ends), steps_bucket(len(rows), 1)
         cache, hidden = _empty(self._graph, self._state, count, space)
         trie = Trie()
         paths = [trie.path(prompts[row], conditions.first[row]) for row in rows]
@@ -167,18 +109,38 @@ class Decoding:
         padded = np.asarray([*rows, *[rows[0]] * (count - len(rows))], np.int32)
         # A row of padding is done at once.
         of_rows = [
-            (prompts[row][-1], len(prompts[row]), limits[row] * (place < len(rows)), after[row])
+            (len(prompts[row]), limits[row] * (place < len(rows)), after[row], prompts[row][-1])
             for place, row in enumerate(padded)
         ]
+        *numbers, last = jax.device_put([*np.asarray(of_rows, np.int32).T])
         self._rows = _Rows(
-            *jax.device_put([*np.asarray(of_rows, np.int32).T]),
+            *numbers,
             conditions.take(padded),
             None if draw is None else draw._replace(keys=draw.keys[padded]),
             Endings(*jax.device_put(endings[:2]), jnp.int32(endings.eos)),
         )
-        self._loop = _begin(self._graph, self._state, cache, hidden, self._rows)
+        self._loop = _begin(self._graph, self._state, cache, hidden, last, self._rows)
         self.tokens: list[list[int]] = [[] for _ in rows]
         self._append(np.asarray(self._loop.token)[:, None])
+
+    @classmethod
+    def join(cls, parts: Sequence[tuple["Decoding", Sequence[int]]], count: int) -> "Decoding":
+        """Return one of chosen rows, in this order, of others that have the same model, endings and kind
+        of drawing, and are no longer used.
+
+        Args:
+          count: rows that it computes at a time, those of padding among them.
+        """
+        self, begin, index = copy.copy(parts[0][0]), 0, []
+        for part, rows in parts:
+            index += [begin + row for row in rows]
+            begin += len(part._loop.step)
+        self.tokens = [part.tokens[row] for part, rows in parts for row in rows]
+        self._ends = [part._ends[row] for part, rows in parts for row in rows]
+        space, padding = self._space(self._ends), [begin] * (count - len(index))
+        states = [(part._loop, part._rows) for part, _ in parts]
+        self._loop, self._rows = _join(states, np.int32([*index, *padding]), space)
+        return self
 
     def advance(self, steps: int) -> None:
         """Add up to `steps` tokens to every row that is not done."""
@@ -190,9 +152,13 @@ class Decoding:
         )
         self._append(np.asarray(tokens)[:, : int(count)])
 
-    def finished(self) -> bool:
-        """Return whether every row has ended."""
-        return bool(np.asarray(self._loop.done).all())
+    def ended(self) -> list[bool]:
+        """Return which rows have ended."""
+        return np.asarray(self._loop.done)[: len(self.tokens)].tolist()
+
+    def _space(self, ends: Sequence[int]) -> int:
+        """Return how many tokens of a row the cache holds."""
+        return min(steps_bucket(max(ends), CACHE_BUCKET), self._most)
 
     def _append(self, new: Int[np.ndarray, "B N"]) -> None:
         for row, tokens in zip(self.tokens, new, strict=False):  # rows of padding come last
@@ -256,11 +222,16 @@ def _place(
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _begin(
-    graph: nnx.GraphDef, state: nnx.State, cache: Cache, hidden: Float[Array, "B D"], rows: _Rows
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    cache: Cache,
+    hidden: Float[Array, "B D"],
+    last: Int[Array, "B"],
+    rows: _Rows,
 ) -> _Loop:
-    """Return the loop with the first token of each row."""
-    step = jnp.int32(0)
-    token = _next_token(nnx.merge(graph, state), hidden, rows.last, step, rows)
+    """Return the loop with the first token of each row; `last`: of each prompt."""
+    step = jnp.zeros_like(last)
+    token = _next_token(nnx.merge(graph, state), hidden, last, step, rows)
     done = (token == rows.endings.eos) | (rows.limits <= 1)
     return _Loop(step + 1, token, cache, rows.endings.texts[token], done)
 
@@ -277,74 +248,63 @@ def _decode(
 ) -> tuple[_Loop, Int[Array, "B N"], Int[Array, ""]]:
     """Return up to steps ≤ capacity tokens more, and how many; a row that is done goes on with eos."""
     model = nnx.merge(graph, state)
-    first = loop.step
 
     def unfinished(carry):
-        loop, _ = carry
-        return (loop.step - first < steps) & ~loop.done.all()
+        count, loop, _ = carry
+        return (count < steps) & ~loop.done.all()
 
     def advance(carry):
-        loop, tokens = carry
+        count, loop, tokens = carry
         place = rows.lengths + loop.step - 1
         hidden, cache = model.hidden(loop.token[:, None], rows.condition, loop.cache, place)
         token = _next_token(model, hidden[:, 0], loop.token, loop.step, rows)
         stops, texts, eos = rows.endings
         token = jnp.where(loop.done, eos, token)
-        tokens = tokens.at[:, loop.step - first].set(token)
+        tokens = tokens.at[:, count].set(token)
         stopped = stops[token] & loop.begun & (loop.step >= rows.after)
         done = loop.done | stopped | (token == eos) | (loop.step + 1 >= rows.limits)
-        return _Loop(loop.step + 1, token, cache, loop.begun | texts[token], done), tokens
+        loop = _Loop(loop.step + 1, token, cache, loop.begun | texts[token], done)
+        return count + 1, loop, tokens
 
     tokens = jnp.zeros((rows.lengths.shape[0], capacity), jnp.int32)
-    loop, tokens = jax.lax.while_loop(unfinished, advance, (loop, tokens))
-    return loop, tokens, loop.step - first
+    count, loop, tokens = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), loop, tokens))
+    return loop, tokens, count
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _join(
+    parts: Sequence[tuple[_Loop, _Rows]], index: Int[Array, " B"], space: int
+) -> tuple[_Loop, _Rows]:
+    """Return chosen rows of all parts, whose cache holds `space` tokens; one beyond the last is done."""
+
+    def rows_of(*leaves: Array) -> Array:
+        """Pad other axes to the longest, and choose."""
+        # Slots and caches lead with their layer.
+        axis = 1 if leaves[0].ndim == 5 else 0
+        longest = np.max([leaf.shape for leaf in leaves], axis=0)
+        longest[axis] = 0
+        more = [np.maximum(0, longest - leaf.shape) for leaf in leaves]
+        padded = [
+            jnp.pad(leaf, [(0, n) for n in lacking]) if lacking.any() else leaf
+            for leaf, lacking in zip(leaves, more, strict=True)
+        ]
+        return jnp.concatenate(padded, axis).take(index, axis, mode="clip")
+
+    loops, rows = zip(*parts, strict=True)
+    loop = jax.tree.map(rows_of, *loops)
+    cache = Cache(loop.cache.key[..., :space], loop.cache.value[..., :space, :])
+    total = sum(len(part.step) for part in loops)
+    loop = loop._replace(cache=cache, done=loop.done | (index >= total))
+    *numbers, condition, keys = jax.tree.map(
+        rows_of, *[(*r[:3], r.condition, r.draw and r.draw.keys) for r in rows]
+    )
+    _, draw, endings = rows[0][3:]
+    draw = None if draw is None else draw._replace(keys=keys)
+    return loop, _Rows(*numbers, condition, draw, endings)
 
 
 def _next_token(
     model: LanguageModel, hidden: Float[Array, "B D"], newest: Array, step: Array, rows: _Rows
 ) -> Int[Array, "B"]:
     read = (None, None) if rows.condition is None else rows.condition.of_answer
-    depth = jnp.full(newest.shape, step)
-    return pick(latent_layout.logits(model, hidden, newest, depth, *read), step, rows.draw)
-
-
-def pick(logits: Float[Array, "B V"], step: Int[Array, ""], draw: Draw | None) -> Int[Array, "B"]:
-    """Return a token for each row; what a row draws does not depend on the rows beside it."""
-    if draw is None:
-        return likeliest(logits)
-    logits = logits / draw.temperature
-    if draw.truncation is not None:
-        logits = truncate(logits, *draw.truncation)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(draw.keys, step)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-
-
-def likeliest(logits: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
-    """Return the first of the largest, as argmax; on CPU two plain reductions are four times as fast."""
-    size = logits.shape[-1]
-    best = logits == jnp.max(logits, axis=-1, keepdims=True)
-    first = jnp.min(jnp.where(best, jnp.arange(size, dtype=jnp.int32), size), axis=-1)
-    return jnp.minimum(first, size - 1)  # with NaN none equals the largest
-
-
-def truncate(
-    logits: Float[Array, "*rows V"], top_k: Int[Array, ""], top_p: Float[Array, ""]
-) -> Float[Array, "*rows V"]:
-    """Return −∞ on all but the top_k likeliest (0: all), and of these all but the fewest with top_p.
-
-    Of equally likely ones the first come first.
-    """
-    ordered = jnp.sort(logits, axis=-1, descending=True)
-    size = logits.shape[-1]
-    count = jnp.where(top_k > 0, jnp.minimum(top_k, size), size)
-    rank = jnp.arange(size)
-    ordered = jnp.where(rank < count, ordered, -jnp.inf)
-    before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
-    # A token stays where those likelier than it do not reach top_p yet; the first always does.
-    likelier = jnp.concatenate([jnp.zeros_like(before[..., :1]), before[..., :-1]], axis=-1)
-    stays = (likelier < top_p) & (rank < count)
-    least = jnp.min(jnp.where(stays, ordered, jnp.inf), axis=-1, keepdims=True)
-    above, equal = logits > least, logits == least
-    room = jnp.sum(stays, axis=-1, keepdims=True) - jnp.sum(above, axis=-1, keepdims=True)
-    first = equal & (jnp.cumsum(equal, axis=-1) <= room)
-    return jnp.where(above | first, logits, -jnp.inf)
+    return pick(latent_layout.logits(model, hidden, newest, step, *read), step, rows.draw)

@@ -4,6 +4,7 @@ prompts ─▶ rows of the decoder, several prompts in each (packing.py) ─▶ 
         ─▶ a compiled loop of steps, each a token of every row (decoding.py) ─▶ texts, up to a stop
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from larimar_jax.decoding import Decoding, Endings, sampling
+from larimar_jax.decoders.sampling import sampling
+from larimar_jax.decoding import Decoding, Endings
 from larimar_jax.latent_layout import Condition
-from larimar_jax.packing import ConditionRows, LanguageModel
+from larimar_jax.packing import ConditionRows, LanguageModel, steps_bucket
 from larimar_jax.weights.tokenizer import Tokenizer
 
 # How many prompts are decoded together.
@@ -124,27 +126,71 @@ def pieces(
     """
     if every < 1:
         raise ValueError(f"every is the number of tokens per piece, at least 1; got {every}")
-    settings = Options(**options)
-    reader = _Reader(tokenizer, settings.stop)
-    after = _each("stop_after", settings.stop_after, len(prompts))
-    limits, start = _start(model, reader, reader.ids(prompts), condition, settings)
     if not prompts:
         return
-    max_tokens = max(limits)
-    decoding, yielded = start(range(len(prompts))), [0] * len(prompts)
-    for count in range(1, max_tokens + every, every):  # the first token comes with the prompt
-        last, gained = count >= max_tokens or decoding.finished(), []
-        for row, tokens in enumerate(decoding.tokens):
-            text, settled, length, ended = reader.read(tokens[: limits[row]], after[row])
-            ended |= last and len(tokens) < limits[row]
-            ending = "stop" if ended else "length" if len(tokens) >= limits[row] else None
-            end = len(text) if ending else max(settled, yielded[row])
-            gained.append(Piece(text[yielded[row] : end], tokens[:length], ending))
-            yielded[row] = end
-        yield gained
-        if last:
-            return
-        decoding.advance(min(every, max_tokens - count))
+    running = Continuations(model, tokenizer, prompts, condition, **options)
+    yield (gained := running.gained())
+    while any(piece.ending is None for piece in gained):
+        running.advance(every)
+        yield (gained := running.gained())
+
+
+class Continuations:
+    """Prompts on their way, all in one batch; options as in `generate`, and what it raises.
+
+    Between two pieces rows may be dropped, and rows of others join (`join`).
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        prompts: Sequence[str],
+        condition: Condition | None = None,
+        **options: Any,
+    ):
+        settings = Options(**options)
+        self._reader = _Reader(tokenizer, settings.stop)
+        after = _each("stop_after", settings.stop_after, len(prompts))
+        limits, start = _start(model, self._reader, self._reader.ids(prompts), condition, settings)
+        self._decoding = start(range(len(prompts)))
+        # Of each row: the most tokens, in how many no stop counts, the length of its text so far.
+        self._rows = [[*row, 0] for row in zip(limits, after, strict=True)]
+
+    @classmethod
+    def join(
+        cls, parts: Sequence[tuple["Continuations", Sequence[int]]], count: int
+    ) -> "Continuations":
+        """Return one of chosen rows, in this order, of others that have the same model, options but for
+        those of each prompt, and a condition or none; they are no longer used.
+
+        Args:
+          count: rows that are decoded, chosen ones and padding.
+        """
+        self = copy.copy(parts[0][0])
+        self._rows = [part._rows[row] for part, rows in parts for row in rows]
+        self._decoding = Decoding.join([(part._decoding, rows) for part, rows in parts], count)
+        return self
+
+    def advance(self, tokens: int) -> None:
+        """Add up to so many tokens to each row that has not ended."""
+        lengths = zip(self._rows, self._decoding.tokens, strict=True)
+        self._decoding.advance(min(tokens, max(row[0] - len(own) for row, own in lengths)))
+
+    def gained(self) -> list[Piece]:
+        """Return what each row has gained since the last time."""
+        gained, rows = (
+            [],
+            zip(self._decoding.tokens, self._decoding.ended(), self._rows, strict=True),
+        )
+        for tokens, is_done, row in rows:
+            limit, after, before = row
+            text, settled, length, ended = self._reader.read(tokens[:limit], after)
+            is_whole = len(tokens) >= limit
+            ending = "stop" if ended or is_done and not is_whole else "length" if is_whole else None
+            row[2] = len(text) if ending else max(settled, before)
+            gained.append(Piece(text[before : row[2]], tokens[:length], ending))
+        return gained
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -166,7 +212,8 @@ def _start(
 ) -> tuple[list[int], Callable[[Sequence[int]], Decoding]]:
     """Return the most tokens of each prompt, and what begins to decode some of the prompts."""
     count, max_tokens = len(ids), options.max_tokens
-    draw = sampling(options.temperature, options.top_k, options.top_p, options.rng, count)
+    padded = steps_bucket(count, 1)
+    draw = sampling(options.temperature, options.top_k, options.top_p, options.rng, count, padded)
     limits = _each("max_tokens", max_tokens, count)
     after = _each("stop_after", options.stop_after, count)
     if np.min(max_tokens, initial=1) < 1:

@@ -89,6 +89,11 @@ class Recalled(NamedTuple):
     readout: Float[np.ndarray, "n _"]
     milliseconds: dict[str, float]
 
+    def row(self, number: int) -> "Recalled":
+        """Return what is read for one prompt."""
+        parts = ([part[number]] for part in self[:3])
+        return Recalled(*parts, self.readout[number : number + 1], self.milliseconds)
+
     def condition(self, condition: Callable[..., Condition]) -> Condition | None:
         """Return `Pipeline.condition` of the readouts; where nothing is in scope None, the base LM's
         program."""

@@ -14,6 +14,7 @@ from tokenizers import decoders, models
 
 from larimar_jax import decoding, generate, latent_layout, packing, scoring
 from larimar_jax.config import AnswerCodeConfig
+from larimar_jax.decoders import sampling
 from larimar_jax.weights import Tokenizer
 
 CODE = AnswerCodeConfig(positions=3, width=32, limit=20.0)
@@ -233,6 +234,43 @@ def test_streamed_pieces_join_to_the_whole(tiny, condition, every, stop):
         assert len(pieces) > 3
 
 
+@pytest.mark.parametrize("drawn", [False, True])
+def test_rows_that_join_and_leave_are_continued_as_by_themselves(tiny, condition, drawn):
+    """Three begin at different times and with different room; the others' shapes change by it."""
+    limits, begin, texts = [14, 40, 9], [2, 0, 5], ["", "", ""]
+    options = [
+        dict(stop="a", max_tokens=limit, stop_after=n)
+        | (
+            dict(temperature=1.5, top_k=9, rng=jax.random.split(jax.random.key(n), 1))
+            if drawn
+            else {}
+        )
+        for n, limit in enumerate(limits)
+    ]
+    own = [condition.rows(jnp.asarray([n])) for n in range(3)]
+    # Fewer places of evidence: what lacks is no evidence.
+    short = latent_layout.TokenEvidence(*(a[:, :2] for a in own[0].evidence.__dict__.values()))
+    own[0] = dataclasses.replace(own[0], evidence=short)
+    running, rows = None, []
+    for time in range(60):
+        parts = [(running, [n for n, row in enumerate(rows) if row is not None])] if rows else []
+        rows = [row for row in rows if row is not None]
+        for n in range(3):
+            if begin[n] == time:
+                args = (tiny.model, tiny.decoder_tokenizer, [PROMPTS[n]], own[n])
+                parts.append((generate.Continuations(*args, **options[n]), [0]))
+                rows.append(n)
+        if not rows:
+            break
+        running = generate.Continuations.join(parts, 4 if time % 2 else len(rows))
+        running.advance(1 + time % 3)
+        for at, piece in enumerate(running.gained()):
+            texts[rows[at]] += piece.text
+            rows[at] = rows[at] if piece.ending is None else None
+    whole = [tiny.generate([PROMPTS[n]], own[n], **options[n])[0] for n in range(3)]
+    assert texts == whole and len({*texts}) == 3
+
+
 @pytest.fixture(scope="module")
 def byte_tokenizer():
     """A SentencePiece-like tokenizer: words, and a token for each byte."""
@@ -308,7 +346,7 @@ def test_top_k_and_top_p_leave_the_likeliest_of_equals_the_first():
     logits = np.log(np.asarray([[0.5, 0.05, 0.3, 0.15], [0.25, 0.25, 0.4, 0.1]], np.float32))
 
     def left(top_k, top_p, logits=logits):
-        cut = decoding.truncate(jnp.asarray(logits), jnp.int32(top_k), jnp.float32(top_p))
+        cut = sampling.truncate(jnp.asarray(logits), jnp.int32(top_k), jnp.float32(top_p))
         return [set(np.flatnonzero(np.isfinite(tokens))) for tokens in np.asarray(cut)]
 
     assert left(0, 1.0) == left(9, 1.0) == [{0, 1, 2, 3}] * 2
@@ -322,9 +360,9 @@ def test_top_k_and_top_p_leave_the_likeliest_of_equals_the_first():
 def test_draws_follow_the_distribution_and_every_step_draws_anew(one_key):
     rng = jax.random.key(0) if one_key else jax.random.split(jax.random.key(0), 4000)
     logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.2]] * 4000))
-    draw = decoding.sampling(1.0, 0, 1.0, rng, 4000)
+    draw = sampling.sampling(1.0, 0, 1.0, rng, 4000, 4000)
     draw = draw._replace(keys=draw.keys[:4000])
-    first, second = (np.asarray(decoding.pick(logits, jnp.int32(n), draw)) for n in (0, 1))
+    first, second = (np.asarray(sampling.pick(logits, jnp.full(4000, n), draw)) for n in (0, 1))
     share = np.bincount(first, minlength=3) / 4000
     np.testing.assert_allclose(share, [0.5, 0.3, 0.2], atol=0.03)  # 3.8 standard errors
     assert abs(np.mean(first == second) - 0.38) < 0.03  # 0.5² + 0.3² + 0.2² by chance
@@ -333,8 +371,8 @@ def test_draws_follow_the_distribution_and_every_step_draws_anew(one_key):
 def test_the_likeliest_is_argmax():
     logits = np.random.default_rng(0).integers(0, 4, (50, 9)).astype(np.float32)
     logits[1:3, 4] = np.inf, -np.inf
-    np.testing.assert_array_equal(decoding.likeliest(jnp.asarray(logits)), logits.argmax(-1))
-    assert 0 <= int(decoding.likeliest(jnp.full((1, 9), jnp.nan))[0]) < 9
+    np.testing.assert_array_equal(sampling.likeliest(jnp.asarray(logits)), logits.argmax(-1))
+    assert 0 <= int(sampling.likeliest(jnp.full((1, 9), jnp.nan))[0]) < 9
 
 
 @pytest.mark.parametrize(

@@ -202,9 +202,11 @@ def test_memories_of_one_pass_do_not_see_each_other(tiny):
     assert "larimar_passes_total 1\n" in metrics.text([])
 
 
-def test_a_short_answer_does_not_wait_for_the_end_of_a_long_one(tiny, monkeypatch):
-    monkeypatch.setattr(batching, "_SHORT", 1)
-    batcher, ended = batching.Batcher(tiny, Limits(), prometheus.Metrics()), []
+@pytest.mark.parametrize("stops", [("?a", "?a"), ("?a", "?b")])
+def test_a_short_answer_does_not_wait_for_the_end_of_a_long_one(tiny, stops):
+    """It enters the pass of the long one, or has one of its own."""
+    metrics, ended = prometheus.Metrics(), []
+    batcher = batching.Batcher(tiny, Limits(), metrics)
 
     async def ask(tokens, stop):
         decoded = batching.Decoded(stop=(stop,))
@@ -216,9 +218,12 @@ def test_a_short_answer_does_not_wait_for_the_end_of_a_long_one(tiny, monkeypatc
         return "".join(texts)
 
     async def answers():
-        asks = [asyncio.create_task(ask(*each)) for each in ((60, "?a"), (5, "?b"))]
+        asks = [asyncio.create_task(ask(60, stops[0]))]
         await asyncio.sleep(0)
         batcher.start()
+        while batcher.waiting:
+            await asyncio.sleep(0.001)
+        asks.append(asyncio.create_task(ask(5, stops[1])))
         return await asyncio.gather(*asks)
 
     long, short = asyncio.run(answers())
@@ -226,6 +231,7 @@ def test_a_short_answer_does_not_wait_for_the_end_of_a_long_one(tiny, monkeypatc
     assert ended == [5, 60]
     assert long == tiny.generate(["Japan is"], max_tokens=60, stop="?a")[0]
     assert short == tiny.generate(["Japan is"], max_tokens=5, stop="?b")[0]
+    assert f"larimar_passes_total {len({*stops})}\n" in metrics.text([])
 
 
 def test_clients_at_the_same_time_get_their_own_answers(client):
@@ -499,7 +505,7 @@ def test_a_server_whose_programs_can_not_be_compiled_ends_with_a_message(
     def run_out(*_, **__):
         raise MemoryError("no room for 9 GB")
 
-    monkeypatch.setattr("larimar_jax.generate.pieces", run_out)
+    monkeypatch.setattr("larimar_jax.generate.Continuations", run_out)
     monkeypatch.setattr("larimar_jax.pipeline.load", lambda source: tiny)
     monkeypatch.setattr("larimar_jax.config.cache_programs", lambda: None)
     # Signals are the main thread's, and the test's own.

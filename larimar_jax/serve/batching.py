@@ -1,25 +1,28 @@
-"""Questions to many memories in one decoder pass.
+"""Questions to many memories in one decoder pass (continuous batching).
 
 Questions wait in line. A thread takes the first one and all that are decoded alike (stops, temperature),
-reads each memory at its own questions, and decodes them together, so that what one pass costs is shared.
-Numbers of rows are padded to powers of four: few programs are compiled. What comes meanwhile is in the
-next pass, which begins at the end of the one before, or beside it after its first `_SHORT` tokens: from
-there on passes go on in turn. A question of one memory is never read in another: rows of a pass do not
-see each other.
+reads each memory at its own questions, and decodes them together, so that what one step costs is shared.
+After every few tokens those whose answer has ended leave, and those that have come meanwhile enter: a
+short answer waits for no long one. Passes of questions that are decoded otherwise go on in turn. Numbers
+of rows are padded to powers of four: few programs are compiled. A question of one memory is never read
+in another: rows of a pass do not see each other.
 """
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from larimar_jax import generate, scoring
+from larimar_jax.latent_layout import Condition
 from larimar_jax.pipeline import Pipeline
 from larimar_jax.scope import Recalled
 from larimar_jax.scoring import TokenScores
@@ -28,8 +31,8 @@ from larimar_jax.serve.problems import Problem
 from larimar_jax.serve.prometheus import Metrics
 from larimar_jax.session import Session
 
-# Tokens of a pass's turn, and its first ones, in which none begins beside it: most answers end there.
-_TURN, _SHORT = 16, 33
+# Tokens of a pass's turn; where a client reads along, one.
+_TURN = 4
 # Passes at a time: each has a cache.
 _PASSES = 4
 # How long the first question waits for others that are sent at the same time.
@@ -109,25 +112,30 @@ class PendingQuestion:
             self.is_over = True
 
 
-class _Pass:
-    """A pass on its way. tokens: how many of each answer it has decoded, at the most."""
+class _Row(NamedTuple):
+    """A question that is decoded: what is read for it, and its most tokens."""
 
-    def __init__(self, questions: Sequence[PendingQuestion], steps: Iterator[int]):
-        self.questions, self.steps, self.tokens = questions, steps, 0
+    question: PendingQuestion
+    recall: Recalled
+    limit: int
 
-    def go_on(self) -> bool:
-        """Decode a turn's tokens, and return whether there may be more."""
-        end = self.tokens + _TURN
-        try:
-            while self.tokens < end:
-                self.tokens += next(self.steps)
-        except StopIteration:
-            return False
-        except Exception as error:  # Of this pass; each of its questions raises it.
-            for question in self.questions:
-                question.put(error)
-            return False
-        return True
+
+class _Pass(NamedTuple):
+    """Questions that are decoded together, in the first rows of `running`."""
+
+    rows: list[_Row]
+    running: generate.Continuations
+
+    def live(self) -> list[int]:
+        """Return the rows whose client waits for more."""
+        return [n for n, row in enumerate(self.rows) if not row.question.is_over]
+
+    def join(self, *others: "_Pass") -> "_Pass":
+        """Return one of all live rows, of which there is one at least."""
+        parts = [(own, live) for own in (self, *others) if (live := own.live())]
+        rows = [own.rows[n] for own, live in parts for n in live]
+        running = [(own.running, live) for own, live in parts]
+        return _Pass(rows, generate.Continuations.join(running, _padded(len(rows))))
 
 
 class Batcher:
@@ -174,111 +182,124 @@ class Batcher:
             self._changed.notify()
 
     def _run(self) -> None:
-        passes: list[_Pass] = []
+        passes: dict[Decoded, _Pass] = {}
         while not self._is_stopped:
-            if len(passes) < _PASSES and all(own.tokens >= _SHORT for own in passes):
-                if questions := self._take(is_idle=not passes):
-                    passes.append(_Pass(questions, self._answer(questions)))
-            passes = [own for own in passes if own.go_on()]
+            if questions := self._take(passes):
+                with _telling(questions):
+                    self._enter(passes, questions)
+            for decoded, own in [*passes.items()]:
+                del passes[decoded]
+                with _telling([row.question for row in own.rows]):
+                    if live := own.live():
+                        if _padded(len(live)) < _padded(len(own.rows)):
+                            own = own.join()
+                        is_streamed = any(row.question.is_streamed for row in own.rows)
+                        own.running.advance(1 if is_streamed else _TURN)
+                        self._hand_over(own)
+                        passes[decoded] = own
 
-    def _take(self, is_idle: bool) -> list[PendingQuestion]:
-        """Return the first question in line and those that are decoded alike; if idle, wait for one."""
-        if is_idle:
+    def _take(self, passes: Mapping[Decoded, _Pass]) -> list[PendingQuestion]:
+        """Return the first question in line, if there is room for it, and others that are decoded alike;
+        where nothing is decoded, wait for one."""
+        if not passes:
             with self._changed:
                 self._changed.wait_for(lambda: self._line or self._is_stopped)
             time.sleep(_GATHER)
         with self._changed:
             line = [question for question in self._line if not question.is_over]
             alike = [question for question in line if question.decoded == line[0].decoded]
-            chosen = alike[: self.limits.batch]
-            self._line = collections.deque(q for q in line if q not in chosen)
-        return chosen
+            # None overtakes the first: a pass that others always enter would never make room for it.
+            room = self.limits.batch
+            if alike and (own := passes.get(line[0].decoded)):
+                room -= len(own.live())
+            elif len(passes) == _PASSES:
+                room = 0
+            self._line = collections.deque(q for q in line if q not in alike[:room])
+        return alike[:room]
 
-    def _answer(self, questions: Sequence[PendingQuestion]) -> Iterator[int]:
-        """Answer questions in one pass, yielding after every few tokens how many."""
-        recall, questions = self._recall(questions)
+    def _enter(self, passes: dict[Decoded, _Pass], questions: Sequence[PendingQuestion]) -> None:
+        """Read memories and prompts; the questions join the pass of those that are decoded alike."""
+        recalls, questions = self._recall(questions)
         if not questions:
             return
-        decoded, count = questions[0].decoded, len(questions)
-        limits = [
-            min(q.max_tokens or max(generate.Options.max_tokens, tokens + 1), self.most_tokens)
-            for q, tokens in zip(questions, recall.tokens, strict=True)
-        ]
+        decoded, rows = questions[0].decoded, []
+        for question, recall in zip(questions, recalls, strict=True):
+            most = question.max_tokens or max(generate.Options.max_tokens, recall.tokens[0] + 1)
+            rows.append(_Row(question, recall, min(most, self.most_tokens)))
         # Rows of padding repeat the first, whose prompt is then read once, and end after a token.
-        padding = 4 ** ((count - 1).bit_length() + 1 >> 1) - count
-        rows = [*range(count), *[0] * padding]
-        parts = [[part[row] for row in rows] for part in recall[:3]]
-        padded = Recalled(*parts, recall.readout[rows], {})
+        padding = _padded(len(rows)) - len(rows)
+        all_rows = [*rows, *[rows[0]] * padding]
         options = dict(stop=decoded.stop, temperature=decoded.temperature, cut=True)
         if decoded.temperature:
-            keys = jnp.stack([jax.random.key(questions[row].seed) for row in rows])
+            keys = jnp.stack([jax.random.key(row.question.seed) for row in all_rows])
             options |= dict(top_k=decoded.top_k, top_p=decoded.top_p, rng=keys)
-        steps = generate.pieces(
+        running = generate.Continuations(
             self.model.model,
             self.model.decoder_tokenizer,
-            [questions[row].prompt for row in rows],
-            padded.condition(self.model.condition),
-            every=(every := 1 if any(q.is_streamed for q in questions) else _TURN),
-            max_tokens=[*limits, *[1] * padding],
-            stop_after=padded.tokens,
+            [row.question.prompt for row in all_rows],
+            self._condition([row.recall for row in all_rows]),
+            max_tokens=[*[row.limit for row in rows], *[1] * padding],
+            stop_after=[row.recall.tokens[0] for row in all_rows],
             **options,
         )
-        self.metrics.count("larimar_passes_total")
-        for pieces in steps:
-            for row, (question, piece) in enumerate(zip(questions, pieces, strict=False)):
-                if question.is_scored and piece.ending and piece.tokens:
-                    question.scores = self._scores(question, piece.tokens, limits[row], recall, row)
-                self._hand_over(question, piece)
-            if all(question.is_over for question in questions):
-                break
-            yield every
+        own = _Pass(rows, running)
+        self._hand_over(own)
+        if before := passes.get(decoded):
+            own = before.join(own)
+        else:
+            self.metrics.count("larimar_passes_total")
+        passes[decoded] = own
 
-    def _scores(
-        self, question: PendingQuestion, tokens: list[int], limit: int, recall: Recalled, row: int
-    ) -> TokenScores:
+    def _condition(self, recalls: Sequence[Recalled]) -> Condition:
+        # Further parts of an answer stand behind a readout, of some memories more than of others.
+        width = max(recall.readout.shape[1] for recall in recalls)
+        readouts = [
+            np.pad(recall.readout, ((0, 0), (0, width - recall.readout.shape[1])))
+            for recall in recalls
+        ]
+        inside = np.asarray([recall.facts[0] is not None for recall in recalls])
+        return self.model.condition(np.concatenate(readouts), inside)
+
+    def _scores(self, row: _Row, tokens: list[int]) -> TokenScores:
         """Return the log probabilities of an answer's tokens, as they were decoded."""
-        model, room = self.model.model, self.model.model.decoder.config.max_length - 1 - limit
-        ids = generate.prompt_ids(self.model.decoder_tokenizer, question.prompt)
+        model = self.model.model
+        room = model.decoder.config.max_length - 1 - row.limit
+        ids = generate.prompt_ids(self.model.decoder_tokenizer, row.question.prompt)
         ids = generate.without_beginning(ids, room)
-        own = Recalled(*([part[row]] for part in recall[:3]), recall.readout[row : row + 1], {})
-        condition = own.condition(self.model.condition)
-        return scoring.token_scores(model, [ids], [tokens], condition)[0]
+        return scoring.token_scores(model, [ids], [tokens], self._condition([row.recall]))[0]
 
-    def _hand_over(self, question: PendingQuestion, piece: generate.Piece) -> None:
-        if question.is_over:
-            return
-        question.put(piece)
-        if piece.ending:
-            self.metrics.count("larimar_tokens_total", len(piece.tokens))
-            self.metrics.observe("larimar_ask_seconds", time.monotonic() - question.begin)
+    def _hand_over(self, own: _Pass) -> None:
+        """Give each client what its answer has gained."""
+        for row, piece in zip(own.rows, own.running.gained(), strict=False):
+            question = row.question
+            if question.is_over:
+                continue
+            if question.is_scored and piece.ending and piece.tokens:
+                question.scores = self._scores(row, piece.tokens)
+            if piece.ending:
+                self.metrics.count("larimar_tokens_total", len(piece.tokens))
+                self.metrics.observe("larimar_ask_seconds", time.monotonic() - question.begin)
+            question.put(piece)
 
     def _recall(
         self, questions: Sequence[PendingQuestion]
-    ) -> tuple[Recalled, list[PendingQuestion]]:
-        """Return what the memories read, and the questions that are read, in the order of the rows."""
+    ) -> tuple[list[Recalled], list[PendingQuestion]]:
+        """Return what memories read for each question that is read, and these questions."""
         by_session: dict[Session | None, list[PendingQuestion]] = collections.defaultdict(list)
         for question in questions:
             by_session[question.session].append(question)
         recalls, readable = [], []
         for session, own in by_session.items():
-            try:
-                recalls.append(self._recall_one(session, [q.prompt for q in own]))
-            except Exception as error:  # Of this memory; the others' questions go on.
-                for question in own:
-                    question.put(error)
-                continue
-            readable += own
-            for question, fact, score in zip(own, *recalls[-1][:2], strict=True):
-                self.metrics.count("larimar_answers_total", in_scope=str(fact is not None).lower())
-                question.put(Matched(fact, score))
-        # Further parts of an answer stand behind a readout, of some memories more than of others.
-        width = max((recall.readout.shape[1] for recall in recalls), default=0)
-        readouts = [
-            np.pad(recall.readout, ((0, 0), (0, width - recall.readout.shape[1])))
-            for recall in recalls
-        ]
-        joined = [sum((recall[part] for recall in recalls), []) for part in range(3)]
-        return Recalled(*joined, np.concatenate(readouts) if readouts else _NOTHING, {}), readable
+            # Of this memory; the others' questions go on.
+            with _telling(own):
+                recall = self._recall_one(session, [q.prompt for q in own])
+                readable += own
+                recalls += [recall.row(n) for n in range(len(own))]
+        for question, recall in zip(readable, recalls, strict=True):
+            fact = recall.facts[0]
+            self.metrics.count("larimar_answers_total", in_scope=str(fact is not None).lower())
+            question.put(Matched(fact, recall.scores[0]))
+        return recalls, readable
 
     def _recall_one(self, session: Session | None, prompts: Sequence[str]) -> Recalled:
         if session is not None:
@@ -288,4 +309,16 @@ class Batcher:
         return Recalled([None] * count, [-1.0] * count, [0] * count, readout, {})
 
 
-_NOTHING = np.zeros((0, 0), np.float32)
+@contextlib.contextmanager
+def _telling(questions: Sequence[PendingQuestion]) -> Iterator[None]:
+    """What goes wrong is an error of these questions, each of which raises it."""
+    try:
+        yield
+    except Exception as error:
+        for question in questions:
+            question.put(error)
+
+
+def _padded(rows: int) -> int:
+    """Return the least power of four that holds so many rows."""
+    return 4 ** ((rows - 1).bit_length() + 1 >> 1)

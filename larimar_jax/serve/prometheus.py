@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 _ABOUT = {
     "larimar_requests_total": "Requests, by endpoint and status.",
     "larimar_tokens_total": "Tokens of answers.",
-    "larimar_passes_total": "Decoder passes, each of one or more questions.",
+    "larimar_passes_total": "Decoder passes; questions enter one while it is on its way.",
     "larimar_answers_total": "Answers, by whether a written fact gave them.",
     "larimar_ask_seconds": "From a question's arrival to the end of its answer.",
     "larimar_write_seconds": "From a change's arrival to its place on the disk.",

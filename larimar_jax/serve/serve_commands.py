@@ -53,8 +53,10 @@ def serve(
     options = dict(access=access, hosts=hosts, cors=cors)
     application = app.build(pipeline.load(model), Path(data), **options)
     served = application.state.served
-    quiet = dict(log_level="warning", server_header=False, timeout_graceful_shutdown=30)
-    server = uvicorn.Server(uvicorn.Config(application, host=host, port=port, **quiet))
+    # Warnings go where logging sends them: uvicorn would set it up anew, and close handlers of others.
+    options = dict(host=host, port=port, server_header=False, timeout_graceful_shutdown=30)
+    options |= dict(log_level="warning", log_config=None)
+    server = uvicorn.Server(uvicorn.Config(application, **options))
     served.stop = lambda: setattr(server, "should_exit", True)
     print(f"http://{host}:{port}", flush=True)
     server.run()

@@ -28,6 +28,7 @@ from larimar_jax.data import corpus, vocabulary
 from larimar_jax.data.phrases import Phrases
 from larimar_jax.model import AbstractModel
 from larimar_jax.train import checkpoint, distributed, loop, optimizer, reader_features
+from larimar_jax.train.initial import start_from
 from larimar_jax.train.logging import Bar, say
 from larimar_jax.train.reader_features import LEAVE, FeatureMaker, Features, load
 from larimar_jax.train.step import TrainState
@@ -68,6 +69,7 @@ def train(config: Config, run_dir: str | Path, *, progress: bool = True) -> loop
     documents = corpus.open_corpus(config.data.corpus)
     larimar = model.build(config, jax.random.key(settings.seed))
     trained, frozen = optimizer.partition(model.parameters(larimar), settings.frozen)
+    trained, _ = start_from(trained, settings.start_from)
     if more := sorted(name for name in trained if not name.startswith("reader/")):
         raise NotAlone(
             f"a reader is fitted alone, and train.frozen leaves {', '.join(more)} to be trained. "

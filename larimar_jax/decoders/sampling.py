@@ -1,0 +1,112 @@
+"""Tokens out of logits: the likeliest, or one that is drawn. The numbers of sampling are data."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+LEAST_TEMPERATURE = 1e-6
+
+
+class Draw(NamedTuple):
+    """How tokens are drawn, as data of the compiled loop.
+
+    truncation: top_k and top_p, or None where neither leaves anything out. keys: one for each row.
+    """
+
+    temperature: Float[Array, ""]
+    truncation: tuple[Int[Array, ""], Float[Array, ""]] | None
+    keys: Key[Array, "B"]
+
+
+def sampling(
+    temperature: float, top_k: int, top_p: float, rng: jax.Array | None, rows: int, padded: int
+) -> Draw | None:
+    """Return how so many rows draw, by `generate.Options`, with keys for the rows that pad them; None
+    takes the likeliest.
+
+    Raises:
+      ValueError: a number out of its range, one that draws nothing, drawing without `rng`, or keys but
+        not one a row.
+    """
+    # Logits are divided by it: by less they overflow, and what is drawn is NaN.
+    drawn = LEAST_TEMPERATURE <= temperature < math.inf
+    if not (temperature == 0 or drawn) or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"temperature {temperature}, top_k {top_k}, top_p {top_p}: the first two are at least 0,"
+            f" the temperature 0 or finite and at least {LEAST_TEMPERATURE}, top_p is above 0 and at"
+            " most 1"
+        )
+    if not drawn:
+        if top_k or top_p < 1:
+            raise ValueError("top_k and top_p choose among draws; set a temperature above 0")
+        return None
+    if rng is None:
+        raise ValueError("Sampling (temperature > 0) needs rng; pass jax.random.key(seed).")
+    truncation = (jnp.int32(top_k), jnp.float32(top_p)) if top_k > 0 or top_p < 1 else None
+    return Draw(jnp.float32(temperature), truncation, row_keys(rng, rows, padded))
+
+
+def row_keys(rng: jax.Array, rows: int, padded: int) -> Key[Array, " padded"]:
+    """Return a key a row, with more for the rows that pad them; of one key, row i has `fold_in(rng, i)`.
+
+    Raises:
+      ValueError: keys, but not one a row.
+    """
+    typed = jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
+    keys = rng if typed else jax.random.wrap_key_data(rng)
+    if not rows:
+        keys = jax.random.key(0)
+    if not keys.ndim:
+        return jax.vmap(jax.random.fold_in, (None, 0))(keys, jnp.arange(padded))
+    if keys.shape != (rows,):
+        raise ValueError(
+            f"rng has shape {keys.shape} for {rows} rows; pass a key for each of them"
+            f" (jax.random.split(key, {rows}))"
+        )
+    return keys[np.arange(padded) % rows]
+
+
+def pick(logits: Float[Array, "B V"], step: Int[Array, "B"], draw: Draw | None) -> Int[Array, "B"]:
+    """Return a row's next token after `step` others; what it draws does not depend on other rows."""
+    if draw is None:
+        return likeliest(logits)
+    logits = logits / draw.temperature
+    if draw.truncation is not None:
+        logits = truncate(logits, *draw.truncation)
+    keys = jax.vmap(jax.random.fold_in)(draw.keys, step)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def likeliest(logits: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
+    """Return the first of the largest, as argmax; on CPU two plain reductions are four times as fast."""
+    size = logits.shape[-1]
+    best = logits == jnp.max(logits, axis=-1, keepdims=True)
+    first = jnp.min(jnp.where(best, jnp.arange(size, dtype=jnp.int32), size), axis=-1)
+    return jnp.minimum(first, size - 1)  # with NaN none equals the largest
+
+
+def truncate(
+    logits: Float[Array, "*rows V"], top_k: Int[Array, ""], top_p: Float[Array, ""]
+) -> Float[Array, "*rows V"]:
+    """Return −∞ on all but the top_k likeliest (0: all), and of these all but the fewest with top_p.
+
+    Of equally likely ones the first come first.
+    """
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    size = logits.shape[-1]
+    count = jnp.where(top_k > 0, jnp.minimum(top_k, size), size)
+    rank = jnp.arange(size)
+    ordered = jnp.where(rank < count, ordered, -jnp.inf)
+    before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
+    # A token stays where those likelier than it do not reach top_p yet; the first always does.
+    likelier = jnp.concatenate([jnp.zeros_like(before[..., :1]), before[..., :-1]], axis=-1)
+    stays = (likelier < top_p) & (rank < count)
+    least = jnp.min(jnp.where(stays, ordered, jnp.inf), axis=-1, keepdims=True)
+    above, equal = logits > least, logits == least
+    room = jnp.sum(stays, axis=-1, keepdims=True) - jnp.sum(above, axis=-1, keepdims=True)
+    first = equal & (jnp.cumsum(equal, axis=-1) <= room)
+    return jnp.where(above | first, logits, -jnp.inf)
