@@ -7,13 +7,16 @@ prompts ─▶ rows of the decoder, several prompts in each (packing.py) ─▶ 
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Key
 
-from larimar_jax.decoders.sampling import sampling
+from larimar_jax.decoders.sampling import Draw
 from larimar_jax.decoding import Decoding, Endings
 from larimar_jax.latent_layout import Condition
 from larimar_jax.packing import ConditionRows, LanguageModel, steps_bucket
@@ -21,6 +24,7 @@ from larimar_jax.weights.tokenizer import Tokenizer
 
 # How many prompts are decoded together.
 BATCH = 128
+_LEAST_TEMPERATURE = 1e-6
 
 
 class PromptTooLong(ValueError):
@@ -212,8 +216,7 @@ def _start(
 ) -> tuple[list[int], Callable[[Sequence[int]], Decoding]]:
     """Return the most tokens of each prompt, and what begins to decode some of the prompts."""
     count, max_tokens = len(ids), options.max_tokens
-    padded = steps_bucket(count, 1)
-    draw = sampling(options.temperature, options.top_k, options.top_p, options.rng, count, padded)
+    draw = sampling(options.temperature, options.top_k, options.top_p, options.rng, count)
     limits = _each("max_tokens", max_tokens, count)
     after = _each("stop_after", options.stop_after, count)
     if np.min(max_tokens, initial=1) < 1:
@@ -234,6 +237,54 @@ def _start(
         mask[tokens] = True
     endings = Endings(stops, texts, reader.tokenizer.eos)
     return limits, lambda rows: Decoding(model, ids, limits, after, rows, conditions, draw, endings)
+
+
+def sampling(
+    temperature: float, top_k: int, top_p: float, rng: jax.Array | None, rows: int
+) -> Draw | None:
+    """Return how so many rows draw, by `Options`, with keys for the rows that pad them; None
+    takes the likeliest.
+
+    Raises:
+      ValueError: a number out of its range, one that draws nothing, drawing without `rng`, or keys but
+        not one a row.
+    """
+    # Logits are divided by it: by less they overflow, and what is drawn is NaN.
+    drawn = _LEAST_TEMPERATURE <= temperature < math.inf
+    if not (temperature == 0 or drawn) or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"temperature {temperature}, top_k {top_k}, top_p {top_p}: the first two are at least 0,"
+            f" the temperature 0 or finite and at least {_LEAST_TEMPERATURE}, top_p is above 0 and at"
+            " most 1"
+        )
+    if not drawn:
+        if top_k or top_p < 1:
+            raise ValueError("top_k and top_p choose among draws; set a temperature above 0")
+        return None
+    if rng is None:
+        raise ValueError("Sampling (temperature > 0) needs rng; pass jax.random.key(seed).")
+    truncation = (jnp.int32(top_k), jnp.float32(top_p)) if top_k > 0 or top_p < 1 else None
+    return Draw(jnp.float32(temperature), truncation, row_keys(rng, rows, steps_bucket(rows, 1)))
+
+
+def row_keys(rng: jax.Array, rows: int, padded: int) -> Key[Array, " padded"]:
+    """Return a key a row, with more for the rows that pad them; of one key, row i has `fold_in(rng, i)`.
+
+    Raises:
+      ValueError: keys, but not one a row.
+    """
+    typed = jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
+    keys = rng if typed else jax.random.wrap_key_data(rng)
+    if not rows:
+        keys = jax.random.key(0)
+    if not keys.ndim:
+        return jax.vmap(jax.random.fold_in, (None, 0))(keys, jnp.arange(padded))
+    if keys.shape != (rows,):
+        raise ValueError(
+            f"rng has shape {keys.shape} for {rows} rows; pass a key for each of them"
+            f" (jax.random.split(key, {rows}))"
+        )
+    return keys[np.arange(padded) % rows]
 
 
 def _each(name: str, value: int | Sequence[int], count: int) -> list[int]:

@@ -31,7 +31,7 @@ from larimar_jax.latent_layout import Condition
 from larimar_jax.memory import diagnostics, finite, rls
 from larimar_jax.memory.finite import MemoryNotFinite, NotKept
 from larimar_jax.memory.streaming import StreamingState
-from larimar_jax.pipeline import Pipeline, load
+from larimar_jax.pipeline import Encodings, Pipeline, load
 from larimar_jax.scope import Recalled
 from larimar_jax.session_file import Answer, Event, Fact, FactRows, Forgotten, Ledger, Source
 from larimar_jax.weights.journal import Journal
@@ -214,19 +214,23 @@ class Session:
         condition = self.recall(prompts).condition(self.model.condition)
         return self.model.score(prompts, candidates, condition)
 
-    def recall(self, prompts: Sequence[str]) -> Recalled:
-        """Return scope decision and readout of each prompt, by its `scope.question`."""
+    def questions(self, prompts: Sequence[str]) -> list[str]:
+        """Return the `scope.question` of each prompt."""
         if isinstance(prompts, str):
             raise TypeError("prompts is a list of texts; ask() takes one")
         for prompt in prompts:
             session_file.require_text("prompt", prompt)
         if not all(prompt.strip() for prompt in prompts):
             raise session_file.EmptyFact("A question needs text to continue; a prompt is empty.")
+        own_words = scope.by_words(self._content[1].prompts[1])
+        return [scope.question(text, own_words) for text in prompts]
+
+    def recall(self, prompts: Sequence[str], encodings: Encodings | None = None) -> Recalled:
+        """Return scope decision and readout of each prompt; `encodings` of `questions`, where known."""
+        begin, questions, model = time.perf_counter(), self.questions(prompts), self.model
+        encodings = encodings or model.encode(questions, cut=True)
         memory, ledger = self._content
-        begin, (places, keys, written) = time.perf_counter(), ledger.prompts
-        model, facts, own_words = self.model, ledger.facts, scope.by_words(keys)
-        questions = [scope.question(text, own_words) for text in prompts]
-        encodings = model.encode(questions, cut=True)
+        places, keys, written = ledger.prompts
         milliseconds, begin = {"encode": _since(begin)}, time.perf_counter()
         allowed = scope.comparable(model.relations, questions, keys)
         match = scope.nearest_key(encodings.embedding, written, allowed)
@@ -241,7 +245,9 @@ class Session:
             further = read[:, 1:, -model.layout.answer_code :].reshape(len(read), -1)
             readout = np.concatenate([read[:, 0], further], axis=1)
         milliseconds["read"] = _since(begin)
-        tokens = [len(model.decoder_tokenizer.following(facts[i].answer)) if i else 0 for i in ids]
+        following, facts = model.decoder_tokenizer.following, ledger.facts
+        tokens = [len(following(facts[i].answer)) if i else 0 for i in ids]
+        readout = model.within_answers(readout, tokens)
         return Recalled(ids, [*map(float, match.score)], tokens, readout, milliseconds)
 
     def _read_back(

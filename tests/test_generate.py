@@ -360,7 +360,7 @@ def test_top_k_and_top_p_leave_the_likeliest_of_equals_the_first():
 def test_draws_follow_the_distribution_and_every_step_draws_anew(one_key):
     rng = jax.random.key(0) if one_key else jax.random.split(jax.random.key(0), 4000)
     logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.2]] * 4000))
-    draw = sampling.sampling(1.0, 0, 1.0, rng, 4000, 4000)
+    draw = generate.sampling(1.0, 0, 1.0, rng, 4000)
     draw = draw._replace(keys=draw.keys[:4000])
     first, second = (np.asarray(sampling.pick(logits, jnp.full(4000, n), draw)) for n in (0, 1))
     share = np.bincount(first, minlength=3) / 4000

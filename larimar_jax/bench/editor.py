@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from larimar_jax import scope
 from larimar_jax.bench.peers import by_model
-from larimar_jax.decoders.sampling import row_keys
+from larimar_jax.generate import row_keys
 from larimar_jax.latent_layout import Condition
 from larimar_jax.memory.base import Memory, Prepared
 from larimar_jax.pipeline import Pipeline

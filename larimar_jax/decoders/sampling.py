@@ -1,14 +1,10 @@
 """Tokens out of logits: the likeliest, or one that is drawn. The numbers of sampling are data."""
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, Key
-
-LEAST_TEMPERATURE = 1e-6
 
 
 class Draw(NamedTuple):
@@ -20,54 +16,6 @@ class Draw(NamedTuple):
     temperature: Float[Array, ""]
     truncation: tuple[Int[Array, ""], Float[Array, ""]] | None
     keys: Key[Array, "B"]
-
-
-def sampling(
-    temperature: float, top_k: int, top_p: float, rng: jax.Array | None, rows: int, padded: int
-) -> Draw | None:
-    """Return how so many rows draw, by `generate.Options`, with keys for the rows that pad them; None
-    takes the likeliest.
-
-    Raises:
-      ValueError: a number out of its range, one that draws nothing, drawing without `rng`, or keys but
-        not one a row.
-    """
-    # Logits are divided by it: by less they overflow, and what is drawn is NaN.
-    drawn = LEAST_TEMPERATURE <= temperature < math.inf
-    if not (temperature == 0 or drawn) or top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(
-            f"temperature {temperature}, top_k {top_k}, top_p {top_p}: the first two are at least 0,"
-            f" the temperature 0 or finite and at least {LEAST_TEMPERATURE}, top_p is above 0 and at"
-            " most 1"
-        )
-    if not drawn:
-        if top_k or top_p < 1:
-            raise ValueError("top_k and top_p choose among draws; set a temperature above 0")
-        return None
-    if rng is None:
-        raise ValueError("Sampling (temperature > 0) needs rng; pass jax.random.key(seed).")
-    truncation = (jnp.int32(top_k), jnp.float32(top_p)) if top_k > 0 or top_p < 1 else None
-    return Draw(jnp.float32(temperature), truncation, row_keys(rng, rows, padded))
-
-
-def row_keys(rng: jax.Array, rows: int, padded: int) -> Key[Array, " padded"]:
-    """Return a key a row, with more for the rows that pad them; of one key, row i has `fold_in(rng, i)`.
-
-    Raises:
-      ValueError: keys, but not one a row.
-    """
-    typed = jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
-    keys = rng if typed else jax.random.wrap_key_data(rng)
-    if not rows:
-        keys = jax.random.key(0)
-    if not keys.ndim:
-        return jax.vmap(jax.random.fold_in, (None, 0))(keys, jnp.arange(padded))
-    if keys.shape != (rows,):
-        raise ValueError(
-            f"rng has shape {keys.shape} for {rows} rows; pass a key for each of them"
-            f" (jax.random.split(key, {rows}))"
-        )
-    return keys[np.arange(padded) % rows]
 
 
 def pick(logits: Float[Array, "B V"], step: Int[Array, "B"], draw: Draw | None) -> Int[Array, "B"]:

@@ -68,7 +68,7 @@ def rank_update(
 def product(left: Float[Array, "N K"], right: Float[Array, "N C"]):
     """Return leftᵀ right as two matrices to be added up: the product of the leading bits, which is
     exact (sums of integers below 2²⁴), and all the rest."""
-    left_coarse, right_coarse = _coarse(left), _coarse(right)
+    left_coarse, right_coarse = _coarse(left, len(left)), _coarse(right, len(left))
     rest = dot(
         jnp.concatenate([left_coarse, left - left_coarse]).T,
         jnp.concatenate([right - right_coarse, right]),
@@ -76,10 +76,18 @@ def product(left: Float[Array, "N K"], right: Float[Array, "N C"]):
     return dot(left_coarse.T, right_coarse), rest
 
 
-def _coarse(rows: Float[Array, "N C"]) -> Float[Array, "N C"]:
-    """Return the leading bits of all numbers on one grid, as many as a sum of N products holds
+def product_of_few(matrix: Float[Array, "K N"], right: Float[Array, "N C"]):
+    """Return `matrix` right as `product` does, for few columns: the matrix is read once."""
+    coarse, right_coarse = _coarse(matrix, len(right)), _coarse(right, len(right))
+    both = dot(coarse, jnp.concatenate([right_coarse, right - right_coarse], axis=1))
+    exact, rest = jnp.split(both, 2, axis=1)
+    return exact, rest + dot(matrix - coarse, right)
+
+
+def _coarse(rows: Float[Array, "R C"], terms: int) -> Float[Array, "R C"]:
+    """Return the leading bits of all numbers on one grid, as many as a sum of so many products holds
     exactly; a constant to differentiation."""
     rows = jax.lax.stop_gradient(rows)
-    bits = max(1, (24 - max(0, rows.shape[0] - 1).bit_length()) // 2)
+    bits = max(1, (24 - max(0, terms - 1).bit_length()) // 2)
     _, exponent = jnp.frexp(jnp.max(jnp.abs(rows), initial=0.0))
     return jnp.ldexp(jnp.round(jnp.ldexp(rows, bits - exponent)), exponent - bits)

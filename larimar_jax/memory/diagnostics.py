@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax.linalg import condition, dot, factor_solve, lower_inverse, solve_lower
 from larimar_jax.memory.base import Prepared, share
-from larimar_jax.memory.compensated import product
+from larimar_jax.memory.compensated import product_of_few
 from larimar_jax.memory.pytrees import Latents
 from larimar_jax.memory.streaming import Streaming, StreamingState
 
@@ -103,8 +103,8 @@ def distance(memory: Streaming, prepared: Prepared, state: StreamingState) -> Fl
     probes = jax.random.normal(jax.random.key(0), (memory.latent, _PROBES), jnp.float32)
     change = dot(state.solution - prepared.prior_memory, probes)
     # Halves of sums and parts of products apart: rounded together they would hide what is measured.
-    right, more = product(state.cross.high.T, probes)
-    left, less = product(state.gram.high, change)
+    right, more = product_of_few(state.cross.high, probes)
+    left, less = product_of_few(state.gram.high, change)
     low = dot(state.cross.low, probes) - dot(state.gram.low, change)
     low = low - memory.shrink(state.gram.total()) * dot(prepared.prior_memory, probes)
     residual = right - left + (more - less + low - memory.total_ridge(state) * change)

@@ -70,8 +70,8 @@ def forget(
     memory: Streaming, prepared: Prepared, now: rls.RLSState, keys: Rows, values: Rows
 ) -> rls.RLSState:
     """Return the memory without n rows, solved; MemoryNotFinite too where one cannot have been in."""
-    after = rls.forget(memory, prepared, now, _padded(keys), _padded(values))
-    if after.state.refused > now.state.refused or not jnp.isfinite(after.state.solution).all():
+    after, is_sound = rls.without(memory, prepared, now, _padded(keys), _padded(values))
+    if not is_sound:
         raise _not_finite("forget", memory)
     return after
 

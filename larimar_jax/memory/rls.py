@@ -183,6 +183,18 @@ def forget(
 
 
 @jax.jit
+def without(
+    memory: Streaming, prepared: Prepared, now: RLSState, keys: Latents, values: Latents
+) -> tuple[RLSState, Bool[Array, ""]]:
+    """Return the memory without N facts, and whether they can have been in: a caller that asks keeps
+    `now` where not, and no choice copies what both have."""
+    before, facts = _summed(now), memory.facts(prepared, keys, values, -1)
+    after = memory.solve(prepared, before.add(*facts))
+    is_sound = memory.is_consistent(prepared, before, after, *facts)
+    return init(memory, prepared, after), is_sound & jnp.isfinite(after.solution).all()
+
+
+@jax.jit
 def stream(
     memory: Streaming,
     prepared: Prepared,

@@ -32,7 +32,7 @@ from larimar_jax.serve.prometheus import Metrics
 from larimar_jax.session import Session
 
 # Tokens of a pass's turn; where a client reads along, one.
-_TURN = 4
+_TURN = 8
 # Passes at a time: each has a cache.
 _PASSES = 4
 # How long the first question waits for others that are sent at the same time.
@@ -145,6 +145,9 @@ class Batcher:
         self.model, self.limits, self.metrics = model, limits, metrics
         # The cache has to hold prompt and answer.
         self.most_tokens = min(limits.max_tokens, model.model.decoder.config.max_length // 2)
+        # What is read without a memory.
+        readout = model.within_answers(np.zeros((1, model.memory.latent), np.float32), [0])
+        self._nothing = Recalled([None], [-1.0], [0], readout, {})
         self._line: collections.deque[PendingQuestion] = collections.deque()
         self._changed, self._is_stopped = threading.Condition(), False
         self._thread = threading.Thread(target=self._run, name="larimar-decoder", daemon=True)
@@ -288,11 +291,23 @@ class Batcher:
         by_session: dict[Session | None, list[PendingQuestion]] = collections.defaultdict(list)
         for question in questions:
             by_session[question.session].append(question)
-        recalls, readable = [], []
+        recalls, readable, texts, parts = [], [], [], []
         for session, own in by_session.items():
-            # Of this memory; the others' questions go on.
+            prompts = [question.prompt for question in own]
+            if session is None:
+                readable += own
+                recalls += [self._nothing] * len(own)
+                continue
+            # An error is of this memory; the others' questions go on.
             with _telling(own):
-                recall = self._recall_one(session, [q.prompt for q in own])
+                asked = session.questions(prompts)
+                parts.append((session, own, prompts, slice(len(texts), len(texts) + len(asked))))
+                texts += asked
+        # Of all memories in one call.
+        encodings = self.model.encode(texts, cut=True) if texts else None
+        for session, own, prompts, places in parts:
+            with _telling(own):
+                recall = session.recall(prompts, encodings[places])
                 readable += own
                 recalls += [recall.row(n) for n in range(len(own))]
         for question, recall in zip(readable, recalls, strict=True):
@@ -300,13 +315,6 @@ class Batcher:
             self.metrics.count("larimar_answers_total", in_scope=str(fact is not None).lower())
             question.put(Matched(fact, recall.scores[0]))
         return recalls, readable
-
-    def _recall_one(self, session: Session | None, prompts: Sequence[str]) -> Recalled:
-        if session is not None:
-            return session.recall(prompts)
-        count = len(prompts)
-        readout = np.zeros((count, self.model.memory.latent), np.float32)
-        return Recalled([None] * count, [-1.0] * count, [0] * count, readout, {})
 
 
 @contextlib.contextmanager
