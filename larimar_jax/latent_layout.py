@@ -53,7 +53,7 @@ from larimar_jax.decoders.decoder import Prefix
 from larimar_jax.linalg import dot
 from larimar_jax.memory.addressing import RandomFeatures
 from larimar_jax.memory.base import MemoryParams
-from larimar_jax.weights.tokenizer import Tokenizer
+from larimar_jax.weights.tokenizer import Tokenizer, bucket
 
 # A place that holds no token.
 NOTHING = -1
@@ -226,6 +226,18 @@ def decode_answers(
     rows = readout.reshape(len(readout), -1, config.width)
     tokens, gain = jax.lax.map(decode_row, rows, batch_size=_ROWS)
     return TokenEvidence(tokens, jnp.where(active[:, None, None], gain, 0.0))
+
+
+def within_answers(
+    readout: Float[np.ndarray, "n C"],
+    layout: LatentLayout,
+    config: AnswerCodeConfig | None,
+    tokens: Sequence[int],
+) -> Float[np.ndarray, "n _"]:
+    """Return readouts up to where the longest of their answers ends: every place takes time."""
+    places = bucket(max(tokens, default=0) + 1)
+    begin = layout.size - layout.answer_code
+    return readout if config is None else readout[:, : begin + places * config.width]
 
 
 def answer_tokens(

@@ -247,15 +247,6 @@ class Pipeline:
             self.graph, self.state, readout, active, self.layout, self.config.editing.answer_code
         )
 
-    def within_answers(
-        self, readout: Float[np.ndarray, "n C"], tokens: Sequence[int]
-    ) -> Float[np.ndarray, "n _"]:
-        """Return readouts up to where answers of so many tokens end: reading a place takes time."""
-        code = self.config.editing.answer_code
-        begin = self.memory.latent - self.layout.answer_code
-        places = bucket(max(tokens, default=0) + 1)
-        return readout if code is None else readout[:, : begin + places * code.width]
-
     def zero(self, rows: int) -> Condition:
         """Return z = 0 for so many rows: the memory slot is there and holds zeros (§2)."""
         single = self.condition(np.zeros((1, self.memory.latent), np.float32))

@@ -14,7 +14,6 @@ Every call either does all of its work, or raises and leaves the session as it w
 import contextlib
 import copy
 import dataclasses
-import functools
 import pathlib
 import threading
 import time
@@ -25,11 +24,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from larimar_jax import scope, session_file
+from larimar_jax import latent_layout, scope, session_file
 from larimar_jax.generate import Options
-from larimar_jax.latent_layout import Condition
 from larimar_jax.memory import diagnostics, finite, rls
-from larimar_jax.memory.finite import MemoryNotFinite, NotKept
 from larimar_jax.memory.streaming import StreamingState
 from larimar_jax.pipeline import Encodings, Pipeline, load
 from larimar_jax.scope import Recalled
@@ -159,8 +156,7 @@ class Session:
           SaveFailed: nothing is removed.
         """
         with self._exclusively():
-            memory, ledger = self._content
-            ledger = ledger.without_trace(fact_id)
+            memory, ledger = self._content[0], self._content[1].without_trace(fact_id)
             if self._file is not None:
                 session_file.rewrite(self._file, ledger)
             self._content = memory, ledger
@@ -183,9 +179,9 @@ class Session:
         if on_text is None:
             return self.ask_all([prompt], **options)[0]
 
-        def decode(condition: Condition | None, **options: Any) -> list[str]:
+        def decode(*prompt_and_condition: Any, **options: Any) -> list[str]:
             pieces = []
-            for (piece,) in self.model.stream([prompt], condition, **options):
+            for (piece,) in self.model.stream(*prompt_and_condition, **options):
                 pieces.append(piece)
                 on_text(piece)
             return ["".join(pieces)]
@@ -194,8 +190,7 @@ class Session:
 
     def ask_all(self, prompts: Sequence[str], **options: Any) -> list[Answer]:
         """`ask` for many prompts in one batch."""
-        decode = functools.partial(self.model.generate, prompts)
-        return self._answers(prompts, decode, options) if prompts else []
+        return self._answers(prompts, self.model.generate, options) if prompts else []
 
     def _answers(
         self, prompts: Sequence[str], decode: Callable[..., list[str]], options: dict[str, Any]
@@ -203,7 +198,9 @@ class Session:
         facts, scores, tokens, _, times = recall = self.recall(prompts)
         limits = [max(Options.max_tokens, count + 1) for count in tokens]
         begin, condition = time.perf_counter(), recall.condition(self.model.condition)
-        texts = decode(condition, **dict(max_tokens=limits, stop_after=tokens, cut=True) | options)
+        texts = decode(
+            prompts, condition, **dict(max_tokens=limits, stop_after=tokens, cut=True) | options
+        )
         times["decode"], rows = _since(begin), zip(texts, facts, scores, strict=True)
         return [Answer(text, fact is not None, fact, score, times) for text, fact, score in rows]
 
@@ -245,9 +242,10 @@ class Session:
             further = read[:, 1:, -model.layout.answer_code :].reshape(len(read), -1)
             readout = np.concatenate([read[:, 0], further], axis=1)
         milliseconds["read"] = _since(begin)
-        following, facts = model.decoder_tokenizer.following, ledger.facts
-        tokens = [len(following(facts[i].answer)) if i else 0 for i in ids]
-        readout = model.within_answers(readout, tokens)
+        answers = [ledger.facts[i].answer if i else "" for i in ids]
+        tokens = [*map(len, map(model.decoder_tokenizer.following, answers))]
+        code = model.config.editing.answer_code
+        readout = latent_layout.within_answers(readout, model.layout, code, tokens)
         return Recalled(ids, [*map(float, match.score)], tokens, readout, milliseconds)
 
     def _read_back(
@@ -264,7 +262,7 @@ class Session:
         least = dict(zip(ids, (float(own.min()) for own in np.split(left, ends[:-1])), strict=True))
         if not left.min() >= 0:
             fact = ledger.facts[min(ids, key=least.__getitem__)]
-            raise NotKept(
+            raise finite.NotKept(
                 f"With this fact in, the memory would not give back {str(fact)!r}; nothing is written. "
                 f"It holds about {self._rule.slots} prompts, less if alike: word the prompt in another "
                 "way, forget facts, or write to another session."
@@ -274,8 +272,7 @@ class Session:
     def _without(self, memory: rls.RLSState, rows: FactRows) -> tuple[rls.RLSState, float]:
         """Return the memory without a fact's rows, solved, and the milliseconds that forgetting took."""
         begin = time.perf_counter()
-        memory = finite.forget(*self._rls, memory, rows.key, rows.value)
-        return memory, _since(begin)
+        return finite.forget(*self._rls, memory, rows.key, rows.value), _since(begin)
 
     def history(self) -> list[Event]:
         """Return every write and forget so far, in order."""
@@ -288,9 +285,9 @@ class Session:
           SaveFailed.
         """
         with self._exclusively():
-            own, path = self._file, pathlib.Path(path)
-            is_own = own is not None and own.path.resolve() == path.resolve()
-            session_file.rewrite(own if is_own else Journal(path), self._content[1])
+            own, other = self._file, Journal(pathlib.Path(path))
+            is_own = own is not None and own.path.resolve() == other.path.resolve()
+            session_file.rewrite(own if is_own else other, self._content[1])
 
     @classmethod
     def load(cls, path: str | pathlib.Path, model: Pipeline | None = None) -> "Session":
@@ -304,14 +301,13 @@ class Session:
           FileNotFoundError, DamagedSession, WrongModel.
         """
         name = Journal(path).header()["model"]
-        return cls(name if model is None else model, path)
+        return cls(model or name, path)
 
     @contextlib.contextmanager
     def _exclusively(self) -> Iterator[None]:
         """Keep all others from changing the session and its file, and take in what they changed."""
-        with self._lock, contextlib.ExitStack() as stack:
-            if self._file is not None:
-                stack.enter_context(self._file.locked())
+        with self._lock, self._file.locked() if self._file else contextlib.nullcontext():
+            if self._file:
                 self._refresh()
             yield
 
@@ -339,7 +335,7 @@ class Session:
                 content = *self._rls, memory, rows.key, rows.value
                 at_once = not before.facts and len(new) > 1  # One is written as its writer did.
                 memory = finite.load(*content) if at_once else finite.write(*content)[0]
-        except MemoryNotFinite:
+        except finite.MemoryNotFinite:
             self._file = Journal(self._file.path)  # to be read anew
             raise
         self._content, self._room = (memory, dataclasses.replace(ledger, model=model.source)), {}

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from larimar_jax import generate, scoring
-from larimar_jax.latent_layout import Condition
+from larimar_jax.latent_layout import Condition, within_answers
 from larimar_jax.pipeline import Pipeline
 from larimar_jax.scope import Recalled
 from larimar_jax.scoring import TokenScores
@@ -112,7 +112,7 @@ class PendingQuestion:
             self.is_over = True
 
 
-class _Row(NamedTuple):
+class _Asked(NamedTuple):
     """A question that is decoded: what is read for it, and its most tokens."""
 
     question: PendingQuestion
@@ -123,7 +123,7 @@ class _Row(NamedTuple):
 class _Pass(NamedTuple):
     """Questions that are decoded together, in the first rows of `running`."""
 
-    rows: list[_Row]
+    rows: list[_Asked]
     running: generate.Continuations
 
     def live(self) -> list[int]:
@@ -146,7 +146,11 @@ class Batcher:
         # The cache has to hold prompt and answer.
         self.most_tokens = min(limits.max_tokens, model.model.decoder.config.max_length // 2)
         # What is read without a memory.
-        readout = model.within_answers(np.zeros((1, model.memory.latent), np.float32), [0])
+        zeros, code = (
+            np.zeros((1, model.memory.latent), np.float32),
+            model.config.editing.answer_code,
+        )
+        readout = within_answers(zeros, model.layout, code, [0])
         self._nothing = Recalled([None], [-1.0], [0], readout, {})
         self._line: collections.deque[PendingQuestion] = collections.deque()
         self._changed, self._is_stopped = threading.Condition(), False
@@ -228,7 +232,7 @@ class Batcher:
         decoded, rows = questions[0].decoded, []
         for question, recall in zip(questions, recalls, strict=True):
             most = question.max_tokens or max(generate.Options.max_tokens, recall.tokens[0] + 1)
-            rows.append(_Row(question, recall, min(most, self.most_tokens)))
+            rows.append(_Asked(question, recall, min(most, self.most_tokens)))
         # Rows of padding repeat the first, whose prompt is then read once, and end after a token.
         padding = _padded(len(rows)) - len(rows)
         all_rows = [*rows, *[rows[0]] * padding]
@@ -263,7 +267,7 @@ class Batcher:
         inside = np.asarray([recall.facts[0] is not None for recall in recalls])
         return self.model.condition(np.concatenate(readouts), inside)
 
-    def _scores(self, row: _Row, tokens: list[int]) -> TokenScores:
+    def _scores(self, row: _Asked, tokens: list[int]) -> TokenScores:
         """Return the log probabilities of an answer's tokens, as they were decoded."""
         model = self.model.model
         room = model.decoder.config.max_length - 1 - row.limit
@@ -300,9 +304,8 @@ class Batcher:
                 continue
             # An error is of this memory; the others' questions go on.
             with _telling(own):
-                asked = session.questions(prompts)
-                parts.append((session, own, prompts, slice(len(texts), len(texts) + len(asked))))
-                texts += asked
+                first, texts = len(texts), [*texts, *session.questions(prompts)]
+                parts.append((session, own, prompts, slice(first, len(texts))))
         # Of all memories in one call.
         encodings = self.model.encode(texts, cut=True) if texts else None
         for session, own, prompts, places in parts:

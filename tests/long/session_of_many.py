@@ -16,7 +16,8 @@ from pathlib import Path
 
 from session_rates import ATTRIBUTES, FAMILY, FIRST
 
-from larimar_jax.session import NotKept, Session
+from larimar_jax.memory.finite import NotKept
+from larimar_jax.session import Session
 
 BATCH = 50
 

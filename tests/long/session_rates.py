@@ -11,7 +11,8 @@ import random
 import warnings
 from collections.abc import Iterable
 
-from larimar_jax.session import NotKept, Session
+from larimar_jax.memory.finite import NotKept
+from larimar_jax.session import Session
 
 FIRST = "Ida Jon Lea Max Nia Otto Pia Rolf Siv Tage Una Vito Wim Yara Zeno".split()
 FAMILY = "Abel Borg Cruz Dahl Eide Falk Grau Holm Iten Jung Kohl Lutz Moen Nagy Orts Pohl".split()
