@@ -16,6 +16,7 @@ from configs import smol_latent
 
 def get_config() -> ConfigDict:
     config = smol_latent.get_config()
+    config.name = "smol_latent_further"
     config.data.phrases = 192 * 4096
     config.data.seed = 1
     config.train.steps = 6144

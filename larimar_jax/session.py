@@ -198,9 +198,8 @@ class Session:
         facts, scores, tokens, _, times = recall = self.recall(prompts)
         limits = [max(Options.max_tokens, count + 1) for count in tokens]
         begin, condition = time.perf_counter(), recall.condition(self.model.condition)
-        texts = decode(
-            prompts, condition, **dict(max_tokens=limits, stop_after=tokens, cut=True) | options
-        )
+        options = dict(max_tokens=limits, stop_after=tokens, cut=True) | options
+        texts = decode(prompts, condition, **options)
         times["decode"], rows = _since(begin), zip(texts, facts, scores, strict=True)
         return [Answer(text, fact is not None, fact, score, times) for text, fact, score in rows]
 
