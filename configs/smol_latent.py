@@ -3,6 +3,7 @@
 command   larimar train --config=configs/smol_latent.py --run runs/smol_latent
           larimar calibrate runs/smol_latent --data counterfact-train.json \
               --out smol_latent.safetensors --relations
+          (what ships was then fitted further, by the command in docs/latent.md)
 hardware  2 CPU cores
 time      52 minutes for features of 1,048,372 phrases, beside other work, 22 for the steps
 expected  held-out phrases: 3.02 nats a token, 9.63 without the memory; CounterFact, 1,000 records: edit

@@ -242,8 +242,7 @@ def _start(
 def sampling(
     temperature: float, top_k: int, top_p: float, rng: jax.Array | None, rows: int
 ) -> Draw | None:
-    """Return how so many rows draw, by `Options`, with keys for the rows that pad them; None
-    takes the likeliest.
+    """Return how so many rows draw, by `Options`, with keys for rows of padding; None is the likeliest.
 
     Raises:
       ValueError: a number out of its range, one that draws nothing, drawing without `rng`, or keys but

@@ -179,9 +179,9 @@ class Session:
         if on_text is None:
             return self.ask_all([prompt], **options)[0]
 
-        def decode(*prompt_and_condition: Any, **options: Any) -> list[str]:
+        def decode(prompts: Any, condition: Any, **options: Any) -> list[str]:
             pieces = []
-            for (piece,) in self.model.stream(*prompt_and_condition, **options):
+            for (piece,) in self.model.stream(prompts, condition, **options):
                 pieces.append(piece)
                 on_text(piece)
             return ["".join(pieces)]
@@ -214,38 +214,38 @@ class Session:
         """Return the `scope.question` of each prompt."""
         if isinstance(prompts, str):
             raise TypeError("prompts is a list of texts; ask() takes one")
-        for prompt in prompts:
-            session_file.require_text("prompt", prompt)
-        if not all(prompt.strip() for prompt in prompts):
-            raise session_file.EmptyFact("A question needs text to continue; a prompt is empty.")
+        session_file.require_questions(prompts)
         own_words = scope.by_words(self._content[1].prompts[1])
         return [scope.question(text, own_words) for text in prompts]
 
-    def recall(self, prompts: Sequence[str], encodings: Encodings | None = None) -> Recalled:
-        """Return scope decision and readout of each prompt; `encodings` of `questions`, where known."""
-        begin, questions, model = time.perf_counter(), self.questions(prompts), self.model
-        encodings = encodings or model.encode(questions, cut=True)
-        memory, ledger = self._content
+    def recall(self, prompts: Sequence[str]) -> Recalled:
+        """Return scope decision and readout of each prompt."""
+        begin, questions = time.perf_counter(), self.questions(prompts)
+        encodings = self.model.encode(questions, cut=True)
+        return self.read(questions, encodings, encode=_since(begin))
+
+    def read(self, questions: Sequence[str], encodings: Encodings, **times: float) -> Recalled:
+        """`recall` of `questions` that are encoded already; with the milliseconds of what was before."""
+        begin, model, (memory, ledger) = time.perf_counter(), self.model, self._content
         places, keys, written = ledger.prompts
-        milliseconds, begin = {"encode": _since(begin)}, time.perf_counter()
         allowed = scope.comparable(model.relations, questions, keys)
         match = scope.nearest_key(encodings.embedding, written, allowed)
         inside = match.within(model.scope_threshold)
         matched = [places[k] if near else None for k, near in zip(match.key, inside, strict=True)]
         ids = [place and place[0] for place in matched]
-        readout = np.zeros((len(prompts), self._rule.latent), np.float32)
+        readout = np.zeros((len(questions), self._rule.latent), np.float32)
         if inside.any():
             keys = session_file.matched_keys(ledger.rows, matched, self._rule.latent)
             read = rls.read(*self._rls, memory, keys.reshape(-1, keys.shape[-1]))
-            read = np.asarray(read).reshape(keys.shape)[: len(prompts)]
+            read = np.asarray(read).reshape(keys.shape)[: len(questions)]
             further = read[:, 1:, -model.layout.answer_code :].reshape(len(read), -1)
             readout = np.concatenate([read[:, 0], further], axis=1)
-        milliseconds["read"] = _since(begin)
+        times["read"] = _since(begin)
         answers = [ledger.facts[i].answer if i else "" for i in ids]
         tokens = [*map(len, map(model.decoder_tokenizer.following, answers))]
         code = model.config.editing.answer_code
         readout = latent_layout.within_answers(readout, model.layout, code, tokens)
-        return Recalled(ids, [*map(float, match.score)], tokens, readout, milliseconds)
+        return Recalled(ids, [*map(float, match.score)], tokens, readout, times)
 
     def _read_back(
         self, memory: rls.RLSState, ledger: Ledger, room: dict[int, float]

@@ -70,6 +70,14 @@ def require_text(name: str, text: Any) -> None:
         ) from error
 
 
+def require_questions(prompts: Any) -> None:
+    """Raise NotText, NotUnicode or EmptyFact where one of several prompts is none to continue."""
+    for prompt in prompts:
+        require_text("prompt", prompt)
+    if not all(prompt.strip() for prompt in prompts):
+        raise EmptyFact("A question needs text to continue; a prompt is empty.")
+
+
 def normalise(prompt: Any, answer: Any, rephrasings: Any) -> tuple[tuple[str, ...], str]:
     """Return a fact's prompt and rephrasings, and its answer, as they are written.
 

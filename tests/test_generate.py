@@ -238,15 +238,10 @@ def test_streamed_pieces_join_to_the_whole(tiny, condition, every, stop):
 def test_rows_that_join_and_leave_are_continued_as_by_themselves(tiny, condition, drawn):
     """Three begin at different times and with different room; the others' shapes change by it."""
     limits, begin, texts = [14, 40, 9], [2, 0, 5], ["", "", ""]
-    options = [
-        dict(stop="a", max_tokens=limit, stop_after=n)
-        | (
-            dict(temperature=1.5, top_k=9, rng=jax.random.split(jax.random.key(n), 1))
-            if drawn
-            else {}
-        )
-        for n, limit in enumerate(limits)
-    ]
+    how = (
+        dict(temperature=1.5, top_k=9, rng=jax.random.split(jax.random.key(0), 1)) if drawn else {}
+    )
+    options = [dict(how, stop="a", max_tokens=limits[n], stop_after=n) for n in range(3)]
     own = [condition.rows(jnp.asarray([n])) for n in range(3)]
     # Fewer places of evidence: what lacks is no evidence.
     short = latent_layout.TokenEvidence(*(a[:, :2] for a in own[0].evidence.__dict__.values()))

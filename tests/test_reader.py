@@ -239,6 +239,13 @@ def test_a_run_learns_goes_on_where_it_was_killed_and_exports_a_model(
     models = [pipeline.load(run) for run in (whole, killed)]
     first, second = (jax.tree.leaves(nnx.state(each.model)) for each in models)
     assert all(bool((a == b).all()) for a, b in zip(first, second, strict=True))
+    # Another run begins with its parameters, which an export halves.
+    how = dict(
+        start_from=config.StartConfig(str(whole), ("^reader/",)), steps=1, learning_rate=1e-9
+    )
+    again = dataclasses.replace(run_config, train=dataclasses.replace(run_config.train, **how))
+    outcome = fit_reader.train(again, tmp_path / "further", progress=False)
+    assert outcome.evaluation["nats"] == pytest.approx(lines[-1]["nats"], rel=1e-2)
     session = Session(models[0])
     session.write(*FACTS[1])
     assert session.ask(FACTS[1][0]).in_scope

@@ -539,6 +539,7 @@ def test_the_page_loads_nothing_from_elsewhere(client):
 def test_in_a_browser_a_fact_is_written_asked_for_forgotten_and_brought_back(address, tmp_path):
     page = browser.Browser(tmp_path / "profile")
     text = "document.getElementById('{}').textContent".format
+    is_over = "!document.querySelector('#ask button').disabled"
     page.send("Page.navigate", url=address)
     page.wait(f"document.readyState == 'complete' && {text('total')} == '(0)'")
     page.write("prompt", "Fact 1 is")
@@ -549,12 +550,12 @@ def test_in_a_browser_a_fact_is_written_asked_for_forgotten_and_brought_back(add
     page.send("Input.insertText", text="Fact 1 is")
     page.press("Enter")
     page.wait(f"{text('match')} == 'from fact 1, cosine 1.000'")
-    page.wait(f"{text('with')}.trim() == 'new 1' && {text('without')} != ''")
+    page.wait(f"{text('with')}.trim() == 'new 1' && {text('without')} != '' && {is_over}")
     page.run("document.querySelector('#facts button').click()")
     page.wait(f"{text('total')} == '(0)' && {text('status')}.startsWith('Fact 1 is forgotten')")
     page.run("document.getElementById('ask').requestSubmit()")
     page.wait(f"{text('match')} == 'nothing written applies'")
-    page.wait(f"{text('with')} != '' && !document.querySelector('#ask button').disabled")
+    page.wait(f"{text('with')} != '' && {is_over}")
     assert page.run(text("with")) == page.run(text("without"))
     page.run("document.getElementById('undo').click()")
     page.wait(f"{text('total')} == '(1)' && {text('status')}.includes('back: 2. Fact 1 is new 1')")
@@ -585,6 +586,7 @@ def test_the_command_serves_this_host_alone_unless_another_address_is_named(
     line = ["serve", "--data", str(tmp_path), "--port", "8001"]
     assert cli.main(line) == 0
     assert runs[0].host == "127.0.0.1" and runs[0].port == 8001
+    assert runs[0].log_config is None, "handlers of other libraries stay open"
     shown = capsys.readouterr()
     assert shown.out == "http://127.0.0.1:8001\n" and not shown.err
     assert cli.main([*line, "--host", "0.0.0.0"]) == 0

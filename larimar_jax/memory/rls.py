@@ -175,14 +175,6 @@ def begin(
 
 
 @jax.jit
-def forget(
-    memory: Streaming, prepared: Prepared, now: RLSState, keys: Latents, values: Latents
-) -> RLSState:
-    """Forget N facts as `Streaming` does, with one factorisation; a batch is refused as a whole."""
-    return _factorized(memory, prepared, now, *memory.facts(prepared, keys, values, -1))
-
-
-@jax.jit
 def without(
     memory: Streaming, prepared: Prepared, now: RLSState, keys: Latents, values: Latents
 ) -> tuple[RLSState, Bool[Array, ""]]:

@@ -112,7 +112,7 @@ class PendingQuestion:
             self.is_over = True
 
 
-class _Asked(NamedTuple):
+class _PassRow(NamedTuple):
     """A question that is decoded: what is read for it, and its most tokens."""
 
     question: PendingQuestion
@@ -123,7 +123,7 @@ class _Asked(NamedTuple):
 class _Pass(NamedTuple):
     """Questions that are decoded together, in the first rows of `running`."""
 
-    rows: list[_Asked]
+    rows: list[_PassRow]
     running: generate.Continuations
 
     def live(self) -> list[int]:
@@ -146,11 +146,8 @@ class Batcher:
         # The cache has to hold prompt and answer.
         self.most_tokens = min(limits.max_tokens, model.model.decoder.config.max_length // 2)
         # What is read without a memory.
-        zeros, code = (
-            np.zeros((1, model.memory.latent), np.float32),
-            model.config.editing.answer_code,
-        )
-        readout = within_answers(zeros, model.layout, code, [0])
+        readout = np.zeros((1, model.memory.latent), np.float32)
+        readout = within_answers(readout, model.layout, model.config.editing.answer_code, [0])
         self._nothing = Recalled([None], [-1.0], [0], readout, {})
         self._line: collections.deque[PendingQuestion] = collections.deque()
         self._changed, self._is_stopped = threading.Condition(), False
@@ -232,7 +229,7 @@ class Batcher:
         decoded, rows = questions[0].decoded, []
         for question, recall in zip(questions, recalls, strict=True):
             most = question.max_tokens or max(generate.Options.max_tokens, recall.tokens[0] + 1)
-            rows.append(_Asked(question, recall, min(most, self.most_tokens)))
+            rows.append(_PassRow(question, recall, min(most, self.most_tokens)))
         # Rows of padding repeat the first, whose prompt is then read once, and end after a token.
         padding = _padded(len(rows)) - len(rows)
         all_rows = [*rows, *[rows[0]] * padding]
@@ -267,7 +264,7 @@ class Batcher:
         inside = np.asarray([recall.facts[0] is not None for recall in recalls])
         return self.model.condition(np.concatenate(readouts), inside)
 
-    def _scores(self, row: _Asked, tokens: list[int]) -> TokenScores:
+    def _scores(self, row: _PassRow, tokens: list[int]) -> TokenScores:
         """Return the log probabilities of an answer's tokens, as they were decoded."""
         model = self.model.model
         room = model.decoder.config.max_length - 1 - row.limit
@@ -297,20 +294,19 @@ class Batcher:
             by_session[question.session].append(question)
         recalls, readable, texts, parts = [], [], [], []
         for session, own in by_session.items():
-            prompts = [question.prompt for question in own]
             if session is None:
                 readable += own
                 recalls += [self._nothing] * len(own)
                 continue
             # An error is of this memory; the others' questions go on.
             with _telling(own):
-                first, texts = len(texts), [*texts, *session.questions(prompts)]
-                parts.append((session, own, prompts, slice(first, len(texts))))
+                first, texts = len(texts), [*texts, *session.questions([q.prompt for q in own])]
+                parts.append((session, own, slice(first, len(texts))))
         # Of all memories in one call.
         encodings = self.model.encode(texts, cut=True) if texts else None
-        for session, own, prompts, places in parts:
+        for session, own, places in parts:
             with _telling(own):
-                recall = session.recall(prompts, encodings[places])
+                recall = session.read(texts[places], encodings[places])
                 readable += own
                 recalls += [recall.row(n) for n in range(len(own))]
         for question, recall in zip(readable, recalls, strict=True):

@@ -45,7 +45,7 @@ def run(ridge, noise, edits):
     # Arguments all: as constants they would be folded, which takes longer than a stream.
     @functools.partial(jax.jit, donate_argnums=0)
     def swap(now, prepared, arrays, old, new):
-        now = rls.forget(variant, prepared, now, *(x[old] for x in arrays))
+        now, _ = rls.without(variant, prepared, now, *(x[old] for x in arrays))
         return rls.stream(variant, prepared, now, *(x[new] for x in arrays))
 
     @jax.jit
