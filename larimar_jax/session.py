@@ -133,7 +133,8 @@ class Session:
             before, ledger = self._content
             fact, rows = ledger.find(fact_id)
             memory, milliseconds = self._without(before, rows)
-            certificate = diagnostics.certify(*self._rls, before.state, memory.state, rows.key[:1])
+            states = before.state, memory.state, rows.key[:1], memory.pending
+            certificate = diagnostics.certify(*self._rls, *states)
             self._commit(memory, ledger.without(fact, milliseconds, source), {})
         return Forgotten(fact, float(certificate.distance), float(certificate.leverage))
 
@@ -162,8 +163,7 @@ class Session:
             self._content = memory, ledger
 
     def health(self) -> diagnostics.Diagnostics:
-        """Return diagnostics: condition number, distance to an exact solve, load, expected read error,
-        and whether the memory is full."""
+        """Return what the memory knows of itself: whether it is exact, and whether it is full."""
         values = diagnostics.diagnose(*self._rls, self.state)
         return diagnostics.Diagnostics(*(np.asarray(value).item() for value in values))
 
@@ -236,10 +236,10 @@ class Session:
         readout = np.zeros((len(questions), self._rule.latent), np.float32)
         if inside.any():
             keys = session_file.matched_keys(ledger.rows, matched, self._rule.latent)
-            read = rls.read(*self._rls, memory, keys.reshape(-1, keys.shape[-1]))
-            read = np.asarray(read).reshape(keys.shape)[: len(questions)]
+            read = rls.read(*self._rls, memory, np.concatenate(keys))
+            read = np.asarray(read).reshape(keys.shape)
             further = read[:, 1:, -model.layout.answer_code :].reshape(len(read), -1)
-            readout = np.concatenate([read[:, 0], further], axis=1)
+            readout = np.concatenate([read[:, 0], further], axis=1)[: len(questions)]
         times["read"] = _since(begin)
         answers = [ledger.facts[i].answer if i else "" for i in ids]
         tokens = [*map(len, map(model.decoder_tokenizer.following, answers))]

@@ -223,6 +223,40 @@ def test_facts_that_are_loaded_at_once_are_as_if_written_one_by_one(slots, numbe
         now, _ = finite.write(variant, prepared, now, keys[new], values[new])
 
 
+@pytest.mark.parametrize("apart", [1.0, 0.02])
+@pytest.mark.parametrize("base", [0, 8])
+@pytest.mark.parametrize("gone", [[0], [2, 9], [11, 9, 10, 8]])
+def test_a_write_that_waits_is_forgotten_as_if_it_had_never_been(gone, base, apart):
+    """Keys are far apart or nearly alike. Of those that are solved for already, a forget solves anew."""
+    variant, prepared = built(1e-4, 0.0)
+    keys, values = (np.float32(unit(seed, IN + 1)) for seed in (1, 2))
+    keys[1:] = keys[0] + apart * keys[1:]
+    start = rls.init(variant, prepared, variant.empty(prepared))
+    solved = rls.refactorize(
+        variant, prepared, finite.write(variant, prepared, start, keys[:base], values[:base])[0]
+    )
+    rows = slice(base, IN)
+    now, _ = finite.write(variant, prepared, solved, keys[rows], values[rows])
+    after = finite.forget(variant, prepared, now, keys[gone], values[gone])
+    left = [row for row in range(IN) if row not in gone]
+    number = len(left) - base if min(gone) >= base else 0
+    for more, rows in enumerate((left, [*left, IN])):
+        want, weights = exact(variant, prepared, keys, values, rows)
+        assert int(after.pending.number) == number + more
+        read = finite.read(variant, prepared, after, keys[rows])
+        assert distance(read, weights @ want) < (5e-4 if base else 1e-5)
+        states = after.state, after.state, keys[gone], after.pending
+        estimate = diagnostics.certify(variant, prepared, *states)
+        assert 0.2 < float(estimate.distance) / distance(after.solution, want) < 5
+        key = np.float64(keys[gone[0]]) @ np.linalg.pinv(np.float64(prepared.prior_memory))
+        rest = 1e-4 * np.linalg.solve(weights.T @ weights + 1e-4 * np.eye(K), key)
+        leverage = 1 - np.square(rest).sum() / np.square(key).sum()
+        assert float(estimate.leverage) == pytest.approx(leverage, abs=1e-3)
+        after, _ = finite.write(variant, prepared, after, keys[IN:], values[IN:])
+    with pytest.raises(finite.MemoryNotFinite):
+        finite.forget(variant, prepared, after, keys[gone] + 1.0, values[gone])
+
+
 def test_a_write_moves_what_is_read_at_written_keys_by_no_more_than_it_says():
     """The last keys are next to written ones, where it moves most: by more than half of the bound."""
     variant, prepared = built(1e-3, 0.0)

@@ -90,4 +90,6 @@ def _coarse(rows: Float[Array, "R C"], terms: int) -> Float[Array, "R C"]:
     rows = jax.lax.stop_gradient(rows)
     bits = max(1, (24 - max(0, terms - 1).bit_length()) // 2)
     _, exponent = jnp.frexp(jnp.max(jnp.abs(rows), initial=0.0))
-    return jnp.ldexp(jnp.round(jnp.ldexp(rows, bits - exponent)), exponent - bits)
+    # Numbers below 2⁻¹⁰⁰ have no leading bits: their grid's inverse would overflow.
+    grid = jnp.ldexp(jnp.float32(1.0), jnp.maximum(exponent, -100) - bits)
+    return jnp.round(rows / grid) * grid

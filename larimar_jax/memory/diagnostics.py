@@ -9,11 +9,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax.linalg import condition, dot, factor_solve, lower_inverse, solve_lower
 from larimar_jax.memory.base import Prepared, share
 from larimar_jax.memory.compensated import product_of_few
+from larimar_jax.memory.pending import Pending
 from larimar_jax.memory.pytrees import Latents
 from larimar_jax.memory.streaming import Streaming, StreamingState
 
@@ -95,21 +97,36 @@ def certainty(
 
 
 @jax.jit
-def distance(memory: Streaming, prepared: Prepared, state: StreamingState) -> Float[Array, ""]:
+def distance(
+    memory: Streaming, prepared: Prepared, state: StreamingState, pending: Pending | None = None
+) -> Float[Array, ""]:
     """Estimate ‖M − M*‖ / ‖M*‖: M* is the exact solution of the statistics, whose factor the state
     holds (as after `update` and `solve`; `accumulate` leaves a stale one). Below about 1e-7 κ(A) it
     is the rounding of a solve, which a fresh one would have as well.
+
+    Args:
+      pending: writes since the state was solved (memory/rls.py), which M and M* then have as well.
     """
-    probes = jax.random.normal(jax.random.key(0), (memory.latent, _PROBES), jnp.float32)
+    # A constant: drawn in the program, they are drawn again in each product.
+    probes = np.random.default_rng(0).standard_normal((memory.latent, _PROBES), np.float32)
+    probes = jnp.asarray(probes)
     change = dot(state.solution - prepared.prior_memory, probes)
+    if pending is not None:
+        change = change + dot(pending.gains.T, dot(pending.innovations, probes))
+    before = dot(prepared.prior_memory, probes)
     # Halves of sums and parts of products apart: rounded together they would hide what is measured.
     right, more = product_of_few(state.cross.high, probes)
     left, less = product_of_few(state.gram.high, change)
     low = dot(state.cross.low, probes) - dot(state.gram.low, change)
-    low = low - memory.shrink(state.gram.total()) * dot(prepared.prior_memory, probes)
+    low = low - memory.shrink(state.gram.total()) * before
     residual = right - left + (more - less + low - memory.total_ridge(state) * change)
+    if pending is not None:
+        unexplained = dot(pending.errors, probes) - dot(pending.weights, change)
+        residual = residual + dot(pending.weights.T, unexplained)
     error = factor_solve(state.factor, residual)
-    return jnp.linalg.norm(error) / jnp.sqrt(float(_PROBES)) / jnp.linalg.norm(state.solution)
+    if pending is not None:
+        error = error - dot(pending.gains.T, dot(pending.gains, residual))
+    return jnp.linalg.norm(error) / jnp.linalg.norm(before + change)
 
 
 @jax.jit
@@ -119,12 +136,21 @@ def certify(
     before: StreamingState,
     after: StreamingState,
     keys: Latents,
+    pending: Pending | None = None,
 ) -> Certificate:
-    """Certify the forget of facts with these keys; the leverage is that of the first one."""
-    first = keys[:1]
-    explained = memory.confidence(prepared, after, first, memory.address(prepared, first))
-    is_refused = after.refused > before.refused
-    return Certificate(distance(memory, prepared, after), explained[0], is_refused)
+    """Certify the forget of facts with these keys; the leverage is that of the first one.
+
+    Args:
+      pending: as in `distance`, of the memory after it.
+    """
+    weights = memory.address(prepared, keys[:1])
+    left = memory.residual(prepared, after, weights)
+    if pending is not None:
+        shares = dot(dot(weights, pending.gains.T), pending.gains)
+        left = left - memory.total_ridge(after) * shares
+    whole, rest = (jnp.sum(jnp.square(rows), axis=1) for rows in (weights, left))
+    apart, is_refused = distance(memory, prepared, after, pending), after.refused > before.refused
+    return Certificate(apart, share(whole - rest, whole)[0], is_refused)
 
 
 def forget(

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from larimar_jax.memory import rls
 from larimar_jax.memory.base import Prepared
+from larimar_jax.memory.pending import Pending
 from larimar_jax.memory.streaming import Streaming
 
 Rows = Float[np.ndarray, "n C"]
@@ -63,14 +64,20 @@ def write(
             now = _refactorized(memory, prepared, now)
         elif not is_finite:
             raise _not_finite("write", memory)
-    return now, moved
+    return dataclasses.replace(now, pending=_refined(now.pending)), moved
 
 
 def forget(
     memory: Streaming, prepared: Prepared, now: rls.RLSState, keys: Rows, values: Rows
 ) -> rls.RLSState:
-    """Return the memory without n rows, solved; MemoryNotFinite too where one cannot have been in."""
-    after, is_sound = rls.without(memory, prepared, now, _padded(keys), _padded(values))
+    """Return the memory without n rows; MemoryNotFinite too where one cannot have been in."""
+    rows = _padded(keys), _padded(values)
+    # Of the many rows that a load leaves, writing some again takes longer than a solve.
+    if len(now.pending.signs) == rls.MAX_PENDING:
+        pending, is_done = rls.withdraw(memory, prepared, now, *rows)
+        if is_done:
+            return dataclasses.replace(now, pending=pending)
+    after, is_sound = rls.without(memory, prepared, now, *rows)
     if not is_sound:
         raise _not_finite("forget", memory)
     return after
@@ -124,7 +131,7 @@ def _write(
     now: rls.RLSState,
     key: Float[Array, "C"],
     value: Float[Array, "C"],
-) -> tuple[rls.Pending, rls.Step, Bool[Array, ""], Bool[Array, ""]]:
+) -> tuple[Pending, rls.Step, Bool[Array, ""], Bool[Array, ""]]:
     """Return the pending writes with this one, its effect, whether to factorise, whether all is finite.
 
     Compiled as one, `rls.write` does not return copies of the arrays that a write leaves as they are.
@@ -132,6 +139,9 @@ def _write(
     written, step, is_due = rls.write(memory, prepared, now, key, value)
     finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(written.pending)]
     return written.pending, step, is_due, jnp.stack(finite).all()
+
+
+_refined = jax.jit(Pending.refined)
 
 
 def _refactorized(memory: Streaming, prepared: Prepared, now: rls.RLSState) -> rls.RLSState:

@@ -9,8 +9,9 @@ and touches neither A⁻¹ nor M: A⁻¹ is that of the last factorisation less 
 of the last factorisation plus gains times errors, and the facts since then wait to be added to the
 statistics. All of it are a few rows. So what rounding does to M never reaches the statistics, which
 stay exact sums, and M is solved from them anew before it matters: after `MAX_PENDING` writes, where μ
-changes its power of two, and with every forget. A forget is a difference, which cancels where nothing
-else supports its fact: it is solved, certified and refused as in `Streaming`.
+changes its power of two, and with a forget of what the statistics have. That is a difference, which
+cancels where nothing else supports its fact: it is solved, certified and refused as in `Streaming`.
+What still waits is forgotten by `withdraw`.
 
     now = rls.init(memory, prepared, state)
     now, steps = rls.stream(memory, prepared, now, keys, values, signs)    # T facts, one by one
@@ -27,28 +28,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from larimar_jax.linalg import add_ridge, cholesky, dot, lower_inverse, solve_lower
 from larimar_jax.memory.base import Prepared, Signs
+from larimar_jax.memory.pending import Pending, square
 from larimar_jax.memory.pytrees import Latents, pytree
 from larimar_jax.memory.streaming import Streaming, StreamingState
 
 # Writes between two factorisations at the most.
 MAX_PENDING = 128
-
-
-class Pending(NamedTuple):
-    """The writes since the last factorisation, one a row; rows of zeros where there is none.
-
-    weights: w. errors: z − wM₀, for the statistics. signs: 1 for a write, 0 for none. gains and
-    innovations: g and z − wM before the write, each divided by √(1 + w g). number: rows in use. trace:
-    tr(Σ α WᵀW) of all facts.
-    """
-
-    weights: Float[Array, "R K"]
-    errors: Float[Array, "R C"]
-    signs: Float[Array, "R"]
-    gains: Float[Array, "R K"]
-    innovations: Float[Array, "R C"]
-    number: Int[Array, ""]
-    trace: Float[Array, ""]
 
 
 @pytree
@@ -96,7 +81,7 @@ def init(memory: Streaming, prepared: Prepared, state: StreamingState) -> RLSSta
     k, c = memory.slots, memory.latent
     trace = jnp.trace(state.gram.total())
     zero = jnp.zeros((), jnp.int32)
-    pending = Pending(rows(k), rows(c), rows(), rows(k), rows(c), zero, trace)
+    pending = Pending(rows(k), rows(c), rows(), rows(k), rows(c), rows(c), zero, trace)
     return RLSState(state, lower_inverse(state.factor), memory.shrink_of_trace(trace), pending)
 
 
@@ -150,10 +135,8 @@ def begin(
     values: Latents,
     signs: Signs,
 ) -> tuple[RLSState, Bool[Array, ""]]:
-    """Write N facts into an empty memory, in which they are pending as if they were written one by one.
-
-    What the writes move A⁻¹ and M along, row by row, is L⁻¹WA⁻¹ and L⁻¹(Z − WM) of the empty memory's
-    A = λI, with the Cholesky factor L of I + WA⁻¹Wᵀ: nothing is solved that is larger than N × N.
+    """Write N facts into an empty memory, in which they are pending as if they were written one by one:
+    nothing is solved that is larger than N × N.
 
     Args:
       signs: 1; 0 for padding, which follows the facts: at least a row, for the next write.
@@ -162,24 +145,48 @@ def begin(
       The memory, and whether a factorisation is due, as in `write`.
     """
     weights, errors, signs = memory.facts(prepared, keys, values, signs)
-    weights = weights * signs[:, None]
+    weights, errors = (rows * signs[:, None] for rows in (weights, errors))
     gains = weights / memory.ridge
     factor = cholesky(add_ridge(dot(gains, weights.T), 1.0))
     gains, innovations = (solve_lower(factor, rows.T).T for rows in (gains, errors))
-    innovations = innovations * signs[:, None]
-    number, trace = jnp.sum(signs).astype(jnp.int32), jnp.sum(jnp.square(weights))
-    pending = Pending(weights, errors, signs, gains, innovations, number, trace)
-    is_finite = jnp.isfinite(gains).all() & jnp.isfinite(innovations).all()
+    number, trace = jnp.sum(signs).astype(jnp.int32), jnp.sum(square(weights))
+    rows = (weights, errors, signs, gains, innovations, errors)
+    pending = Pending(*rows, number, trace).refined()
+    is_finite = jnp.isfinite(gains).all() & jnp.isfinite(pending.innovations).all()
     is_due = (memory.shrink_of_trace(trace) != empty.shrink) | ~is_finite
     return dataclasses.replace(empty, pending=pending), is_due
+
+
+@jax.jit
+def withdraw(
+    memory: Streaming, prepared: Prepared, now: RLSState, keys: Latents, values: Latents
+) -> tuple[Pending, Bool[Array, ""]]:
+    """Return the pending writes without N facts, and whether all of these are among them and μ stays;
+    where not, the pending writes are of no use. What was written after a fact is written again."""
+    pending = now.pending
+    left, are_in = pending.signs_without(*memory.facts(prepared, keys, values, 1))
+    is_gone = left != pending.signs
+    first = jnp.where(are_in.all(), jnp.argmax(is_gone), pending.number)
+    stays = jnp.where(jnp.arange(len(left)) < first, 1.0, 0.0)
+    facts, order = (pending.weights, pending.errors, left, pending.residuals), jnp.argsort(is_gone)
+    rows = [x[order] for x in facts]
+    rows.append(dot(dot(rows[0], now.inverse.T), now.inverse))
+    trace = jnp.trace(now.state.gram.total()) + jnp.sum(stays * square(pending.weights))
+    after = jax.lax.fori_loop(
+        first,
+        pending.number - jnp.sum(is_gone),
+        lambda at, pending: _step(memory, now.shrink, pending, *(x[at] for x in rows))[0],
+        Pending(*((x.T * stays).T for x in pending[:6]), first.astype(jnp.int32), trace),
+    )
+    return after.refined(), are_in.all() & (memory.shrink_of_trace(after.trace) == now.shrink)
 
 
 @jax.jit
 def without(
     memory: Streaming, prepared: Prepared, now: RLSState, keys: Latents, values: Latents
 ) -> tuple[RLSState, Bool[Array, ""]]:
-    """Return the memory without N facts, and whether they can have been in: a caller that asks keeps
-    `now` where not, and no choice copies what both have."""
+    """Return the memory without N facts, solved anew, and whether they can have been in: a caller that
+    asks keeps `now` where not, and no choice copies what both have."""
     before, facts = _summed(now), memory.facts(prepared, keys, values, -1)
     after = memory.solve(prepared, before.add(*facts))
     is_sound = memory.is_consistent(prepared, before, after, *facts)
@@ -263,11 +270,11 @@ def _predicted(now: RLSState, weights: Float[Array, "N K"], values: Float[Array,
     return values - dot(weights, now.state.solution), gains
 
 
-def _step(memory: Streaming, shrink, pending: Pending, w, error, sign, innovation, gain):
+def _step(memory: Streaming, shrink, pending: Pending, w, error, sign, residual, gain):
     """Return the pending writes with this one, if it is one, its Step, and whether to factorise."""
     shares = dot(pending.gains, w)
     gain = gain - dot(shares, pending.gains)
-    innovation = innovation - dot(shares, pending.innovations)
+    innovation = residual - dot(shares, pending.innovations)
     leverage = dot(w, gain)
     written = jnp.maximum(sign, 0.0)
     scale = written * jax.lax.rsqrt(1.0 + leverage)
@@ -278,6 +285,7 @@ def _step(memory: Streaming, shrink, pending: Pending, w, error, sign, innovatio
         signs=pending.signs.at[row].set(written),
         gains=pending.gains.at[row].set(scale * gain),
         innovations=pending.innovations.at[row].set(scale * innovation),
+        residuals=pending.residuals.at[row].set(residual),
         number=pending.number + 1,
         trace=pending.trace + written * jnp.sum(jnp.square(w)),
     )
