@@ -64,7 +64,7 @@ def write(
             now = _refactorized(memory, prepared, now)
         elif not is_finite:
             raise _not_finite("write", memory)
-    return dataclasses.replace(now, pending=_refined(now.pending)), moved
+    return now, moved
 
 
 def forget(
@@ -137,11 +137,9 @@ def _write(
     Compiled as one, `rls.write` does not return copies of the arrays that a write leaves as they are.
     """
     written, step, is_due = rls.write(memory, prepared, now, key, value)
-    finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(written.pending)]
-    return written.pending, step, is_due, jnp.stack(finite).all()
-
-
-_refined = jax.jit(Pending.refined)
+    pending = written.pending.refined(written.pending.number - 1)
+    finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(pending)]
+    return pending, step, is_due, jnp.stack(finite).all()
 
 
 def _refactorized(memory: Streaming, prepared: Prepared, now: rls.RLSState) -> rls.RLSState:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from larimar_jax.linalg import dot, solve_lower
+from larimar_jax.linalg import dot
 from larimar_jax.memory.pytrees import Latents, Weights
 
 # The squared distance of two rows, relative to their squared norm, up to which only rounding is between.
@@ -22,8 +22,8 @@ class Pending(NamedTuple):
     """Writes, and rows of zeros behind them.
 
     weights: w. errors: z − wM₀, for the statistics. signs: 1 for a write, 0 for none. gains and
-    innovations: g and z − wM before the write, each divided by √(1 + w g). residuals: z − wM of the M
-    that was solved for. number: rows in use. trace: tr(Σ α WᵀW) of all facts.
+    innovations: g and z − wM before the write, each divided by √(1 + w g). inverse: L⁻¹. number: rows in
+    use. trace: tr(Σ α WᵀW) of all facts.
     """
 
     weights: Float[Array, "R K"]
@@ -31,7 +31,7 @@ class Pending(NamedTuple):
     signs: Float[Array, "R"]
     gains: Float[Array, "R K"]
     innovations: Float[Array, "R C"]
-    residuals: Float[Array, "R C"]
+    inverse: Float[Array, "R R"]
     number: Int[Array, ""]
     trace: Float[Array, ""]
 
@@ -51,19 +51,17 @@ class Pending(NamedTuple):
 
         return jax.lax.scan(take, self.signs, (weights, errors, signs))
 
-    def refined(self) -> "Pending":
-        """Return these writes with what rounding left of them solved for once more: keys that are nearly
-        alike, and little ridge, need it.
+    def refined(self, first: int | Int[Array, ""] = 0) -> "Pending":
+        """Return the writes with innovations that make up for what rounding did to the gains of those
+        from `first` on, once: it counts where keys are nearly alike and the ridge is small.
 
-        WGᵀ of the gains G is L − L⁻ᵀ, and X = L⁻ᵀI of the innovations I what a read at each row misses:
-        the solution of (I + WA⁻¹Wᵀ)X = Z − WM, which is X + WGᵀI in the terms of a read.
+        WGᵀ of the gains G should be L − L⁻ᵀ. What its upper half is astray by, Δ, reads ΔI of the
+        innovations I too much at the rows before: LI + ΔI for LI. I − L⁻¹ΔI has LI again.
         """
-        moved = dot(self.weights * self.signs[:, None], self.gains.T)
-        half = 0.5 * jnp.diagonal(moved)
-        factor = jnp.tril(moved, -1) + jnp.diag(half + jnp.sqrt(jnp.square(half) + 1.0))
-        missed = solve_lower(factor, self.innovations.T, transposed=False).T
-        left = self.residuals * self.signs[:, None] - missed - dot(moved, self.innovations)
-        return self._replace(innovations=self.innovations + solve_lower(factor, left.T).T)
+        upper = dot(self.weights * self.signs[:, None], self.gains.T) + self.inverse.T
+        is_new = jnp.arange(len(upper)) >= first
+        astray = dot(self.inverse, jnp.where(is_new, jnp.triu(upper, 1), 0.0))
+        return self._replace(innovations=self.innovations - dot(astray, self.innovations))
 
 
 def square(rows: Float[Array, "*R C"]) -> Float[Array, "*R"]:

@@ -80,8 +80,8 @@ def init(memory: Streaming, prepared: Prepared, state: StreamingState) -> RLSSta
 
     k, c = memory.slots, memory.latent
     trace = jnp.trace(state.gram.total())
-    zero = jnp.zeros((), jnp.int32)
-    pending = Pending(rows(k), rows(c), rows(), rows(k), rows(c), rows(c), zero, trace)
+    zero, identity = jnp.zeros((), jnp.int32), jnp.eye(MAX_PENDING, dtype=jnp.float32)
+    pending = Pending(rows(k), rows(c), rows(), rows(k), rows(c), identity, zero, trace)
     return RLSState(state, lower_inverse(state.factor), memory.shrink_of_trace(trace), pending)
 
 
@@ -150,8 +150,8 @@ def begin(
     factor = cholesky(add_ridge(dot(gains, weights.T), 1.0))
     gains, innovations = (solve_lower(factor, rows.T).T for rows in (gains, errors))
     number, trace = jnp.sum(signs).astype(jnp.int32), jnp.sum(square(weights))
-    rows = (weights, errors, signs, gains, innovations, errors)
-    pending = Pending(*rows, number, trace).refined()
+    arrays = (weights, errors, signs, gains, innovations, lower_inverse(factor))
+    pending = Pending(*arrays, number, trace).refined()
     is_finite = jnp.isfinite(gains).all() & jnp.isfinite(pending.innovations).all()
     is_due = (memory.shrink_of_trace(trace) != empty.shrink) | ~is_finite
     return dataclasses.replace(empty, pending=pending), is_due
@@ -162,21 +162,18 @@ def withdraw(
     memory: Streaming, prepared: Prepared, now: RLSState, keys: Latents, values: Latents
 ) -> tuple[Pending, Bool[Array, ""]]:
     """Return the pending writes without N facts, and whether all of these are among them and μ stays;
-    where not, the pending writes are of no use. What was written after a fact is written again."""
+    where not, the pending writes are of no use. Those that are left are written again."""
     pending = now.pending
     left, are_in = pending.signs_without(*memory.facts(prepared, keys, values, 1))
-    is_gone = left != pending.signs
-    first = jnp.where(are_in.all(), jnp.argmax(is_gone), pending.number)
-    stays = jnp.where(jnp.arange(len(left)) < first, 1.0, 0.0)
-    facts, order = (pending.weights, pending.errors, left, pending.residuals), jnp.argsort(is_gone)
-    rows = [x[order] for x in facts]
-    rows.append(dot(dot(rows[0], now.inverse.T), now.inverse))
-    trace = jnp.trace(now.state.gram.total()) + jnp.sum(stays * square(pending.weights))
+    order, number = jnp.argsort(left == 0), jnp.sum(left).astype(jnp.int32)
+    weights, errors, signs = (x[order] for x in (pending.weights, pending.errors, left))
+    innovations = errors - dot(weights, now.state.solution - prepared.prior_memory)
+    rows = (weights, errors, signs, innovations, dot(dot(weights, now.inverse.T), now.inverse))
     after = jax.lax.fori_loop(
-        first,
-        pending.number - jnp.sum(is_gone),
+        0,
+        jnp.where(are_in.all(), number, 0),
         lambda at, pending: _step(memory, now.shrink, pending, *(x[at] for x in rows))[0],
-        Pending(*((x.T * stays).T for x in pending[:6]), first.astype(jnp.int32), trace),
+        init(memory, prepared, now.state).pending,
     )
     return after.refined(), are_in.all() & (memory.shrink_of_trace(after.trace) == now.shrink)
 
@@ -270,22 +267,24 @@ def _predicted(now: RLSState, weights: Float[Array, "N K"], values: Float[Array,
     return values - dot(weights, now.state.solution), gains
 
 
-def _step(memory: Streaming, shrink, pending: Pending, w, error, sign, residual, gain):
+def _step(memory: Streaming, shrink, pending: Pending, w, error, sign, innovation, gain):
     """Return the pending writes with this one, if it is one, its Step, and whether to factorise."""
     shares = dot(pending.gains, w)
     gain = gain - dot(shares, pending.gains)
-    innovation = residual - dot(shares, pending.innovations)
+    innovation = innovation - dot(shares, pending.innovations)
     leverage = dot(w, gain)
     written = jnp.maximum(sign, 0.0)
     scale = written * jax.lax.rsqrt(1.0 + leverage)
     row = jnp.minimum(pending.number, len(pending.signs) - 1)
+    unit = pending.inverse[row]  # of the identity, as every row to come
+    inverse = jnp.where(sign > 0, scale * (unit - dot(shares, pending.inverse)), unit)
     pending = Pending(
         weights=pending.weights.at[row].set(w),
         errors=pending.errors.at[row].set(error),
         signs=pending.signs.at[row].set(written),
         gains=pending.gains.at[row].set(scale * gain),
         innovations=pending.innovations.at[row].set(scale * innovation),
-        residuals=pending.residuals.at[row].set(residual),
+        inverse=pending.inverse.at[row].set(inverse),
         number=pending.number + 1,
         trace=pending.trace + written * jnp.sum(jnp.square(w)),
     )
